@@ -1,0 +1,126 @@
+"""Trajectories between data (t = 0) and the prior (t = 1), and the interpolant that moves along them (eq 11).
+
+Times may be any float tensor; results have the dtype of the times. Work in fp64 wherever times differ by little.
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from imm_scale.errors import UserError
+
+
+class Interpolant(ABC):
+    """x_t = alpha(t) x + sigma(t) eps, with eps ~ N(0, sigma_d^2 I)."""
+
+    name: str
+    # d(sigma)/dt alpha - d(alpha)/dt sigma, a constant on both trajectories: -d(log-SNR)/dt = 2 rate / (alpha sigma).
+    rate: float
+
+    @abstractmethod
+    def alpha(self, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def sigma(self, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def eta_inverse(self, eta: Tensor) -> Tensor:
+        """The time at which sigma / alpha = eta."""
+
+    @abstractmethod
+    def determinant(self, s: Tensor, t: Tensor) -> Tensor:
+        """alpha(s) sigma(t) - sigma(s) alpha(t), written without the cancellation at s close to t."""
+
+    def eta(self, t: Tensor) -> Tensor:
+        """sigma / alpha."""
+        return self.sigma(t) / self.alpha(t)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """lambda_t = 2 log(alpha / sigma)."""
+        return -2.0 * torch.log(self.eta(t))
+
+    def log_snr_inverse(self, log_snr: Tensor) -> Tensor:
+        """The time at which the log-SNR has this value."""
+        return self.eta_inverse(torch.exp(-0.5 * log_snr))
+
+    def dlog_snr_dt(self, t: Tensor) -> Tensor:
+        """d lambda_t / dt, negative everywhere and -inf at both ends."""
+        return -2.0 * self.rate / (self.alpha(t) * self.sigma(t))
+
+    def norm(self, t: Tensor) -> Tensor:
+        """sqrt(alpha^2 + sigma^2): the standard deviation of x_t over sigma_d for unit-scaled data."""
+        return torch.hypot(self.alpha(t), self.sigma(t))
+
+
+class OTFlowMatching(Interpolant):
+    """Straight lines: alpha = 1 - t, sigma = t."""
+
+    name = "ot_fm"
+    rate = 1.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1.0 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def eta_inverse(self, eta: Tensor) -> Tensor:
+        return eta / (1.0 + eta)
+
+    def determinant(self, s: Tensor, t: Tensor) -> Tensor:
+        return t - s
+
+
+class VPCosine(Interpolant):
+    """Variance preserving: alpha = cos(pi t / 2), sigma = sin(pi t / 2)."""
+
+    name = "vp_cosine"
+    rate = math.pi / 2
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.cos(t * (math.pi / 2))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sin(t * (math.pi / 2))
+
+    def eta_inverse(self, eta: Tensor) -> Tensor:
+        return torch.atan(eta) * (2 / math.pi)
+
+    def determinant(self, s: Tensor, t: Tensor) -> Tensor:
+        return torch.sin((t - s) * (math.pi / 2))
+
+    def norm(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+
+TRAJECTORIES: dict[str, type[Interpolant]] = {kind.name: kind for kind in (OTFlowMatching, VPCosine)}
+
+
+def build(trajectory: str) -> Interpolant:
+    """The trajectory of that name. Raises UserError for an unknown one."""
+    if trajectory not in TRAJECTORIES:
+        raise UserError(f"trajectory {trajectory!r} is unknown; choose one of {', '.join(TRAJECTORIES)}")
+    return TRAJECTORIES[trajectory]()
+
+
+def diffuse(interp: Interpolant, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """x_t = alpha_t x + sigma_t eps. `t` broadcasts against x; the result has the dtype of x."""
+    return interp.alpha(t).to(x.dtype) * x + interp.sigma(t).to(x.dtype) * eps
+
+
+def ddim(interp: Interpolant, x_t: Tensor, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """The interpolant (eq 11): moves x_t FROM time t TO time s, given the clean x.
+
+    Args:
+        x_t: noisy sample at time t.
+        x: clean sample (or its estimate), same shape.
+        s: target time, 0 <= s <= t, broadcastable against x.
+        t: source time, t > 0.
+
+    Returns:
+        (alpha_s - alpha_t sigma_s / sigma_t) x + (sigma_s / sigma_t) x_t. Self-consistent: t -> r -> s equals t -> s.
+    """
+    sigma_t = interp.sigma(t)
+    return (interp.determinant(s, t) / sigma_t).to(x.dtype) * x + (interp.sigma(s) / sigma_t).to(x.dtype) * x_t

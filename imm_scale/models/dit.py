@@ -1,0 +1,191 @@
+"""The diffusion transformer (DiT, arXiv 2212.09748) with (t, s, label) conditioning."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from imm_scale.errors import UserError
+from imm_scale.flow_map import ConditionalNet
+from imm_scale.models.layers import ATTENTIONS, Block, FinalLayer, TimeEmbedder, position_table
+
+# name: width, depth, heads
+SIZES = {
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+PATCH_SIZES = (2, 4, 8)
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Everything that shapes the net; travels inside exported weights."""
+
+    width: int
+    depth: int
+    heads: int
+    patch_size: int
+    channels: int = 4
+    height: int = 32
+    image_width: int = 32
+    num_classes: int = 1000
+    mlp_ratio: float = 4.0
+    qk_norm: bool = False
+    dropout: float = 0.0
+    attention: str = "sdpa"
+    time_embedding: str = "positional"
+    second_time: bool = True
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or self.width % 4:
+            raise UserError(f"model.width={self.width} must be a multiple of model.heads={self.heads} and of 4")
+        if self.height % self.patch_size or self.image_width % self.patch_size:
+            raise UserError(
+                f"model.patch_size={self.patch_size} must divide the latent's {self.height} x {self.image_width}"
+            )
+        if self.attention not in ATTENTIONS:
+            raise UserError(f"model.attention={self.attention!r} is unknown; choose one of {', '.join(ATTENTIONS)}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"model.dropout={self.dropout} must be in [0, 1)")
+
+    @property
+    def tokens(self) -> int:
+        return (self.height // self.patch_size) * (self.image_width // self.patch_size)
+
+
+def size_config(size: str, **overrides: Any) -> DiTConfig:
+    """The row of the size table for "DiT-S/2" and the like, with overrides. Raises UserError for an unknown size."""
+    family, _, patch = size.removeprefix("DiT-").partition("/")
+    if not size.startswith("DiT-") or family not in SIZES or not patch.isdigit() or int(patch) not in PATCH_SIZES:
+        known = ", ".join(f"DiT-{name}/{p}" for name in SIZES for p in PATCH_SIZES)
+        raise UserError(f"model.size={size!r} is unknown; choose one of {known}")
+    width, depth, heads = SIZES[family]
+    return DiTConfig(**{"width": width, "depth": depth, "heads": heads, "patch_size": int(patch), **overrides})
+
+
+class DiT(ConditionalNet):
+    """The network G. Under autocast the blocks run in 16 bits, conditioning and the residual stream in fp32."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        c = config
+        self.x_embedder = nn.Conv2d(c.channels, c.width, c.patch_size, stride=c.patch_size)
+        self.t_embedder = TimeEmbedder(c.width, c.time_embedding)
+        self.s_embedder = TimeEmbedder(c.width, c.time_embedding) if c.second_time else None
+        self.y_embedder = nn.Embedding(c.num_classes + 1, c.width)  # the last row is "no label"
+        self.blocks = nn.ModuleList(
+            Block(c.width, c.heads, c.mlp_ratio, c.qk_norm, c.dropout, c.attention, index) for index in range(c.depth)
+        )
+        self.final_layer = FinalLayer(c.width, c.patch_size, c.channels)
+        table = position_table(c.width, c.height // c.patch_size, c.image_width // c.patch_size)
+        self.register_buffer("pos_embed", table[None], persistent=False)
+        self._initialize()
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        """DiT's initialization: adaLN-Zero, so that every block starts as the identity and the output as 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.weight.view(self.x_embedder.weight.shape[0], -1))
+        assert self.x_embedder.bias is not None
+        nn.init.zeros_(self.x_embedder.bias)
+        nn.init.normal_(self.y_embedder.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, TimeEmbedder):
+                for layer in module.mlp:
+                    if isinstance(layer, nn.Linear):
+                        nn.init.normal_(layer.weight, std=0.02)
+            if isinstance(module, Block | FinalLayer):
+                modulation = module.adaLN_modulation[-1]
+                assert isinstance(modulation, nn.Linear)
+                nn.init.zeros_(modulation.weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    @property
+    def null_label(self) -> int:
+        return self.config.num_classes
+
+    def compile_blocks(self) -> None:
+        """Compiles each block on its own: one graph serves them all, and nothing around them breaks it."""
+        for block in self.blocks:
+            block.compile()
+
+    def _condition(self, c_noise_G: Tensor, second_G: Tensor | None, label_N: Tensor) -> Tensor:
+        """(N, D) sum of the embeddings; times are embedded once per group."""
+        assert (second_G is not None) == self.config.second_time, "the flow map and the net disagree on the second time"
+        times = self.t_embedder(c_noise_G)
+        if self.s_embedder is not None:
+            times = times + self.s_embedder(second_G)
+        return times.repeat_interleave(label_N.shape[0] // times.shape[0], dim=0) + self.y_embedder(label_N)
+
+    def _tokens(self, x_NCHW: Tensor) -> Tensor:
+        return self.x_embedder(x_NCHW).flatten(2).transpose(1, 2) + self.pos_embed
+
+    def _image(self, tokens_NTD: Tensor) -> Tensor:
+        """Tokens whose channels are ordered (row in patch, column in patch, channel) back to (N, C, H, W)."""
+        c, p = self.config, self.config.patch_size
+        grid = tokens_NTD.view(-1, c.height // p, c.image_width // p, p, p, c.channels)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, c.channels, c.height, c.image_width)
+
+    def _block(self, block: nn.Module, x: Tensor, condition: Tensor, dropout_key: Tensor | None) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, condition, dropout_key, use_reentrant=False)
+        return block(x, condition, dropout_key)
+
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        second: Tensor | None,
+        label: Tensor,
+        dropout_key: Tensor | None = None,
+    ) -> Tensor:
+        """G, of the shape of x (N, C, H, W); c_noise and second are (G,), label and dropout_key (N,)."""
+        condition = self._condition(c_noise, second, label)
+        x = self._tokens(x)
+        for block in self.blocks:
+            x = self._block(block, x, condition, dropout_key)
+        return self._image(self.final_layer(x, condition))
+
+    def pair(
+        self,
+        x_t: Tensor,
+        x_r: Tensor,
+        c_noise_t: Tensor,
+        c_noise_r: Tensor,
+        second_t: Tensor | None,
+        second_r: Tensor | None,
+        label: Tensor,
+        dropout_key: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Both branches block by block, the second without gradient: sharded weights are gathered once for both."""
+        condition_t, x_t = self._condition(c_noise_t, second_t, label), self._tokens(x_t)
+        with torch.no_grad():
+            condition_r, x_r = self._condition(c_noise_r, second_r, label), self._tokens(x_r)
+        for block in self.blocks:
+            x_t = self._block(block, x_t, condition_t, dropout_key)
+            with torch.no_grad():
+                x_r = self._block(block, x_r, condition_r, dropout_key)
+        out_t = self._image(self.final_layer(x_t, condition_t))
+        with torch.no_grad():
+            return out_t, self._image(self.final_layer(x_r, condition_r))
+
+
+def build(size: str, **overrides: Any) -> DiT:
+    """A DiT of the size table, as in `build("DiT-S/2", num_classes=10)`; overrides are fields of DiTConfig."""
+    return DiT(size_config(size, **overrides))
+
+
+def parameter_count(config: DiTConfig) -> int:
+    """Trainable parameters plus the fixed position table, as the DiT paper counts."""
+    with torch.device("meta"):
+        net = DiT(config)
+    return sum(p.numel() for p in net.parameters()) + config.tokens * config.width
