@@ -1,0 +1,92 @@
+"""What the data tools share: the command line's outcome, and the description of packed images."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from imm_scale import storage
+from imm_scale.errors import UserError
+
+PACK_NAME = "pack.json"
+LABELS_NAME = "labels.json"
+PACK_VERSION = 1
+
+
+def run(parser: argparse.ArgumentParser, body: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
+    """Runs a tool and returns its exit code: 0 done, 2 the user's mistake (one message, no traceback), 130 Ctrl-C."""
+    args = parser.parse_args(argv)
+    try:
+        body(args)
+    except UserError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        print(f"{parser.prog}: {error}; choose another path", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def read_json(url: str) -> dict[str, Any]:
+    """A JSON object. Raises FileNotFoundError, and UserError if the file holds something else."""
+    try:
+        document = json.loads(storage.read_text(url))
+    except ValueError as error:
+        raise UserError(f"{url} is not JSON ({error}): remove it and run the tool that wrote it again") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{url} holds no JSON object: remove it and run the tool that wrote it again")
+    return document
+
+
+def write_json(url: str, document: dict[str, Any]) -> None:
+    storage.write_text(url, json.dumps(document, indent=2, sort_keys=True) + "\n")
+
+
+@dataclass(frozen=True)
+class ImageShard:
+    """One tar of KEY.png and KEY.cls."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A finished folder of image shards. `image_shape` is (H, W, channels), `arguments` what pack was asked for."""
+
+    arguments: dict[str, Any]
+    image_shape: tuple[int, int, int]
+    num_unreadable: int
+    shards: tuple[ImageShard, ...]
+    format_version: int = PACK_VERSION
+
+    @property
+    def num_images(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    def save(self, folder: str) -> None:
+        write_json(storage.join(folder, PACK_NAME), asdict(self))
+
+
+def load_pack(folder: str) -> Pack:
+    """Reads a folder's pack.json. Raises FileNotFoundError, and UserError if it is not one this program reads."""
+    url = storage.join(folder, PACK_NAME)
+    document = read_json(url)
+    if document.get("format_version") != PACK_VERSION:
+        raise UserError(f"{url} has format version {document.get('format_version')}, this program reads {PACK_VERSION}")
+    try:
+        return Pack(
+            arguments=dict(document["arguments"]),
+            image_shape=tuple(document["image_shape"]),
+            num_unreadable=document["num_unreadable"],
+            shards=tuple(ImageShard(**shard) for shard in document["shards"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{url} lacks or misnames a field ({error}): remove it and pack again") from error

@@ -1,0 +1,1 @@
+"""From shards on storage to one step's batch: format (manifest, shards), order (plan), reading (dataset, loader)."""

@@ -1,0 +1,170 @@
+"""Images <-> raw latents <-> the network's scale.
+
+images_NHWC uint8 --encode--> stored (what a shard keeps) --draw_raw--> raw_NCHW --normalize--> z_NCHW, and back by
+denormalize and decode. `pixels` stores the raw values; `vae` stores the posterior's mean and std, and training draws
+raw = mean + std * noise anew each time a sample is met.
+"""
+
+import hashlib
+import os
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from imm_scale import rng
+from imm_scale.data.manifest import Codec
+from imm_scale.errors import UserError
+
+
+class ImageCodec(Protocol):
+    """What encoding and decoding need of a codec."""
+
+    kind: str
+    weights_hash: str
+    factor: int
+
+    def latent_channels(self, image_channels: int) -> int:
+        """Channels of the raw latent of images with so many channels. Raises UserError if it takes no such images."""
+        ...
+
+    def encode(self, images_NHWC: Tensor) -> Tensor:
+        """uint8 (N, H, W, 3 or 1) images to the fp32 array a shard stores, (N, C', H/factor, W/factor)."""
+        ...
+
+    def decode(self, raw_NCHW: Tensor) -> Tensor:
+        """Raw latents to uint8 (N, H, W, channels) images."""
+        ...
+
+
+class PixelsCodec:
+    """Latents are the pixels themselves, scaled from 0..255 to -1..1; grey images keep one channel."""
+
+    kind = "pixels"
+    weights_hash = ""
+    factor = 1
+
+    def latent_channels(self, image_channels: int) -> int:
+        return image_channels
+
+    def encode(self, images_NHWC: Tensor) -> Tensor:
+        return _to_unit_range(images_NHWC)
+
+    def decode(self, raw_NCHW: Tensor) -> Tensor:
+        return _to_uint8(raw_NCHW)
+
+
+class VAECodec:
+    """A diffusers AutoencoderKL in a local folder (`save_pretrained`'s form), in fp32.
+
+    Latents are the autoencoder's own, without diffusers' scaling_factor: the manifest's mean and std do that work.
+
+    Raises:
+        UserError: no such folder or weights, diffusers missing, or a model that takes other than RGB.
+    """
+
+    kind = "vae"
+
+    def __init__(self, folder: str, device: str = "cpu") -> None:
+        weights = os.path.join(folder, "diffusion_pytorch_model.safetensors")
+        if not os.path.isfile(weights):
+            raise UserError(f"no {weights}: --vae must name a folder written by AutoencoderKL.save_pretrained")
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError as error:
+            raise UserError(f"the vae codec needs diffusers ({error}): pip install 'imm-scale[vae]'") from error
+        self.weights_hash = _file_sha256(weights)
+        model: Any = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        self._model = model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
+        if self._model.config.in_channels != 3:
+            raise UserError(f"the autoencoder in {folder} takes {self._model.config.in_channels} channels, not RGB")
+        self._device = device
+        self.factor: int = 2 ** (len(self._model.config.block_out_channels) - 1)
+
+    def latent_channels(self, image_channels: int) -> int:
+        if image_channels != 3:
+            raise UserError(f"the vae codec takes RGB images, these have {image_channels} channel: pack with 3")
+        return int(self._model.config.latent_channels)
+
+    @torch.no_grad()
+    def encode(self, images_NHWC: Tensor) -> Tensor:
+        posterior = self._model.encode(_to_unit_range(images_NHWC.to(self._device))).latent_dist
+        return torch.cat([posterior.mean, posterior.std], dim=1).cpu()
+
+    @torch.no_grad()
+    def decode(self, raw_NCHW: Tensor) -> Tensor:
+        return _to_uint8(self._model.decode(raw_NCHW.to(self._device, torch.float32)).sample)
+
+
+def open_codec(codec: Codec, vae_folder: str | None = None, device: str = "cpu") -> ImageCodec:
+    """The codec a manifest names, ready to decode.
+
+    Raises:
+        UserError: a vae codec without its folder, or with other weights than encoded the data.
+    """
+    if codec.kind == "pixels":
+        return PixelsCodec()
+    if vae_folder is None:
+        raise UserError("the data set holds vae latents: name the autoencoder's folder to decode them")
+    vae = VAECodec(vae_folder, device)
+    if vae.weights_hash != codec.weights_hash:
+        raise UserError(
+            f"the autoencoder in {vae_folder} has weights {vae.weights_hash[:12]}, the data was encoded with "
+            f"{codec.weights_hash[:12]}: use the same weights"
+        )
+    return vae
+
+
+def normalize(raw_NCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...], sigma_data: float = 0.5) -> Tensor:
+    """z = (raw - mean) / std * sigma_data per channel, fp32: the scale on which the network works."""
+    mean_C11, std_C11 = _per_channel(mean, raw_NCHW), _per_channel(std, raw_NCHW)
+    return (raw_NCHW.float() - mean_C11) / std_C11 * sigma_data
+
+
+def denormalize(z_NCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...], sigma_data: float = 0.5) -> Tensor:
+    """The inverse of `normalize`."""
+    mean_C11, std_C11 = _per_channel(mean, z_NCHW), _per_channel(std, z_NCHW)
+    return z_NCHW.float() / sigma_data * std_C11 + mean_C11
+
+
+def decode(z_NCHW: Tensor, codec: Codec, image_codec: ImageCodec, sigma_data: float = 0.5) -> Tensor:
+    """Network outputs to uint8 (N, H, W, channels) images, clamped and rounded.
+
+    Raises:
+        ValueError: values that are not finite.
+    """
+    return image_codec.decode(denormalize(z_NCHW, codec.mean, codec.std, sigma_data))
+
+
+def draw_raw(stored_N: Tensor, kind: str, seed: int, purpose: str, ordinal_N: Tensor) -> Tensor:
+    """Raw latents (N, C, H, W) in fp32 from stored ones: the values themselves, or for `vae` a draw of the posterior.
+
+    Args:
+        stored_N: (N, C', H, W) as read from a shard.
+        ordinal_N: (N,) numbers that name each draw under (seed, purpose).
+    """
+    if kind == "pixels":
+        return stored_N.float()
+    mean, std = stored_N.float().chunk(2, dim=1)
+    return mean + std * rng.normal(seed, purpose, ordinal_N, tuple(mean.shape[1:]))
+
+
+def _per_channel(values: tuple[float, ...], like_NCHW: Tensor) -> Tensor:
+    assert len(values) == like_NCHW.shape[1], (len(values), like_NCHW.shape)
+    return torch.tensor(values, dtype=torch.float32, device=like_NCHW.device)[:, None, None]
+
+
+def _to_unit_range(images_NHWC: Tensor) -> Tensor:
+    assert images_NHWC.dtype == torch.uint8 and images_NHWC.ndim == 4, (images_NHWC.dtype, images_NHWC.shape)
+    return images_NHWC.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def _to_uint8(raw_NCHW: Tensor) -> Tensor:
+    if not torch.isfinite(raw_NCHW).all():
+        raise ValueError("cannot decode: values are not finite")
+    return ((raw_NCHW + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+
+
+def _file_sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,79 @@
+"""All shards of a manifest, opened and checked, read by global sample index."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from imm_scale import storage
+from imm_scale.data import codec as codecs
+from imm_scale.data import plan
+from imm_scale.data.manifest import Manifest
+from imm_scale.data.shards import open_shard
+
+_OPENING_THREADS = 8
+
+
+class Dataset:
+    """The samples of a manifest. Global sample indices count through its shards in the manifest's order.
+
+    Opening reads the manifest and every index, and compares every shard's size with the manifest.
+
+    Raises:
+        UserError: a bad manifest, or a shard or index that is not what the manifest says.
+    """
+
+    def __init__(self, manifest_url: str) -> None:
+        self.manifest = Manifest.load(manifest_url)
+        folder, manifest = storage.parent(manifest_url), self.manifest
+        with ThreadPoolExecutor(_OPENING_THREADS) as pool:
+            self._shards = list(
+                pool.map(
+                    lambda info: open_shard(folder, info, manifest.stored_shape, manifest.num_classes), manifest.shards
+                )
+            )
+        self.shard_samples = [info.samples for info in manifest.shards]
+        self.labels: NDArray[np.int64] = np.concatenate([shard.labels for shard in self._shards])
+        self._first = np.cumsum([0, *self.shard_samples])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, start: int, stop: int) -> NDArray[np.float16]:
+        """Stored arrays (n, C', H, W) of samples [start, stop), which must lie in one shard, by one ranged read.
+
+        Raises:
+            UserError: a shard that is short or damaged.
+        """
+        shard = int(np.searchsorted(self._first, start, side="right")) - 1
+        assert start < stop <= self._first[shard + 1], (start, stop)
+        first = int(self._first[shard])
+        return self._shards[shard].read(start - first, stop - first)
+
+
+def read_all(
+    manifest_url: str, chunk_samples: int = 256, seed: int = 0, sigma_data: float = 0.5
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every sample once, in the manifest's order: the reference of an evaluation.
+
+    Yields:
+        x (n, C, H, W) fp32 normalized and label (n,) int64, n at most `chunk_samples`. A `vae` latent is one draw of
+        its posterior, named by the seed and the sample's index, so it is the same in every pass.
+
+    Raises:
+        UserError: as `Dataset` does.
+    """
+    dataset = Dataset(manifest_url)
+    codec = dataset.manifest.codec
+    table = plan.block_table(dataset.shard_samples, chunk_samples)
+    for start, size in zip(table.start.tolist(), table.size.tolist(), strict=True):
+        stored = torch.from_numpy(dataset.read(start, start + size))
+        index = torch.arange(start, start + size)
+        raw = codecs.draw_raw(stored, codec.kind, seed, "reference_posterior", index)
+        yield (
+            codecs.normalize(raw, codec.mean, codec.std, sigma_data),
+            torch.from_numpy(dataset.labels[start : start + size]),
+        )

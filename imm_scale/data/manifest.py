@@ -1,0 +1,219 @@
+"""The data set's description, `manifest.json`: which shards, of which codec, and what they must weigh and hash to."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from imm_scale import storage
+from imm_scale.errors import UserError
+
+FORMAT_VERSION = 1
+CODEC_KINDS = ("pixels", "vae")
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How images became latents.
+
+    Attributes:
+        kind: "pixels" (the values themselves) or "vae" (posterior mean and std of an autoencoder).
+        weights_hash: sha256 of the autoencoder's weights, "" for pixels.
+        image_size: pixels on a side of the square images.
+        channels: channels of the latent as the network sees it.
+        factor: image pixels per latent pixel along a side, 1 for pixels.
+        mean, std: per channel, of the raw latent; training data is (raw - mean) / std * sigma_data.
+    """
+
+    kind: str
+    weights_hash: str
+    image_size: int
+    channels: int
+    factor: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard: its file name (relative to the manifest), and size and sha256 that make damage visible."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    index_sha256: str
+
+    @property
+    def index_name(self) -> str:
+        return self.name.removesuffix(".tar") + ".index.npy"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A data set. `latent_shape` is (C, H, W) as the network sees it; `class_names` may be empty."""
+
+    codec: Codec
+    latent_shape: tuple[int, int, int]
+    num_classes: int
+    class_names: tuple[str, ...]
+    shards: tuple[ShardInfo, ...]
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int]:
+        """Shape of one stored array: `vae` stacks mean and std along the channels."""
+        channels, height, width = self.latent_shape
+        return (2 * channels if self.codec.kind == "vae" else channels, height, width)
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the canonical JSON: equal for equal content, whatever the file's layout."""
+        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+    def save(self, url: str) -> None:
+        storage.write_text(url, self.to_json())
+
+    @classmethod
+    def load(cls, url: str) -> "Manifest":
+        """Reads and checks a manifest.
+
+        Raises:
+            UserError: no such file, no JSON, a newer format, a missing, unknown or ill-typed field, or fields that
+                contradict each other.
+        """
+        try:
+            text = storage.read_bytes(url)
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise UserError(
+                f"no manifest at {url}: data.manifest must name the manifest.json that data_tools.encode wrote"
+            ) from error
+        return parse(text, where=url)
+
+
+def parse(text: str | bytes, where: str) -> Manifest:
+    """A manifest from its JSON text; `where` names it in messages. Raises UserError as `Manifest.load` does."""
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON ({error}): write it again with python -m data_tools.encode") from error
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise UserError(f"{where} has format version {version}, this program reads {FORMAT_VERSION}: upgrade imm-scale")
+    top = _checked(document, Manifest, where)
+    manifest = Manifest(
+        codec=_parse_codec(top["codec"], f"{where}: codec"),
+        latent_shape=tuple(_items(top["latent_shape"], int, f"{where}: latent_shape")),
+        num_classes=top["num_classes"],
+        class_names=tuple(_items(top["class_names"], str, f"{where}: class_names")),
+        shards=tuple(
+            ShardInfo(**_checked(shard, ShardInfo, f"{where}: shards[{i}]")) for i, shard in enumerate(top["shards"])
+        ),
+        format_version=top["format_version"],
+    )
+    _check_consistent(manifest, where)
+    return manifest
+
+
+def _parse_codec(document: Any, where: str) -> Codec:
+    values = _checked(document, Codec, where)
+    for name in ("mean", "std"):
+        values[name] = tuple(float(v) for v in _items(values[name], float, f"{where}.{name}"))
+    return Codec(**values)
+
+
+def _checked(document: Any, target: type, where: str) -> dict[str, Any]:
+    """The document as keyword arguments of a dataclass: exactly its fields, scalars of exactly its types."""
+    if not isinstance(document, dict):
+        raise UserError(f"{where} is {document!r}: an object with named fields is needed")
+    wanted = {field.name: field.type for field in fields(target)}
+    for key in document:
+        if key not in wanted:
+            raise UserError(f"{where} has an unknown field {key!r}: remove it, or write the file again")
+    for key, kind in wanted.items():
+        if key not in document:
+            raise UserError(f"{where} has no field {key!r}: write the file again with python -m data_tools.encode")
+        # A tuple is a JSON list, a nested dataclass is checked by its own call.
+        if kind in (int, str) and type(document[key]) is not kind:
+            raise UserError(f"{where}: {key} is {document[key]!r}: {kind.__name__} is needed")
+        if str(kind).startswith("tuple") and not isinstance(document[key], list):
+            raise UserError(f"{where}: {key} is {document[key]!r}: a list is needed")
+    return dict(document)
+
+
+def _items(values: list[Any], kind: type, where: str) -> list[Any]:
+    allowed = (int, float) if kind is float else (kind,)
+    for value in values:
+        if type(value) not in allowed:
+            raise UserError(f"{where} holds {value!r}: {kind.__name__} is needed")
+    return values
+
+
+def _check_consistent(manifest: Manifest, where: str) -> None:
+    codec = manifest.codec
+    side = codec.image_size // max(codec.factor, 1)
+    counts = [shard.samples for shard in manifest.shards] + [shard.bytes for shard in manifest.shards]
+    rules = [
+        (manifest.format_version == FORMAT_VERSION, f"format_version is {manifest.format_version}, not 1"),
+        (codec.kind in CODEC_KINDS, f"codec kind {codec.kind!r} is none of {', '.join(CODEC_KINDS)}"),
+        (codec.channels >= 1 and codec.factor >= 1, f"codec channels {codec.channels} or factor {codec.factor} < 1"),
+        (
+            manifest.latent_shape == (codec.channels, side, side),
+            f"latent_shape {list(manifest.latent_shape)} does not follow from the codec's channels, image_size and "
+            f"factor, which give {[codec.channels, side, side]}",
+        ),
+        (
+            len(codec.mean) == len(codec.std) == codec.channels,
+            f"codec mean and std have {len(codec.mean)} and {len(codec.std)} entries for {codec.channels} channels",
+        ),
+        (all(0 < std < float("inf") for std in codec.std), f"codec std {list(codec.std)} must be positive"),
+        (all(abs(mean) < float("inf") for mean in codec.mean), f"codec mean {list(codec.mean)} must be finite"),
+        (manifest.num_classes >= 1, f"num_classes is {manifest.num_classes}, it must be at least 1"),
+        (
+            len(manifest.class_names) in (0, manifest.num_classes),
+            f"{len(manifest.class_names)} class_names for num_classes {manifest.num_classes}",
+        ),
+        (len(manifest.shards) > 0, "there are no shards"),
+        (all(count >= 1 for count in counts), "a shard has no samples or no bytes"),
+        (
+            len({shard.name for shard in manifest.shards}) == len(manifest.shards),
+            "two shards have the same name",
+        ),
+    ]
+    for holds, problem in rules:
+        if not holds:
+            raise UserError(f"{where}: {problem}; write the file again with python -m data_tools.encode")
+
+
+def check_expectations(
+    manifest: Manifest,
+    *,
+    codec: str | None = None,
+    latent_shape: tuple[int, int, int] | None = None,
+    num_classes: int | None = None,
+) -> None:
+    """Refuses a data set other than the one expected; None expects nothing. `codec` is a kind, "pixels" or "vae".
+
+    Raises:
+        UserError: naming both sides.
+    """
+    if codec is not None and codec != manifest.codec.kind:
+        raise UserError(
+            f"the manifest's codec is {manifest.codec.kind}, data.codec expects {codec}: "
+            "name the data set the model was made for in data.manifest, or change data.codec"
+        )
+    if latent_shape is not None and latent_shape != manifest.latent_shape:
+        raise UserError(
+            f"the manifest's latents have shape {manifest.latent_shape}, the model expects {latent_shape}: "
+            "change the model's shape or data.manifest"
+        )
+    if num_classes is not None and num_classes != manifest.num_classes:
+        raise UserError(f"the manifest has {manifest.num_classes} classes, the model {num_classes}: change one of them")

@@ -1,0 +1,183 @@
+"""Which rank runs which group, and which sample stands where: pure functions of counts, the seed and the clock.
+
+Names: B global batch size, M particles per group, G = B / M groups, W ranks, N samples, L = N // B steps per epoch.
+Nothing here reads a file or knows how many loaders there are, so the order of samples is the same on any machine.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from imm_scale import rng
+from imm_scale.errors import UserError
+
+
+def rank_groups(num_groups: int, rank: int, world_size: int) -> range:
+    """The contiguous groups of one rank; over all ranks every group once, sizes differing by at most one.
+
+    Raises:
+        UserError: more ranks than groups, or a rank outside the world.
+    """
+    _check_ranks_fit(num_groups, world_size)
+    if not 0 <= rank < world_size:
+        raise UserError(f"rank {rank} is outside a world of {world_size}: ranks count from 0 to {world_size - 1}")
+    return range(rank * num_groups // world_size, (rank + 1) * num_groups // world_size)
+
+
+def _check_ranks_fit(num_groups: int, world_size: int) -> None:
+    if world_size < 1:
+        raise UserError(f"world size {world_size}: at least one rank is needed")
+    if world_size > num_groups:
+        raise UserError(
+            f"{world_size} ranks for {num_groups} groups: at most {num_groups} ranks fit. Use fewer ranks, "
+            "a larger train.global_batch_size or a smaller objective.particles"
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a global batch is spread over ranks and micro-batches.
+
+    A slot holds one group. Every rank runs the same number of slots, `accumulation` micro-batches of
+    `slots_per_micro_batch` each; a rank with fewer groups pads its last slots with weight 0.
+
+    Raises:
+        UserError: sizes that are not positive, do not divide, or do not fit.
+    """
+
+    global_batch_size: int
+    particles: int
+    world_size: int
+    micro_batch_size: int
+
+    def __post_init__(self) -> None:
+        for field in ("global_batch_size", "particles", "world_size", "micro_batch_size"):
+            if getattr(self, field) < 1:
+                raise UserError(f"{field} is {getattr(self, field)}: it must be at least 1")
+        for field in ("global_batch_size", "micro_batch_size"):
+            value = getattr(self, field)
+            if value % self.particles:
+                raise UserError(
+                    f"train.{field} is {value}, not a multiple of objective.particles = {self.particles}: "
+                    f"use {max(value // self.particles, 1) * self.particles}"
+                )
+        if self.micro_batch_size > self.global_batch_size:
+            raise UserError(
+                f"train.micro_batch_size {self.micro_batch_size} is larger than train.global_batch_size "
+                f"{self.global_batch_size}: lower it to {self.global_batch_size} or less"
+            )
+        _check_ranks_fit(self.num_groups, self.world_size)
+
+    @property
+    def num_groups(self) -> int:
+        """G, over all ranks."""
+        return self.global_batch_size // self.particles
+
+    @property
+    def slots_per_rank(self) -> int:
+        """The most groups any rank has."""
+        return _ceil_div(self.num_groups, self.world_size)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per step."""
+        return _ceil_div(self.slots_per_rank, self.micro_batch_size // self.particles)
+
+    @property
+    def slots_per_micro_batch(self) -> int:
+        return _ceil_div(self.slots_per_rank, self.accumulation)
+
+    @property
+    def slots(self) -> int:
+        """Slots a rank runs in a step, padded ones among them."""
+        return self.accumulation * self.slots_per_micro_batch
+
+
+def _ceil_div(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)
+
+
+@dataclass(frozen=True)
+class BlockTable:
+    """Blocks of neighbouring samples: first global sample index and size of each, int64 arrays of one length."""
+
+    start: NDArray[np.int64]
+    size: NDArray[np.int64]
+
+    def block_of(self, sample: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The block of each global sample index."""
+        return np.searchsorted(self.start, sample, side="right") - 1
+
+
+def block_table(shard_samples: list[int], block_samples: int) -> BlockTable:
+    """Cuts each shard into blocks of `block_samples`, the last one of a shard perhaps shorter.
+
+    Args:
+        shard_samples: samples per shard; global sample indices count through the shards in this order.
+
+    Raises:
+        UserError: block_samples below 1.
+    """
+    if block_samples < 1:
+        raise UserError(f"data.block_samples is {block_samples}: it must be at least 1")
+    starts: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
+    sizes: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
+    first = 0
+    for samples in shard_samples:
+        start = np.arange(0, samples, block_samples, dtype=np.int64)
+        starts.append(first + start)
+        sizes.append(np.minimum(block_samples, samples - start))
+        first += samples
+    return BlockTable(start=np.concatenate(starts), size=np.concatenate(sizes))
+
+
+def epoch_order(shard_samples: list[int], block_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order of an epoch: (N,) global sample indices, blocks permuted, then samples inside each block."""
+    table = block_table(shard_samples, block_samples)
+    num_samples = int(table.size.sum())
+    rank_of_block = np.empty(len(table.start), np.int64)
+    block_bits = rng.random_bits(seed, "block_order", torch.arange(len(table.start)), stream=epoch).numpy()
+    rank_of_block[np.argsort(block_bits, kind="stable")] = np.arange(len(table.start))
+    sample_bits = rng.random_bits(seed, "sample_order", torch.arange(num_samples), stream=epoch).numpy()
+    # One sort instead of two: the block's rank in the high bits, 32 of the 63 random bits below; a tie keeps order.
+    return np.argsort((np.repeat(rank_of_block, table.size) << 32) | (sample_bits >> 31), kind="stable")
+
+
+def steps_per_epoch(global_batch_size: int, num_samples: int) -> int:
+    """L = N // B; the N mod B samples left over differ from epoch to epoch.
+
+    Raises:
+        UserError: fewer samples than one global batch.
+    """
+    if num_samples < global_batch_size:
+        raise UserError(
+            f"the data set has {num_samples} samples, fewer than train.global_batch_size {global_batch_size}: "
+            f"lower the batch size to {num_samples} or less, or use a larger data set"
+        )
+    return num_samples // global_batch_size
+
+
+def batch_indices(
+    order: NDArray[np.int64], global_batch_size: int, step_in_epoch: int, positions: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Global sample indices of some positions of a step: position p of step k takes order[p * L + k]."""
+    steps = steps_per_epoch(global_batch_size, len(order))
+    assert 0 <= step_in_epoch < steps, (step_in_epoch, steps)
+    return order[positions * steps + step_in_epoch]
+
+
+def clock(images_seen: int, global_batch_size: int, num_samples: int) -> tuple[int, int]:
+    """(epoch, step in that epoch) of the batch that starts at `images_seen`, which counts B per step.
+
+    Raises:
+        UserError: a clock that no whole number of steps reaches, or fewer samples than one global batch.
+    """
+    step, remainder = divmod(images_seen, global_batch_size)
+    if images_seen < 0 or remainder:
+        raise UserError(
+            f"images_seen {images_seen} is not a whole number of steps of {global_batch_size} images: "
+            "continue with the train.global_batch_size the run began with"
+        )
+    return divmod(step, steps_per_epoch(global_batch_size, num_samples))

@@ -1,0 +1,102 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from imm_scale.data import codec as codecs
+from imm_scale.data.codec import PixelsCodec, VAECodec
+from imm_scale.data.manifest import Codec
+from imm_scale.errors import UserError
+
+CODEC = Codec("pixels", "", 16, 3, 1, (-0.1, 0.2, 0.3), (0.5, 0.25, 2.0))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_pixel_value_survives_fp16_and_both_scalings(channels: int) -> None:
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(1, 16, 16, channels)
+    codec = Codec("pixels", "", 16, channels, 1, CODEC.mean[:channels], CODEC.std[:channels])
+    stored = PixelsCodec().encode(images).half()
+    assert stored.shape == (1, channels, 16, 16)
+    assert stored.min() == -1 and stored.max() == 1
+    z = codecs.normalize(stored, codec.mean, codec.std)
+    assert z.dtype == torch.float32
+    assert torch.equal(codecs.decode(z, codec, PixelsCodec()), images)
+
+
+def test_normalize_gives_sigma_data() -> None:
+    raw = torch.randn(4000, 2, 2, 2, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    z = codecs.normalize(raw, (1.0, 1.0), (3.0, 3.0), sigma_data=0.7)
+    assert abs(z.std().item() - 0.7) < 0.01 and abs(z.mean().item()) < 0.01
+    torch.testing.assert_close(codecs.denormalize(z, (1.0, 1.0), (3.0, 3.0), sigma_data=0.7), raw)
+
+
+def test_decode_clamps_rounds_and_refuses_nan() -> None:
+    codec = Codec("pixels", "", 1, 1, 1, (0.0,), (0.5,))
+    raw = torch.tensor([-9.0, -0.9999, 0.0, 0.9999, 9.0]).reshape(-1, 1, 1, 1)
+    assert codecs.decode(raw, codec, PixelsCodec()).flatten().tolist() == [0, 0, 128, 255, 255]
+    with pytest.raises(ValueError, match="not finite"):
+        codecs.decode(torch.full((1, 1, 1, 1), torch.nan), codec, PixelsCodec())
+
+
+def test_a_posterior_is_drawn_per_ordinal() -> None:
+    mean, std = torch.full((20, 1, 32, 32), 2.0), torch.full((20, 1, 32, 32), 0.5)
+    stored = torch.cat([mean, std], dim=1).half()
+    ordinal = torch.arange(100, 120)
+    raw = codecs.draw_raw(stored, "vae", 0, "posterior", ordinal)
+    assert raw.shape == (20, 1, 32, 32) and raw.dtype == torch.float32
+    assert abs(raw.mean().item() - 2.0) < 0.02 and abs(raw.std().item() - 0.5) < 0.02
+    assert torch.equal(raw[7:9], codecs.draw_raw(stored[7:9], "vae", 0, "posterior", ordinal[7:9]))
+    assert not torch.equal(raw, codecs.draw_raw(stored, "vae", 0, "posterior", ordinal + 20))
+
+
+def test_opening_refuses_missing_weights(tmp_path: Path) -> None:
+    vae = Codec("vae", "ab" * 32, 16, 4, 2, (0.0,) * 4, (1.0,) * 4)
+    assert codecs.open_codec(CODEC).kind == "pixels"
+    with pytest.raises(UserError, match="name the autoencoder's folder"):
+        codecs.open_codec(vae)
+    with pytest.raises(UserError, match=r"must name a folder written by AutoencoderKL\.save_pretrained"):
+        codecs.open_codec(vae, str(tmp_path))
+
+
+@pytest.fixture
+def vae_folder(tmp_path: Path) -> str:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=16,
+    )
+    model.save_pretrained(str(tmp_path / "vae"))
+    return str(tmp_path / "vae")
+
+
+def test_vae_codec_matches_diffusers(vae_folder: str) -> None:
+    from diffusers import AutoencoderKL
+
+    codec = VAECodec(vae_folder)
+    assert codec.factor == 2 and codec.latent_channels(3) == 4 and len(codec.weights_hash) == 64
+    images = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8)
+    stored = codec.encode(images)
+    assert stored.shape == (3, 8, 8, 8)
+    model = AutoencoderKL.from_pretrained(vae_folder)
+    with torch.no_grad():
+        expected = model.encode(images.permute(0, 3, 1, 2) / 127.5 - 1.0).latent_dist
+        picture = model.decode(expected.mean).sample
+    torch.testing.assert_close(stored, torch.cat([expected.mean, expected.std], dim=1))
+    decoded = codec.decode(stored[:, :4])
+    assert decoded.dtype == torch.uint8 and decoded.shape == (3, 16, 16, 3)
+    difference = decoded.float() - ((picture + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1)
+    assert difference.abs().max() <= 0.51
+    with pytest.raises(UserError, match="takes RGB images"):
+        codec.latent_channels(1)
+
+
+def test_other_weights_are_refused(vae_folder: str) -> None:
+    vae = Codec("vae", "ab" * 32, 16, 4, 2, (0.0,) * 4, (1.0,) * 4)
+    with pytest.raises(UserError, match="encoded with abababababab"):
+        codecs.open_codec(vae, vae_folder)

@@ -1,0 +1,197 @@
+import threading
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from imm_scale import rng, storage
+from imm_scale.data import codec as codecs
+from imm_scale.data import plan
+from imm_scale.data.dataset import Dataset, read_all
+from imm_scale.data.loader import Batch, Loader
+from imm_scale.data.manifest import Manifest
+from imm_scale.data.plan import Layout
+from imm_scale.data.prefetch import Prefetcher
+from imm_scale.errors import UserError
+
+MakeDataset = Callable[..., str]
+BATCH, PARTICLES, SEED, BLOCK = 20, 2, 5, 4
+
+
+def _batches(url: str, steps: int, world: int = 1, micro: int = BATCH, rank: int = 0, **options: object) -> list[Batch]:
+    layout = Layout(BATCH, PARTICLES, world, micro)
+    with Loader(url, layout, rank, SEED, BLOCK, **options) as loader:  # type: ignore[arg-type]
+        return list(islice(loader, steps))
+
+
+def _sample_index(x_NCHW: Tensor, url: str) -> list[int]:
+    """Undoes the normalization and reads the index that make_dataset put into the first value of pixels."""
+    codec = Manifest.load(url).codec
+    return (codecs.denormalize(x_NCHW, codec.mean, codec.std)[:, 0, 0, 0] * 64).round().int().tolist()
+
+
+def test_batches_are_those_of_the_plan_across_epochs(make_dataset: MakeDataset) -> None:
+    url = make_dataset([30, 7, 31])
+    steps = 68 // BATCH
+    for i, batch in enumerate(_batches(url, 2 * steps + 1)):
+        order = plan.epoch_order([30, 7, 31], BLOCK, SEED, i // steps)
+        expected = plan.batch_indices(order, BATCH, i % steps, np.arange(BATCH)).tolist()
+        assert _sample_index(batch.x, url) == expected
+        assert batch.label.tolist() == [index % 7 for index in expected]
+        assert batch.images_seen == i * BATCH
+        assert batch.ordinal.tolist() == list(range(i * BATCH, (i + 1) * BATCH))
+        assert batch.x.dtype == torch.float32 and batch.weight.tolist() == [1.0] * (BATCH // PARTICLES)
+
+
+def _real_rows(batch: Batch) -> dict[int, tuple[Tensor, int]]:
+    real = batch.weight.repeat_interleave(PARTICLES) > 0
+    padded = ~real
+    assert not batch.x[padded].any() and not batch.label[padded].any() and not batch.ordinal[padded].any()
+    rows = zip(batch.ordinal[real].tolist(), batch.x[real], batch.label[real].tolist(), strict=True)
+    return {ordinal: (x, label) for ordinal, x, label in rows}
+
+
+@pytest.mark.parametrize("kind", ["pixels", "vae"])
+@pytest.mark.parametrize(("world", "micro"), [(1, 6), (2, 8), (3, 2), (3, 4), (7, 20), (10, 2)])
+def test_any_layout_gives_the_same_samples(make_dataset: MakeDataset, kind: str, world: int, micro: int) -> None:
+    url = make_dataset([30, 30], kind=kind)
+    steps = 4
+    expected: dict[int, tuple[Tensor, int]] = {}
+    for batch in _batches(url, steps):
+        expected |= _real_rows(batch)
+    layout = Layout(BATCH, PARTICLES, world, micro)
+    joined: dict[int, tuple[Tensor, int]] = {}
+    for rank in range(world):
+        for batch in _batches(url, steps, world, micro, rank):
+            assert len(batch.weight) == layout.slots
+            for part in batch.micro_batches(layout.accumulation):
+                assert len(part.weight) == layout.slots_per_micro_batch
+                assert len(part.x) == layout.slots_per_micro_batch * PARTICLES <= micro
+                rows = _real_rows(part)
+                assert not joined.keys() & rows.keys()
+                joined |= rows
+    assert joined.keys() == expected.keys() == set(range(steps * BATCH))
+    for ordinal, (x, label) in expected.items():
+        assert torch.equal(joined[ordinal][0], x) and joined[ordinal][1] == label
+
+
+@pytest.mark.parametrize("start", [1, 2, 3, 5])
+def test_resume_continues_at_the_next_sample(make_dataset: MakeDataset, start: int) -> None:
+    url = make_dataset([30, 37], kind="vae")
+    whole = _batches(url, 6)
+    resumed = _batches(url, 6 - start, images_seen=start * BATCH)
+    for expected, batch in zip(whole[start:], resumed, strict=True):
+        assert batch.images_seen == expected.images_seen
+        assert torch.equal(batch.x, expected.x) and torch.equal(batch.label, expected.label)
+
+
+def test_vae_batches_draw_the_posterior_by_ordinal(make_dataset: MakeDataset) -> None:
+    url = make_dataset([40], kind="vae")
+    batch = _batches(url, 1)[0]
+    order = plan.epoch_order([40], BLOCK, SEED, 0)
+    indices = plan.batch_indices(order, BATCH, 0, np.arange(BATCH))
+    stored = torch.from_numpy(Dataset(url).read(0, 40))[torch.from_numpy(indices)].float()
+    raw = stored[:, :2] + stored[:, 2:] * rng.normal(SEED, "posterior", batch.ordinal, (2, 3, 3))
+    torch.testing.assert_close(batch.x[:, 1], (raw[:, 1] - 0.25) / 1.5 * 0.5)
+
+
+def test_flip_mirrors_half_of_the_pixels_by_ordinal(make_dataset: MakeDataset) -> None:
+    url = make_dataset([100])
+    plain, flipped = _batches(url, 5), _batches(url, 5, flip=True)
+    count = 0
+    for a, b in zip(plain, flipped, strict=True):
+        mirrored = rng.uniform(SEED, "flip", a.ordinal)[:, 0] < 0.5
+        count += int(mirrored.sum())
+        assert torch.equal(b.x[mirrored], a.x[mirrored].flip(-1)) and torch.equal(b.x[~mirrored], a.x[~mirrored])
+    assert 30 < count < 70
+    with pytest.raises(UserError, match=r"data\.flip needs pixels"):
+        _batches(make_dataset([40], kind="vae"), 1, flip=True)
+
+
+def test_a_block_is_read_once_and_memory_is_bounded(make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = make_dataset([400, 400])
+    reads: list[tuple[str, int]] = []
+    read_range = storage.read_range
+
+    def counting(url: str, start: int, stop: int) -> bytes:
+        reads.append((url, start))
+        return read_range(url, start, stop)
+
+    monkeypatch.setattr(storage, "read_range", counting)
+    _batches(url, 37)  # 40 steps make an epoch, three are read ahead at the most
+    # 200 blocks of 4; a block at a seam of two of the 20 positions is read twice.
+    assert len(set(reads)) <= 200 and len(reads) <= 220
+
+
+def test_start_is_refused_for_bad_data_and_arguments(make_dataset: MakeDataset) -> None:
+    url = make_dataset([12, 13])
+    with pytest.raises(UserError, match="images_seen 30"):
+        _batches(url, 1, images_seen=30)
+    with pytest.raises(UserError, match="rank 4 is outside"):
+        _batches(url, 1, world=3, rank=4)
+    with pytest.raises(UserError, match=r"19 samples.*lower the batch size"):
+        _batches(make_dataset([19]), 1)
+    shard = Path(url).parent / "part-001.tar"
+    shard.write_bytes(shard.read_bytes()[:-1024])
+    with pytest.raises(UserError, match=r"part-001\.tar.*cut short"):
+        _batches(url, 1)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"part-001\.tar.*missing"):
+        _batches(url, 1)
+
+
+def test_damage_met_in_the_background_reaches_the_consumer(make_dataset: MakeDataset) -> None:
+    url = make_dataset([60])
+    shard = Path(url).parent / "part-000.tar"
+    data = bytearray(shard.read_bytes())
+    data[600] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match=r"part-000\.tar: sample 0 at byte 512 has crc32"):
+        _batches(url, 3)
+
+
+def _prefetch_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("prefetch")}
+
+
+def test_closing_ends_the_thread(make_dataset: MakeDataset) -> None:
+    url = make_dataset([40])
+    before = _prefetch_threads()
+    with Loader(url, Layout(BATCH, PARTICLES, 1, BATCH), 0, SEED, BLOCK) as loader:
+        next(loader)
+        assert _prefetch_threads() - before
+        assert loader.data_seconds > 0
+    assert not _prefetch_threads() - before
+
+
+def test_prefetcher_runs_ahead_by_its_depth_and_no_further() -> None:
+    made: list[int] = []
+
+    def numbers() -> Iterator[int]:
+        for i in range(100):
+            made.append(i)
+            yield i
+        raise OSError("the end")
+
+    prefetcher = Prefetcher(numbers(), depth=2)
+    taken = [next(prefetcher) for _ in range(10)]
+    prefetcher.close()
+    assert taken == list(range(10)) and 10 <= len(made) <= 12
+    with pytest.raises(OSError, match="the end"):
+        list(Prefetcher(numbers(), depth=2))
+
+
+@pytest.mark.filterwarnings("error")
+def test_read_all_gives_every_sample_in_order(make_dataset: MakeDataset) -> None:
+    url = make_dataset([10, 11])
+    chunks = list(read_all(url, chunk_samples=4))
+    assert max(len(x) for x, _ in chunks) == 4
+    x, label = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    assert _sample_index(x, url) == list(range(21)) and label.tolist() == [i % 7 for i in range(21)]
+    vae = make_dataset([10, 11], kind="vae")
+    small, large = (torch.cat([x for x, _ in read_all(vae, n)]) for n in (3, 256))
+    assert torch.equal(small, large) and small.shape == (21, 2, 3, 3)

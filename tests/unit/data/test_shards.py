@@ -1,0 +1,147 @@
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset as wds
+
+from imm_scale.data.manifest import Manifest, ShardInfo
+from imm_scale.data.shards import INDEX_DTYPE, ShardReader, npy_header, open_shard, write_shard
+from imm_scale.errors import UserError
+
+SHAPE = (2, 3, 5)
+
+
+@pytest.fixture
+def latents() -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((9, *SHAPE)).astype(np.float16)
+
+
+@pytest.fixture
+def info(tmp_path: Path, latents: np.ndarray) -> ShardInfo:
+    return write_shard(str(tmp_path), "s.tar", [f"k/{i}" for i in range(9)], latents, list(range(9)))
+
+
+def _open(tmp_path: Path, info: ShardInfo, shape: tuple[int, int, int] = SHAPE) -> ShardReader:
+    return open_shard(str(tmp_path), info, shape, num_classes=9)
+
+
+def test_reads_back_any_range(tmp_path: Path, latents: np.ndarray, info: ShardInfo) -> None:
+    reader = _open(tmp_path, info)
+    assert reader.labels.tolist() == list(range(9))
+    for start in range(9):
+        for stop in range(start + 1, 10):
+            block = reader.read(start, stop)
+            assert block.dtype == np.float16 and block.flags.owndata and block.flags.c_contiguous
+            np.testing.assert_array_equal(block, latents[start:stop])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_stock_webdataset_reads_the_same(tmp_path: Path, latents: np.ndarray, info: ShardInfo) -> None:
+    samples = list(wds.WebDataset(str(tmp_path / info.name), shardshuffle=False).decode())
+    assert [sample["__key__"] for sample in samples] == [f"k/{i}" for i in range(9)]
+    assert [sample["cls"] for sample in samples] == list(range(9))
+    np.testing.assert_array_equal(np.stack([sample["latent.npy"] for sample in samples]), latents)
+
+
+def test_the_format_is_as_documented(tmp_path: Path, latents: np.ndarray, info: ShardInfo) -> None:
+    data = (tmp_path / "s.tar").read_bytes()
+    index = np.load(tmp_path / "s.index.npy", allow_pickle=False)
+    assert index.dtype == INDEX_DTYPE
+    for row, latent in zip(index, latents, strict=True):
+        file = data[row["offset"] : row["offset"] + row["length"]]
+        np.testing.assert_array_equal(np.load(io.BytesIO(file), allow_pickle=False), latent)
+    with tarfile.open(tmp_path / "s.tar") as archive:
+        members = archive.getmembers()
+    assert {member.mtime for member in members} == {0}
+    assert [member.name for member in members[:2]] == ["k/0.latent.npy", "k/0.cls"]
+    assert len(npy_header(SHAPE)) % 64 == 0
+
+
+def test_same_samples_give_the_same_bytes(tmp_path: Path, latents: np.ndarray, info: ShardInfo) -> None:
+    again = write_shard(str(tmp_path / "again"), "s.tar", [f"k/{i}" for i in range(9)], latents, list(range(9)))
+    assert again == info
+    assert (tmp_path / "again/s.tar").read_bytes() == (tmp_path / "s.tar").read_bytes()
+
+
+@pytest.mark.parametrize("keep", [0, 1, 511, 512, 700, 1536, 9000])
+def test_a_shard_cut_before_opening_is_refused(tmp_path: Path, info: ShardInfo, keep: int) -> None:
+    path = tmp_path / "s.tar"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=rf"s\.tar has {keep} bytes, the manifest says {info.bytes}.*cut short"):
+        _open(tmp_path, info)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.1, 0.33, 0.5, 0.87, 0.99])
+def test_a_shard_cut_after_opening_is_found_when_read(
+    tmp_path: Path, latents: np.ndarray, info: ShardInfo, part: float
+) -> None:
+    reader = _open(tmp_path, info)
+    path = tmp_path / "s.tar"
+    keep = int(part * info.bytes)
+    path.write_bytes(path.read_bytes()[:keep])
+    for i, row in enumerate(reader.index):
+        if row["offset"] + row["length"] <= keep:
+            np.testing.assert_array_equal(reader.read(i, i + 1), latents[i : i + 1])
+        else:
+            with pytest.raises(UserError, match=rf"s\.tar ends at byte {keep}|samples {i}"):
+                reader.read(i, i + 1)
+
+
+def test_every_flipped_bit_is_found_or_harmless(tmp_path: Path, latents: np.ndarray, info: ShardInfo) -> None:
+    reader = _open(tmp_path, info)
+    path = tmp_path / "s.tar"
+    whole = path.read_bytes()
+    payload = np.zeros(len(whole), bool)
+    for row in reader.index:
+        payload[row["offset"] : row["offset"] + row["length"]] = True
+    for position in range(0, len(whole), 97):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << (position % 8)
+        path.write_bytes(damaged)
+        if payload[position]:
+            with pytest.raises(UserError, match=r"s\.tar: sample \d at byte \d+ has crc32"):
+                reader.read(0, 9)
+        else:
+            np.testing.assert_array_equal(reader.read(0, 9), latents)
+
+
+def test_opening_refuses_what_does_not_fit(tmp_path: Path, latents: np.ndarray, info: ShardInfo) -> None:
+    with pytest.raises(UserError, match="not of one length"):
+        _open(tmp_path, info, shape=(2, 3, 6))
+    with pytest.raises(UserError, match=r"labels from 0 to 8, the manifest 5 classes"):
+        open_shard(str(tmp_path), info, SHAPE, num_classes=5)
+    index = tmp_path / "s.index.npy"
+    changed = bytearray(index.read_bytes())
+    changed[-1] ^= 1
+    index.write_bytes(changed)
+    with pytest.raises(UserError, match=r"s\.index\.npy has another sha256"):
+        _open(tmp_path, info)
+    index.unlink()
+    with pytest.raises(UserError, match=r"s\.index\.npy.*missing"):
+        _open(tmp_path, info)
+
+
+def test_an_array_of_another_shape_but_equal_size_is_refused(tmp_path: Path, info: ShardInfo) -> None:
+    with pytest.raises(UserError, match="sample 3 is no fp16 array of shape"):
+        _open(tmp_path, info, shape=(3, 2, 5)).read(3, 5)
+
+
+def test_writing_refuses_what_would_not_come_back(tmp_path: Path, latents: np.ndarray) -> None:
+    with pytest.raises(UserError, match=r"key 'a\.b' has a dot"):
+        write_shard(str(tmp_path), "x.tar", ["a.b"], latents[:1], [0])
+    with pytest.raises(UserError, match="does not fit a tar header"):
+        write_shard(str(tmp_path), "x.tar", ["a" * 300], latents[:1], [0])
+    latents[1, 0, 0, 0] = np.inf
+    with pytest.raises(UserError, match="sample two has values that fp16 cannot hold"):
+        write_shard(str(tmp_path), "x.tar", ["one", "two"], latents[:2], [0, 0])
+    assert not (tmp_path / "x.tar").exists()
+
+
+def test_manifest_and_shards_agree(make_dataset) -> None:  # type: ignore[no-untyped-def]
+    url = make_dataset([3, 5], kind="vae")
+    manifest = Manifest.load(url)
+    for shard in manifest.shards:
+        reader = open_shard(str(Path(url).parent), shard, manifest.stored_shape, manifest.num_classes)
+        assert reader.read(0, shard.samples).shape == (shard.samples, 4, 3, 3)

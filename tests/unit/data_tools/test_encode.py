@@ -1,0 +1,209 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_tools import encode, pack
+from data_tools.statistics import ChannelSums
+from imm_scale.data import codec as codecs
+from imm_scale.data.dataset import Dataset, read_all
+from imm_scale.data.manifest import Manifest
+
+COUNT = 11
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    """Eleven RGB images of 8 x 8 pixels in three shards."""
+    generator = np.random.default_rng(3)
+    for i in range(COUNT):
+        path = tmp_path / "source" / f"class {i % 3}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
+    folder = tmp_path / "images"
+    assert pack.main(["--source", str(tmp_path / "source"), "--out", str(folder), "--shard-samples", "4"]) == 0
+    return folder
+
+
+def _encode(images: Path, out: Path, *arguments: object, codec: str = "pixels") -> int:
+    return encode.main(
+        ["--images", str(images), "--out", str(out), "--codec", codec, *(str(argument) for argument in arguments)]
+    )
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _images_of(source: Path) -> dict[bytes, str]:
+    return {np.array(Image.open(path)).tobytes(): path.parent.name for path in source.rglob("*.png")}
+
+
+def test_images_come_back_with_their_labels(tmp_path: Path, packed: Path) -> None:
+    assert _encode(packed, tmp_path / "out") == 0
+    url = str(tmp_path / "out" / "manifest.json")
+    manifest = Manifest.load(url)
+    assert manifest.latent_shape == (3, 8, 8) and manifest.num_samples == COUNT
+    assert manifest.class_names == ("class 0", "class 1", "class 2")
+    found = {}
+    for x, label in read_all(url):
+        pictures = codecs.decode(x, manifest.codec, codecs.open_codec(manifest.codec))
+        for picture, one in zip(pictures, label.tolist(), strict=True):
+            found[picture.numpy().tobytes()] = manifest.class_names[one]
+    assert found == _images_of(tmp_path / "source")
+
+
+def test_mean_and_std_are_exact(tmp_path: Path, packed: Path) -> None:
+    _encode(packed, tmp_path / "out", "--batch-size", 3)
+    url = str(tmp_path / "out" / "manifest.json")
+    dataset = Dataset(url)
+    blocks = [(0, 4), (4, 8), (8, 11)]
+    values = np.concatenate([dataset.read(*block) for block in blocks]).astype(np.float64)
+    np.testing.assert_allclose(dataset.manifest.codec.mean, values.mean(axis=(0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(dataset.manifest.codec.std, values.std(axis=(0, 2, 3)), rtol=1e-12)
+    x = torch.cat([x for x, _ in read_all(url)])
+    torch.testing.assert_close(x.mean(dim=(0, 2, 3)), torch.zeros(3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(x.std(dim=(0, 2, 3), correction=0), torch.full((3,), 0.5), atol=1e-6, rtol=0)
+
+
+def test_vae_sums_give_the_variance_of_the_draws() -> None:
+    generator = np.random.default_rng(0)
+    mean = generator.standard_normal((300, 1, 4, 4)) + 2
+    std = generator.random((300, 1, 4, 4))
+    stored = np.concatenate([mean, std], axis=1).astype(np.float16)
+    parts = ChannelSums.of(stored[:100], "vae") + ChannelSums.of(stored[100:], "vae")
+    (found_mean,), (found_std,) = parts.mean_std()
+    draws = stored[:, :1] + stored[:, 1:] * generator.standard_normal((500, 300, 1, 4, 4))
+    assert abs(found_mean - draws.mean()) < 0.005 and abs(found_std - draws.std()) < 0.005
+
+
+def test_same_input_gives_the_same_bytes_however_it_is_split(tmp_path: Path, packed: Path) -> None:
+    _encode(packed, tmp_path / "a")
+    for job in (2, 0, 1):
+        assert not (tmp_path / "b" / "manifest.json").exists()
+        assert _encode(packed, tmp_path / "b", "--shard", f"{job}/3", "--batch-size", 1) == 0
+    assert _contents(tmp_path / "a") == _contents(tmp_path / "b")
+
+
+def test_running_again_skips_what_is_finished(tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    _encode(packed, out)
+    whole = _contents(out)
+    capsys.readouterr()
+    assert _encode(packed, out) == 0
+    assert "already encoded: 11 images in 3 shards" in capsys.readouterr().out
+    for lost in ("manifest.json", "latents-000001.json", "latents-000002.tar", "latents-000000.index.npy"):
+        (out / lost).unlink()
+    kept = (out / "latents-000000.json").stat().st_mtime_ns
+    assert _encode(packed, out) == 0
+    assert _contents(out) == whole
+    assert (out / "latents-000000.json").stat().st_mtime_ns > kept
+
+
+def test_other_data_is_refused_by_name(tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    _encode(packed, out)
+    whole = _contents(out)
+    grey, reordered = tmp_path / "grey", tmp_path / "reordered"
+    source = ["--source", str(tmp_path / "source"), "--shard-samples", "4"]
+    pack.main([*source, "--out", str(grey), "--channels", "1"])
+    pack.main([*source, "--out", str(reordered), "--seed", "1"])
+    capsys.readouterr()
+    assert _encode(grey, out) == 2
+    message = capsys.readouterr().err
+    assert "manifest.json is of another codec" in message and "3 channels" in message and "1 channels" in message
+    (out / "manifest.json").rename(tmp_path / "manifest.json")
+    assert _encode(grey, out) == 2
+    assert "latents-000000.json is of another codec" in capsys.readouterr().err
+    assert _encode(reordered, out) == 2
+    assert "latents-000000.json belongs to other images" in capsys.readouterr().err
+    (tmp_path / "manifest.json").rename(out / "manifest.json")
+    assert _contents(out) == whole
+
+
+def test_bad_input(tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    cases: list[tuple[int, str]] = [
+        (_encode(tmp_path / "nowhere", out), "no pack.json in"),
+        (_encode(packed, out, "--shard", "3/3"), "--shard '3/3'"),
+        (_encode(packed, out, "--batch-size", 0), "--batch-size is 0"),
+        (_encode(packed, out, codec="vae"), "--codec vae needs --vae PATH"),
+        (_encode(packed, out, "--vae", "x"), "--vae x is for --codec vae"),
+        (_encode(packed, out, "--vae", tmp_path, codec="vae"), "must name a folder written by"),
+    ]
+    messages = capsys.readouterr().err
+    for code, message in cases:
+        assert code == 2 and message in messages
+    assert not out.exists()
+
+
+def test_damaged_image_shards_are_refused(tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = packed / "images-000001.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:1024])
+    assert _encode(packed, tmp_path / "out") == 2
+    assert "images-000001.tar (1024 bytes) is not the file pack.json describes" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    shard.unlink()
+    assert _encode(packed, tmp_path / "out") == 2
+    assert "images-000001.tar is missing" in capsys.readouterr().err
+    shard.write_bytes(whole)
+    assert _encode(packed, tmp_path / "out") == 0
+
+
+def test_images_that_are_no_squares_or_all_alike_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, shape in (("wide", (4, 6, 3)), ("flat", (4, 4, 3))):
+        path = tmp_path / name / "class" / "a.png"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(np.full(shape, 90, np.uint8)).save(path)
+        pack.main(["--source", str(tmp_path / name), "--out", str(tmp_path / f"{name}-images")])
+    assert _encode(tmp_path / "wide-images", tmp_path / "a") == 2
+    assert "6x4 pixels" in capsys.readouterr().err
+    assert _encode(tmp_path / "flat-images", tmp_path / "b") == 2
+    assert "has one value in all images" in capsys.readouterr().err
+
+
+def test_labels_must_name_every_class(tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (packed / "labels.json").write_text(json.dumps({"0": "a", "2": "c"}))
+    assert _encode(packed, tmp_path / "out") == 2
+    assert "does not name classes 0, 1" in capsys.readouterr().err
+
+
+def test_encoding_through_an_object_store(tmp_path: Path, packed: Path) -> None:
+    assert encode.main(["--images", str(packed), "--out", "memory://encoded", "--codec", "pixels"]) == 0
+    stored = Manifest.load("memory://encoded/manifest.json")
+    _encode(packed, tmp_path / "out")
+    assert stored == Manifest.load(str(tmp_path / "out" / "manifest.json"))
+    assert sum(len(x) for x, _ in read_all("memory://encoded/manifest.json")) == COUNT
+
+
+def test_vae_latents(tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=8,
+    )
+    model.save_pretrained(str(tmp_path / "vae"))
+    out = tmp_path / "out"
+    assert _encode(packed, out, "--vae", tmp_path / "vae", codec="vae") == 0
+    manifest = Manifest.load(str(out / "manifest.json"))
+    assert manifest.latent_shape == (4, 4, 4) and manifest.stored_shape == (8, 4, 4) and manifest.codec.factor == 2
+    x = torch.cat([x for x, _ in read_all(str(out / "manifest.json"))])
+    assert x.shape == (COUNT, 4, 4, 4) and abs(x.std().item() - 0.5) < 0.1
+    assert _encode(packed, out) == 2
+    assert "is of another codec (vae with weights" in capsys.readouterr().err
+    first = _contents(out)
+    shutil.rmtree(out)
+    _encode(packed, out, "--vae", tmp_path / "vae", codec="vae")
+    assert _contents(out) == first
