@@ -1,0 +1,446 @@
+"""What a run can be told: the schema, a sentence for every field, and how YAML files and overrides become a `Config`.
+
+Files merge from left to right, each after the files it names under `include:`; then come `key=value` overrides.
+"""
+
+import dataclasses
+import difflib
+import os
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from imm_scale.errors import UserError
+
+
+def _opt(default: Any, help: str) -> Any:
+    """A field with its sentence; mutable defaults are copied for each instance."""
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str = _opt("imm", "Name of the run; the default folder and the wandb name are made from it.")
+    dir: str | None = _opt(None, "Folder of the run, a path or any fsspec URL; null means runs/{run.name}.")
+    allow_change: list[str] = _opt(
+        [], "Config keys (or whole sections) that may differ from the ones this run folder was started with."
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    manifest: str | None = _opt(None, "manifest.json of the latent shards, a path or any fsspec URL.")
+    codec: str | None = _opt(None, "Codec the shards must come from: pixels or vae; null takes what the manifest says.")
+    latent_shape: list[int] | None = _opt(
+        None, "Channels, height and width the shards must have; null: the manifest's."
+    )
+    num_classes: int | None = _opt(None, "Number of classes the shards must have; null takes the manifest's.")
+    block_samples: int = _opt(32, "Neighbouring samples fetched and shuffled as one block: larger reads less often.")
+    flip: bool = _opt(False, "Mirror half of the samples, chosen per sample and epoch.")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    size: str = _opt("DiT-S/2", "Row of the size table: DiT-{S,B,L,XL}/{2,4,8}; the other keys override its numbers.")
+    width: int | None = _opt(None, "Channels of the transformer; null takes the size's.")
+    depth: int | None = _opt(None, "Number of blocks; null takes the size's.")
+    heads: int | None = _opt(None, "Attention heads, a divisor of the width; null takes the size's.")
+    patch_size: int | None = _opt(None, "Side of a patch in latent pixels; null takes the size's.")
+    mlp_ratio: float = _opt(4.0, "Hidden width of the MLP over the width.")
+    qk_norm: bool = _opt(False, "RMS-normalize queries and keys: steadier at high learning rates, not in the paper.")
+    dropout: float = _opt(0.0, "Dropout inside the blocks; both branches of IMM share the mask.")
+    attention: Literal["sdpa", "xformers"] = _opt(
+        "sdpa", "Attention kernel: torch's, or xformers' where CUDA and the package are there."
+    )
+
+
+@dataclass(frozen=True)
+class FlowMapConfig:
+    trajectory: Literal["ot_fm", "vp_cosine"] = _opt(
+        "ot_fm", "Path from data to noise: straight lines (ot_fm, the paper's choice) or variance preserving."
+    )
+    parameterization: Literal["identity", "simple_edm", "euler_fm"] = _opt(
+        "euler_fm", "What the net predicts: data, an EDM-like velocity (any trajectory), or the mean velocity (ot_fm)."
+    )
+    second_time: Literal["s", "t_minus_s", "none"] = _opt(
+        "s", "How the net is told where to land: s, t - s (best at XL with a = 2), or not at all (flow matching)."
+    )
+    sigma_data: float = _opt(0.5, "Standard deviation of data and prior after normalization.")
+    time_embedding: Literal["positional", "fourier"] = _opt(
+        "positional", "Sinusoids of the times: geometric frequencies (stable) or random ones of scale 16."
+    )
+    time_scale: float = _opt(1000.0, "Times are multiplied by this before they are embedded.")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    name: Literal["imm", "flow_matching"] = _opt("imm", "Training loss: inductive moment matching, or the baseline.")
+    particles: int = _opt(4, "M, samples that share one (s, r, t): 4 is best at fixed batch, 1 and 2 collapse.")
+    kernel: Literal["laplace", "rbf", "energy", "pseudo_huber"] = _opt("laplace", "Kernel of the discrepancy.")
+    mapping: Literal["eta", "t", "log_snr", "inverse_eta"] = _opt(
+        "eta", "Coordinate in which r lies a constant step nearer to the data than t."
+    )
+    k: int = _opt(12, "The step is the coordinate's range / 2^k: 11 to 13 are stable on latents, 15 on CIFAR-10.")
+    min_gap: float | None = _opt(None, "Least t - r; null means 0 in fp32 and tf32, 1e-4 in fp16 and bf16.")
+    eta_max: float = _opt(160.0, "Upper end of the range of sigma / alpha.")
+    eta_min: float = _opt(0.0, "Lower end of the range of sigma / alpha.")
+    t_min: float = _opt(0.0, "Smallest time: 0 on latents, 0.006 on pixels.")
+    t_max: float | None = _opt(
+        None, "Largest time; null: 0.994 on ot_fm and 0.996 on vp_cosine for imm, 1 for flow_matching."
+    )
+    a: float = _opt(1.0, "Power of alpha in the weight: 1, or 2 with second_time=t_minus_s.")
+    b: float = _opt(4.0, "Shift of the sigmoid in the weight: 4 on latents, 5 on CIFAR-10.")
+    label_drop: float = _opt(0.1, "Share of samples trained without their label; guidance needs it above 0.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    global_batch_size: int = _opt(4096, "Samples of one optimizer step over all ranks, a multiple of M.")
+    micro_batch_size: int = _opt(64, "Most samples a rank runs at once, a multiple of M; accumulation follows.")
+    max_steps: int = _opt(1_200_000, "Optimizer steps of the whole run.")
+    log_every: int = _opt(50, "Steps between records of metrics.jsonl.")
+    checkpoint_every: int = _opt(5000, "Steps between checkpoints; the last step always has one.")
+    keep_last: int = _opt(3, "Newest checkpoints kept.")
+    keep_every: int | None = _opt(None, "Checkpoints at multiples of this many steps are kept for good.")
+    init_from: str | None = _opt(None, "Weights to start from: a run folder or an exported .safetensors file.")
+    activation_checkpointing: bool = _opt(
+        False, "Recompute each block in the backward pass: less memory, a third more work."
+    )
+    compile: bool = _opt(False, "torch.compile each block (needs a C++ compiler on CPU; ZeRO stages 0-2).")
+    grad_clip: float | None = _opt(None, "Clip the global gradient norm to this; null does not (as published).")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["adamw", "radam"] = _opt("adamw", "AdamW (ImageNet) or RAdam (CIFAR-10).")
+    lr: float = _opt(1e-4, "Learning rate.")
+    betas: list[float] = _opt([0.9, 0.999], "Decay rates of Adam's moments.")
+    eps: float = _opt(1e-8, "Adam's epsilon; IMM's gradients are of order 1 / D, near it: watch both.")
+    weight_decay: float = _opt(0.0, "Decoupled weight decay.")
+    warmup_images: int = _opt(0, "Images over which the learning rate rises linearly from 0.")
+    schedule: Literal["constant"] = _opt("constant", "Learning rate after the warm-up.")
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    decays: list[float] = _opt([0.9999], "Decay per step of each moving average of the weights; the first is sampled.")
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    stage: int = _opt(1, "What ranks share: nothing (0), optimizer state (1), gradients too (2), weights too (3).")
+    offload: Literal["none", "optimizer"] = _opt("none", "Keep the optimizer's state in host memory (stages 1-3).")
+    extra: dict[str, Any] = _opt({}, "DeepSpeed config keys, merged over the generated ones as they are.")
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    mode: Literal["auto", "online", "offline", "disabled"] = _opt(
+        "auto", "auto: online where a key is set up, else offline; disabled writes nothing."
+    )
+    project: str = _opt("imm-scale", "wandb project.")
+    name: str | None = _opt(None, "wandb name; null takes run.name.")
+    group: str | None = _opt(None, "wandb group, for the cells of a sweep.")
+    tags: list[str] = _opt([], "wandb tags.")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    steps: list[int] = _opt([1, 2, 4, 8], "Step counts to sample with, one result for each.")
+    num: int = _opt(64, "Images per step count.")
+    seed: int = _opt(0, "Seed of the starting noise; image i depends on it and on i alone.")
+    guidance_scale: float = _opt(1.0, "w of w G(label) + (1 - w) G(null); 1 is off, 1.5 is best at ImageNet XL.")
+    labels: str = _opt("all", "Classes to draw: all, a range (0-9) or a list (3,7); image i has label labels[i mod n].")
+    batch_size: int = _opt(256, "Images run at once.")
+    grid: Literal["auto", "uniform", "edm", "eta_1.4"] = _opt(
+        "auto", "Times visited: uniform, edm (rho = 7 in eta), eta_1.4 (two steps); auto: eta_1.4 for imm in two steps."
+    )
+    vae: str | None = _opt(None, "Folder of the AutoencoderKL that decodes vae latents; pixels need none.")
+    ema: float | None = _opt(
+        None, "Decay of the moving average to sample from; null takes the first, 0 the raw weights."
+    )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    steps: list[int] = _opt([1, 2, 4, 8], "Step counts to measure.")
+    repeats: int = _opt(5, "Sampling seeds per step count; the spread over them is the error bar.")
+    num: int | None = _opt(None, "Samples per repeat; null means as many as the training set has.")
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    seed: int = _opt(0, "Seed of weights, sample order and every draw.")
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = _opt(
+        "fp32", "Precision of the network's matrix products; everything around the network stays in fp32 or better."
+    )
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    flow_map: FlowMapConfig = field(default_factory=FlowMapConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    @property
+    def run_dir(self) -> str:
+        return self.run.dir or f"runs/{self.run.name}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One field of the schema."""
+
+    key: str
+    type: str
+    default: Any
+    help: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A config and, for each key that was set, where: `file:line` or `command line`."""
+
+    config: Config
+    origins: dict[str, str]
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " | ".join(typing.get_args(hint))
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def _walk(schema: type, prefix: str) -> Iterator[Entry]:
+    hints = get_type_hints(schema)
+    for item in dataclasses.fields(schema):
+        hint = hints[item.name]
+        if dataclasses.is_dataclass(hint):
+            assert isinstance(hint, type)
+            yield from _walk(hint, f"{prefix}{item.name}.")
+        else:
+            factory = item.default_factory
+            default = item.default if factory is dataclasses.MISSING else factory()
+            yield Entry(prefix + item.name, _type_name(hint), default, item.metadata["help"])
+
+
+SCHEMA: dict[str, Entry] = {entry.key: entry for entry in _walk(Config, "")}
+_SECTIONS = {key.rpartition(".")[0] for key in SCHEMA} - {""}
+_FREE_SECTION = "zero.extra"  # its keys are DeepSpeed's
+
+
+def nearest_key(key: str) -> str:
+    """ ", did you mean X?" for a mistyped key, or a pointer to the list of keys."""
+    close = difflib.get_close_matches(key, SCHEMA, n=1, cutoff=0.5)
+    same_leaf = [known for known in SCHEMA if known.rpartition(".")[2] == key.rpartition(".")[2]]
+    suggestion = next(iter(same_leaf + close), None)
+    return f"did you mean {suggestion}?" if suggestion else "`imm-scale explain` lists all keys"
+
+
+def _settings_of_node(loader: Any, node: Any, prefix: str, source: str) -> Iterator[tuple[str, Any, str]]:
+    """(key, value, origin) of each setting in a YAML mapping."""
+    for key_node, value_node in node.value:
+        key = f"{prefix}{key_node.value}"
+        origin = f"{source}:{key_node.start_mark.line + 1}"
+        if key in _SECTIONS and isinstance(value_node, yaml.MappingNode):
+            yield from _settings_of_node(loader, value_node, f"{key}.", source)
+        else:
+            yield key, loader.construct_object(value_node, deep=True), origin
+
+
+def _read_yaml(path: str, seen: tuple[str, ...] = ()) -> Iterator[tuple[str, Any, str]]:
+    absolute = os.path.abspath(path)
+    if absolute in seen:
+        raise UserError(f"{path} includes itself, by way of {' -> '.join((*seen, absolute))}")
+    try:
+        with open(path) as file:
+            loader = yaml.SafeLoader(file.read())
+    except OSError as error:
+        raise UserError(f"cannot read config {path!r}: {error.strerror}") from error
+    try:
+        node = loader.get_single_node()
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if node is None:
+        return
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{path} must be a mapping of keys to values")
+    settings = list(_settings_of_node(loader, node, "", path))
+    for key, value, _ in settings:
+        if key == "include":
+            for included in [value] if isinstance(value, str) else value:
+                yield from _read_yaml(os.path.join(os.path.dirname(path), included), (*seen, absolute))
+    yield from ((key, value, origin) for key, value, origin in settings if key != "include")
+
+
+def _parse_override(text: str) -> tuple[str, Any, str]:
+    key, _, value = text.partition("=")
+    try:
+        return key.strip(), yaml.safe_load(value), "command line"
+    except yaml.YAMLError as error:
+        raise UserError(f"override {text!r}: the value is not valid YAML ({error})") from error
+
+
+def _expected(key: str) -> str:
+    return SCHEMA[key].type if key in SCHEMA else "a DeepSpeed setting"
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    """{"a": {"b": value}} for "a.b"."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _check_key(key: str, origin: str) -> None:
+    if key in SCHEMA or key.startswith(f"{_FREE_SECTION}."):
+        return
+    if key in _SECTIONS:
+        raise UserError(f"{origin}: {key} is a section; give its keys, as in {key}.{_first_leaf(key)}=...")
+    raise UserError(f"{origin}: unknown key {key!r}; {nearest_key(key)}")
+
+
+def _first_leaf(section: str) -> str:
+    return next(key for key in SCHEMA if key.startswith(f"{section}.")).removeprefix(f"{section}.")
+
+
+def load(files: Sequence[str] = (), overrides: Sequence[str] = ()) -> Loaded:
+    """Merges files from left to right, then overrides, and validates the result.
+
+    Raises:
+        UserError: unreadable file, unknown key (with its file, line and nearest valid key), wrong type or value.
+    """
+    settings = [setting for path in files for setting in _read_yaml(path)]
+    settings += [_parse_override(text) for text in overrides]
+    node: Any = OmegaConf.structured(Config)
+    origins: dict[str, str] = {}
+    for key, value, origin in settings:
+        _check_key(key, origin)
+        try:
+            node = OmegaConf.merge(node, _nested(key, value))
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{origin}: {key}={value!r} does not fit {_expected(key)}: {reason}") from error
+        origins[key] = origin
+    config: Config = OmegaConf.to_object(node)  # type: ignore[assignment]
+    validate(config)
+    return Loaded(config, origins)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML that `load` reads back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def from_yaml(text: str) -> Config:
+    """The config a run folder was started with."""
+    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text))
+    return OmegaConf.to_object(merged)  # type: ignore[return-value]
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """{dotted key: value}."""
+
+    def walk(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        for item in dataclasses.fields(value):
+            child = getattr(value, item.name)
+            if dataclasses.is_dataclass(child):
+                yield from walk(child, f"{prefix}{item.name}.")
+            else:
+                yield prefix + item.name, child
+
+    return dict(walk(config, ""))
+
+
+def _positive(config: Config) -> None:
+    values = flatten(config)
+    keys = (
+        "data.block_samples objective.particles train.global_batch_size train.micro_batch_size train.max_steps "
+        "train.log_every train.checkpoint_every train.keep_last train.keep_every optimizer.lr flow_map.sigma_data "
+        "flow_map.time_scale train.grad_clip sampling.num sampling.batch_size evaluation.repeats evaluation.num"
+    )
+    for key in keys.split():
+        if values[key] is not None and values[key] <= 0:
+            raise UserError(f"{key}={values[key]} must be above 0")
+    for key in ("sampling.steps", "evaluation.steps"):
+        if not values[key] or min(values[key]) < 1:
+            raise UserError(f"{key}={values[key]} must be a list of step counts of at least 1")
+    if any(not 0.0 < decay < 1.0 for decay in config.ema.decays):
+        raise UserError(f"ema.decays={config.ema.decays} must lie between 0 and 1")
+    if not 0.0 <= config.objective.label_drop < 1.0:
+        raise UserError(f"objective.label_drop={config.objective.label_drop} must be in [0, 1)")
+    if config.zero.stage not in (0, 1, 2, 3):
+        raise UserError(f"zero.stage={config.zero.stage} does not exist; choose 0, 1, 2 or 3")
+
+
+def _objective(config: Config) -> None:
+    objective, flow_map, train = config.objective, config.flow_map, config.train
+    if flow_map.parameterization == "euler_fm" and flow_map.trajectory != "ot_fm":
+        raise UserError(
+            f"flow_map.parameterization=euler_fm needs flow_map.trajectory=ot_fm, not {flow_map.trajectory}: "
+            "use flow_map.parameterization=simple_edm, which fits any trajectory"
+        )
+    if objective.name == "flow_matching" and objective.particles != 1:
+        raise UserError(
+            f"objective.particles={objective.particles}: flow matching has no groups; set objective.particles=1"
+        )
+    for key in ("global_batch_size", "micro_batch_size"):
+        value = getattr(train, key)
+        if value % objective.particles:
+            below, step = value // objective.particles * objective.particles, objective.particles
+            raise UserError(f"train.{key}={value} is not a multiple of objective.particles={step}: use {below + step}")
+    t_max = 1.0 if objective.t_max is None else objective.t_max
+    if not 0.0 <= objective.t_min < t_max <= 1.0:
+        raise UserError(f"times must satisfy 0 <= t_min={objective.t_min} < t_max={t_max} <= 1")
+
+
+def _optimizer(config: Config) -> None:
+    betas = config.optimizer.betas
+    if len(betas) != 2 or any(not 0.0 <= beta < 1.0 for beta in betas):
+        raise UserError(f"optimizer.betas={betas} must be two numbers in [0, 1)")
+    if config.zero.offload == "optimizer" and config.zero.stage == 0:
+        raise UserError("zero.offload=optimizer needs zero.stage of at least 1: at stage 0 nothing is partitioned")
+
+
+def validate(config: Config) -> None:
+    """Everything that can be said without a device, a manifest or other ranks. Raises UserError."""
+    _positive(config)
+    _objective(config)
+    _optimizer(config)
+
+
+def explain(key: str, loaded: Loaded) -> str:
+    """What a key means, its type, default, current value and where that came from. A section explains all its keys."""
+    if key in _SECTIONS:
+        return "\n\n".join(explain(known, loaded) for known in SCHEMA if known.startswith(f"{key}."))
+    if key not in SCHEMA:
+        raise UserError(f"unknown key {key!r}; {nearest_key(key)}")
+    entry = SCHEMA[key]
+    current = flatten(loaded.config)[key]
+    origin = loaded.origins.get(key, "default")
+    return (
+        f"{key}\n  {entry.help}\n  type     {entry.type}\n  default  {_show(entry.default)}"
+        f"\n  current  {_show(current)}  ({origin})"
+    )
+
+
+def overview(loaded: Loaded) -> str:
+    """A line per key: current value and meaning."""
+    values = flatten(loaded.config)
+    return "\n".join(f"{key}={_show(values[key])}\n    {entry.help}" for key, entry in SCHEMA.items())
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
