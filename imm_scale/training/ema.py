@@ -1,0 +1,38 @@
+"""Moving averages of the weights, kept as the same slices the optimizer keeps: a step needs no communication."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from imm_scale.training.shard import Shard
+
+
+def state_name(decay: float) -> str:
+    """The name of a moving average among the states of a checkpoint."""
+    return f"ema-{decay:g}"
+
+
+class ShardedEma:
+    """One fp32 average per decay over this rank's slices, starting at the current weights.
+
+    Args:
+        shards: the slices this rank owns; their weights are live.
+        decays: per optimizer step.
+    """
+
+    def __init__(self, shards: Sequence[Shard], decays: Sequence[float]):
+        self._weights = [shard.states["weight"] for shard in shards]
+        self.averages: dict[float, list[Tensor]] = {
+            decay: [weight.detach().clone() for weight in self._weights] for decay in decays
+        }
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """average <- decay * average + (1 - decay) * weight."""
+        for decay, averages in self.averages.items():
+            torch._foreach_lerp_(averages, self._weights, 1.0 - decay)
+
+    def states(self, index: int) -> dict[str, Tensor]:
+        """{state name: average} of the index-th slice."""
+        return {state_name(decay): averages[index] for decay, averages in self.averages.items()}

@@ -1,0 +1,272 @@
+"""The optimizer step under DeepSpeed ZeRO, and which slice of every state this rank owns.
+
+The only file that imports deepspeed. The rest of the program sees `Engine`: a step, and named flat fp32 slices.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from imm_scale.config import Config
+from imm_scale.data.loader import Batch
+from imm_scale.errors import UserError
+from imm_scale.flow_map import FlowMap
+from imm_scale.models.dit import DiT
+from imm_scale.objectives.base import Objective
+from imm_scale.training.shard import MOMENTS, Shard
+
+
+class LossModule(nn.Module):
+    """The module the engine wraps: a micro-batch in, its share of the loss out, both branches inside."""
+
+    def __init__(self, flow_map: FlowMap, objective: Objective, seed: int):
+        super().__init__()
+        self.flow_map = flow_map
+        self.objective = objective
+        self.seed = seed
+
+    def forward(self, x: Tensor, label: Tensor, ordinal: Tensor, weight: Tensor) -> Tensor:
+        """Sum of the losses of the real groups (weight 1), fp64."""
+        losses = self.objective(self.flow_map, x, label, ordinal, self.seed)
+        return (losses.loss_G * weight).sum()
+
+
+def check_device(config: Config) -> None:
+    """Raises UserError for a precision or an offload that this machine or this ZeRO stage cannot run."""
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu and config.precision == "fp16":
+        raise UserError("precision=fp16 needs a GPU: CPUs run fp16 a hundred times slower. Use precision=bf16 or fp32")
+    if on_cpu and config.precision == "bf16" and config.zero.stage == 0:
+        raise UserError(
+            "precision=bf16 with zero.stage=0 on CPU: stage 0 sums gradients in another precision than stages 1 to 3 "
+            "and would not train alike. Use zero.stage=1 or precision=fp32"
+        )
+    if config.train.compile and config.zero.stage == 3:
+        raise UserError("train.compile=true does not work at zero.stage=3: use zero.stage=2 or train.compile=false")
+
+
+def deepspeed_config(
+    config: Config, accumulation: int, samples_per_micro_batch: int, block_numel: int
+) -> dict[str, Any]:
+    """DeepSpeed's settings for a run.
+
+    Args:
+        accumulation: micro-batches per step.
+        samples_per_micro_batch: samples a rank runs at once.
+        block_numel: parameters of one transformer block, the unit in which stage 3 gathers weights.
+    """
+    zero: dict[str, Any] = {"stage": config.zero.stage}
+    if config.zero.offload == "optimizer":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if config.zero.stage == 3:
+        # Both branches run a block one after the other: keep it gathered for the second, and let go of it then.
+        zero["stage3_max_reuse_distance"] = block_numel
+        zero["stage3_max_live_parameters"] = 2 * block_numel
+        zero["stage3_prefetch_bucket_size"] = block_numel
+        zero["stage3_param_persistence_threshold"] = 0
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": samples_per_micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**12,
+    }
+    if config.train.grad_clip is not None:
+        settings["gradient_clipping"] = config.train.grad_clip
+    if config.precision in ("bf16", "fp16"):
+        # Autocast rather than a cast of the module: the master weights, the conditioning and the loss stay fp32.
+        settings["torch_autocast"] = {
+            "enabled": True,
+            "dtype": {"bf16": "bfloat16", "fp16": "float16"}[config.precision],
+        }
+    return _merge(settings, config.zero.extra)
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        inner = merged.get(key)
+        merged[key] = _merge(inner, value) if isinstance(inner, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _optimizer(config: Config, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    o = config.optimizer
+    # The learning rate is set before every step; 0 here keeps DeepSpeed's own warm-up steps from moving weights.
+    common: dict[str, Any] = {
+        "lr": 0.0,
+        "betas": (o.betas[0], o.betas[1]),
+        "eps": o.eps,
+        "weight_decay": o.weight_decay,
+    }
+    if o.name == "radam":
+        return torch.optim.RAdam(parameters, decoupled_weight_decay=True, **common)
+    fused = torch.cuda.is_available() and config.zero.offload == "none"
+    return torch.optim.AdamW(parameters, fused=fused, **common)
+
+
+def _import_deepspeed() -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Otherwise the first collective on CPU compiles an extension with g++.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class Engine:
+    """A flow map under training.
+
+    Args:
+        config: the run.
+        flow_map: with the weights to start from; every rank must hold the same.
+        objective: the loss.
+        num_groups: G of the global batch.
+        accumulation, samples_per_micro_batch: from the layout.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        flow_map: FlowMap,
+        objective: Objective,
+        num_groups: int,
+        accumulation: int,
+        samples_per_micro_batch: int,
+    ):
+        check_device(config)
+        deepspeed = _import_deepspeed()
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+        net = flow_map.model
+        if isinstance(net, DiT):
+            net.activation_checkpointing = config.train.activation_checkpointing
+            if config.train.compile:
+                net.compile_blocks()
+        self._named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+        self._shapes = {name: tuple(p.shape) for name, p in self._named}
+        block_numel = sum(p.numel() for p in net.blocks[0].parameters()) if isinstance(net, DiT) else 10**6
+        settings = deepspeed_config(config, accumulation, samples_per_micro_batch, block_numel)
+        deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=LossModule(flow_map, objective, config.seed),
+            optimizer=_optimizer(config, [p for _, p in self._named]),
+            config=settings,
+            dist_init_required=False,
+        )
+        self._stage = config.zero.stage
+        self._accumulation = accumulation
+        self._scale = accumulation * dist.get_world_size() / num_groups
+        self._num_groups = num_groups
+        self.device = self._engine.device
+        self._create_moments()
+        self.set_optimizer_steps(0)
+
+    # --- stepping ---
+
+    def step(self, micro_batches: Sequence[Batch], lr: float) -> tuple[Tensor, float]:
+        """One optimizer step.
+
+        Returns:
+            This rank's share of the loss (a detached fp64 scalar: summed over ranks it is the mean over groups), and
+            the global gradient norm before clipping.
+        """
+        assert len(micro_batches) == self._accumulation
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        grad_norm = 0.0
+        for batch in micro_batches:
+            tensors = (
+                t.to(self.device, non_blocking=True) for t in (batch.x, batch.label, batch.ordinal, batch.weight)
+            )
+            loss = self._engine(*tensors)
+            # DeepSpeed divides by the accumulation and averages over ranks; the loss is a sum over real groups / G.
+            self._engine.backward(loss * self._scale)
+            total += loss.detach()
+            if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():
+                grad_norm = float(nn.utils.get_total_norm([p.grad for _, p in self._named if p.grad is not None]))
+            self._engine.step()
+        if self._stage > 0:
+            grad_norm = float(self._engine.get_global_grad_norm())
+        return total / self._num_groups, grad_norm
+
+    # --- states ---
+
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizer if self._stage == 0 else self._optimizer.optimizer
+
+    def _flat_parameters(self) -> list[Tensor]:
+        """The tensors the base optimizer steps: whole parameters at stage 0, this rank's flat partitions above."""
+        if self._stage == 0:
+            return [p for _, p in self._named]
+        if self._stage == 3:
+            return list(self._optimizer.fp32_partitioned_groups_flat)
+        return list(self._optimizer.single_partition_of_fp32_groups)
+
+    def _create_moments(self) -> None:
+        """Makes the optimizer's state exist before the first step, so that it can be loaded and saved at any time."""
+        state = self._base_optimizer().state
+        for flat in self._flat_parameters():
+            if not state[flat]:
+                state[flat]["step"] = torch.zeros((), dtype=torch.float32)
+                for moment in MOMENTS:
+                    state[flat][moment] = torch.zeros_like(flat, memory_format=torch.preserve_format)
+
+    def set_optimizer_steps(self, steps: int) -> None:
+        """Sets Adam's step counter (DeepSpeed may have run a step on zero gradients at start)."""
+        for state in self._base_optimizer().state.values():
+            state["step"].fill_(float(steps))
+
+    def optimizer_steps(self) -> int:
+        return max(int(state["step"]) for state in self._base_optimizer().state.values())
+
+    def held_shards(self) -> Iterator[Shard]:
+        """Everything this rank steps: at stage 0 whole parameters, above that its own slices."""
+        state = self._base_optimizer().state
+        for name, parameter in self._named:
+            if self._stage == 0:
+                tensors = {key: state[parameter][key].view(-1) for key in MOMENTS}
+                yield Shard(name, self._shapes[name], 0, {"weight": parameter.data.view(-1), **tensors})
+            elif self._stage == 3:
+                yield from self._stage3_shard(name, parameter)
+            elif parameter._hp_mapping is not None:  # type: ignore[attr-defined]
+                yield self._partition_shard(name, parameter._hp_mapping)  # type: ignore[attr-defined]
+
+    def _partition_shard(self, name: str, mapping: Any) -> Shard:
+        flat = self._flat_parameters()[mapping.param_group_index]
+        address, state = mapping.hp_fragment_address, self._base_optimizer().state[flat]
+        tensors = {key: state[key].narrow(0, address.start, address.numel) for key in MOMENTS}
+        return Shard(
+            name, self._shapes[name], mapping.lp_fragment_address.start, {"weight": mapping.hp_fragment, **tensors}
+        )
+
+    def _stage3_shard(self, name: str, parameter: Any) -> Iterator[Shard]:
+        """An even split of the flattened parameter; the last ranks' slices end in padding, which is left out."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        size = parameter.ds_tensor.ds_numel if hasattr(parameter.ds_tensor, "ds_numel") else parameter.ds_tensor.numel()
+        offset = dist.get_rank() * size
+        numel = min(size, parameter.ds_numel - offset)
+        if numel > 0:
+            tensors = {key: safe_get_local_optimizer_state(parameter, key)[:numel] for key in MOMENTS}
+            weight = safe_get_local_fp32_param(parameter)[:numel]
+            yield Shard(name, self._shapes[name], offset, {"weight": weight, **tensors})
+
+    def master_shards(self) -> list[Shard]:
+        """What this rank saves and averages: over all ranks every element of every parameter once."""
+        held = list(self.held_shards())
+        if self._stage > 0:
+            return held
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        return [part for shard in held if (part := shard.even_part(rank, world_size)) is not None]
+
+    def close(self) -> None:
+        self._engine.destroy()
