@@ -1,0 +1,241 @@
+"""`imm-scale`: train, sample, evaluate, export, report, explain.
+
+Exit codes: 0 done, 2 the user's mistake (a message, no traceback), 75 preempted and resumable, 1 anything else.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from imm_scale import config as configs
+from imm_scale import distributed, storage
+from imm_scale.config import Config, Loaded
+from imm_scale.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75
+
+
+def _split_words(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """(config files, key=value overrides, other words)."""
+    files = [word for word in words if word.endswith((".yaml", ".yml"))]
+    overrides = [word for word in words if word not in files and "=" in word]
+    return files, overrides, [word for word in words if word not in files and word not in overrides]
+
+
+def _load(words: Sequence[str]) -> Loaded:
+    files, overrides, others = _split_words(words)
+    if others:
+        raise UserError(f"{others[0]!r} is neither a config file (*.yaml) nor an override (key=value)")
+    return configs.load(files, overrides)
+
+
+def _train(args: argparse.Namespace) -> int:
+    loaded = _load(args.words)
+    from imm_scale.training import trainer
+
+    if args.dry_run:
+        print(trainer.describe(loaded.config, args.world_size or distributed.detect().size))
+        return 0
+    outcome = trainer.train(loaded.config)
+    distributed.shutdown()
+    return EXIT_PREEMPTED if outcome == "preempted" else 0
+
+
+def _run_config(run_dir: str, args: argparse.Namespace) -> Config:
+    """The config a run was started with, changed by the command's own flags."""
+    url = storage.join(run_dir, "config.yaml")
+    if not storage.exists(url):
+        raise UserError(f"{run_dir} is not a run folder: it has no config.yaml")
+    overrides = [f"run.dir={run_dir}", *_flag_overrides(args)]
+    files = [url] if storage.is_local(url) else []
+    return configs.load(files, overrides).config
+
+
+def _flag_overrides(args: argparse.Namespace) -> list[str]:
+    flags = {
+        f"{args.section}.steps": f"[{args.steps}]" if args.steps else None,
+        "sampling.seed": args.seed,
+        "sampling.guidance_scale": args.guidance,
+        "sampling.labels": f"'{args.labels}'" if args.labels else None,
+        "sampling.ema": args.ema,
+        "sampling.batch_size": args.batch_size,
+        "sampling.grid": args.grid,
+        "sampling.vae": getattr(args, "vae", None),
+        f"{args.section}.num": args.num,
+        "evaluation.repeats": getattr(args, "repeats", None),
+    }
+    return [f"{key}={value}" for key, value in flags.items() if value is not None]
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from imm_scale import weights
+    from imm_scale.data.codec import open_codec
+    from imm_scale.sampling import run as sampling
+    from imm_scale.training.checkpoint import Checkpoint
+
+    from_file = weights.is_file(args.source)
+    config = configs.load([], _flag_overrides(args)).config if from_file else _run_config(args.source, args)
+    step = None if from_file else Checkpoint.latest(args.source).meta.step
+    out = args.out or ("samples" if from_file else storage.join(args.source, "samples", f"step-{step:08d}"))
+    world = distributed.detect()
+    distributed.init(world)
+    spec, flow_map = weights.load_flow_map(args.source, config.sampling.ema, step)
+    flow_map.to(distributed.device(world))
+    s = config.sampling
+    labels = sampling.parse_labels(s.labels, spec.net.num_classes)
+    image_codec = open_codec(spec.codec, s.vae, str(distributed.device(world)))
+    for steps in s.steps:
+        grid = sampling.resolve_grid(spec, s.grid, steps)
+        plan = sampling.SamplingPlan(steps, grid, labels, s.num, s.seed, s.guidance_scale, s.batch_size)
+        z = sampling.collect(flow_map, spec, plan, world, progress=f"{steps} steps")
+        if world.is_main:
+            print("\n".join(sampling.write(out, spec, plan, z, image_codec)))
+    distributed.shutdown()
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from imm_scale.evaluation.run import evaluate
+
+    world = distributed.detect()
+    config = _run_config(args.source, args)
+    distributed.init(world)
+    evaluation = evaluate(config, world)
+    if world.is_main:
+        for r in evaluation["results"]:
+            print(
+                f"{r['metric']}  {r['steps']:>4} steps  {r['mean']:.4f} +- {r['std']:.4f}  "
+                f"({len(r['seeds'])} x {r['num']} samples, step {evaluation['step']})"
+            )
+    distributed.shutdown()
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from imm_scale import weights
+
+    weights.export(args.run, args.out, args.ema)
+    print(args.out)
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from imm_scale.report import table, write_report
+
+    write_report(args.runs, args.out)
+    print(table(args.runs))
+    print(f"\n{args.out}")
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    files, overrides, keys = _split_words(args.words)
+    loaded = configs.load(files, overrides)
+    print("\n\n".join(configs.explain(key, loaded) for key in keys) if keys else configs.overview(loaded))
+    return 0
+
+
+_EXAMPLES = {
+    "train": """examples:
+  imm-scale train configs/demo.yaml
+  imm-scale train configs/demo.yaml run.name=wide model.width=128 --dry-run
+  torchrun --nproc-per-node 2 -m imm_scale train configs/demo.yaml zero.stage=2""",
+    "sample": """examples:
+  imm-scale sample runs/demo/imm --steps 1,2,4,8 --num 64 --labels 0-9
+  imm-scale sample digits.safetensors --steps 2 --guidance 1.5 --out pictures""",
+    "evaluate": """examples:
+  imm-scale evaluate runs/demo/imm --steps 1,2,4,8 --repeats 5""",
+    "export": """examples:
+  imm-scale export runs/demo/imm --out digits.safetensors --ema 0.995""",
+    "report": """examples:
+  imm-scale report runs/demo/imm runs/demo/flow_matching --out runs/demo/report.html""",
+    "explain": """examples:
+  imm-scale explain objective.k
+  imm-scale explain optimizer configs/demo.yaml
+  imm-scale explain""",
+}
+
+
+def _add_sampling_flags(parser: argparse.ArgumentParser, section: str) -> None:
+    parser.set_defaults(section=section)
+    parser.add_argument("--steps", help="step counts, as in 1,2,4,8")
+    parser.add_argument("--num", type=int, help="samples per step count")
+    parser.add_argument("--seed", type=int, help="seed of the starting noise")
+    parser.add_argument("--guidance", type=float, help="guidance scale w; 1 is off")
+    parser.add_argument("--labels", help="classes: all, 0-9 or 3,7")
+    parser.add_argument("--grid", help="time grid: auto, uniform, edm or eta_1.4")
+    parser.add_argument("--ema", type=float, help="decay of the average to use; 0 for the raw weights")
+    parser.add_argument("--batch-size", type=int, help="images run at once")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="imm-scale", description="Few-step image generators by IMM.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(name: str, action: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=help,
+            description=help,
+            epilog=_EXAMPLES[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(action=action)
+        return command
+
+    train = add("train", _train, "Train a run, or go on with it, under nothing, torchrun, deepspeed or srun.")
+    train.add_argument("words", nargs="*", metavar="CONFIG | key=value", help="YAML files, then dotted overrides")
+    train.add_argument("--dry-run", action="store_true", help="print the resolved config and what it means, then stop")
+    train.add_argument("--world-size", type=int, help="ranks to assume for --dry-run")
+
+    sample = add("sample", _sample, "Draw images: PNG grids (a row a class, a column a sample) and .npz files.")
+    sample.add_argument("source", metavar="RUN | FILE.safetensors")
+    _add_sampling_flags(sample, "sampling")
+    sample.add_argument("--vae", help="folder of the AutoencoderKL that decodes vae latents")
+    sample.add_argument("--out", help="folder to write to; default RUN/samples/step-N")
+
+    evaluate = add("evaluate", _evaluate, "Measure the Frechet distance of samples to the training images.")
+    evaluate.add_argument("source", metavar="RUN")
+    _add_sampling_flags(evaluate, "evaluation")
+    evaluate.add_argument("--repeats", type=int, help="sampling seeds; their spread is the error bar")
+
+    export = add("export", _export, "Write a run's weights and model spec to one .safetensors file.")
+    export.add_argument("run", metavar="RUN")
+    export.add_argument("--out", required=True, help="file to write, ending in .safetensors")
+    export.add_argument("--ema", type=float, help="decay of the average; default the first, 0 for the raw weights")
+
+    report = add("report", _report, "Write one self-contained HTML page about runs, and print their distances.")
+    report.add_argument("runs", nargs="+", metavar="RUN")
+    report.add_argument("--out", default="report.html", help="page to write")
+
+    explain = add("explain", _explain, "Say what config keys mean, their type, default, and where a value came from.")
+    explain.add_argument("words", nargs="*", metavar="KEY | CONFIG | key=value")
+    return parser
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    args, rest = parser.parse_known_args(words)
+    # argparse takes positional words in one run only: those after a flag are left over.
+    if rest and (any(word.startswith("-") for word in rest) or not hasattr(args, "words")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.words = [*args.words, *rest]
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    # The deepspeed launcher inserts --local_rank=N; ranks come from the environment.
+    words = [word for word in words if not re.fullmatch(r"--local[_-]rank=\d+", word)]
+    args = _parse(words)
+    try:
+        return args.action(args)
+    except UserError as error:
+        rank = distributed.detect().rank if "RANK" in os.environ else 0
+        print(f"imm-scale {args.command}: " + (f"[rank {rank}] " if rank else "") + str(error), file=sys.stderr)
+        return EXIT_USER_ERROR

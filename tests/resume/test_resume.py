@@ -1,0 +1,109 @@
+"""A run that is killed, stopped or spread anew goes on as if nothing had happened."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from imm_scale.training.checkpoint import COMMITTED, Checkpoint, committed_steps, folder
+from tests import ranks
+from tests.conftest import TINY, losses
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def undisturbed(digits: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    ranks.train(2, *_settings(digits, run_dir))
+    return run_dir
+
+
+def _settings(digits: str, run_dir: Path) -> list[str]:
+    steps = [f"train.max_steps={STEPS}", "train.checkpoint_every=5", "zero.stage=1"]
+    return [*TINY, f"data.manifest={digits}", f"run.dir={run_dir}", *steps]
+
+
+def _wait_for_step(run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    metrics = run_dir / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        if metrics.exists() and metrics.read_text().count("\n") >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def _assert_same_states(first: Path, second: Path) -> None:
+    a, b = Checkpoint.latest(str(first)), Checkpoint.latest(str(second))
+    assert a.meta.step == b.meta.step == STEPS
+    assert a.states == b.states == ["ema-0.99", "exp_avg", "exp_avg_sq", "weight"]
+    for state in a.states:
+        for name, tensor in a.weights(state).items():
+            assert torch.equal(tensor, b.weights(state)[name]), f"{state} of {name} differs"
+
+
+def test_sigkill_and_restart_end_in_the_same_bits(digits, tmp_path, undisturbed):
+    run_dir = tmp_path / "run"
+    started = ranks.start(ranks.command, 2, "train", *_settings(digits, run_dir))
+    _wait_for_step(run_dir, 10)
+    for process, _ in started:
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    assert committed_steps(str(run_dir))[-1] in (5, 10, 15)
+    ranks.train(2, *_settings(digits, run_dir))
+    _assert_same_states(run_dir, undisturbed)
+    assert losses(run_dir) == losses(undisturbed)
+
+
+def test_sigterm_commits_and_leaves_with_75(digits, tmp_path, undisturbed):
+    run_dir = tmp_path / "run"
+    settings = [*_settings(digits, run_dir), "train.checkpoint_every=1000"]
+    started = ranks.start(ranks.command, 2, "train", *settings)
+    _wait_for_step(run_dir, 3)
+    os.kill(started[1][0].pid, signal.SIGTERM)  # one rank hears it, all of them leave
+    assert ranks.join(started) == [75, 75]
+    status = json.loads((run_dir / "status.json").read_text())
+    assert status["state"] == "preempted"
+    assert committed_steps(str(run_dir)) == [status["step"]]
+    ranks.train(2, *settings)
+    _assert_same_states(run_dir, undisturbed)
+
+
+@pytest.mark.parametrize(("first", "second"), [((2, 1), (1, 3)), ((1, 3), (3, 0)), ((3, 2), (2, 1)), ((1, 0), (2, 2))])
+def test_other_ranks_and_stages_go_on_with_the_same_curve(first, second, digits, tmp_path, undisturbed):
+    run_dir = tmp_path / "run"
+    for (size, stage), steps in ((first, 10), (second, STEPS)):
+        ranks.train(size, *_settings(digits, run_dir), f"zero.stage={stage}", f"train.max_steps={steps}")
+    # The same fp32 sums in another order, as in the test of equal losses.
+    np.testing.assert_allclose(losses(run_dir), losses(undisturbed), rtol=1e-4)
+    a, b = Checkpoint.latest(str(run_dir)), Checkpoint.latest(str(undisturbed))
+    assert a.meta.optimizer_steps == b.meta.optimizer_steps == STEPS
+    for state in a.states:
+        for name, tensor in a.weights(state).items():
+            torch.testing.assert_close(tensor, b.weights(state)[name], rtol=1e-3, atol=2e-5)
+
+
+def test_a_finished_run_is_left_alone(undisturbed, digits, capfd):
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
+    ranks.train(1, *_settings(digits, undisturbed))
+    after = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
+    assert before == after
+
+
+def test_uncommitted_and_damaged_checkpoints_are_passed_over(digits, tmp_path, undisturbed):
+    run_dir = tmp_path / "run"
+    ranks.train(2, *_settings(digits, run_dir))
+    (Path(folder(str(run_dir), 20)) / COMMITTED).unlink()
+    damaged = Path(folder(str(run_dir), 15)) / "rank-00001.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    ranks.train(2, *_settings(digits, run_dir))
+    assert "checkpoint of step 15 is skipped" in (run_dir / "logs" / "rank-00001.log").read_text()
+    _assert_same_states(run_dir, undisturbed)
