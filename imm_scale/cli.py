@@ -34,10 +34,10 @@ def _load(words: Sequence[str]) -> Loaded:
 
 def _train(args: argparse.Namespace) -> int:
     loaded = _load(args.words)
-    from imm_scale.training import trainer
+    from imm_scale.training import setup, trainer
 
     if args.dry_run:
-        print(trainer.describe(loaded.config, args.world_size or distributed.detect().size))
+        print(setup.describe(loaded.config, args.world_size or distributed.detect().size))
         return 0
     outcome = trainer.train(loaded.config)
     distributed.shutdown()
@@ -49,12 +49,16 @@ def _run_config(run_dir: str, args: argparse.Namespace) -> Config:
     url = storage.join(run_dir, "config.yaml")
     if not storage.exists(url):
         raise UserError(f"{run_dir} is not a run folder: it has no config.yaml")
-    overrides = [f"run.dir={run_dir}", *_flag_overrides(args)]
+    overrides = [f"run.dir={run_dir}", *_overrides(args)]
     files = [url] if storage.is_local(url) else []
     return configs.load(files, overrides).config
 
 
-def _flag_overrides(args: argparse.Namespace) -> list[str]:
+def _overrides(args: argparse.Namespace) -> list[str]:
+    """What the flags and the key=value words of `sample` and `evaluate` set."""
+    wrong = [word for word in args.words if "=" not in word]
+    if wrong:
+        raise UserError(f"{wrong[0]!r} is not an override (key=value)")
     flags = {
         f"{args.section}.steps": f"[{args.steps}]" if args.steps else None,
         "sampling.seed": args.seed,
@@ -67,7 +71,7 @@ def _flag_overrides(args: argparse.Namespace) -> list[str]:
         f"{args.section}.num": args.num,
         "evaluation.repeats": getattr(args, "repeats", None),
     }
-    return [f"{key}={value}" for key, value in flags.items() if value is not None]
+    return [f"{key}={value}" for key, value in flags.items() if value is not None] + args.words
 
 
 def _sample(args: argparse.Namespace) -> int:
@@ -77,7 +81,7 @@ def _sample(args: argparse.Namespace) -> int:
     from imm_scale.training.checkpoint import Checkpoint
 
     from_file = weights.is_file(args.source)
-    config = configs.load([], _flag_overrides(args)).config if from_file else _run_config(args.source, args)
+    config = configs.load([], _overrides(args)).config if from_file else _run_config(args.source, args)
     step = None if from_file else Checkpoint.latest(args.source).meta.step
     out = args.out or ("samples" if from_file else storage.join(args.source, "samples", f"step-{step:08d}"))
     world = distributed.detect()
@@ -103,13 +107,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     world = distributed.detect()
     config = _run_config(args.source, args)
     distributed.init(world)
-    evaluation = evaluate(config, world)
-    if world.is_main:
-        for r in evaluation["results"]:
-            print(
-                f"{r['metric']}  {r['steps']:>4} steps  {r['mean']:.4f} +- {r['std']:.4f}  "
-                f"({len(r['seeds'])} x {r['num']} samples, step {evaluation['step']})"
-            )
+    evaluate(config, world, lambda line: print(line, flush=True))
     distributed.shutdown()
     return 0
 
@@ -161,6 +159,7 @@ _EXAMPLES = {
 
 def _add_sampling_flags(parser: argparse.ArgumentParser, section: str) -> None:
     parser.set_defaults(section=section)
+    parser.add_argument("words", nargs="*", metavar="key=value", help="overrides of the run's config")
     parser.add_argument("--steps", help="step counts, as in 1,2,4,8")
     parser.add_argument("--num", type=int, help="samples per step count")
     parser.add_argument("--seed", type=int, help="seed of the starting noise")

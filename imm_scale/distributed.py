@@ -3,7 +3,7 @@
 import os
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -108,12 +108,20 @@ def all_agree(here: bool, where: torch.device) -> bool:
     return int(all_sum(votes)) == 0
 
 
-def broadcast_int(value: int, where: torch.device) -> int:
-    """Rank 0's value, everywhere."""
-    shared = torch.tensor(value, dtype=torch.int64, device=where)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast(shared, src=0)
-    return int(shared)
+def together(action: Callable[[], None], where: torch.device, what: str, remedy: str) -> None:
+    """Does something with files on every rank, and goes on only when it worked on all of them.
+
+    Raises:
+        UserError: on every rank, when it failed with an OSError on any.
+    """
+    problem = "it failed on another rank"
+    worked = True
+    try:
+        action()
+    except OSError as error:
+        worked, problem = False, str(error)
+    if not all_agree(worked, where):
+        raise UserError(f"cannot {what}: {problem}; {remedy}")
 
 
 def hostname() -> str:

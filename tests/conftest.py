@@ -10,6 +10,7 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 import pytest
 
 from data_tools import encode, pack
+from tests import ranks
 
 TINY = (
     "model.width=32",
@@ -33,6 +34,14 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
     assert pack.main(["--source", "digits", "--out", f"{folder}/images"]) == 0
     assert encode.main(["--images", f"{folder}/images", "--out", f"{folder}/latents", "--codec", "pixels"]) == 0
     return f"{folder}/latents/manifest.json"
+
+
+@pytest.fixture(scope="session")
+def trained(digits: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a tiny run of two steps, for tests that only read it."""
+    run_dir = str(tmp_path_factory.mktemp("trained") / "run")
+    ranks.train(1, *TINY, f"data.manifest={digits}", f"run.dir={run_dir}", "train.max_steps=2")
+    return run_dir
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Runs functions on several ranks. A fork server that has paid for the imports forks every process in milliseconds."""
 
+import contextlib
+import io
 import multiprocessing
 import os
 import socket
@@ -73,6 +75,14 @@ def command(*argv: str) -> int:
     from imm_scale.cli import main
 
     return main(argv)
+
+
+def command_and_words(*argv: str) -> tuple[int, str]:
+    """The exit code of `imm-scale ARGV` in this process, and all it printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
+        code = command(*argv)
+    return code, printed.getvalue()
 
 
 def train(size: int, *argv: str) -> None:

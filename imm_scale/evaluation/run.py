@@ -4,11 +4,11 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from imm_scale import storage, weights
+from imm_scale import distributed, storage, weights
 from imm_scale.build import ModelSpec
 from imm_scale.config import Config
 from imm_scale.data import dataset
@@ -77,10 +77,13 @@ def _summarize(plan: SamplingPlan, seeds: Sequence[int], values: Sequence[float]
     )
 
 
-def evaluate(config: Config, world: World) -> dict[str, Any]:
+def evaluate(config: Config, world: World, announce: Callable[[str], None]) -> dict[str, Any]:
     """Measures the newest checkpoint of a run at every step count of `evaluation.steps` and writes the result.
 
     An evaluation with the same settings of the same checkpoint is not done again.
+
+    Args:
+        announce: is told each distance, in words, on rank 0.
 
     Returns:
         What stands in evaluations/step-NNNNNNNN-ID.json.
@@ -92,10 +95,18 @@ def evaluate(config: Config, world: World) -> dict[str, Any]:
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     url = storage.join(config.run_dir, _FOLDER, f"step-{checkpoint.meta.step:08d}-{key}.json")
     if storage.exists(url):
-        return json.loads(storage.read_text(url))
+        found: dict[str, Any] = json.loads(storage.read_text(url))
+        for result in found["results"] if world.is_main else ():
+            announce(describe(result))
+        return found
     began = time.perf_counter()
     spec, flow_map = weights.load_flow_map(config.run_dir, config.sampling.ema, checkpoint.meta.step)
-    results = [asdict(distance) for distance in _distances(config, spec, flow_map, world)]
+    flow_map.to(distributed.device(world))
+    results = []
+    for distance in _distances(config, spec, flow_map, world):
+        results.append(asdict(distance))
+        if world.is_main:
+            announce(describe(results[-1]))
     evaluation = {
         **settings,
         "schema_version": SCHEMA_VERSION,
@@ -127,12 +138,11 @@ def _settings(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _distances(config: Config, spec: ModelSpec, flow_map: FlowMap, world: World) -> list[Distance]:
+def _distances(config: Config, spec: ModelSpec, flow_map: FlowMap, world: World) -> Iterator[Distance]:
     sampling, evaluation = config.sampling, config.evaluation
     assert config.data.manifest is not None
     reference = reference_moments(config.data.manifest, config.seed, spec.sigma_data, LATENTS)
     seeds = range(sampling.seed, sampling.seed + evaluation.repeats)
-    distances = []
     for steps in evaluation.steps:
         plans = [
             SamplingPlan(
@@ -147,8 +157,16 @@ def _distances(config: Config, spec: ModelSpec, flow_map: FlowMap, world: World)
             for seed in seeds
         ]
         values = [measure(flow_map, spec, plan, reference, LATENTS, world) for plan in plans]
-        distances.append(_summarize(plans[0], seeds, values, LATENTS))
-    return distances
+        yield _summarize(plans[0], seeds, values, LATENTS)
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """A distance as one line."""
+    steps = f"{result['steps']} step" + ("" if result["steps"] == 1 else "s")
+    return (
+        f"{result['metric']}  {steps:>9}  {result['mean']:.4f} +- {result['std']:.4f}"
+        f"  ({len(result['seeds'])} x {result['num']} samples)"
+    )
 
 
 def read_evaluations(run_dir: str) -> list[dict[str, Any]]:

@@ -88,7 +88,8 @@ def sample(
     grid = time_grid(flow_map.interp, plan.grid, plan.steps, spec.t_min, spec.t_max)
     labels = torch.tensor(plan.labels)
     starts = range(world.rank * plan.batch_size, plan.num, world.size * plan.batch_size)
-    for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None or not world.is_main, leave=False):
+    hidden = None if progress is not None and world.is_main else True  # None: shown on a terminal only
+    for start in tqdm(starts, desc=progress, unit="batch", disable=hidden, leave=False):
         index = torch.arange(start, start + plan.batch_size)
         label = labels[index % len(labels)]
         noise = starting_noise(flow_map, spec.latent_shape, index.to(device), plan.seed)

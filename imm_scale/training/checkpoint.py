@@ -27,6 +27,10 @@ _FOLDER = "checkpoints"
 _PREFIX = "step-"
 
 
+class DamagedCheckpoint(UserError):
+    """A committed checkpoint whose files are no longer what was committed."""
+
+
 @dataclass(frozen=True)
 class Meta:
     """What a checkpoint says beside its tensors.
@@ -54,12 +58,11 @@ class Meta:
 
 @dataclass(frozen=True)
 class Slice:
-    """Part of one state of one parameter, and where its bytes are."""
+    """Part of one state of one parameter, and the file that holds it."""
 
     offset: int
     numel: int
-    url: str
-    start: int
+    file: str
 
 
 def folder(run_dir: str, step: int) -> str:
@@ -114,7 +117,8 @@ class Checkpoint:
     """A committed checkpoint, open for reading.
 
     Raises:
-        UserError: not committed, written by a newer version, or a description whose hash is wrong.
+        DamagedCheckpoint: a description that is missing or whose hash is wrong.
+        UserError: written by a newer version.
     """
 
     def __init__(self, url: str):
@@ -124,11 +128,12 @@ class Checkpoint:
             raise UserError(f"{url} was written by a newer imm-scale (format {committed['format_version']}); update it")
         for name, expected in committed["sha256"].items():
             if hashlib.sha256(self._read(name)).hexdigest() != expected:
-                raise UserError(f"{url}/{name} is not what was committed: restore it, or remove this checkpoint")
+                raise DamagedCheckpoint(f"{url}/{name} is not what was committed: restore it or remove this checkpoint")
         self.meta = Meta(**self._read_json("meta.json"))
         self.parts = [self._read_json(f"rank-{rank:05d}.json") for rank in range(self.meta.world_size)]
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._slices: dict[tuple[str, str], list[Slice]] = {}
+        self._places: dict[str, dict[str, int]] = {}
         for part in self.parts:
             self._index(part)
 
@@ -148,27 +153,31 @@ class Checkpoint:
         try:
             return storage.read_bytes(storage.join(self.url, name))
         except FileNotFoundError as error:
-            raise UserError(f"{self.url} is not a whole checkpoint: {name} is missing") from error
+            raise DamagedCheckpoint(f"{self.url} is not a whole checkpoint: {name} is missing") from error
 
     def _read_json(self, name: str) -> Any:
         return json.loads(self._read(name))
 
     def _index(self, part: Mapping[str, Any]) -> None:
-        url = storage.join(self.url, part["file"])
-        places = _tensor_places(url)
         for entry in part["slices"]:
-            state, name = entry["state"], entry["name"]
-            self.shapes[name] = tuple(entry["shape"])
-            place = Slice(entry["offset"], entry["numel"], url, places[f"{state}/{name}"])
-            self._slices.setdefault((state, name), []).append(place)
+            self.shapes[entry["name"]] = tuple(entry["shape"])
+            place = Slice(entry["offset"], entry["numel"], part["file"])
+            self._slices.setdefault((entry["state"], entry["name"]), []).append(place)
 
     def damaged_files(self, part: int = 0, parts: int = 1) -> list[str]:
-        """Names of the tensor files (every `parts`-th from the `part`-th on) that are not what was committed."""
-        return [
-            entry["file"]
-            for entry in self.parts[part::parts]
-            if hashlib.sha256(self._read(entry["file"])).hexdigest() != entry["sha256"]
-        ]
+        """Names of the tensor files (every `parts`-th from the `part`-th on) that are missing or altered."""
+        return [entry["file"] for entry in self.parts[part::parts] if not self._is_intact(entry)]
+
+    def _is_intact(self, entry: Mapping[str, Any]) -> bool:
+        url = storage.join(self.url, entry["file"])
+        return storage.exists(url) and hashlib.sha256(storage.read_bytes(url)).hexdigest() == entry["sha256"]
+
+    def _place(self, file: str, key: str) -> tuple[str, int]:
+        """URL of a tensor file and the byte in it where a tensor's data start."""
+        url = storage.join(self.url, file)
+        if file not in self._places:
+            self._places[file] = _tensor_places(url)
+        return url, self._places[file][key]
 
     @property
     def states(self) -> list[str]:
@@ -190,8 +199,9 @@ class Checkpoint:
         for piece in pieces:
             first, last = max(offset, piece.offset), min(stop, piece.offset + piece.numel)
             if first < last:
-                start = piece.start + 4 * (first - piece.offset)
-                data = storage.read_range(piece.url, start, start + 4 * (last - first))
+                url, data_start = self._place(piece.file, f"{state}/{name}")
+                start = data_start + 4 * (first - piece.offset)
+                data = storage.read_range(url, start, start + 4 * (last - first))
                 out[first - offset : last - offset] = torch.frombuffer(bytearray(data), dtype=torch.float32)
                 filled += last - first
         if filled != stop - offset:

@@ -1,19 +1,15 @@
 """What a run says of itself: status.json, metrics.jsonl, wandb, and a line or a bar for whoever looks."""
 
-import hashlib
 import json
 import logging
-import os
 import sys
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 from imm_scale import distributed, storage
-from imm_scale.config import Config, to_yaml
 
 Record = dict[str, Any]
 METRICS = "metrics.jsonl"
@@ -100,105 +96,47 @@ class MetricsLog:
             self._unwritten = []
 
 
-class Wandb:
-    """A wandb run beside the metrics; what goes wrong there is said once and stops nothing."""
+class Meter:
+    """Sums what happens between two records."""
 
-    def __init__(self, config: Config):
-        import wandb
+    def __init__(self, device: torch.device, global_batch_size: int):
+        self._device, self._batch = device, global_batch_size
+        self._waited = 0.0
+        self._reset()
 
-        self._failures = (wandb.errors.Error, OSError)
-        self._run: Any = None
-        w = config.wandb
-        mode = w.mode if w.mode != "auto" else "online" if wandb.api.api_key else "offline"
-        folder = storage.local_path(config.run_dir) if storage.is_local(config.run_dir) else None
-        try:
-            self._run = wandb.init(
-                mode=mode,
-                project=w.project,
-                name=w.name or config.run.name,
-                group=w.group,
-                tags=w.tags,
-                # The same run folder is the same wandb run, however often it is resumed.
-                id=hashlib.sha256(os.path.abspath(config.run_dir).encode()).hexdigest()[:16],
-                resume="allow",
-                dir=folder,
-                config={"yaml": to_yaml(config)},
-                settings=wandb.Settings(silent=True, console="off"),
-            )
-        except self._failures as error:
-            log.warning("wandb is off for this run: %s", error)
+    def _reset(self) -> None:
+        self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._grad_norm, self._steps = 0.0, 0
+        self._began = time.perf_counter()
 
-    def log(self, record: Mapping[str, Any]) -> None:
-        if self._run is None:
-            return
-        try:
-            self._run.log(dict(record), step=record["step"])
-        except self._failures as error:
-            log.warning("wandb is off from step %s on: %s", record["step"], error)
-            self._run = None
+    def add(self, loss: Tensor, grad_norm: float) -> None:
+        self._loss += loss
+        self._grad_norm += grad_norm
+        self._steps += 1
 
-    def finish(self) -> None:
-        if self._run is None:
-            return
-        try:
-            self._run.finish()
-        except self._failures as error:
-            log.warning("wandb did not finish: %s", error)
+    def record(self, step: int, images_seen: int, lr: float, data_seconds: float) -> dict[str, Any]:
+        """Means over the steps since the last record; a collective, so every rank calls it.
 
-
-class Progress:
-    """A bar when a person is looking, plain lines otherwise; silent on ranks other than 0."""
-
-    def __init__(self, name: str, first: int, total: int, enabled: bool):
-        self._enabled = enabled
-        self._name, self._total = name, total
-        self._bar = (
-            tqdm(total=total, initial=first, desc=name, unit="step") if enabled and sys.stderr.isatty() else None
-        )
-
-    def advance(self) -> None:
-        if self._bar is not None:
-            self._bar.update()
-
-    def report(self, record: Record) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix(loss=f"{record['loss']:.4g}", images_s=f"{record['images_per_second']:.0f}")
-        elif self._enabled:
-            print(
-                f"{self._name}: step {record['step']}/{self._total}  loss {record['loss']:.5g}  "
-                f"grad norm {record['grad_norm']:.3g}  {record['images_per_second']:.0f} images/s",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers."""
-    from importlib.metadata import version
-
-    names = ("imm-scale", "torch", "deepspeed", "numpy", "webdataset", "safetensors")
-    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
-
-
-def set_up_logging(run_dir: str, rank: int) -> None:
-    """Messages of this rank go to logs/rank-NNNNN.log of a local run folder, and rank 0's to stderr as well."""
-    log.setLevel(logging.INFO)
-    log.handlers.clear()
-    log.propagate = False
-    handlers: list[logging.Handler] = []
-    if storage.is_local(run_dir):
-        folder = storage.join(storage.local_path(run_dir), "logs")
-        os.makedirs(folder, exist_ok=True)
-        handlers.append(logging.FileHandler(storage.join(folder, f"rank-{rank:05d}.log")))
-    if rank == 0:
-        handlers.append(logging.StreamHandler())
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(handler)
+        Args:
+            data_seconds: what the loader has waited so far in all.
+        """
+        loss = float(distributed.all_sum(self._loss)) / self._steps
+        seconds = (time.perf_counter() - self._began) / self._steps
+        record = {
+            "step": step,
+            "images_seen": images_seen,
+            "loss": loss,
+            "grad_norm": self._grad_norm / self._steps,
+            "lr": lr,
+            "images_per_second": self._batch / seconds,
+            "step_seconds": seconds,
+            "data_seconds": (data_seconds - self._waited) / self._steps,
+            "memory_bytes": memory_bytes(self._device),
+            "time": time.time(),
+        }
+        self._waited = data_seconds
+        self._reset()
+        return record
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -208,3 +146,11 @@ def memory_bytes(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a run's numbers."""
+    from importlib.metadata import version
+
+    names = ("imm-scale", "torch", "deepspeed", "numpy", "webdataset", "safetensors")
+    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}

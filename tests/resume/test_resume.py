@@ -89,7 +89,7 @@ def test_other_ranks_and_stages_go_on_with_the_same_curve(first, second, digits,
             torch.testing.assert_close(tensor, b.weights(state)[name], rtol=1e-3, atol=2e-5)
 
 
-def test_a_finished_run_is_left_alone(undisturbed, digits, capfd):
+def test_a_finished_run_is_left_alone(undisturbed, digits):
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
     ranks.train(1, *_settings(digits, undisturbed))
     after = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
@@ -105,5 +105,7 @@ def test_uncommitted_and_damaged_checkpoints_are_passed_over(digits, tmp_path, u
     data[-1] ^= 1
     damaged.write_bytes(data)
     ranks.train(2, *_settings(digits, run_dir))
-    assert "checkpoint of step 15 is skipped" in (run_dir / "logs" / "rank-00001.log").read_text()
+    for rank, name in enumerate(("see the other ranks", "rank-00001.safetensors")):
+        words = (run_dir / "logs" / f"rank-0000{rank}.log").read_text()
+        assert f"checkpoint of step 15 is skipped, it is damaged: {name}" in words
     _assert_same_states(run_dir, undisturbed)

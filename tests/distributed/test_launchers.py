@@ -1,0 +1,47 @@
+"""`imm-scale train` under the launchers people use, started as they start it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import ranks
+from tests.conftest import losses
+
+BIN = Path(sys.executable).parent
+STEPS = ["train.max_steps=3"]
+
+
+@pytest.fixture(scope="module")
+def alone(digits: str, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    from tests.conftest import TINY
+
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    ranks.train(1, *TINY, f"data.manifest={digits}", f"run.dir={run_dir}", *STEPS)
+    return losses(run_dir)
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        [sys.executable, "-m", "imm_scale"],
+        [str(BIN / "imm-scale")],
+        [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", "PORT", "-m", "imm_scale"],
+        [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", "PORT", "--module", "imm_scale"],
+    ],
+    ids=["python", "console script", "torchrun", "deepspeed"],
+)
+def test_a_launcher_trains_the_same_curve(launch, tiny, tmp_path, alone):
+    command = [str(ranks.free_port()) if word == "PORT" else word for word in launch]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [*command, "train", *tiny, *STEPS], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "completed"
+    # As between any two worlds: fp32 sums in another order.
+    np.testing.assert_allclose(losses(tmp_path / "run"), alone, rtol=1e-4)

@@ -1,0 +1,117 @@
+"""Mistakes of a whole run: exit code 2, a message with the remedy, and nothing written over."""
+
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+
+from imm_scale.training.checkpoint import committed_steps
+from tests import ranks
+
+
+def _fails_with_2(words: list[str], *argv: str, size: int = 1) -> None:
+    for code, message in ranks.run(ranks.command_and_words, size, *argv):
+        assert code == 2, message
+        for word in words:
+            assert word in message
+        assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.global_batch_size=4096", "train.micro_batch_size=64"], ["1797", "4096"]),
+        (["data.manifest=/nowhere/manifest.json"], ["/nowhere/manifest.json"]),
+        (["data.manifest=null"], ["data.manifest"]),
+        (["data.codec=vae"], ["pixels", "vae"]),
+        (["data.latent_shape=[4,32,32]"], ["(1, 8, 8)", "(4, 32, 32)"]),
+        (["data.num_classes=1000"], ["10", "1000"]),
+        (["precision=fp16"], ["fp16", "bf16"]),
+        (["precision=bf16", "zero.stage=0"], ["bf16", "zero.stage=1"]),
+        (["model.heads=3"], ["model.width=32", "model.heads=3"]),
+        (["model.patch_size=3"], ["model.patch_size=3", "8 x 8"]),
+        (["model.size=DiT-M/2"], ["DiT-M/2", "DiT-XL/2"]),
+        (["train.compile=true", "zero.stage=3"], ["train.compile", "zero.stage=2"]),
+        (["trane.max_steps=1"], ["trane.max_steps", "train.max_steps"]),
+        (["configs/none.yaml"], ["configs/none.yaml"]),
+        (["loss"], ["'loss'"]),
+        (["run.dir=/proc/nothing/run"], ["/proc/nothing/run", "run.dir"]),
+        (["run.dir=nosuch://bucket/run"], ["nosuch"]),
+    ],
+)
+def test_a_run_that_cannot_start(overrides, words, tiny, tmp_path):
+    _fails_with_2(words, "train", *tiny, "train.max_steps=2", *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_ranks_than_groups(tiny, tmp_path):
+    few = ["train.global_batch_size=8", "train.micro_batch_size=8"]
+    _fails_with_2(["3 ranks", "at most 2 ranks fit"], "train", *tiny, *few, size=3)
+
+
+def test_a_folder_nobody_can_write_to_stops_all_ranks(tiny):
+    _fails_with_2(["/proc/nothing/run"], "train", *tiny, "run.dir=/proc/nothing/run", size=2)
+
+
+def test_a_short_shard_is_found_before_training(tiny, digits, tmp_path):
+    folder = tmp_path / "short"
+    shutil.copytree(Path(digits).parent, folder)
+    shard = next(folder.glob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-1024])
+    _fails_with_2([shard.name], "train", *tiny, f"data.manifest={folder}/manifest.json")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_config_in_the_run_folder_is_refused_or_allowed_on_purpose(tiny, tmp_path):
+    run_dir = tmp_path / "run"
+    ranks.train(1, *tiny, "train.max_steps=2")
+    before = (run_dir / "config.yaml").read_text(), (run_dir / "status.json").read_text()
+    changed = [*tiny, "train.max_steps=4", "optimizer.lr=5e-4", "model.qk_norm=false", "train.log_every=2"]
+    _fails_with_2(["optimizer.lr: 0.001 -> 0.0005", "run.allow_change=[optimizer.lr]"], "train", *changed)
+    assert ((run_dir / "config.yaml").read_text(), (run_dir / "status.json").read_text()) == before
+    ranks.train(1, *changed, "run.allow_change=[optimizer.lr]")
+    assert committed_steps(str(run_dir)) == [2, 4]
+
+
+def _train_with_small_files(limit: int, *argv: str) -> tuple[int, str]:
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    return ranks.command_and_words("train", *argv)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tiny, tmp_path):
+    run_dir = tmp_path / "run"
+    ranks.train(2, *tiny, "train.max_steps=2")
+    # The kernel refuses to let any file grow past 100 kB, as a full disk would: a rank's part has twice that.
+    for code, message in ranks.run(_train_with_small_files, 2, 100_000, *tiny, "train.max_steps=4"):
+        assert code == 2
+        assert "cannot write checkpoint" in message
+    assert committed_steps(str(run_dir)) == [2]
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"
+    assert not list(run_dir.rglob("*.tmp"))
+    ranks.train(2, *tiny, "train.max_steps=4")
+    assert committed_steps(str(run_dir)) == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["sample", "RUN", "--labels", "0-12"], ["0-12", "0 to 9"]),
+        (["sample", "RUN", "--labels", "cat"], ["cat"]),
+        (["sample", "RUN", "--grid", "edm", "--steps", "2", "sampling.foo=1"], ["sampling.foo"]),
+        (["sample", "RUN", "--grid", "eta_1.4", "--steps", "4"], ["eta_1.4", "2 steps"]),
+        (["sample", "RUN", "--ema", "0.5"], ["0.5", "0.99"]),
+        (["sample", "/nowhere"], ["/nowhere"]),
+        (["sample", "/nowhere.safetensors"], ["/nowhere.safetensors"]),
+        (["evaluate", "/nowhere"], ["/nowhere"]),
+        (["export", "RUN", "--out", "x.bin"], [".safetensors"]),
+        (["report", "/nowhere"], ["/nowhere"]),
+        (["explain", "objective.kk"], ["objective.kk", "objective.k"]),
+    ],
+)
+def test_other_commands(argv, words, trained):
+    _fails_with_2(words, *(trained if word == "RUN" else word for word in argv))

@@ -1,0 +1,101 @@
+"""Slices written by some ranks, read by others; files that stock safetensors reads; no commit without all files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from imm_scale.errors import UserError
+from imm_scale.training import checkpoint as checkpoints
+from imm_scale.training.checkpoint import Checkpoint, DamagedCheckpoint, Meta, committed_steps, folder, write_rank
+
+SHAPES = {"a": (3, 5), "b": (7,), "c": ()}
+
+
+def _meta(step: int, world_size: int) -> Meta:
+    return Meta(step, step * 64, step, "", "", "hash", world_size, 1, {})
+
+
+def _write(run_dir: str, step: int, world_size: int) -> dict[str, torch.Tensor]:
+    """Every parameter cut into world_size contiguous slices, one per rank."""
+    whole = {name: torch.arange(float(np.prod(shape))) + 100 * i for i, (name, shape) in enumerate(SHAPES.items())}
+    for rank in range(world_size):
+        slices = []
+        for name, shape in SHAPES.items():
+            size = len(whole[name])
+            start, stop = rank * size // world_size, (rank + 1) * size // world_size
+            if start < stop:
+                slices.append((name, shape, start, {"weight": whole[name][start:stop]}))
+        write_rank(folder(run_dir, step), rank, slices)
+    return whole
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_any_slice_is_assembled_from_any_ranks(world_size, tmp_path):
+    whole = _write(str(tmp_path), 1, world_size)
+    checkpoints.commit(folder(str(tmp_path), 1), _meta(1, world_size))
+    read = Checkpoint.latest(str(tmp_path))
+    assert read.meta == _meta(1, world_size)
+    for name, values in whole.items():
+        for start in range(len(values)):
+            for stop in range(start + 1, len(values) + 1):
+                assert torch.equal(read.read("weight", name, start, stop - start), values[start:stop])
+        assert torch.equal(read.weights()[name], values.view(SHAPES[name]))
+
+
+def test_stock_safetensors_reads_the_files(tmp_path):
+    whole = _write(str(tmp_path), 1, 2)
+    parts = [load_file(Path(folder(str(tmp_path), 1)) / f"rank-0000{rank}.safetensors") for rank in (0, 1)]
+    np.testing.assert_array_equal(np.concatenate([part["weight/a"] for part in parts]), whole["a"])
+
+
+def test_without_the_mark_there_is_no_checkpoint(tmp_path):
+    _write(str(tmp_path), 1, 2)
+    assert committed_steps(str(tmp_path)) == []
+    with pytest.raises(UserError, match="no committed checkpoint"):
+        Checkpoint.latest(str(tmp_path))
+
+
+def test_damage_is_named(tmp_path):
+    run_dir = str(tmp_path)
+    _write(run_dir, 1, 2)
+    checkpoints.commit(folder(run_dir, 1), _meta(1, 2))
+    tensors = Path(folder(run_dir, 1)) / "rank-00001.safetensors"
+    good = tensors.read_bytes()
+    tensors.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    assert Checkpoint.latest(run_dir).damaged_files() == ["rank-00001.safetensors"]
+    assert Checkpoint.latest(run_dir).damaged_files(0, 2) == []
+    tensors.unlink()
+    assert Checkpoint.latest(run_dir).damaged_files(1, 2) == ["rank-00001.safetensors"]
+    tensors.write_bytes(good)
+    meta = Path(folder(run_dir, 1)) / "meta.json"
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "step": 2}))
+    with pytest.raises(DamagedCheckpoint, match=r"meta\.json is not what was committed"):
+        Checkpoint.latest(run_dir)
+    meta.unlink()
+    with pytest.raises(DamagedCheckpoint, match=r"meta\.json is missing"):
+        Checkpoint.latest(run_dir)
+
+
+def test_a_state_that_is_not_there_is_named(tmp_path):
+    _write(str(tmp_path), 1, 1)
+    checkpoints.commit(folder(str(tmp_path), 1), _meta(1, 1))
+    read = Checkpoint.latest(str(tmp_path))
+    with pytest.raises(UserError, match="holds no exp_avg of a; it has weight"):
+        read.read("exp_avg", "a")
+    with pytest.raises(UserError, match=r"'ema-0\.5'"):
+        read.weights("ema-0.5")
+
+
+def test_retention_keeps_the_newest_and_the_milestones(tmp_path):
+    for step in range(1, 9):
+        _write(str(tmp_path), step, 1)
+        checkpoints.commit(folder(str(tmp_path), step), _meta(step, 1))
+    checkpoints.prune(str(tmp_path), keep_last=2, keep_every=3)
+    assert committed_steps(str(tmp_path)) == [3, 6, 7, 8]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        f"step-{step:08d}" for step in (3, 6, 7, 8)
+    ]
