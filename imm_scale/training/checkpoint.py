@@ -27,7 +27,7 @@ _FOLDER = "checkpoints"
 _PREFIX = "step-"
 
 
-class DamagedCheckpoint(UserError):
+class DamagedCheckpointError(UserError):
     """A committed checkpoint whose files are no longer what was committed."""
 
 
@@ -117,7 +117,7 @@ class Checkpoint:
     """A committed checkpoint, open for reading.
 
     Raises:
-        DamagedCheckpoint: a description that is missing or whose hash is wrong.
+        DamagedCheckpointError: a description that is missing or whose hash is wrong.
         UserError: written by a newer version.
     """
 
@@ -128,7 +128,9 @@ class Checkpoint:
             raise UserError(f"{url} was written by a newer imm-scale (format {committed['format_version']}); update it")
         for name, expected in committed["sha256"].items():
             if hashlib.sha256(self._read(name)).hexdigest() != expected:
-                raise DamagedCheckpoint(f"{url}/{name} is not what was committed: restore it or remove this checkpoint")
+                raise DamagedCheckpointError(
+                    f"{url}/{name} is not what was committed: restore it or remove this checkpoint"
+                )
         self.meta = Meta(**self._read_json("meta.json"))
         self.parts = [self._read_json(f"rank-{rank:05d}.json") for rank in range(self.meta.world_size)]
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -153,7 +155,7 @@ class Checkpoint:
         try:
             return storage.read_bytes(storage.join(self.url, name))
         except FileNotFoundError as error:
-            raise DamagedCheckpoint(f"{self.url} is not a whole checkpoint: {name} is missing") from error
+            raise DamagedCheckpointError(f"{self.url} is not a whole checkpoint: {name} is missing") from error
 
     def _read_json(self, name: str) -> Any:
         return json.loads(self._read(name))

@@ -43,7 +43,7 @@ class Wandb:
         self._failures = (wandb.errors.Error, OSError)
         self._run: Any = None
         w = config.wandb
-        mode = w.mode if w.mode != "auto" else "online" if wandb.api.api_key else "offline"
+        mode = w.mode if w.mode != "auto" else "online" if wandb.login(prompt=False) else "offline"
         folder = storage.local_path(config.run_dir) if storage.is_local(config.run_dir) else None
         try:
             self._run = wandb.init(

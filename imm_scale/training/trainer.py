@@ -12,7 +12,7 @@ from imm_scale.distributed import World
 from imm_scale.errors import UserError
 from imm_scale.training import checkpoint as checkpoints
 from imm_scale.training import metrics
-from imm_scale.training.checkpoint import Checkpoint, DamagedCheckpoint, Meta
+from imm_scale.training.checkpoint import Checkpoint, DamagedCheckpointError, Meta
 from imm_scale.training.ema import ShardedEma, state_name
 from imm_scale.training.engine import Engine
 from imm_scale.training.identity import check_identity
@@ -60,7 +60,7 @@ class Trainer:
             try:
                 found = Checkpoint.of_step(run_dir, step)
                 problem = ", ".join(found.damaged_files(self.world.rank, self.world.size))
-            except DamagedCheckpoint as error:
+            except DamagedCheckpointError as error:
                 problem = str(error)
             if distributed.all_agree(not problem, self.device):
                 return found
@@ -194,9 +194,19 @@ def open_run_folder(plan: Plan) -> int:
     steps = checkpoints.committed_steps(run_dir)
     if storage.exists(config_url):
         old = configs.from_yaml(storage.read_text(config_url))
-        old_hash = Checkpoint.of_step(run_dir, steps[-1]).meta.manifest_hash if steps else plan.manifest.hash
+        old_hash = _manifest_hash(run_dir, steps) or plan.manifest.hash
         check_identity(config, plan.manifest.hash, old, old_hash)
     return steps[-1] if steps else 0
+
+
+def _manifest_hash(run_dir: str, steps: list[int]) -> str | None:
+    """Of the newest checkpoint that can be read."""
+    for step in reversed(steps):
+        try:
+            return Checkpoint.of_step(run_dir, step).meta.manifest_hash
+        except DamagedCheckpointError:
+            continue  # the trainer names it when it passes over it
+    return None
 
 
 def train(config: Config, world: World | None = None) -> Outcome:

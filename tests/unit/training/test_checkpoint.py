@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from imm_scale.errors import UserError
 from imm_scale.training import checkpoint as checkpoints
-from imm_scale.training.checkpoint import Checkpoint, DamagedCheckpoint, Meta, committed_steps, folder, write_rank
+from imm_scale.training.checkpoint import Checkpoint, DamagedCheckpointError, Meta, committed_steps, folder, write_rank
 
 SHAPES = {"a": (3, 5), "b": (7,), "c": ()}
 
@@ -73,10 +73,10 @@ def test_damage_is_named(tmp_path):
     tensors.write_bytes(good)
     meta = Path(folder(run_dir, 1)) / "meta.json"
     meta.write_text(json.dumps({**json.loads(meta.read_text()), "step": 2}))
-    with pytest.raises(DamagedCheckpoint, match=r"meta\.json is not what was committed"):
+    with pytest.raises(DamagedCheckpointError, match=r"meta\.json is not what was committed"):
         Checkpoint.latest(run_dir)
     meta.unlink()
-    with pytest.raises(DamagedCheckpoint, match=r"meta\.json is missing"):
+    with pytest.raises(DamagedCheckpointError, match=r"meta\.json is missing"):
         Checkpoint.latest(run_dir)
 
 
