@@ -16,6 +16,7 @@ from imm_scale.objectives import times
 from imm_scale.objectives.base import Objective
 from imm_scale.objectives.flow_matching import FlowMatching
 from imm_scale.objectives.imm import InductiveMomentMatching
+from imm_scale.objectives.special_cases import ConsistencyTraining, GenerativeMomentMatching
 
 SPEC_VERSION = 1
 
@@ -139,7 +140,12 @@ def objective(config: Config) -> Objective:
     }
     if o.name == "flow_matching":
         return FlowMatching(**common)
-    return InductiveMomentMatching(
+    kinds: dict[str, type[InductiveMomentMatching]] = {
+        "imm": InductiveMomentMatching,
+        "consistency": ConsistencyTraining,
+        "gmmn": GenerativeMomentMatching,
+    }
+    return kinds[o.name](
         **common,
         k=o.k,
         min_gap=resolved_min_gap(config),
@@ -149,4 +155,5 @@ def objective(config: Config) -> Objective:
         kernel=o.kernel,
         a=o.a,
         b=o.b,
+        weight_factors=tuple(o.weight_factors),
     )

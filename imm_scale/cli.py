@@ -1,4 +1,4 @@
-"""`imm-scale`: train, sample, evaluate, export, report, explain.
+"""`imm-scale`: train, sample, evaluate, export, import, report, explain.
 
 Exit codes: 0 done, 2 the user's mistake (a message, no traceback), 75 preempted and resumable, 1 anything else.
 """
@@ -67,6 +67,7 @@ def _overrides(args: argparse.Namespace) -> list[str]:
         "sampling.ema": args.ema,
         "sampling.batch_size": args.batch_size,
         "sampling.grid": args.grid,
+        "sampling.sampler": args.sampler,
         "sampling.vae": getattr(args, "vae", None),
         f"{args.section}.num": args.num,
         "evaluation.repeats": getattr(args, "repeats", None),
@@ -80,7 +81,7 @@ def _sample(args: argparse.Namespace) -> int:
     from imm_scale.sampling import run as sampling
     from imm_scale.training.checkpoint import Checkpoint
 
-    from_file = weights.is_file(args.source)
+    from_file = weights.is_export(args.source)
     config = configs.load([], _overrides(args)).config if from_file else _run_config(args.source, args)
     step = None if from_file else Checkpoint.latest(args.source).meta.step
     out = args.out or ("samples" if from_file else storage.join(args.source, "samples", f"step-{step:08d}"))
@@ -89,11 +90,9 @@ def _sample(args: argparse.Namespace) -> int:
     spec, flow_map = weights.load_flow_map(args.source, config.sampling.ema, step)
     flow_map.to(distributed.device(world))
     s = config.sampling
-    labels = sampling.parse_labels(s.labels, spec.net.num_classes)
     image_codec = open_codec(spec.codec, s.vae, str(distributed.device(world)))
     for steps in s.steps:
-        grid = sampling.resolve_grid(spec, s.grid, steps)
-        plan = sampling.SamplingPlan(steps, grid, labels, s.num, s.seed, s.guidance_scale, s.batch_size)
+        plan = sampling.plan_of(s, spec, steps, s.num, s.seed)
         z = sampling.collect(flow_map, spec, plan, world, progress=f"{steps} steps")
         if world.is_main:
             print("\n".join(sampling.write(out, spec, plan, z, image_codec)))
@@ -115,8 +114,19 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from imm_scale import weights
 
-    weights.export(args.run, args.out, args.ema)
+    weights.export(args.run, args.out, args.ema, format=args.format)
     print(args.out)
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from imm_scale import weights
+    from imm_scale.released import mapping
+
+    weights.check_out(args.out, args.format)
+    released = mapping.read(args.file, args.second_time, args.vae)
+    weights.write(released.spec, released.weights, args.out, args.format)
+    print("\n".join([*released.notes, args.out]))
     return 0
 
 
@@ -147,7 +157,11 @@ _EXAMPLES = {
     "evaluate": """examples:
   imm-scale evaluate runs/demo/imm --steps 1,2,4,8 --repeats 5""",
     "export": """examples:
-  imm-scale export runs/demo/imm --out digits.safetensors --ema 0.995""",
+  imm-scale export runs/demo/imm --out digits.safetensors --ema 0.995
+  imm-scale export digits.safetensors --out digits --format diffusers""",
+    "import": """examples:
+  imm-scale import imagenet256_ts_a2.pkl --out ts_a2.safetensors --vae /models/sd-vae-ft-ema
+  imm-scale import imagenet256_s_a1.pkl --out s_a1.safetensors --second-time s""",
     "report": """examples:
   imm-scale report runs/demo/imm runs/demo/flow_matching --out runs/demo/report.html""",
     "explain": """examples:
@@ -165,9 +179,18 @@ def _add_sampling_flags(parser: argparse.ArgumentParser, section: str) -> None:
     parser.add_argument("--seed", type=int, help="seed of the starting noise")
     parser.add_argument("--guidance", type=float, help="guidance scale w; 1 is off")
     parser.add_argument("--labels", help="classes: all, 0-9 or 3,7")
-    parser.add_argument("--grid", help="time grid: auto, uniform, edm or eta_1.4")
+    parser.add_argument("--grid", help="time grid: auto, uniform, edm, eta_1.4 or times as in 0.994,0.5,0")
+    parser.add_argument("--sampler", help="pushforward, restart, pushforward_restart or heun")
     parser.add_argument("--ema", type=float, help="decay of the average to use; 0 for the raw weights")
     parser.add_argument("--batch-size", type=int, help="images run at once")
+
+
+def _add_format(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--format",
+        default="safetensors",
+        help="safetensors: one file; diffusers: config.json and diffusion_pytorch_model.safetensors in a folder",
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -191,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--world-size", type=int, help="ranks to assume for --dry-run")
 
     sample = add("sample", _sample, "Draw images: PNG grids (a row a class, a column a sample) and .npz files.")
-    sample.add_argument("source", metavar="RUN | FILE.safetensors")
+    sample.add_argument("source", metavar="RUN | FILE.safetensors | FOLDER")
     _add_sampling_flags(sample, "sampling")
     sample.add_argument("--vae", help="folder of the AutoencoderKL that decodes vae latents")
     sample.add_argument("--out", help="folder to write to; default RUN/samples/step-N")
@@ -201,10 +224,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_sampling_flags(evaluate, "evaluation")
     evaluate.add_argument("--repeats", type=int, help="sampling seeds; their spread is the error bar")
 
-    export = add("export", _export, "Write a run's weights and model spec to one .safetensors file.")
-    export.add_argument("run", metavar="RUN")
-    export.add_argument("--out", required=True, help="file to write, ending in .safetensors")
+    export = add("export", _export, "Write weights and model spec to one .safetensors file, or to a folder.")
+    export.add_argument("run", metavar="RUN | FILE.safetensors | FOLDER")
+    export.add_argument("--out", required=True, help="file to write, ending in .safetensors, or folder for diffusers")
     export.add_argument("--ema", type=float, help="decay of the average; default the first, 0 for the raw weights")
+    _add_format(export)
+
+    released = add("import", _import, "Read a checkpoint of the authors, without running anything in it.")
+    released.add_argument("file", metavar="FILE.pkl")
+    released.add_argument("--out", required=True, help="file to write, ending in .safetensors, or folder for diffusers")
+    released.add_argument("--second-time", choices=("s", "t_minus_s"), help="in place of what the file records")
+    released.add_argument("--vae", help="folder of the AutoencoderKL that decodes its latents")
+    _add_format(released)
 
     report = add("report", _report, "Write one self-contained HTML page about runs, and print their distances.")
     report.add_argument("runs", nargs="+", metavar="RUN")

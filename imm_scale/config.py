@@ -81,7 +81,9 @@ class FlowMapConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    name: Literal["imm", "flow_matching"] = _opt("imm", "Training loss: inductive moment matching, or the baseline.")
+    name: Literal["imm", "flow_matching", "consistency", "gmmn"] = _opt(
+        "imm", "Training loss: inductive moment matching, the baseline, or one of the two methods IMM contains."
+    )
     particles: int = _opt(4, "M, samples that share one (s, r, t): 4 is best at fixed batch, 1 and 2 collapse.")
     kernel: Literal["laplace", "rbf", "energy", "pseudo_huber"] = _opt("laplace", "Kernel of the discrepancy.")
     mapping: Literal["eta", "t", "log_snr", "inverse_eta"] = _opt(
@@ -97,6 +99,9 @@ class ObjectiveConfig:
     )
     a: float = _opt(1.0, "Power of alpha in the weight: 1, or 2 with second_time=t_minus_s.")
     b: float = _opt(4.0, "Shift of the sigmoid in the weight: 4 on latents, 5 on CIFAR-10.")
+    weight_factors: list[Literal["sigmoid", "dlog_snr_dt", "alpha"]] = _opt(
+        ["sigmoid", "dlog_snr_dt", "alpha"], "Factors of the weight; leave some out only to see what they do."
+    )
     label_drop: float = _opt(0.1, "Share of samples trained without their label; guidance needs it above 0.")
 
 
@@ -125,7 +130,9 @@ class OptimizerConfig:
     eps: float = _opt(1e-8, "Adam's epsilon; IMM's gradients are of order 1 / D, near it: watch both.")
     weight_decay: float = _opt(0.0, "Decoupled weight decay.")
     warmup_images: int = _opt(0, "Images over which the learning rate rises linearly from 0.")
-    schedule: Literal["constant"] = _opt("constant", "Learning rate after the warm-up.")
+    schedule: Literal["constant", "cosine"] = _opt(
+        "constant", "Learning rate after the warm-up: constant (as published), or a cosine to 0 at train.max_steps."
+    )
 
 
 @dataclass(frozen=True)
@@ -159,8 +166,16 @@ class SamplingConfig:
     guidance_scale: float = _opt(1.0, "w of w G(label) + (1 - w) G(null); 1 is off, 1.5 is best at ImageNet XL.")
     labels: str = _opt("all", "Classes to draw: all, a range (0-9) or a list (3,7); image i has label labels[i mod n].")
     batch_size: int = _opt(256, "Images run at once.")
-    grid: Literal["auto", "uniform", "edm", "eta_1.4"] = _opt(
-        "auto", "Times visited: uniform, edm (rho = 7 in eta), eta_1.4 (two steps); auto: eta_1.4 for imm in two steps."
+    sampler: Literal["pushforward", "restart", "pushforward_restart", "heun"] = _opt(
+        "pushforward", "pushforward (Euler for flow matching), restart (noise added between jumps), both, or heun."
+    )
+    guidance_interval: list[float] = _opt(
+        [0.0, 1.0], "Guidance is in force at times above the first, up to the second."
+    )
+    grid: str = _opt(
+        "auto",
+        "Times visited: uniform, edm (rho = 7 in eta), eta_1.4 (two steps), or a list as in 0.994,0.5,0; "
+        "auto takes eta_1.4 for imm in two steps, else uniform.",
     )
     vae: str | None = _opt(None, "Folder of the AutoencoderKL that decodes vae latents; pixels need none.")
     ema: float | None = _opt(
@@ -377,12 +392,17 @@ def _positive(config: Config) -> None:
     for key in ("sampling.steps", "evaluation.steps"):
         if not values[key] or min(values[key]) < 1:
             raise UserError(f"{key}={values[key]} must be a list of step counts of at least 1")
+    if len(values["sampling.guidance_interval"]) != 2:
+        raise UserError(f"sampling.guidance_interval={values['sampling.guidance_interval']} must be two times")
     if any(not 0.0 < decay < 1.0 for decay in config.ema.decays):
         raise UserError(f"ema.decays={config.ema.decays} must lie between 0 and 1")
     if not 0.0 <= config.objective.label_drop < 1.0:
         raise UserError(f"objective.label_drop={config.objective.label_drop} must be in [0, 1)")
     if config.zero.stage not in (0, 1, 2, 3):
         raise UserError(f"zero.stage={config.zero.stage} does not exist; choose 0, 1, 2 or 3")
+
+
+_CONSISTENCY = ((1, "energy"), (1, "pseudo_huber"))
 
 
 def _objective(config: Config) -> None:
@@ -401,9 +421,29 @@ def _objective(config: Config) -> None:
         if value % objective.particles:
             below, step = value // objective.particles * objective.particles, objective.particles
             raise UserError(f"train.{key}={value} is not a multiple of objective.particles={step}: use {below + step}")
+    if objective.k < 0:
+        raise UserError(f"objective.k={objective.k} makes the step longer than the range: use at least 0, 10 to 15")
+    if objective.name == "consistency" and (objective.particles, objective.kernel) not in _CONSISTENCY:
+        raise UserError(
+            f"objective.name=consistency with particles={objective.particles} and kernel={objective.kernel}: "
+            "it is the case of objective.particles=1 and objective.kernel=energy or pseudo_huber"
+        )
+    _times(config)
+
+
+def _times(config: Config) -> None:
+    objective = config.objective
     t_max = 1.0 if objective.t_max is None else objective.t_max
     if not 0.0 <= objective.t_min < t_max <= 1.0:
         raise UserError(f"times must satisfy 0 <= t_min={objective.t_min} < t_max={t_max} <= 1")
+    if objective.t_max == 1.0 and objective.name != "flow_matching":
+        raise UserError("objective.t_max=1 has no finite eta: use 0.994 on ot_fm, 0.996 on vp_cosine (null does)")
+    factors = objective.weight_factors
+    if "dlog_snr_dt" in factors and "sigmoid" not in factors and objective.t_min == 0.0:
+        raise UserError(
+            f"objective.weight_factors={factors}: without sigmoid the weight is infinite at t = 0; "
+            "set objective.t_min above 0 (0.006, say)"
+        )
 
 
 def _optimizer(config: Config) -> None:

@@ -182,11 +182,11 @@ class FlowMap(nn.Module):
         """
         c = self.coefficients(s, t)
         scaled, times = self._net_input(x_t, c), self._c_noise(s, t)
-        out = self.model(scaled, *times, label)
+        out = self.model(scaled, *times, label).to(x_t.dtype)
         if guidance_scale != 1.0:
             if self.null_label is None:
                 raise UserError(f"guidance_scale={guidance_scale} needs a net with a null label; use guidance_scale=1")
-            unconditional = self.model(scaled, *times, torch.full_like(label, self.null_label))
+            unconditional = self.model(scaled, *times, torch.full_like(label, self.null_label)).to(x_t.dtype)
             out = guidance_scale * out + (1.0 - guidance_scale) * unconditional
         return self._assemble(x_t, c, out)
 

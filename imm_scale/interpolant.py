@@ -67,7 +67,7 @@ class OTFlowMatching(Interpolant):
         return t
 
     def eta_inverse(self, eta: Tensor) -> Tensor:
-        return eta / (1.0 + eta)
+        return torch.where(torch.isinf(eta), torch.ones_like(eta), eta / (1.0 + eta))
 
     def determinant(self, s: Tensor, t: Tensor) -> Tensor:
         return t - s

@@ -38,6 +38,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
     return c0, c1, c2, c3
 
 
+@torch.compiler.assume_constant_result  # hashlib cannot be traced
 def derive_key(seed: int, purpose: str) -> tuple[int, int]:
     """The Philox key of a purpose ("noise", "times", ...) under a seed: two 32-bit words of a hash of both."""
     digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()

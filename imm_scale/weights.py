@@ -1,5 +1,10 @@
-"""Weights to sample from: of a run's checkpoint, or of one .safetensors file that carries its model spec."""
+"""Weights to sample from: of a run's checkpoint, or exported with their model spec.
 
+An export is one .safetensors file with the spec in its header, or a folder as diffusers lays it out: config.json beside
+diffusion_pytorch_model.safetensors. A folder with a config.json is an export; a run folder has a config.yaml instead.
+"""
+
+import json
 import os
 import tempfile
 
@@ -16,11 +21,24 @@ from imm_scale.training.checkpoint import Checkpoint
 from imm_scale.training.ema import state_name
 
 RAW_WEIGHTS = 0.0
+FORMATS = ("safetensors", "diffusers")
 _SPEC_KEY = "imm_scale_spec"
+_CLASS_NAME = "ImmScaleFlowMap"
+_FOLDER_CONFIG = "config.json"
+_FOLDER_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def is_file(source: str) -> bool:
     return source.endswith(".safetensors")
+
+
+def is_export(source: str) -> bool:
+    """Whether `source` is an exported file or folder, rather than a run folder."""
+    return is_file(source) or _is_folder(source)
+
+
+def _is_folder(source: str) -> bool:
+    return storage.exists(storage.join(source, _FOLDER_CONFIG))
 
 
 def ema_state(checkpoint: Checkpoint, ema: float | None) -> str:
@@ -39,33 +57,54 @@ def ema_state(checkpoint: Checkpoint, ema: float | None) -> str:
 
 
 def read(source: str, ema: float | None = None, step: int | None = None) -> tuple[ModelSpec, dict[str, Tensor]]:
-    """Spec and fp32 weights of a run folder (its newest checkpoint, or that of `step`) or of a .safetensors file.
+    """Spec and fp32 weights of a run folder (its newest checkpoint, or that of `step`) or of an export.
 
     Raises:
-        UserError: nothing there, a file that was not exported by imm-scale, or an average that is not held.
+        UserError: nothing there, an export that imm-scale did not write, or an average that is not held.
     """
     if is_file(source):
         return _read_file(source)
+    if _is_folder(source):
+        return _read_folder(source)
     checkpoint = Checkpoint.latest(source) if step is None else Checkpoint.of_step(source, step)
     return ModelSpec.from_json(checkpoint.meta.spec), checkpoint.weights(ema_state(checkpoint, ema))
 
 
 def _read_file(source: str) -> tuple[ModelSpec, dict[str, Tensor]]:
-    if not storage.exists(source):
-        raise UserError(f"{source} does not exist")
-    with tempfile.TemporaryDirectory() as temporary:
-        path = storage.local_path(source) if storage.is_local(source) else os.path.join(temporary, "weights")
-        if not storage.is_local(source):
-            storage.write_bytes(path, storage.read_bytes(source))
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(f"{source} is not a safetensors file: {error}") from error
+    metadata, weights = _read_tensors(source)
     if _SPEC_KEY not in metadata:
         raise UserError(f"{source} carries no model spec: write it with `imm-scale export`")
     return ModelSpec.from_json(metadata[_SPEC_KEY]), weights
+
+
+def _read_folder(source: str) -> tuple[ModelSpec, dict[str, Tensor]]:
+    url = storage.join(source, _FOLDER_CONFIG)
+    try:
+        fields = json.loads(storage.read_bytes(url))
+    except ValueError as error:
+        raise UserError(f"{url} is not JSON ({error}): write the folder with `imm-scale export`") from error
+    if not isinstance(fields, dict) or fields.pop("_class_name", None) != _CLASS_NAME:
+        raise UserError(f"{url} describes no model of imm-scale: write it with `imm-scale export --format diffusers`")
+    try:
+        spec = ModelSpec.from_json(json.dumps(fields))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{url} lacks a field or has one too many ({error}): export the model again") from error
+    return spec, _read_tensors(storage.join(source, _FOLDER_WEIGHTS))[1]
+
+
+def _read_tensors(url: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of a .safetensors file."""
+    if not storage.exists(url):
+        raise UserError(f"{url} does not exist")
+    with tempfile.TemporaryDirectory() as temporary:
+        path = storage.local_path(url) if storage.is_local(url) else os.path.join(temporary, "weights")
+        if not storage.is_local(url):
+            storage.write_bytes(path, storage.read_bytes(url))
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.metadata() or {}, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{url} is not a safetensors file: {error}") from error
 
 
 def load_flow_map(source: str, ema: float | None = None, step: int | None = None) -> tuple[ModelSpec, FlowMap]:
@@ -84,13 +123,46 @@ def put(flow_map: FlowMap, weights: dict[str, Tensor], source: str) -> None:
         raise UserError(f"the weights of {source} do not fit this model: {error}") from error
 
 
-def export(run_dir: str, out: str, ema: float | None = None, step: int | None = None) -> None:
-    """Writes one .safetensors file with the weights and everything needed to sample from them."""
-    if not is_file(out):
-        raise UserError(f"--out {out}: the name must end in .safetensors")
-    spec, weights = read(run_dir, ema, step)
+def export(
+    source: str, out: str, ema: float | None = None, step: int | None = None, format: str = "safetensors"
+) -> None:
+    """Writes the weights of a run (or of another export) and everything needed to sample from them, as `write` does."""
+    check_out(out, format)
+    write(*read(source, ema, step), out, format)
+
+
+def write(spec: ModelSpec, weights: dict[str, Tensor], out: str, format: str = "safetensors") -> None:
+    """Writes spec and weights: `safetensors` to one file, `diffusers` to a folder. `read` gives back the same bits.
+
+    Raises:
+        UserError: an unknown format, or a name that does not fit it.
+    """
+    check_out(out, format)
+    if format == "safetensors":
+        _write_tensors(weights, out, {_SPEC_KEY: spec.to_json()})
+        return
+    config = storage.join(out, _FOLDER_CONFIG)
+    storage.remove(config)  # while it is missing, the folder is no export: never a new config beside old weights
+    _write_tensors(weights, storage.join(out, _FOLDER_WEIGHTS), {"format": "pt"})
+    fields = {"_class_name": _CLASS_NAME, **json.loads(spec.to_json())}
+    storage.write_text(config, json.dumps(fields, indent=2) + "\n")
+
+
+def check_out(out: str, format: str) -> None:
+    """Raises UserError for an unknown format, or a name that does not fit it."""
+    if format not in FORMATS:
+        raise UserError(f"format {format!r} is unknown; choose one of {', '.join(FORMATS)}")
+    if format == "safetensors" and not is_file(out):
+        raise UserError(f"--out {out}: the name must end in .safetensors, or give --format diffusers for a folder")
+    if format == "diffusers" and is_file(out):
+        raise UserError(f"--out {out}: --format diffusers writes a folder, give a name without .safetensors")
+    if format == "diffusers" and storage.exists(storage.join(out, "config.yaml")):
+        raise UserError(f"--out {out} is a run folder: export to another one")
+
+
+def _write_tensors(weights: dict[str, Tensor], url: str, metadata: dict[str, str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         path = os.path.join(temporary, "weights.safetensors")
-        save_file({name: value.contiguous() for name, value in weights.items()}, path, {_SPEC_KEY: spec.to_json()})
+        save_file({name: value.contiguous() for name, value in weights.items()}, path, metadata)
         with open(path, "rb") as file:
-            storage.write_bytes(out, file.read())
+            storage.write_bytes(url, file.read())

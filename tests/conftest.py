@@ -8,9 +8,13 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 import pytest
+import torch
 
 from data_tools import encode, pack
 from tests import ranks
+
+# As in the worker processes: two tests' thread pools on the same cores would wait for each other.
+torch.set_num_threads(1)
 
 TINY = (
     "model.width=32",

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
+
 from imm_scale import distributed, storage, weights
 from imm_scale.build import ModelSpec
 from imm_scale.config import Config
@@ -17,7 +19,7 @@ from imm_scale.errors import UserError
 from imm_scale.evaluation.features import LATENTS, Extractor
 from imm_scale.evaluation.frechet import Moments, frechet_distance
 from imm_scale.flow_map import FlowMap
-from imm_scale.sampling.run import SamplingPlan, parse_labels, resolve_grid, sample
+from imm_scale.sampling.run import SamplingPlan, plan_of, sample, times_of
 from imm_scale.training import metrics
 from imm_scale.training.checkpoint import Checkpoint
 
@@ -32,6 +34,7 @@ class Distance:
     metric: str
     steps: int
     function_evaluations: int
+    sampler: str
     grid: str
     guidance_scale: float
     num: int
@@ -62,11 +65,14 @@ def measure(
     return frechet_distance(moments.merge_ranks(), reference)
 
 
-def _summarize(plan: SamplingPlan, seeds: Sequence[int], values: Sequence[float], extractor: Extractor) -> Distance:
+def _summarize(
+    plan: SamplingPlan, times: Tensor, seeds: Sequence[int], values: Sequence[float], extractor: Extractor
+) -> Distance:
     return Distance(
         metric=f"frechet_{extractor.name}",
         steps=plan.steps,
-        function_evaluations=plan.function_evaluations,
+        function_evaluations=plan.function_evaluations(times),
+        sampler=plan.sampler,
         grid=plan.grid,
         guidance_scale=plan.guidance_scale,
         num=plan.num,
@@ -130,7 +136,9 @@ def _settings(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
         "reference": checkpoint.meta.manifest_hash,
         "extractor": LATENTS.name,
         "seed": config.sampling.seed,
+        "sampler": config.sampling.sampler,
         "guidance_scale": config.sampling.guidance_scale,
+        "guidance_interval": config.sampling.guidance_interval,
         "labels": config.sampling.labels,
         "grid": config.sampling.grid,
         "batch_size": config.sampling.batch_size,
@@ -144,20 +152,9 @@ def _distances(config: Config, spec: ModelSpec, flow_map: FlowMap, world: World)
     reference = reference_moments(config.data.manifest, config.seed, spec.sigma_data, LATENTS)
     seeds = range(sampling.seed, sampling.seed + evaluation.repeats)
     for steps in evaluation.steps:
-        plans = [
-            SamplingPlan(
-                steps=steps,
-                grid=resolve_grid(spec, sampling.grid, steps),
-                labels=parse_labels(sampling.labels, spec.net.num_classes),
-                num=evaluation.num or reference.count,
-                seed=seed,
-                guidance_scale=sampling.guidance_scale,
-                batch_size=sampling.batch_size,
-            )
-            for seed in seeds
-        ]
+        plans = [plan_of(sampling, spec, steps, evaluation.num or reference.count, seed) for seed in seeds]
         values = [measure(flow_map, spec, plan, reference, LATENTS, world) for plan in plans]
-        yield _summarize(plans[0], seeds, values, LATENTS)
+        yield _summarize(plans[0], times_of(flow_map, spec, plans[0]), seeds, values, LATENTS)
 
 
 def describe(result: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from imm_scale import rng
 from imm_scale.errors import UserError
 from imm_scale.flow_map import ConditionalNet
 from imm_scale.models.layers import ATTENTIONS, Block, FinalLayer, TimeEmbedder, position_table
@@ -80,7 +81,7 @@ class DiT(ConditionalNet):
         self.s_embedder = TimeEmbedder(c.width, c.time_embedding) if c.second_time else None
         self.y_embedder = nn.Embedding(c.num_classes + 1, c.width)  # the last row is "no label"
         self.blocks = nn.ModuleList(
-            Block(c.width, c.heads, c.mlp_ratio, c.qk_norm, c.dropout, c.attention, index) for index in range(c.depth)
+            Block(c.width, c.heads, c.mlp_ratio, c.qk_norm, c.dropout, c.attention) for _ in range(c.depth)
         )
         self.final_layer = FinalLayer(c.width, c.patch_size, c.channels)
         table = position_table(c.width, c.height // c.patch_size, c.image_width // c.patch_size)
@@ -135,7 +136,11 @@ class DiT(ConditionalNet):
         grid = tokens_NTD.view(-1, c.height // p, c.image_width // p, p, p, c.channels)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, c.channels, c.height, c.image_width)
 
-    def _block(self, block: nn.Module, x: Tensor, condition: Tensor, dropout_key: Tensor | None) -> Tensor:
+    def _block(self, index: int, x: Tensor, condition: Tensor, dropout_key: Tensor | None) -> Tensor:
+        block = self.blocks[index]
+        # A key of its own for each layer, mixed out here: a number read inside would cost the compiler a graph a block.
+        if dropout_key is not None and self.config.dropout:
+            dropout_key = rng.random_bits(0, "dropout_layer", dropout_key, stream=index)
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, condition, dropout_key, use_reentrant=False)
         return block(x, condition, dropout_key)
@@ -151,8 +156,8 @@ class DiT(ConditionalNet):
         """G, of the shape of x (N, C, H, W); c_noise and second are (G,), label and dropout_key (N,)."""
         condition = self._condition(c_noise, second, label)
         x = self._tokens(x)
-        for block in self.blocks:
-            x = self._block(block, x, condition, dropout_key)
+        for index in range(len(self.blocks)):
+            x = self._block(index, x, condition, dropout_key)
         return self._image(self.final_layer(x, condition))
 
     def pair(
@@ -170,10 +175,10 @@ class DiT(ConditionalNet):
         condition_t, x_t = self._condition(c_noise_t, second_t, label), self._tokens(x_t)
         with torch.no_grad():
             condition_r, x_r = self._condition(c_noise_r, second_r, label), self._tokens(x_r)
-        for block in self.blocks:
-            x_t = self._block(block, x_t, condition_t, dropout_key)
+        for index in range(len(self.blocks)):
+            x_t = self._block(index, x_t, condition_t, dropout_key)
             with torch.no_grad():
-                x_r = self._block(block, x_r, condition_r, dropout_key)
+                x_r = self._block(index, x_r, condition_r, dropout_key)
         out_t = self._image(self.final_layer(x_t, condition_t))
         with torch.no_grad():
             return out_t, self._image(self.final_layer(x_r, condition_r))

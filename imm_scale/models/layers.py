@@ -104,11 +104,9 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A transformer block with adaLN-Zero conditioning (Peebles and Xie, arXiv 2212.09748)."""
 
-    def __init__(
-        self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, dropout: float, attention: str, index: int
-    ):
+    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, dropout: float, attention: str):
         super().__init__()
-        self.dropout, self.index = dropout, index
+        self.dropout = dropout
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, heads, qk_norm, attention)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
@@ -118,10 +116,10 @@ class Block(nn.Module):
     def forward(self, x_NTD: Tensor, condition_ND: Tensor, dropout_key_N: Tensor | None = None) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition_ND).chunk(6, dim=1)
         attended = self.attn(modulate(self.norm1(x_NTD), shift_a, scale_a))
-        attended = keyed_dropout(attended, self.dropout, dropout_key_N, 2 * self.index)
+        attended = keyed_dropout(attended, self.dropout, dropout_key_N, stream=0)
         x_NTD = x_NTD + gate_a[:, None] * attended
         mixed = self.mlp(modulate(self.norm2(x_NTD), shift_m, scale_m))
-        mixed = keyed_dropout(mixed, self.dropout, dropout_key_N, 2 * self.index + 1)
+        mixed = keyed_dropout(mixed, self.dropout, dropout_key_N, stream=1)
         return x_NTD + gate_m[:, None] * mixed
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from imm_scale import rng
+from imm_scale.errors import UserError
 from imm_scale.flow_map import FlowMap
 
 
@@ -41,8 +42,20 @@ class Objective(ABC):
         """
 
     def group(self, ordinal: Tensor) -> Tensor:
-        """(G,) global group numbers."""
-        return ordinal[:: self.particles] // self.particles
+        """(G,) global group numbers.
+
+        Raises:
+            UserError: samples that are not whole groups. Ordinals on a GPU are not looked at: that would wait for it.
+        """
+        if ordinal.shape[0] % self.particles:
+            raise UserError(f"{ordinal.shape[0]} samples are not whole groups of particles={self.particles}")
+        group = ordinal.view(-1, self.particles) // self.particles
+        if ordinal.device.type == "cpu" and not torch.equal(group, group[:, :1].expand_as(group)):
+            split = int(group[(group != group[:, :1]).any(dim=1)][0, 0])
+            raise UserError(
+                f"group {split} is not whole on this rank: its {self.particles} particles must be neighbours"
+            )
+        return group[:, 0]
 
     def drop_labels(self, flow_map: FlowMap, label: Tensor, ordinal: Tensor, seed: int) -> Tensor:
         """Labels with a share `label_drop` replaced by the null label, decided per sample, once for all passes."""

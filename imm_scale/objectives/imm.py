@@ -29,6 +29,7 @@ class InductiveMomentMatching(Objective):
     kernel: str = "laplace"
     a: float = 1.0
     b: float = 4.0
+    weight_factors: tuple[str, ...] = times.WEIGHT_FACTORS
     label_drop: float = 0.1
     dropout: bool = False
 
@@ -36,10 +37,13 @@ class InductiveMomentMatching(Objective):
         """(s, r, t) of each group, fp64, shape (G,)."""
         u = rng.uniform(seed, "times", group, 2)
         t, s = times.draw(u[:, 0], u[:, 1], self.t_min, self.t_max)
-        r = times.map_r(
+        return s, self.map_r(flow_map, s, t), t
+
+    def map_r(self, flow_map: FlowMap, s: Tensor, t: Tensor) -> Tensor:
+        """r(s, t), (G,)."""
+        return times.map_r(
             flow_map.interp, s, t, self.k, self.min_gap, self.mapping, self.eta_max, self.eta_min, self.t_max
         )
-        return s, r, t
 
     def __call__(self, flow_map: FlowMap, x: Tensor, label: Tensor, ordinal: Tensor, seed: int) -> GroupLosses:
         s, r, t = self.draw_times(flow_map, self.group(ordinal), seed)
@@ -56,4 +60,4 @@ class InductiveMomentMatching(Objective):
         bandwidth = 1.0 / flow_map.coefficients(s, t).c_out.abs().clamp_min(_MIN_C_OUT)
         shape = (t.shape[0], self.particles, -1)
         mmd = grouped_mmd(y_t.reshape(shape), y_r.reshape(shape), bandwidth, self.kernel)
-        return times.weight(flow_map.interp, t, self.a, self.b) * mmd
+        return times.weight(flow_map.interp, t, self.a, self.b, self.weight_factors) * mmd

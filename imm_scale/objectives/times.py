@@ -4,6 +4,7 @@ All functions take and return fp64 tensors of one shape, a value per group.
 """
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ T_MAX = {"ot_fm": 0.994, "vp_cosine": 0.996}
 # Ends of the ranges that `log_snr` and `inverse_eta` divide by 2^k (app C.6).
 LOG_SNR_RANGE_START = 0.001
 INVERSE_ETA_RANGE_START = 0.005
+WEIGHT_FACTORS = ("sigmoid", "dlog_snr_dt", "alpha")
 MAPPINGS = ("eta", "t", "log_snr", "inverse_eta")
 
 
@@ -55,8 +57,12 @@ def map_r(
         t_max: last time of the range of `log_snr`; None for the trajectory's own.
 
     Raises:
-        UserError: unknown mapping.
+        UserError: unknown mapping, or k below 0, a step longer than the range.
     """
+    if k < 0:
+        raise UserError(
+            f"k={k} makes the step range / 2^k longer than the range: use k of at least 0, 10 to 15 as a rule"
+        )
     fraction = 2.0**-k
     if mapping == "eta":
         # The clamp keeps a decrement larger than eta_t from giving a negative eta, hence r > t.
@@ -77,12 +83,26 @@ def map_r(
     return torch.maximum(s, torch.minimum(t - min_gap, stepped))
 
 
-def weight(interp: Interpolant, t: Tensor, a: float, b: float) -> Tensor:
+def weight(interp: Interpolant, t: Tensor, a: float, b: float, factors: Collection[str] = WEIGHT_FACTORS) -> Tensor:
     """w(s, t) of eq 13: 1/2 sigmoid(b - lambda_t) (-d lambda_t / dt) alpha^a / (alpha^2 + sigma^2).
 
-    With sigmoid(b - lambda) = sigma^2 / (sigma^2 + e^-b alpha^2) and -d lambda/dt = 2 rate / (alpha sigma) the poles
-    at both ends cancel on paper, so nothing over- or underflows: e^b t at t -> 0, alpha^(a-1) at t -> 1.
+    With sigmoid(b - lambda) = sigma^2 / (sigma^2 + e^-b alpha^2) and -d lambda/dt = 2 rate / (alpha sigma) the powers
+    of alpha and sigma are collected before anything is computed. With all factors the poles at both ends cancel, so
+    nothing over- or underflows: e^b t at t -> 0, alpha^(a-1) at t -> 1.
+
+    Args:
+        a, b: power of alpha and shift of the sigmoid.
+        factors: which of `sigmoid`, `dlog_snr_dt` and `alpha` are in the product (the ablation of Table 4).
     """
     alpha, sigma = interp.alpha(t), interp.sigma(t)
-    denominator = (sigma**2 + math.exp(-b) * alpha**2) * (alpha**2 + sigma**2)
-    return interp.rate * sigma * alpha ** (a - 1.0) / denominator
+    scale, alpha_power, sigma_power = 0.5, 0.0, 0.0
+    denominator = torch.ones_like(t)
+    if "sigmoid" in factors:
+        sigma_power += 2.0
+        denominator = denominator * (sigma**2 + math.exp(-b) * alpha**2)
+    if "dlog_snr_dt" in factors:
+        scale, alpha_power, sigma_power = 2.0 * interp.rate * scale, alpha_power - 1.0, sigma_power - 1.0
+    if "alpha" in factors:
+        alpha_power += a
+        denominator = denominator * (alpha**2 + sigma**2)
+    return scale * sigma**sigma_power * alpha**alpha_power / denominator

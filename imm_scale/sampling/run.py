@@ -12,13 +12,16 @@ from tqdm import tqdm
 
 from imm_scale import distributed, storage
 from imm_scale.build import ModelSpec
+from imm_scale.config import SamplingConfig
 from imm_scale.data import codec as codecs
 from imm_scale.data.codec import ImageCodec
 from imm_scale.distributed import World
 from imm_scale.errors import UserError
 from imm_scale.flow_map import FlowMap
 from imm_scale.sampling.grids import default_grid, time_grid
-from imm_scale.sampling.samplers import pushforward, starting_noise
+from imm_scale.sampling.samplers import SAMPLERS, Guidance, fresh_noise, starting_noise
+
+ALONE = World()
 
 
 @dataclass(frozen=True)
@@ -26,28 +29,55 @@ class SamplingPlan:
     """Everything that decides the samples.
 
     Attributes:
-        steps: network steps.
-        grid: resolved kind of time grid.
+        steps: steps of the sampler.
+        grid: kind of time grid, or the times themselves.
         labels: image i has label labels[i mod n].
-        num, seed, guidance_scale, batch_size: as in the `sampling` section of the config.
+        guidance_interval: (low, high] of t in which guidance is in force.
+        sampler, num, seed, guidance_scale, batch_size: as in the `sampling` section of the config.
     """
 
     steps: int
-    grid: str
-    labels: tuple[int, ...]
-    num: int
-    seed: int
-    guidance_scale: float
-    batch_size: int
+    grid: str = "uniform"
+    labels: tuple[int, ...] = (0,)
+    num: int = 64
+    seed: int = 0
+    guidance_scale: float = 1.0
+    batch_size: int = 64
+    sampler: str = "pushforward"
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise UserError(f"sampler={self.sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
 
     @property
-    def function_evaluations(self) -> int:
-        """Forward passes of the network per image."""
-        return self.steps * (1 if self.guidance_scale == 1.0 else 2)
+    def guidance(self) -> Guidance:
+        return Guidance(self.guidance_scale, *self.guidance_interval)
+
+    def function_evaluations(self, times: Tensor) -> int:
+        """Forward passes of the network per image along a time grid."""
+        calls = [2 if self.guidance.at(t) != 1.0 else 1 for t in times[:-1]]
+        return sum(calls) + (sum(calls[1:]) if self.sampler == "heun" else 0)
 
 
-def resolve_grid(spec: ModelSpec, kind: str, steps: int) -> str:
-    return default_grid(spec.objective, steps) if kind == "auto" else kind
+def times_of(flow_map: FlowMap, spec: ModelSpec, plan: SamplingPlan) -> Tensor:
+    """The plan's time grid for this model."""
+    return time_grid(flow_map.interp, plan.grid, plan.steps, spec.t_min, spec.t_max)
+
+
+def plan_of(config: SamplingConfig, spec: ModelSpec, steps: int, num: int, seed: int) -> SamplingPlan:
+    """The `sampling` section of a config, resolved for a model and a step count. Raises UserError for bad labels."""
+    return SamplingPlan(
+        steps=steps,
+        grid=default_grid(spec.objective, steps) if config.grid == "auto" else config.grid,
+        labels=parse_labels(config.labels, spec.net.num_classes),
+        num=num,
+        seed=seed,
+        guidance_scale=config.guidance_scale,
+        batch_size=config.batch_size,
+        sampler=config.sampler,
+        guidance_interval=(config.guidance_interval[0], config.guidance_interval[1]),
+    )
 
 
 def parse_labels(text: str, num_classes: int) -> tuple[int, ...]:
@@ -67,7 +97,7 @@ def parse_labels(text: str, num_classes: int) -> tuple[int, ...]:
 
 
 def sample(
-    flow_map: FlowMap, spec: ModelSpec, plan: SamplingPlan, world: World, progress: str | None = None
+    flow_map: FlowMap, spec: ModelSpec, plan: SamplingPlan, world: World = ALONE, progress: str | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """This rank's share of the samples, batch by batch.
 
@@ -85,7 +115,7 @@ def sample(
             f"guidance_scale={plan.guidance_scale} needs a net trained with objective.label_drop above 0; use 1"
         )
     device = next(flow_map.parameters()).device
-    grid = time_grid(flow_map.interp, plan.grid, plan.steps, spec.t_min, spec.t_max)
+    grid = times_of(flow_map, spec, plan)
     labels = torch.tensor(plan.labels)
     starts = range(world.rank * plan.batch_size, plan.num, world.size * plan.batch_size)
     hidden = None if progress is not None and world.is_main else True  # None: shown on a terminal only
@@ -93,7 +123,8 @@ def sample(
         index = torch.arange(start, start + plan.batch_size)
         label = labels[index % len(labels)]
         noise = starting_noise(flow_map, spec.latent_shape, index.to(device), plan.seed)
-        z = pushforward(flow_map, noise, grid, label.to(device), plan.guidance_scale).cpu()
+        fresh = fresh_noise(flow_map, spec.latent_shape, index.to(device), plan.seed)
+        z = SAMPLERS[plan.sampler](flow_map, noise, grid, label.to(device), plan.guidance, fresh).cpu()
         kept = index < plan.num
         yield index[kept], label[kept], z[kept]
 

@@ -5,6 +5,7 @@ The only file that imports deepspeed. The rest of the program sees `Engine`: a s
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,8 @@ def check_device(config: Config) -> None:
             "precision=bf16 with zero.stage=0 on CPU: stage 0 sums gradients in another precision than stages 1 to 3 "
             "and would not train alike. Use zero.stage=1 or precision=fp32"
         )
+    if on_cpu and config.precision == "tf32":
+        warnings.warn("precision=tf32 is a mode of NVIDIA GPUs: this CPU computes in fp32", stacklevel=2)
     if config.train.compile and config.zero.stage == 3:
         raise UserError("train.compile=true does not work at zero.stage=3: use zero.stage=2 or train.compile=false")
 
@@ -117,6 +120,7 @@ def _import_deepspeed() -> Any:
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's to mend
     # Otherwise the first collective on CPU compiles an extension with g++.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

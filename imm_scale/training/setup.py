@@ -12,7 +12,6 @@ from imm_scale.data.plan import Layout, steps_per_epoch
 from imm_scale.errors import UserError
 from imm_scale.models.dit import parameter_count
 from imm_scale.scaling import cost
-from imm_scale.training.engine import check_device
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,6 @@ def plan(config: Config, world_size: int) -> Plan:
     """Raises UserError for whatever can be known to be wrong before training."""
     if config.data.manifest is None:
         raise UserError("data.manifest is not set: give the manifest.json that data_tools.encode wrote")
-    check_device(config)
     # Opens every index and compares every shard's size: a short shard is found now and not after days.
     manifest = Dataset(config.data.manifest).manifest
     check_expectations(

@@ -1,5 +1,6 @@
 """A run from its config to its last checkpoint."""
 
+import math
 from typing import Any, Literal
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from imm_scale.training import checkpoint as checkpoints
 from imm_scale.training import metrics
 from imm_scale.training.checkpoint import Checkpoint, DamagedCheckpointError, Meta
 from imm_scale.training.ema import ShardedEma, state_name
-from imm_scale.training.engine import Engine
+from imm_scale.training.engine import Engine, check_device
 from imm_scale.training.identity import check_identity
 from imm_scale.training.metrics import Meter
 from imm_scale.training.preemption import Preemption
@@ -26,9 +27,14 @@ Outcome = Literal["completed", "preempted"]
 
 
 def learning_rate(config: Config, images_seen: int) -> float:
-    """Of the step that ends at `images_seen`: a linear rise, then constant."""
-    warmup = config.optimizer.warmup_images
-    return config.optimizer.lr * (min(1.0, images_seen / warmup) if warmup else 1.0)
+    """Of the step that ends at `images_seen`: a linear rise, then the schedule."""
+    optimizer, train = config.optimizer, config.train
+    warmup, total = optimizer.warmup_images, train.max_steps * train.global_batch_size
+    if images_seen < warmup:
+        return optimizer.lr * images_seen / warmup
+    if optimizer.schedule == "cosine":
+        return optimizer.lr * 0.5 * (1.0 + math.cos(math.pi * (images_seen - warmup) / max(total - warmup, 1)))
+    return optimizer.lr
 
 
 class Trainer:
@@ -219,6 +225,7 @@ def train(config: Config, world: World | None = None) -> Outcome:
         UserError: whatever the user can mend; nothing that was committed is touched.
     """
     world = world or distributed.detect()
+    check_device(config)
     prepared = plan(config, world.size)
     if open_run_folder(prepared) >= config.train.max_steps:
         if world.is_main:

@@ -20,6 +20,7 @@ LAYERS = [
     {"build"},
     {"training.shard", "training.checkpoint", "training.ema"},
     {"weights"},
+    {"released"},
     {"training"},
     {"sampling"},
     {"evaluation"},
