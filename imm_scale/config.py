@@ -114,7 +114,7 @@ class TrainConfig:
     checkpoint_every: int = _opt(5000, "Steps between checkpoints; the last step always has one.")
     keep_last: int = _opt(3, "Newest checkpoints kept.")
     keep_every: int | None = _opt(None, "Checkpoints at multiples of this many steps are kept for good.")
-    init_from: str | None = _opt(None, "Weights to start from: a run folder or an exported .safetensors file.")
+    init_from: str | None = _opt(None, "Weights to start from: a run folder, or an exported file or folder.")
     activation_checkpointing: bool = _opt(
         False, "Recompute each block in the backward pass: less memory, a third more work."
     )
