@@ -19,7 +19,7 @@ from data_tools import images
 from data_tools.common import LABELS_NAME, PACK_NAME, ImageShard, Pack, load_pack, run, write_json
 from data_tools.images import Rendered, Source, Unreadable
 from imm_scale import rng, storage
-from imm_scale.data.shards import tar_end, tar_member
+from imm_scale.data import tar
 from imm_scale.errors import UserError
 
 QUARANTINE_NAME = "quarantine.txt"
@@ -206,7 +206,7 @@ class _ShardWriter:
 
     def add(self, png: bytes, label: int) -> None:
         key = f"{self._count:08d}"
-        self._records.append(tar_member(f"{key}.png", png) + tar_member(f"{key}.cls", str(label).encode()))
+        self._records.append(tar.member(f"{key}.png", png) + tar.member(f"{key}.cls", str(label).encode()))
         self._count += 1
         if len(self._records) == self._shard_samples:
             self.flush()
@@ -216,7 +216,7 @@ class _ShardWriter:
         if not self._records:
             return
         name = f"images-{len(self.shards):06d}.tar"
-        data = b"".join([*self._records, tar_end()])
+        data = b"".join([*self._records, tar.end()])
         storage.write_bytes(storage.join(self._out, name), data)
         self.shards.append(ImageShard(name, len(self._records), len(data), hashlib.sha256(data).hexdigest()))
         self._records.clear()

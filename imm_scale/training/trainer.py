@@ -13,7 +13,7 @@ from imm_scale import config as configs
 from imm_scale.build import ModelSpec
 from imm_scale.config import Config
 from imm_scale.data import manifest as manifests
-from imm_scale.data.loader import Batch, Loader
+from imm_scale.data.loader import Batch, Loader, Reading
 from imm_scale.data.manifest import Manifest
 from imm_scale.data.plan import Layout
 from imm_scale.distributed import World
@@ -131,7 +131,9 @@ class Meter:
         self._grad_norm += grad_norm
         self._steps += 1
 
-    def record(self, step: int, images_seen: int, lr: float, data_seconds: float) -> dict[str, Any]:
+    def record(
+        self, step: int, images_seen: int, lr: float, data_seconds: float, data: dict[str, int]
+    ) -> dict[str, Any]:
         """Means over the steps since the last record; a collective, so every rank calls it."""
         loss = float(distributed.all_sum(self._loss)) / self._steps
         seconds = (time.perf_counter() - self._began) / self._steps
@@ -144,6 +146,7 @@ class Meter:
             "images_per_second": self._batch / seconds,
             "step_seconds": seconds,
             "data_seconds": data_seconds / self._steps,
+            **{f"data_{name}": count for name, count in data.items()},
             "memory_bytes": metrics.memory_bytes(self._device),
             "time": time.time(),
         }
@@ -226,6 +229,8 @@ class Trainer:
             self.images_seen,
             config.data.flip,
             config.flow_map.sigma_data,
+            self.device,
+            Reading(config.data.cache_dir, config.data.cache_bytes, config.data.on_bad_block),
         )
         run_log = RunLog(config, self.step, self.world)
         meter = Meter(self.device, layout.global_batch_size)
@@ -240,7 +245,8 @@ class Trainer:
                     outcome = "preempted"
                 last = self.step == config.train.max_steps or outcome == "preempted"
                 if last or self.step % config.train.log_every == 0:
-                    run_log.write(meter.record(self.step, self.images_seen, lr, loader.data_seconds - waited))
+                    data = distributed.sum_counts(loader.counters, self.device)
+                    run_log.write(meter.record(self.step, self.images_seen, lr, loader.data_seconds - waited, data))
                     waited = loader.data_seconds
                 if last or self.step % config.train.checkpoint_every == 0:
                     self._save(run_log)

@@ -84,7 +84,7 @@ def test_wrong_credentials_are_one_clear_error(
     calls = (storage.read_bytes, storage.size, storage.exists, lambda url: storage.write_bytes(url, DATA))
     for call in calls:
         began = time.monotonic()
-        with pytest.raises(UserError, match="access refused .*AWS_ACCESS_KEY_ID") as caught:
+        with pytest.raises(UserError, match=r"access refused .*AWS_ACCESS_KEY_ID") as caught:
             call(url)
         assert time.monotonic() - began < 5
         assert not any(secret in str(caught.value) for secret in (SECRET_KEY, "notthesecret", "nobody"))
