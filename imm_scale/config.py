@@ -375,8 +375,9 @@ def _positive(config: Config) -> None:
     values = flatten(config)
     keys = (
         "data.block_samples data.cache_bytes objective.particles train.global_batch_size train.micro_batch_size "
-        "train.max_steps train.log_every train.checkpoint_every train.keep_last train.keep_every optimizer.lr flow_map.sigma_data "
-        "flow_map.time_scale train.grad_clip sampling.num sampling.batch_size evaluation.repeats evaluation.num"
+        "train.max_steps train.log_every train.checkpoint_every train.keep_last train.keep_every optimizer.lr "
+        "flow_map.sigma_data flow_map.time_scale train.grad_clip sampling.num "
+        "sampling.batch_size evaluation.repeats evaluation.num"
     )
     for key in keys.split():
         if values[key] is not None and values[key] <= 0:
