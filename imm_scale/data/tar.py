@@ -6,6 +6,7 @@ go through tarfile, with the end checked as well, because tarfile takes a cut ar
 """
 
 import io
+import mmap
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ def end() -> bytes:
     return bytes(2 * BLOCK)
 
 
-def members(data: bytes, where: str) -> list[Member]:
+def members(data: bytes | mmap.mmap, where: str) -> list[Member]:
     """Every regular file of an archive, in order.
 
     Raises:
@@ -65,7 +66,7 @@ def members(data: bytes, where: str) -> list[Member]:
         return _foreign_members(data, where)
 
 
-def _plain_members(data: bytes, where: str) -> Iterator[Member]:
+def _plain_members(data: bytes | mmap.mmap, where: str) -> Iterator[Member]:
     position = 0
     while True:
         header = data[position : position + BLOCK]
@@ -102,9 +103,9 @@ def _read_header(header: bytes, position: int, where: str) -> tuple[str, int, by
         raise UserError(f"{where}: the tar header at byte {position} is damaged ({error})") from error
 
 
-def _foreign_members(data: bytes, where: str) -> list[Member]:
+def _foreign_members(data: bytes | mmap.mmap, where: str) -> list[Member]:
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
+        with tarfile.open(fileobj=io.BytesIO(bytes(data)), mode="r:") as archive:
             infos = archive.getmembers()
     except tarfile.TarError as error:
         raise UserError(f"{where} is no readable tar archive ({error}): copy or write it again") from error
@@ -115,7 +116,7 @@ def _foreign_members(data: bytes, where: str) -> list[Member]:
     return [Member(info.name, info.offset_data, info.size) for info in infos if info.isreg()]
 
 
-def samples(data: bytes, where: str) -> list[tuple[str, dict[str, Member]]]:
+def samples(data: bytes | mmap.mmap, where: str) -> list[tuple[str, dict[str, Member]]]:
     """Members grouped by key as stock webdataset does: neighbours that share the name up to its first dot.
 
     Returns:
