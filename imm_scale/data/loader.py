@@ -26,7 +26,9 @@ from imm_scale.errors import UserError
 _BATCHES_AHEAD = 2
 _LOCAL_THREADS, _REMOTE_THREADS = 2, 16
 _LEAST_BLOCKS_AHEAD = 16
-_PIECE = 256  # samples normalized at once on CPU, so that they stay in the cache
+# Values normalized at once on CPU: they stay in the cache, and for so few torch starts no threads, which on the
+# training's own cores would only get in each other's way.
+_PIECE = (1 << 15) - 1
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,7 @@ class Loader:
         ordinal = stored.images_seen + torch.from_numpy(self._positions).to(self._device)
         latents = stored.latents.to(self._device, non_blocking=True)
         x = torch.zeros(slots * particles, *self.manifest.latent_shape, device=self._device)
-        piece = _PIECE if self._device.type == "cpu" else len(latents)
+        piece = max(1, _PIECE // latents[0].numel()) if self._device.type == "cpu" else len(latents)
         pieces = zip(latents.split(piece), ordinal.split(piece), x[: len(latents)].split(piece), strict=True)
         for latents_n, ordinal_n, x_n in pieces:
             x_n.copy_(self._normalized(latents_n, ordinal_n))

@@ -70,7 +70,7 @@ class Window:
         shape = (slots, self._longest, variants, *dataset.manifest.stored_shape)
         self._latents: NDArray[np.float16] = np.empty(shape, np.float16)
         self._labels = np.empty(shape[:2], np.int64)
-        self._flat = torch.from_numpy(self._latents).view(shape[0] * shape[1] * variants, *shape[3:])
+        self._flat = self._latents.reshape(-1, *shape[3:])
         self._free = deque(range(slots))
         self._held: dict[int, _Held] = {}
         self._next = next(visits)
@@ -107,9 +107,8 @@ class Window:
             slot_of[block] = held.slot
         slots = np.array([slot_of[block] for block in blocks.tolist()], np.int64)
         rows = slots * self._longest + indices - self._table.start[blocks]
-        labels = torch.from_numpy(self._labels.reshape(-1)[rows])
-        picked = torch.from_numpy(rows) * self._latents.shape[2]
-        return self._flat.index_select(0, picked if variant is None else picked + variant), labels
+        picked = rows * self._latents.shape[2] + (0 if variant is None else variant.numpy())
+        return torch.from_numpy(self._flat.take(picked, axis=0)), torch.from_numpy(self._labels.reshape(-1)[rows])
 
     def _release(self, step: int) -> None:
         for block in [block for block, held in self._held.items() if held.last < step]:
