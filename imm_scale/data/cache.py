@@ -49,7 +49,7 @@ class BlockCache:
             return None
         return data
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | memoryview) -> None:
         """Keeps the bytes, at the cost of others; what is larger than the whole cache is not kept."""
         if len(data) > self._max_bytes:
             return

@@ -149,7 +149,7 @@ class ShardReader:
         end = last["flip_offset"] if self.variants == 2 else last["offset"]
         return int(first["offset"]), int(end + last["length"])
 
-    def decode(self, data: bytes, start: int, stop: int, out: NDArray[np.float16]) -> None:
+    def decode(self, data: bytes | memoryview, start: int, stop: int, out: NDArray[np.float16]) -> None:
         """Checks the bytes of `span(start, stop)` and copies their latents to `out`, (n, variants, C', H, W).
 
         `out` with one variant takes the latents of the images as they are.
@@ -198,7 +198,7 @@ class ShardReader:
                 )
 
 
-def _files(data: bytes, offsets: NDArray[np.int64], length: int) -> NDArray[np.uint8]:
+def _files(data: bytes | memoryview, offsets: NDArray[np.int64], length: int) -> NDArray[np.uint8]:
     """(n, length) bytes of files of one length: a view where they lie at equal distances, as in shards of ours."""
     raw = np.frombuffer(data, np.uint8)
     strides = np.diff(offsets)

@@ -1,3 +1,4 @@
+import os
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from imm_scale.data.plan import Layout
 from imm_scale.data.prefetch import Prefetcher
 from imm_scale.data.shards import write_shard
 from imm_scale.errors import UserError
+from tests import ranks
 
 MakeDataset = Callable[..., str]
 BATCH, PARTICLES, SEED, BLOCK = 20, 2, 5, 4
@@ -117,13 +119,13 @@ def test_flip_mirrors_half_of_the_pixels_by_ordinal(make_dataset: MakeDataset) -
 def test_a_block_is_read_once_and_memory_is_bounded(make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     url = make_dataset([400, 400])
     reads: list[tuple[str, int]] = []
-    read_range = storage.read_range
+    read_into = storage.read_into
 
-    def counting(url: str, start: int, stop: int, on_retry: object) -> bytes:
+    def counting(url: str, start: int, buffer: memoryview, on_retry: object) -> int:
         reads.append((url, start))
-        return read_range(url, start, stop)
+        return read_into(url, start, buffer)
 
-    monkeypatch.setattr(storage, "read_range", counting)
+    monkeypatch.setattr(storage, "read_into", counting)
     _batches(url, 37)  # 40 steps make an epoch, three are read ahead at the most
     # 200 blocks of 4; a block at a seam of two of the 20 positions is read twice.
     assert len(set(reads)) <= 200 and len(reads) <= 220
@@ -288,3 +290,23 @@ def test_memory_stays_within_the_stated_bound(make_dataset: MakeDataset) -> None
             assert loader.memory_bound_bytes < 80 * 32 * 8192 + 2 * (4 << 20) + 3 * 64 * 3 * 8192 + 10_000 * 8
     finally:
         tracemalloc.stop()
+
+
+def _seen(url: str, world: int, start: int, steps: int) -> dict[int, bytes]:
+    """In a process of its own: this rank's samples by ordinal."""
+    rank = int(os.environ["RANK"])
+    layout = Layout(BATCH, PARTICLES, world, BATCH)
+    with Loader(url, layout, rank, SEED, BLOCK, images_seen=start * BATCH) as loader:
+        rows = [_real_rows(batch) for batch in islice(loader, steps)]
+    return {ordinal: x.numpy().tobytes() + bytes([label]) for row in rows for ordinal, (x, label) in row.items()}
+
+
+def test_two_ranks_then_one_then_four(make_dataset: MakeDataset) -> None:
+    url = make_dataset([30, 41, 12], kind="vae")
+    expected = ranks.run(_seen, 1, url, 1, 0, 12)[0]
+    found: dict[int, bytes] = {}
+    for world, start, steps in ((2, 0, 3), (1, 3, 4), (4, 7, 5)):
+        for rows in ranks.run(_seen, world, url, world, start, steps):
+            assert not rows.keys() & found.keys()
+            found |= rows
+    assert found == expected and len(found) == 12 * BATCH
