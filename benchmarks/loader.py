@@ -74,7 +74,7 @@ def ours(manifest: str) -> Iterator[int]:
 
 def stock(url: str, decode: bool) -> Iterator[int]:
     """Stock webdataset over the same tars, batched: decoded and stacked to a tensor, or lists of bytes."""
-    wds.gopen_schemes["s3"] = lambda url, mode="rb", bufsize=8192: fsspec.open(url, mode, block_size=8 << 20).open()
+    wds.gopen_schemes["s3"] = lambda url, mode="rb", bufsize=8192: fsspec.filesystem("s3").open(url, mode)
     tars = [f"{url}/{name}" for name in storage.list_names(url) if name.endswith(".tar")]
     data = wds.WebDataset(tars, shardshuffle=False)
     if decode:

@@ -20,6 +20,7 @@ from imm_scale.data.fetch import BlockReader
 from imm_scale.data.manifest import Manifest
 from imm_scale.data.plan import Layout
 from imm_scale.data.prefetch import Prefetcher
+from imm_scale.data.recycle import Recycler
 from imm_scale.data.window import OnBadBlock, Visit, Window
 from imm_scale.errors import UserError
 
@@ -152,6 +153,8 @@ class Loader:
             seed=seed,
         )
         self.memory_bound_bytes = self._window.bound_bytes(threads) + self._batch_bytes()
+        self._x_shape = (layout.slots * layout.particles, *self.manifest.latent_shape)
+        self._recycler = Recycler(self._x_shape)
         self.data_seconds = 0.0
         stored = self._stored_batches(first_step)
         # A GPU draws and normalizes in the consumer's stream; on CPU that is done ahead, in the background.
@@ -214,6 +217,7 @@ class Loader:
                 yield Visit(begin + int(first), begin + int(last), int(block))
 
     def _stored_batches(self, first_step: int) -> Iterator[_Stored]:
+        """On CPU the latents of a step share memory with those of the next one."""
         for begin, skipped, indices in self._epochs(first_step):
             for k in range(skipped, indices.shape[1]):
                 images_seen = (begin + k) * self._layout.global_batch_size
@@ -229,7 +233,7 @@ class Loader:
         slots, particles = self._layout.slots, self._layout.particles
         ordinal = stored.images_seen + torch.from_numpy(self._positions).to(self._device)
         latents = stored.latents.to(self._device, non_blocking=True)
-        x = torch.zeros(slots * particles, *self.manifest.latent_shape, device=self._device)
+        x = self._new_x()
         piece = max(1, _PIECE // latents[0].numel()) if self._device.type == "cpu" else len(latents)
         pieces = zip(latents.split(piece), ordinal.split(piece), x[: len(latents)].split(piece), strict=True)
         for latents_n, ordinal_n, x_n in pieces:
@@ -238,6 +242,12 @@ class Loader:
         weight[: len(latents) // particles] = 1.0
         label = stored.label.to(self._device, non_blocking=True)
         return Batch(stored.images_seen, x, _pad(label, len(x)), _pad(ordinal, len(x)), weight)
+
+    def _new_x(self) -> Tensor:
+        """Zeros for a batch."""
+        if self._device.type == "cpu":
+            return self._recycler.take()
+        return torch.zeros(self._x_shape, device=self._device)
 
     def _normalized(self, latents: Tensor, ordinal: Tensor) -> Tensor:
         codec = self.manifest.codec

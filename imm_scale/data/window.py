@@ -71,6 +71,7 @@ class Window:
         self._latents: NDArray[np.float16] = np.empty(shape, np.float16)
         self._labels = np.empty(shape[:2], np.int64)
         self._flat = self._latents.reshape(-1, *shape[3:])
+        self._gathered = self._flat[:0]
         self._free = deque(range(slots))
         self._held: dict[int, _Held] = {}
         self._next = next(visits)
@@ -87,7 +88,7 @@ class Window:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def gather(self, step: int, indices: NDArray[np.int64], variant: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Latents (P, C', H, W) fp16 and labels (P,) of global sample indices at a step, as arrays of their own.
+        """Latents (P, C', H, W) fp16, good until the next call, and labels (P,) of global sample indices at a step.
 
         Args:
             step: counted through all epochs, one more at each call.
@@ -108,7 +109,10 @@ class Window:
         slots = np.array([slot_of[block] for block in blocks.tolist()], np.int64)
         rows = slots * self._longest + indices - self._table.start[blocks]
         picked = rows * self._latents.shape[2] + (0 if variant is None else variant.numpy())
-        return torch.from_numpy(self._flat.take(picked, axis=0)), torch.from_numpy(self._labels.reshape(-1)[rows])
+        if len(self._gathered) != len(picked):
+            self._gathered = np.empty((len(picked), *self._flat.shape[1:]), np.float16)
+        self._flat.take(picked, axis=0, out=self._gathered, mode="clip")  # other modes copy once more
+        return torch.from_numpy(self._gathered), torch.from_numpy(self._labels.reshape(-1)[rows])
 
     def _release(self, step: int) -> None:
         for block in [block for block, held in self._held.items() if held.last < step]:

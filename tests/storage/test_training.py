@@ -21,7 +21,8 @@ from tests.storage.conftest import use_store
 from tests.storage.fault_proxy import Faults, Proxy
 from tests.storage.seaweed import Server
 
-STEPS = 30
+SOAK = int(os.environ.get("IMM_SOAK", "1"))  # as `make soak` sets it
+STEPS = 30 * SOAK
 
 
 def _train(env: dict[str, str], argv: list[str]) -> int:
@@ -103,15 +104,15 @@ def test_a_storm_on_reading_is_counted(
     use_store(server.env(proxy.port), monkeypatch)
     layout = Layout(64, 4, 1, 64)
     with Loader(digits, layout, 0, 0, 8) as loader:
-        expected = [batch.x.numpy() for batch in islice(loader, 60)]
+        expected = [batch.x.numpy() for batch in islice(loader, 60 * SOAK)]
     with Loader(manifest, layout, 0, 0, 8) as loader:
-        proxy.faults = Faults(busy=0.2, cut=0.1, flips=3)
-        found = [batch.x.numpy() for batch in islice(loader, 60)]
+        proxy.faults = Faults(busy=0.2, cut=0.1, flips=3 * SOAK)
+        found = [batch.x.numpy() for batch in islice(loader, 60 * SOAK)]
         counted = loader.counters
     np.testing.assert_array_equal(np.stack(found), np.stack(expected))
     done = proxy.faults.done
-    assert done["busy"] > 20 and done["flip"] == 3
-    assert counted["damaged_reads"] == 3
+    assert done["busy"] > 20 and done["flip"] == 3 * SOAK
+    assert counted["damaged_reads"] == 3 * SOAK
     assert abs(counted["retries"] - done["busy"] - done["cut"]) <= 20  # reads ahead of the last batch go on
 
 

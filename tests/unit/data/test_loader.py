@@ -1,3 +1,4 @@
+import gc
 import os
 import threading
 import tracemalloc
@@ -18,6 +19,7 @@ from imm_scale.data.loader import Batch, Loader, Reading
 from imm_scale.data.manifest import Codec, Manifest
 from imm_scale.data.plan import Layout
 from imm_scale.data.prefetch import Prefetcher
+from imm_scale.data.recycle import Recycler
 from imm_scale.data.shards import write_shard
 from imm_scale.errors import UserError
 from tests import ranks
@@ -310,3 +312,17 @@ def test_two_ranks_then_one_then_four(make_dataset: MakeDataset) -> None:
             assert not rows.keys() & found.keys()
             found |= rows
     assert found == expected and len(found) == 12 * BATCH
+
+
+def test_kept_batches_stay_and_dropped_ones_are_used_again() -> None:
+    recycler = Recycler((3, 2))
+    first = recycler.take()
+    part = first.fill_(1.0)[1:].split(1)[1]
+    address = first.data_ptr()
+    del first
+    assert recycler.take().data_ptr() != address and part.tolist() == [[1.0, 1.0]]
+    del part
+    gc.collect()
+    addresses = {tensor.data_ptr() for tensor in [recycler.take(), recycler.take()]}
+    assert address in addresses
+    assert not recycler.take().any()

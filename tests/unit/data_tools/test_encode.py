@@ -325,7 +325,7 @@ def test_kills_at_random_moments_leave_nothing_behind(tmp_path: Path) -> None:
     duration = time.monotonic() - began
     expected, moments, interrupted = _contents(Path(whole)), random.Random(0), 0
     shutil.rmtree(out)
-    for _ in range(30):
+    for _ in range(30 * int(os.environ.get("IMM_SOAK", "1"))):
         ((process, _pipe),) = ranks.start(_run_encode, 1, images, out)
         time.sleep(duration * moments.uniform(0.1, 0.9))
         with contextlib.suppress(ProcessLookupError):  # it was through before
