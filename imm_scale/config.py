@@ -43,7 +43,14 @@ class DataConfig:
     )
     num_classes: int | None = _opt(None, "Number of classes the shards must have; null takes the manifest's.")
     block_samples: int = _opt(32, "Neighbouring samples fetched and shuffled as one block: larger reads less often.")
-    flip: bool = _opt(False, "Mirror half of the samples, chosen per sample and epoch.")
+    flip: bool = _opt(
+        False, "Mirror half of the samples, chosen per sample and epoch; vae shards must hold mirrored latents."
+    )
+    cache_dir: str | None = _opt(None, "Folder on the node's own disk that keeps blocks read from remote storage.")
+    cache_bytes: int = _opt(1 << 36, "Most bytes kept in data.cache_dir by all ranks of a node; the oldest make room.")
+    on_bad_block: Literal["stop", "skip"] = _opt(
+        "stop", "When a block cannot be read: stop, or train on another block's samples and count it (1 % at most)."
+    )
 
 
 @dataclass(frozen=True)
@@ -382,9 +389,10 @@ def flatten(config: Config) -> dict[str, Any]:
 def _positive(config: Config) -> None:
     values = flatten(config)
     keys = (
-        "data.block_samples objective.particles train.global_batch_size train.micro_batch_size train.max_steps "
-        "train.log_every train.checkpoint_every train.keep_last train.keep_every optimizer.lr flow_map.sigma_data "
-        "flow_map.time_scale train.grad_clip sampling.num sampling.batch_size evaluation.repeats evaluation.num"
+        "data.block_samples data.cache_bytes objective.particles train.global_batch_size train.micro_batch_size "
+        "train.max_steps train.log_every train.checkpoint_every train.keep_last train.keep_every optimizer.lr "
+        "flow_map.sigma_data flow_map.time_scale train.grad_clip sampling.num "
+        "sampling.batch_size evaluation.repeats evaluation.num"
     )
     for key in keys.split():
         if values[key] is not None and values[key] <= 0:

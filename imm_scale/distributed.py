@@ -102,6 +102,12 @@ def all_sum(values: Tensor) -> Tensor:
     return values
 
 
+def sum_counts(counts: dict[str, int], where: torch.device) -> dict[str, int]:
+    """The counts of all ranks together; a collective with the same names on every rank."""
+    total = all_sum(torch.tensor(list(counts.values()), dtype=torch.int64, device=where))
+    return dict(zip(counts, total.tolist(), strict=True))
+
+
 def all_agree(here: bool, where: torch.device) -> bool:
     """Whether it is true on every rank."""
     votes = torch.tensor(0 if here else 1, dtype=torch.int32, device=where)

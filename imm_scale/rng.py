@@ -1,20 +1,24 @@
 """Counter-based random numbers: every draw is a pure function of (seed, purpose, ordinal).
 
 The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), written in
-int64 tensor arithmetic so that one call serves a whole batch on any device. Nothing here has state: a sample gets
-the same noise on whichever rank, in whichever micro-batch, before or after a resume.
+array arithmetic so that one call serves a whole batch: int64 tensors on any device, and on CPU the same words in place
+in numpy's uint64, in pieces that stay in the cache. Nothing here has state: a sample gets the same noise on whichever
+rank, in whichever micro-batch, before or after a resume.
 """
 
 import hashlib
 import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+_PIECE = 1 << 14  # counters worked on at once on CPU: six arrays of 128 KiB fit a core's cache
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -27,7 +31,13 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
     Returns:
         Four int64 tensors, each holding 32 random bits.
     """
-    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    words = torch.broadcast_tensors(*counter)
+    on_cpu = words[0].device.type == "cpu" and not torch.compiler.is_compiling()  # numpy would break the graph
+    return _philox_on_cpu(words, key) if on_cpu else _philox_on_tensors(words, key)
+
+
+def _philox_on_tensors(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
         # The 64-bit products wrap into the sign bit; the shift is arithmetic, so the high words are masked.
@@ -38,6 +48,35 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
     return c0, c1, c2, c3
 
 
+def _philox_on_cpu(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    shape = counter[0].shape
+    words = np.stack([word.reshape(-1).numpy() for word in counter]).view(np.uint64)
+    for start in range(0, words.shape[1], _PIECE):
+        _philox_in_place(words[:, start : start + _PIECE], key)
+    return tuple(torch.from_numpy(row).reshape(shape) for row in words.view(np.int64))
+
+
+def _philox_in_place(words: NDArray[np.uint64], key: tuple[int, int]) -> None:
+    """The rounds of `philox4x32` on (4, n) words; unsigned, so that a shift leaves nothing to mask."""
+    c0, c1, c2, c3 = words
+    product_0, product_1 = np.empty_like(c0), np.empty_like(c0)
+    multiplier_0, multiplier_1 = (np.uint64(m) for m in _MULTIPLIERS)
+    shift, mask = np.uint64(32), np.uint64(_MASK)
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        np.multiply(c0, multiplier_0, out=product_0)
+        np.multiply(c2, multiplier_1, out=product_1)
+        np.right_shift(product_1, shift, out=c0)
+        np.bitwise_xor(c0, c1, out=c0)
+        np.bitwise_xor(c0, np.uint64(k0), out=c0)
+        np.right_shift(product_0, shift, out=c2)
+        np.bitwise_xor(c2, c3, out=c2)
+        np.bitwise_xor(c2, np.uint64(k1), out=c2)
+        np.bitwise_and(product_1, mask, out=c1)
+        np.bitwise_and(product_0, mask, out=c3)
+        k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _MASK, (k1 + _KEY_INCREMENTS[1]) & _MASK
+
+
 @torch.compiler.assume_constant_result  # hashlib cannot be traced
 def derive_key(seed: int, purpose: str) -> tuple[int, int]:
     """The Philox key of a purpose ("noise", "times", ...) under a seed: two 32-bit words of a hash of both."""
@@ -45,28 +84,28 @@ def derive_key(seed: int, purpose: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
-def _words(seed: int, purpose: str, ordinal_N: Tensor, blocks: int, stream: int) -> Tensor:
-    """(N, blocks, 4) int64 tensor of 32-bit words; `stream` tells apart draws of one purpose (a layer, say)."""
+def _words(seed: int, purpose: str, ordinal_N: Tensor, blocks: int, stream: int) -> tuple[Tensor, ...]:
+    """Four (N, blocks) int64 tensors of 32-bit words; `stream` tells apart draws of one purpose (a layer, say)."""
     if not 0 <= stream <= _MASK:
         raise ValueError(f"stream must be a 32-bit number, got {stream}")
     ordinal = ordinal_N.to(torch.int64)[:, None]
     block = torch.arange(blocks, device=ordinal.device)[None, :]
     counter = (block, torch.full_like(block, stream), ordinal & _MASK, (ordinal >> 32) & _MASK)
-    return torch.stack(philox4x32(counter, derive_key(seed, purpose)), dim=-1)
+    return philox4x32(counter, derive_key(seed, purpose))
 
 
 def uniform(seed: int, purpose: str, ordinal_N: Tensor, count: int = 1, stream: int = 0) -> Tensor:
     """float64 uniforms in [0, 1) with 53 random bits, shape (N, count), one row per ordinal."""
-    words = _words(seed, purpose, ordinal_N, (count + 1) // 2, stream)
-    high, low = words[..., 0::2] >> 5, words[..., 1::2] >> 6
+    w0, w1, w2, w3 = _words(seed, purpose, ordinal_N, (count + 1) // 2, stream)
+    high, low = torch.stack([w0, w2], dim=-1) >> 5, torch.stack([w1, w3], dim=-1) >> 6
     values = (high * (1 << 26) + low).to(torch.float64) * 2.0**-53
     return values.flatten(1)[:, :count]
 
 
 def random_bits(seed: int, purpose: str, ordinal_N: Tensor, stream: int = 0) -> Tensor:
     """63 random bits per ordinal as a non-negative int64 tensor of shape (N,): sort keys for permutations."""
-    words = _words(seed, purpose, ordinal_N, 1, stream)
-    return (words[:, 0, 0] << 31) | (words[:, 0, 1] >> 1)
+    w0, w1, _, _ = _words(seed, purpose, ordinal_N, 1, stream)
+    return ((w0 << 31) | (w1 >> 1))[:, 0]
 
 
 def normal(seed: int, purpose: str, ordinal_N: Tensor, shape: tuple[int, ...], stream: int = 0) -> Tensor:
@@ -75,8 +114,15 @@ def normal(seed: int, purpose: str, ordinal_N: Tensor, shape: tuple[int, ...], s
     The largest magnitude is sqrt(2 * 33 * ln 2) = 6.76, met once in 2^33 draws.
     """
     size = math.prod(shape)
-    words = _words(seed, purpose, ordinal_N, (size + 3) // 4, stream).to(torch.float64)
-    radius = torch.sqrt(-2.0 * torch.log((words[..., 0::2] + 0.5) * 2.0**-32))
-    angle = words[..., 1::2] * (2.0 * math.pi * 2.0**-32)
-    pairs = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
-    return pairs.flatten(1)[:, :size].to(torch.float32).reshape(-1, *shape)
+    blocks = (size + 3) // 4
+    normals = torch.empty(len(ordinal_N), blocks, 4, device=ordinal_N.device)
+    # On CPU a few rows at a time: the fp64 values between words and normals then never leave the cache.
+    rows = max(1, _PIECE // max(blocks, 1)) if ordinal_N.device.type == "cpu" else max(1, len(ordinal_N))
+    for piece, out in zip(ordinal_N.split(rows), normals.split(rows), strict=True):
+        w0, w1, w2, w3 = _words(seed, purpose, piece, blocks, stream)
+        for i, (radius_word, angle_word) in enumerate(((w0, w1), (w2, w3))):
+            radius = torch.sqrt(-2.0 * torch.log((radius_word.to(torch.float64) + 0.5) * 2.0**-32))
+            angle = angle_word.to(torch.float64) * (2.0 * math.pi * 2.0**-32)
+            out[..., i] = radius * torch.cos(angle)
+            out[..., 2 + i] = radius * torch.sin(angle)
+    return normals.flatten(1)[:, :size].reshape(-1, *shape)

@@ -7,6 +7,7 @@ raw = mean + std * noise anew each time a sample is met.
 
 import hashlib
 import os
+import re
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,16 @@ from torch import Tensor
 from imm_scale import rng
 from imm_scale.data.manifest import Codec
 from imm_scale.errors import UserError
+
+# Published mean and std per channel of the raw latents, by the sha256 of the weights.
+KNOWN_STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    # stabilityai/sd-vae-ft-mse on ImageNet 256 (Zhou et al., "Inductive Moment Matching", 2025, released code)
+    "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815": (
+        (0.86488, -0.27787343, 0.21616915, 0.3738409),
+        (4.85503674, 5.31922414, 3.93725398, 3.9870003),
+    ),
+}
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class ImageCodec(Protocol):
@@ -55,24 +66,26 @@ class PixelsCodec:
 
 
 class VAECodec:
-    """A diffusers AutoencoderKL in a local folder (`save_pretrained`'s form), in fp32.
+    """A diffusers AutoencoderKL in fp32, from a local folder (`save_pretrained`'s form) or by its name on the hub.
 
     Latents are the autoencoder's own, without diffusers' scaling_factor: the manifest's mean and std do that work.
 
     Raises:
-        UserError: no such folder or weights, diffusers missing, or a model that takes other than RGB.
+        UserError: no such folder, name or weights, diffusers missing, or a model that takes other than RGB.
     """
 
     kind = "vae"
 
     def __init__(self, folder: str, device: str = "cpu") -> None:
-        weights = os.path.join(folder, "diffusion_pytorch_model.safetensors")
-        if not os.path.isfile(weights):
-            raise UserError(f"no {weights}: --vae must name a folder written by AutoencoderKL.save_pretrained")
         try:
             from diffusers import AutoencoderKL
         except ImportError as error:
             raise UserError(f"the vae codec needs diffusers ({error}): pip install 'imm-scale[vae]'") from error
+        if not os.path.isdir(folder) and re.fullmatch(r"[\w.-]+/[\w.-]+", folder):
+            folder = _from_hub(folder)
+        weights = os.path.join(folder, _WEIGHTS)
+        if not os.path.isfile(weights):
+            raise UserError(f"no {weights}: --vae must name a folder written by AutoencoderKL.save_pretrained")
         self.weights_hash = _file_sha256(weights)
         model: Any = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True)
         self._model = model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
@@ -94,6 +107,20 @@ class VAECodec:
     @torch.no_grad()
     def decode(self, raw_NCHW: Tensor) -> Tensor:
         return _to_uint8(self._model.decode(raw_NCHW.to(self._device, torch.float32)).sample)
+
+
+def _from_hub(name: str) -> str:
+    """The local copy of a model on the hub, downloaded where there is none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return str(snapshot_download(name, allow_patterns=["config.json", _WEIGHTS]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{name} is no folder here, and it cannot be had from the hub ({type(error).__name__}): check the name and "
+            "the network, or download it elsewhere and name its folder"
+        ) from error
 
 
 def open_codec(codec: Codec, vae_folder: str | None = None, device: str = "cpu") -> ImageCodec:
@@ -118,7 +145,7 @@ def open_codec(codec: Codec, vae_folder: str | None = None, device: str = "cpu")
 def normalize(raw_NCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...], sigma_data: float = 0.5) -> Tensor:
     """z = (raw - mean) / std * sigma_data per channel, fp32: the scale on which the network works."""
     mean_C11, std_C11 = _per_channel(mean, raw_NCHW), _per_channel(std, raw_NCHW)
-    return (raw_NCHW.float() - mean_C11) / std_C11 * sigma_data
+    return (raw_NCHW - mean_C11).div_(std_C11).mul_(sigma_data)  # fp16 minus fp32 is fp32: one pass, not two
 
 
 def denormalize(z_NCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...], sigma_data: float = 0.5) -> Tensor:

@@ -11,10 +11,10 @@ from torch import Tensor
 from imm_scale import storage
 from imm_scale.data import codec as codecs
 from imm_scale.data import plan
-from imm_scale.data.manifest import Manifest
-from imm_scale.data.shards import open_shard
+from imm_scale.data.manifest import Manifest, ShardInfo
+from imm_scale.data.shards import ShardReader, open_shard
 
-_OPENING_THREADS = 8
+_OPENING_THREADS = 16
 
 
 class Dataset:
@@ -27,20 +27,27 @@ class Dataset:
     """
 
     def __init__(self, manifest_url: str) -> None:
-        self.manifest = Manifest.load(manifest_url)
-        folder, manifest = storage.parent(manifest_url), self.manifest
+        self.manifest = manifest = Manifest.load(manifest_url)
+        self._folder = storage.parent(manifest_url)
         with ThreadPoolExecutor(_OPENING_THREADS) as pool:
-            self._shards = list(
-                pool.map(
-                    lambda info: open_shard(folder, info, manifest.stored_shape, manifest.num_classes), manifest.shards
-                )
-            )
+            self.shards = list(pool.map(self._open, manifest.shards))
         self.shard_samples = [info.samples for info in manifest.shards]
-        self.labels: NDArray[np.int64] = np.concatenate([shard.labels for shard in self._shards])
+        self.labels: NDArray[np.int64] = np.concatenate([shard.labels for shard in self.shards])
         self._first = np.cumsum([0, *self.shard_samples])
+
+    def _open(self, info: ShardInfo) -> ShardReader:
+        manifest = self.manifest
+        return open_shard(self._folder, info, manifest.stored_shape, manifest.num_classes, manifest.flipped)
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def place(self, start: int, stop: int) -> tuple[int, int, int]:
+        """The shard that holds samples [start, stop), and their numbers inside it."""
+        shard = int(np.searchsorted(self._first, start, side="right")) - 1
+        assert start < stop <= self._first[shard + 1], (start, stop)
+        first = int(self._first[shard])
+        return shard, start - first, stop - first
 
     def read(self, start: int, stop: int) -> NDArray[np.float16]:
         """Stored arrays (n, C', H, W) of samples [start, stop), which must lie in one shard, by one ranged read.
@@ -48,10 +55,8 @@ class Dataset:
         Raises:
             UserError: a shard that is short or damaged.
         """
-        shard = int(np.searchsorted(self._first, start, side="right")) - 1
-        assert start < stop <= self._first[shard + 1], (start, stop)
-        first = int(self._first[shard])
-        return self._shards[shard].read(start - first, stop - first)
+        shard, first, last = self.place(start, stop)
+        return self.shards[shard].read(first, last)
 
 
 def read_all(

@@ -1,5 +1,6 @@
 """The batches of one rank, step after step, read ahead in the background."""
 
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,15 +11,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from imm_scale import rng
+from imm_scale import rng, storage
 from imm_scale.data import codec as codecs
 from imm_scale.data import plan
+from imm_scale.data.cache import BlockCache
 from imm_scale.data.dataset import Dataset
+from imm_scale.data.fetch import BlockReader
+from imm_scale.data.manifest import Manifest
 from imm_scale.data.plan import Layout
 from imm_scale.data.prefetch import Prefetcher
+from imm_scale.data.recycle import Recycler
+from imm_scale.data.window import OnBadBlock, Visit, Window
 from imm_scale.errors import UserError
 
 _BATCHES_AHEAD = 2
+_LOCAL_THREADS, _REMOTE_THREADS = 2, 16
+_LEAST_BLOCKS_AHEAD = 16
+# Values normalized at once on CPU: they stay in the cache, and for so few torch starts no threads, which on the
+# training's own cores would only get in each other's way.
+_PIECE = (1 << 15) - 1
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,30 @@ class Batch:
         return [Batch(self.images_seen, *part) for part in parts]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How blocks are read; nothing here changes what a batch holds, except that bad blocks may be replaced.
+
+    Attributes:
+        cache_dir: folder on the node's own disk where blocks are kept, or None.
+        cache_bytes: bound of that folder.
+        on_bad_block: "stop" or "skip".
+    """
+
+    cache_dir: str | None = None
+    cache_bytes: int = 1 << 36
+    on_bad_block: OnBadBlock = "stop"
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One step's samples as they are on storage."""
+
+    images_seen: int
+    latents: Tensor
+    label: Tensor
+
+
 class Loader:
     """Yields for ever the batches of one rank, from the clock `images_seen` on.
 
@@ -64,12 +99,15 @@ class Loader:
     Args:
         manifest_url: URL of manifest.json.
         images_seen: where to start, a multiple of the global batch size.
-        flip: mirror each sample left to right with probability 1/2.
+        flip: mirror each sample left to right with probability 1/2; vae latents need shards that hold both.
         sigma_data: standard deviation of the normalized data.
+        device: where batches go. On a GPU they travel as stored and are drawn and normalized there.
+        reading: cache and what to do about bad blocks.
 
     Attributes:
         manifest: the data set's description.
         data_seconds: time the consumer has waited for batches so far.
+        memory_bound_bytes: most bytes of latents in memory: held and coming blocks, reads under way, waiting batches.
 
     Raises:
         UserError: a bad manifest or shard (at once, or from iteration when damage is met), a data set smaller than a
@@ -86,23 +124,57 @@ class Loader:
         images_seen: int = 0,
         flip: bool = False,
         sigma_data: float = 0.5,
+        device: torch.device | str = "cpu",
+        reading: Reading = Reading(),
     ) -> None:
         groups = plan.rank_groups(layout.num_groups, rank, layout.world_size)
         self._dataset = Dataset(manifest_url)
         self.manifest = self._dataset.manifest
-        if flip and self.manifest.codec.kind != "pixels":
-            raise UserError(
-                "data.flip needs pixels: a mirrored image's vae latent is not the mirrored latent, and the shards "
-                "hold no latents of mirrored images. Set data.flip=false"
-            )
-        self._table = plan.block_table(self._dataset.shard_samples, block_samples)
+        _check_flip(flip, self.manifest)
         plan.clock(images_seen, layout.global_batch_size, len(self._dataset))
-        self._layout = layout
+        self._layout, self._device = layout, torch.device(device)
         self._positions = np.arange(groups.start * layout.particles, groups.stop * layout.particles)
         self._seed, self._block_samples = seed, block_samples
         self._flip, self._sigma_data = flip, sigma_data
+        self._table = plan.block_table(self._dataset.shard_samples, block_samples)
+        cache = None if reading.cache_dir is None else BlockCache(reading.cache_dir, reading.cache_bytes)
+        self._reader = BlockReader(self._dataset, self._table, cache)
+        first_step = images_seen // layout.global_batch_size
+        threads = _LOCAL_THREADS if storage.is_local(manifest_url) else _REMOTE_THREADS
+        self._window = Window(
+            self._dataset,
+            self._table,
+            self._reader,
+            self._visits(first_step),
+            slots=len(self._positions) + max(_LEAST_BLOCKS_AHEAD, len(self._positions) // 4),
+            variants=2 if self._mirrors_latents else 1,
+            threads=threads,
+            on_bad_block=reading.on_bad_block,
+            seed=seed,
+        )
+        self.memory_bound_bytes = self._window.bound_bytes(threads) + self._batch_bytes()
+        self._x_shape = (layout.slots * layout.particles, *self.manifest.latent_shape)
+        self._recycler = Recycler(self._x_shape)
         self.data_seconds = 0.0
-        self._prefetcher = Prefetcher(self._batches(images_seen), _BATCHES_AHEAD)
+        stored = self._stored_batches(first_step)
+        # A GPU draws and normalizes in the consumer's stream; on CPU that is done ahead, in the background.
+        self._prefetcher: Prefetcher[Batch | _Stored] = Prefetcher(
+            map(self._finish, stored) if self._device.type == "cpu" else stored, _BATCHES_AHEAD
+        )
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What reading has met so far on this rank: requests, bytes, retries, damaged reads, ..."""
+        return self._reader.counters.values()
+
+    @property
+    def _mirrors_latents(self) -> bool:
+        return self._flip and self.manifest.codec.kind != "pixels"
+
+    def _batch_bytes(self) -> int:
+        """Of the batches that wait, each as stored (fp16) and normalized (fp32)."""
+        stored = 2 * int(np.prod(self.manifest.stored_shape)) + 4 * int(np.prod(self.manifest.latent_shape))
+        return (_BATCHES_AHEAD + 1) * self._layout.slots * self._layout.particles * stored
 
     def __enter__(self) -> "Loader":
         return self
@@ -114,6 +186,7 @@ class Loader:
 
     def close(self) -> None:
         """Ends the background reading and waits for it."""
+        self._window.close()
         self._prefetcher.close()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -121,64 +194,79 @@ class Loader:
 
     def __next__(self) -> Batch:
         began = time.perf_counter()
-        batch = next(self._prefetcher)
+        item = next(self._prefetcher)
+        batch = item if isinstance(item, Batch) else self._finish(item)
         self.data_seconds += time.perf_counter() - began
         return batch
 
-    def _batches(self, images_seen: int) -> Iterator[Batch]:
-        batch_size = self._layout.global_batch_size
-        samples = self._dataset.shard_samples
-        epoch, step = plan.clock(images_seen, batch_size, len(self._dataset))
-        steps = plan.steps_per_epoch(batch_size, len(self._dataset))
-        blocks: dict[int, NDArray[np.float16]] = {}
-        while True:
-            order = plan.epoch_order(samples, self._block_samples, self._seed, epoch)
-            for k in range(step, steps):
-                indices = plan.batch_indices(order, batch_size, k, self._positions)
-                blocks = self._blocks_of(indices, blocks)
-                yield self._assemble(indices, blocks, images_seen)
-                images_seen += batch_size
-            epoch, step = epoch + 1, 0
+    def _epochs(self, first_step: int) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
+        """(step of the epoch's begin, steps left out in it, sample indices (P, L) of this rank's positions)."""
+        batch_size, num_samples = self._layout.global_batch_size, len(self._dataset)
+        steps = plan.steps_per_epoch(batch_size, num_samples)
+        first_epoch, skipped = divmod(first_step, steps)
+        for epoch in itertools.count(first_epoch):
+            order = plan.epoch_order(self._dataset.shard_samples, self._block_samples, self._seed, epoch)
+            indices = order[: batch_size * steps].reshape(batch_size, steps)[self._positions]
+            yield epoch * steps, skipped, indices
+            skipped = 0
 
-    def _blocks_of(
-        self, indices: NDArray[np.int64], kept: dict[int, NDArray[np.float16]]
-    ) -> dict[int, NDArray[np.float16]]:
-        """The blocks of these samples, and no others.
+    def _visits(self, first_step: int) -> Iterator[Visit]:
+        for begin, skipped, indices in self._epochs(first_step):
+            visits = plan.schedule(indices, self._table, skipped)
+            for first, last, block in zip(visits.first, visits.last, visits.block, strict=True):
+                yield Visit(begin + int(first), begin + int(last), int(block))
 
-        A position walks through a block in neighbouring steps and does not come back to it in the epoch, so the
-        blocks of the last step are all that is worth keeping: at most one per position.
-        """
-        blocks = {}
-        for block in np.unique(self._table.block_of(indices)).tolist():
-            start, size = int(self._table.start[block]), int(self._table.size[block])
-            blocks[block] = kept[block] if block in kept else self._dataset.read(start, start + size)
-        return blocks
+    def _stored_batches(self, first_step: int) -> Iterator[_Stored]:
+        """On CPU the latents of a step share memory with those of the next one."""
+        for begin, skipped, indices in self._epochs(first_step):
+            for k in range(skipped, indices.shape[1]):
+                images_seen = (begin + k) * self._layout.global_batch_size
+                ordinal = images_seen + torch.from_numpy(self._positions)
+                variant = self._mirrored(ordinal).to(torch.int64) if self._mirrors_latents else None
+                latents, label = self._window.gather(begin + k, indices[:, k], variant)
+                if self._device.type == "cuda":
+                    latents, label = latents.pin_memory(), label.pin_memory()
+                yield _Stored(images_seen, latents, label)
 
-    def _assemble(self, indices: NDArray[np.int64], blocks: dict[int, NDArray[np.float16]], images_seen: int) -> Batch:
-        block_of = self._table.block_of(indices)
-        places = zip(block_of.tolist(), (indices - self._table.start[block_of]).tolist(), strict=True)
-        stored = torch.from_numpy(np.stack([blocks[block][inside] for block, inside in places]))
-        ordinal = images_seen + torch.from_numpy(self._positions)
-        x = self._normalized(stored, ordinal)
+    def _finish(self, stored: _Stored) -> Batch:
+        """Draws and normalizes on the device, and pads to the layout's slots."""
         slots, particles = self._layout.slots, self._layout.particles
-        weight = torch.zeros(slots)
-        weight[: len(x) // particles] = 1.0
-        return Batch(
-            images_seen=images_seen,
-            x=_pad(x, slots * particles),
-            label=_pad(torch.from_numpy(self._dataset.labels[indices]), slots * particles),
-            ordinal=_pad(ordinal, slots * particles),
-            weight=weight,
-        )
+        ordinal = stored.images_seen + torch.from_numpy(self._positions).to(self._device)
+        latents = stored.latents.to(self._device, non_blocking=True)
+        x = self._new_x()
+        piece = max(1, _PIECE // latents[0].numel()) if self._device.type == "cpu" else len(latents)
+        pieces = zip(latents.split(piece), ordinal.split(piece), x[: len(latents)].split(piece), strict=True)
+        for latents_n, ordinal_n, x_n in pieces:
+            x_n.copy_(self._normalized(latents_n, ordinal_n))
+        weight = torch.zeros(slots, device=self._device)
+        weight[: len(latents) // particles] = 1.0
+        label = stored.label.to(self._device, non_blocking=True)
+        return Batch(stored.images_seen, x, _pad(label, len(x)), _pad(ordinal, len(x)), weight)
 
-    def _normalized(self, stored: Tensor, ordinal: Tensor) -> Tensor:
+    def _new_x(self) -> Tensor:
+        """Zeros for a batch."""
+        if self._device.type == "cpu":
+            return self._recycler.take()
+        return torch.zeros(self._x_shape, device=self._device)
+
+    def _normalized(self, latents: Tensor, ordinal: Tensor) -> Tensor:
         codec = self.manifest.codec
-        raw = codecs.draw_raw(stored, codec.kind, self._seed, "posterior", ordinal)
+        raw = codecs.draw_raw(latents, codec.kind, self._seed, "posterior", ordinal)
         x = codecs.normalize(raw, codec.mean, codec.std, self._sigma_data)
-        if self._flip:
-            mirrored = rng.uniform(self._seed, "flip", ordinal)[:, 0] < 0.5
-            x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+        if self._flip and not self._mirrors_latents:
+            x = torch.where(self._mirrored(ordinal)[:, None, None, None], x.flip(-1), x)
         return x
+
+    def _mirrored(self, ordinal: Tensor) -> Tensor:
+        return rng.uniform(self._seed, "flip", ordinal)[:, 0] < 0.5
+
+
+def _check_flip(flip: bool, manifest: Manifest) -> None:
+    if flip and manifest.codec.kind != "pixels" and not manifest.flipped:
+        raise UserError(
+            "data.flip needs pixels or shards with mirrored latents: a mirrored image's vae latent is not the "
+            "mirrored latent. Encode with python -m data_tools.encode --flip, or set data.flip=false"
+        )
 
 
 def _pad(values: Tensor, length: int) -> Tensor:

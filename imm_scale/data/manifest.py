@@ -9,6 +9,7 @@ from imm_scale import storage
 from imm_scale.errors import UserError
 
 FORMAT_VERSION = 1
+_OWN_HASH = "sha256"
 CODEC_KINDS = ("pixels", "vae")
 
 
@@ -51,13 +52,20 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A data set. `latent_shape` is (C, H, W) as the network sees it; `class_names` may be empty."""
+    """A data set.
+
+    Attributes:
+        latent_shape: (C, H, W) as the network sees it.
+        class_names: a name per class, or none.
+        flipped: the shards also hold the latents of the mirrored images.
+    """
 
     codec: Codec
     latent_shape: tuple[int, int, int]
     num_classes: int
     class_names: tuple[str, ...]
     shards: tuple[ShardInfo, ...]
+    flipped: bool = False
     format_version: int = FORMAT_VERSION
 
     @property
@@ -77,7 +85,8 @@ class Manifest:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+        """The file's text. It holds its own hash, so that a byte changed in the file or on the way is noticed."""
+        return json.dumps({**asdict(self), _OWN_HASH: self.hash}, indent=2, sort_keys=True) + "\n"
 
     def save(self, url: str) -> None:
         storage.write_text(url, self.to_json())
@@ -90,13 +99,20 @@ class Manifest:
             UserError: no such file, no JSON, a newer format, a missing, unknown or ill-typed field, or fields that
                 contradict each other.
         """
-        try:
-            text = storage.read_bytes(url)
-        except (FileNotFoundError, IsADirectoryError) as error:
-            raise UserError(
-                f"no manifest at {url}: data.manifest must name the manifest.json that data_tools.encode wrote"
-            ) from error
-        return parse(text, where=url)
+        before = None
+        while True:
+            try:
+                text = storage.read_bytes(url)
+            except (FileNotFoundError, IsADirectoryError) as error:
+                raise UserError(
+                    f"no manifest at {url}: data.manifest must name the manifest.json that data_tools.encode wrote"
+                ) from error
+            try:
+                return parse(text, where=url)
+            except UserError:
+                if text == before:  # else it may have been damaged on the way
+                    raise
+                before = text
 
 
 def parse(text: str | bytes, where: str) -> Manifest:
@@ -108,6 +124,7 @@ def parse(text: str | bytes, where: str) -> Manifest:
     version = document.get("format_version") if isinstance(document, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise UserError(f"{where} has format version {version}, this program reads {FORMAT_VERSION}: upgrade imm-scale")
+    own_hash = document.pop(_OWN_HASH, None) if isinstance(document, dict) else None
     top = _checked(document, Manifest, where)
     manifest = Manifest(
         codec=_parse_codec(top["codec"], f"{where}: codec"),
@@ -117,9 +134,15 @@ def parse(text: str | bytes, where: str) -> Manifest:
         shards=tuple(
             ShardInfo(**_checked(shard, ShardInfo, f"{where}: shards[{i}]")) for i, shard in enumerate(top["shards"])
         ),
+        flipped=top["flipped"],
         format_version=top["format_version"],
     )
     _check_consistent(manifest, where)
+    if own_hash != manifest.hash:
+        raise UserError(
+            f"{where}: its {_OWN_HASH} is {own_hash}, its contents have {manifest.hash}: it was edited or damaged; "
+            "write it again with python -m data_tools.encode --finalize"
+        )
     return manifest
 
 
@@ -142,7 +165,7 @@ def _checked(document: Any, target: type, where: str) -> dict[str, Any]:
         if key not in document:
             raise UserError(f"{where} has no field {key!r}: write the file again with python -m data_tools.encode")
         # A tuple is a JSON list, a nested dataclass is checked by its own call.
-        if kind in (int, str) and type(document[key]) is not kind:
+        if kind in (int, str, bool) and type(document[key]) is not kind:
             raise UserError(f"{where}: {key} is {document[key]!r}: {kind.__name__} is needed")
         if str(kind).startswith("tuple") and not isinstance(document[key], list):
             raise UserError(f"{where}: {key} is {document[key]!r}: a list is needed")

@@ -168,6 +168,50 @@ def batch_indices(
     return order[positions * steps + step_in_epoch]
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """Which blocks a rank holds when: block[i] from step first[i] to step last[i] of an epoch, both included.
+
+    Sorted by first, then block, so that blocks needed together and lying together stand together.
+    """
+
+    block: NDArray[np.int64]
+    first: NDArray[np.int64]
+    last: NDArray[np.int64]
+
+
+def schedule(indices_PL: NDArray[np.int64], table: BlockTable, first_step: int = 0) -> Schedule:
+    """What must be fetched for the samples of P positions at the steps from `first_step` on.
+
+    Args:
+        indices_PL: (P, L) global sample indices; position p takes indices_PL[p, k] at step k.
+
+    Returns:
+        Every visit of a block once: visits of several positions that overlap or follow each other are one.
+    """
+    blocks = table.block_of(indices_PL[:, first_step:])
+    changes = np.diff(blocks, axis=1) != 0
+    begins = np.pad(changes, ((0, 0), (1, 0)), constant_values=True)
+    ends = np.pad(changes, ((0, 0), (0, 1)), constant_values=True)
+    visited, first, last = blocks[begins], np.nonzero(begins)[1], np.nonzero(ends)[1]
+    order = np.lexsort((first, visited))
+    visited, first, last = visited[order], first[order], last[order]
+    # On one line with all blocks end to end, a visit is new where it begins after all before it have ended.
+    line = visited * (blocks.shape[1] + 2)
+    reached = np.maximum.accumulate(line + last)
+    new = np.concatenate([[True], (line + first)[1:] > reached[:-1] + 1])
+    until = np.concatenate([np.nonzero(new)[0][1:], [len(new)]]) - 1
+    visited, first, last = visited[new], first[new], (reached - line)[until]
+    order = np.lexsort((visited, first))
+    return Schedule(visited[order], first[order] + first_step, last[order] + first_step)
+
+
+def replacement(block: int, attempt: int, num_blocks: int, seed: int) -> int:
+    """The block whose samples stand in for those of one that cannot be read; the same on every rank."""
+    ordinal = torch.tensor([block])
+    return int(rng.random_bits(seed, "replacement", ordinal, stream=attempt)[0]) % num_blocks
+
+
 def clock(images_seen: int, global_batch_size: int, num_samples: int) -> tuple[int, int]:
     """(epoch, step in that epoch) of the batch that starts at `images_seen`, which counts B per step.
 

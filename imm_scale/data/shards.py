@@ -1,61 +1,61 @@
 """One shard: a plain WebDataset tar of `KEY.latent.npy` and `KEY.cls`, and an index that lets a range be checked.
 
-All samples of a shard take the same number of bytes, so a block of neighbours is one ranged read and one strided
-view. Stock webdataset reads the same tar.
+Where mirrored images were encoded too, `KEY.latent_flip.npy` stands between the two. All samples of a shard of ours
+take the same number of bytes, so a block of neighbours is one ranged read and one strided view. Stock webdataset reads
+the same tar, and shards of its ShardWriter are read here once they have an index.
 """
 
 import hashlib
 import io
-import tarfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from isal import isal_zlib  # zlib's crc32, fifty times as fast
 from numpy.typing import NDArray
 
 from imm_scale import storage
+from imm_scale.data import tar
 from imm_scale.data.manifest import ShardInfo
 from imm_scale.errors import UserError
 
 LATENT_DTYPE = np.dtype("<f2")
+LATENT, FLIPPED, LABEL = "latent.npy", "latent_flip.npy", "cls"
+_COLUMNS = [("offset", "<i8"), ("length", "<i8"), ("crc32", "<u4"), ("label", "<i4")]
 # offset and length: byte range of the npy file inside the tar; crc32: of those bytes.
-INDEX_DTYPE = np.dtype([("offset", "<i8"), ("length", "<i8"), ("crc32", "<u4"), ("label", "<i4")])
+INDEX_DTYPE = np.dtype(_COLUMNS)
+# With mirrored latents: the same of their files, whose length is equal.
+FLIPPED_INDEX_DTYPE = np.dtype([*_COLUMNS, ("flip_offset", "<i8"), ("flip_crc32", "<u4")])
+
+
+class DamagedBlockError(UserError):
+    """Bytes of a shard that are not what its index says; another reading may be better."""
+
+
+def index_dtype(flipped: bool) -> np.dtype[Any]:
+    return FLIPPED_INDEX_DTYPE if flipped else INDEX_DTYPE
 
 
 def npy_header(shape: tuple[int, ...]) -> bytes:
     """The bytes of a npy file before its data, for a C-ordered fp16 array."""
+    return _npy_header(LATENT_DTYPE.str, shape)
+
+
+def _npy_header(descr: Any, shape: tuple[int, ...]) -> bytes:
     stream = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        stream, {"descr": LATENT_DTYPE.str, "fortran_order": False, "shape": tuple(int(n) for n in shape)}
-    )
+    fields = {"descr": descr, "fortran_order": False, "shape": tuple(int(n) for n in shape)}
+    np.lib.format.write_array_header_1_0(stream, fields)
     return stream.getvalue()
 
 
-def tar_member(name: str, data: bytes) -> bytes:
-    """A header and the padded data of one file, the same bytes whenever and by whomever it is written.
-
-    Raises:
-        UserError: a name that does not fit a plain (ustar) header.
-    """
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    info.mtime = 0
-    try:
-        header = info.tobuf(tarfile.USTAR_FORMAT)
-    except ValueError as error:
-        raise UserError(f"sample name {name!r} does not fit a tar header ({error}): use a shorter one") from error
-    return header + data + bytes(-len(data) % tarfile.BLOCKSIZE)
-
-
-def tar_end() -> bytes:
-    """The two empty blocks that end an archive."""
-    return bytes(2 * tarfile.BLOCKSIZE)
-
-
 def write_shard(
-    folder: str, name: str, keys: Sequence[str], latents: NDArray[np.float16], labels: Sequence[int]
+    folder: str,
+    name: str,
+    keys: Sequence[str],
+    latents: NDArray[np.float16],
+    labels: Sequence[int],
+    mirrored: NDArray[np.float16] | None = None,
 ) -> ShardInfo:
     """Writes `NAME.tar`, then `NAME.index.npy`, each whole or not at all.
 
@@ -65,27 +65,19 @@ def write_shard(
         keys: n sample names without dots.
         latents: (n, C', H, W) fp16, finite.
         labels: n class indices.
+        mirrored: latents of the mirrored images, if the data set holds them.
 
     Raises:
         UserError: values that are not finite, or a key that would not come back from the tar.
     """
     assert len(keys) == len(latents) == len(labels) > 0 and latents.dtype == LATENT_DTYPE
-    if not np.isfinite(latents).all():
-        bad = int(np.argmin(np.isfinite(latents).reshape(len(latents), -1).all(axis=1)))
-        raise UserError(f"shard {name}: sample {keys[bad]} has values that fp16 cannot hold; check the codec's weights")
-    header = npy_header(latents.shape[1:])
-    index = np.empty(len(keys), INDEX_DTYPE)
-    pieces: list[bytes] = []
-    position = 0
-    for i, (key, label) in enumerate(zip(keys, labels, strict=True)):
-        if "." in key:
-            raise UserError(f"shard {name}: key {key!r} has a dot, which ends the key in a WebDataset tar: rename it")
-        payload = header + latents[i].tobytes()
-        index[i] = (position + tarfile.BLOCKSIZE, len(payload), zlib.crc32(payload), label)
-        record = tar_member(f"{key}.latent.npy", payload) + tar_member(f"{key}.cls", str(int(label)).encode())
-        pieces.append(record)
-        position += len(record)
-    data = b"".join([*pieces, tar_end()])
+    for values in (latents, mirrored):
+        if values is not None and not np.isfinite(values).all():
+            bad = int(np.argmin(np.isfinite(values).reshape(len(values), -1).all(axis=1)))
+            raise UserError(
+                f"shard {name}: sample {keys[bad]} has values that fp16 cannot hold; check the codec's weights"
+            )
+    data, index = _build(name, keys, latents, labels, mirrored)
     stream = io.BytesIO()
     np.save(stream, index, allow_pickle=False)
     info = ShardInfo(name, len(keys), len(data), _sha256(data), _sha256(stream.getvalue()))
@@ -94,64 +86,132 @@ def write_shard(
     return info
 
 
+def _build(
+    name: str,
+    keys: Sequence[str],
+    latents: NDArray[np.float16],
+    labels: Sequence[int],
+    mirrored: NDArray[np.float16] | None,
+) -> tuple[bytes, NDArray[Any]]:
+    """The tar's bytes and its index."""
+    header = npy_header(latents.shape[1:])
+    index = np.empty(len(keys), index_dtype(mirrored is not None))
+    pieces: list[bytes] = []
+    position = 0
+
+    def add(file_name: str, content: bytes) -> int:
+        nonlocal position
+        pieces.append(tar.member(file_name, content))
+        offset = position + tar.BLOCK
+        position += len(pieces[-1])
+        return offset
+
+    for i, (key, label) in enumerate(zip(keys, labels, strict=True)):
+        if "." in key:
+            raise UserError(f"shard {name}: key {key!r} has a dot, which ends the key in a WebDataset tar: rename it")
+        payload = header + latents[i].tobytes()
+        index["offset"][i] = add(f"{key}.{LATENT}", payload)
+        index["length"][i], index["crc32"][i], index["label"][i] = len(payload), isal_zlib.crc32(payload), label
+        if mirrored is not None:
+            payload = header + mirrored[i].tobytes()
+            index["flip_offset"][i] = add(f"{key}.{FLIPPED}", payload)
+            index["flip_crc32"][i] = isal_zlib.crc32(payload)
+        add(f"{key}.{LABEL}", str(int(label)).encode())
+    return b"".join([*pieces, tar.end()]), index
+
+
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
 @dataclass(frozen=True)
 class ShardReader:
-    """Ranged, checked reads of one shard. Make it with `open_shard`."""
+    """Checked samples out of ranges of one shard. Make it with `open_shard`."""
 
     url: str
+    sha256: str
     index: NDArray[Any]
     stored_shape: tuple[int, int, int]
-    stride: int
 
     @property
     def labels(self) -> NDArray[np.int64]:
         """(n,) class indices of all samples of the shard."""
         return self.index["label"].astype(np.int64)
 
-    def read(self, start: int, stop: int) -> NDArray[np.float16]:
-        """Samples [start, stop) by one ranged read: a (n, C', H, W) fp16 array of its own.
+    @property
+    def variants(self) -> int:
+        """Latents per sample: 1, or 2 with the mirrored ones."""
+        return 2 if self.index.dtype == FLIPPED_INDEX_DTYPE else 1
+
+    def span(self, start: int, stop: int) -> tuple[int, int]:
+        """The bytes of the tar from the first file of sample `start` to the last one of sample `stop` - 1."""
+        first, last = self.index[start], self.index[stop - 1]
+        end = last["flip_offset"] if self.variants == 2 else last["offset"]
+        return int(first["offset"]), int(end + last["length"])
+
+    def decode(self, data: bytes | memoryview, start: int, stop: int, out: NDArray[np.float16]) -> None:
+        """Checks the bytes of `span(start, stop)` and copies their latents to `out`, (n, variants, C', H, W).
+
+        `out` with one variant takes the latents of the images as they are.
 
         Raises:
-            UserError: the shard ends early, a sample's checksum is wrong, or its array is not of the stored shape.
+            DamagedBlockError: too few bytes, or a sample whose checksum is wrong.
+            UserError: an array that is not of the stored shape.
         """
         rows = self.index[start:stop]
-        first, length, n = int(rows["offset"][0]), int(rows["length"][0]), len(rows)
-        wanted = (n - 1) * self.stride + length
-        data = storage.read_range(self.url, first, first + wanted)
-        self._check(data, rows, start, first, length, wanted)
-        files = np.lib.stride_tricks.as_strided(
-            np.frombuffer(data, np.uint8), shape=(n, length), strides=(self.stride, 1), writeable=False
-        )
+        first, end = self.span(start, stop)
+        if len(data) != end - first:
+            raise DamagedBlockError(
+                f"shard {self.url} ends at byte {first + len(data)}, samples {start} to {stop - 1} reach to byte "
+                f"{end}: the file was cut short, copy or encode it again"
+            )
         header = np.frombuffer(npy_header(self.stored_shape), np.uint8)
-        alike = (files[:, : len(header)] == header).all(axis=1)
-        if not alike.all():
-            raise UserError(
-                f"shard {self.url}: sample {start + int(np.argmin(alike))} is no fp16 array of shape "
-                f"{self.stored_shape}: the shard was not written by data_tools.encode, encode it again"
-            )
-        return files[:, len(header) :].view(LATENT_DTYPE).reshape(n, *self.stored_shape).copy()
-
-    def _check(self, data: bytes, rows: NDArray[Any], start: int, first: int, length: int, wanted: int) -> None:
-        if len(data) != wanted:
-            raise UserError(
-                f"shard {self.url} ends at byte {first + len(data)}, samples {start} to {start + len(rows) - 1} reach "
-                f"to byte {first + wanted}: the file was cut short, copy or encode it again"
-            )
-        view = memoryview(data)
-        for i, expected in enumerate(rows["crc32"].tolist()):
-            actual = zlib.crc32(view[i * self.stride : i * self.stride + length])
-            if actual != expected:
+        for variant in range(out.shape[1]):
+            prefix = "flip_" if variant else ""
+            offsets = rows[f"{prefix}offset"] - first
+            length = int(rows["length"][0])
+            self._check_sums(memoryview(data), offsets.tolist(), length, rows[f"{prefix}crc32"].tolist(), start, first)
+            files = _files(data, offsets, length)
+            alike = (files[:, : len(header)] == header).all(axis=1)
+            if not alike.all():
                 raise UserError(
-                    f"shard {self.url}: sample {start + i} at byte {first + i * self.stride} has crc32 {actual:08x}, "
-                    f"its index says {expected:08x}: the file is damaged, copy or encode it again"
+                    f"shard {self.url}: sample {start + int(np.argmin(alike))} is no fp16 array of shape "
+                    f"{self.stored_shape}: the shard was not written by data_tools.encode, encode it again"
+                )
+            out[:, variant] = files[:, len(header) :].view(LATENT_DTYPE).reshape(-1, *self.stored_shape)
+
+    def read(self, start: int, stop: int) -> NDArray[np.float16]:
+        """Samples [start, stop) by one ranged read: a (n, C', H, W) fp16 array. Raises UserError as `decode` does."""
+        out = np.empty((stop - start, 1, *self.stored_shape), LATENT_DTYPE)
+        self.decode(storage.read_range(self.url, *self.span(start, stop)), start, stop, out)
+        return out[:, 0]
+
+    def _check_sums(
+        self, data: memoryview, offsets: list[int], length: int, expected: list[int], start: int, first: int
+    ) -> None:
+        for i, (offset, wanted) in enumerate(zip(offsets, expected, strict=True)):
+            actual = isal_zlib.crc32(data[offset : offset + length])
+            if actual != wanted:
+                raise DamagedBlockError(
+                    f"shard {self.url}: sample {start + i} at byte {first + offset} has crc32 {actual:08x}, "
+                    f"its index says {wanted:08x}: the file is damaged, copy or encode it again"
                 )
 
 
-def open_shard(folder: str, info: ShardInfo, stored_shape: tuple[int, int, int], num_classes: int) -> ShardReader:
+def _files(data: bytes | memoryview, offsets: NDArray[np.int64], length: int) -> NDArray[np.uint8]:
+    """(n, length) bytes of files of one length: a view where they lie at equal distances, as in shards of ours."""
+    raw = np.frombuffer(data, np.uint8)
+    strides = np.diff(offsets)
+    if (strides == strides[:1]).all():
+        stride = int(strides[0]) if len(strides) else length
+        view = raw[int(offsets[0]) :]
+        return np.lib.stride_tricks.as_strided(view, (len(offsets), length), (stride, 1), writeable=False)
+    return np.stack([raw[offset : offset + length] for offset in offsets.tolist()])
+
+
+def open_shard(
+    folder: str, info: ShardInfo, stored_shape: tuple[int, int, int], num_classes: int, flipped: bool = False
+) -> ShardReader:
     """Checks a shard's size and index against the manifest, without reading its samples.
 
     Raises:
@@ -163,37 +223,56 @@ def open_shard(folder: str, info: ShardInfo, stored_shape: tuple[int, int, int],
         size = storage.size(url)
     except FileNotFoundError as error:
         raise UserError(f"shard {url} of the manifest is missing: copy it there or encode it again") from error
-    try:
-        index_bytes = storage.read_bytes(index_url)
-    except FileNotFoundError as error:
-        raise UserError(f"index {index_url} is missing: copy it there or encode the shard again") from error
     if size != info.bytes:
         raise UserError(
             f"shard {url} has {size} bytes, the manifest says {info.bytes}: "
             f"the file is {'cut short' if size < info.bytes else 'another one'}, copy or encode it again"
         )
-    if _sha256(index_bytes) != info.index_sha256:
-        raise UserError(f"index {index_url} has another sha256 than the manifest says: copy or encode it again")
-    index = np.load(io.BytesIO(index_bytes), allow_pickle=False)
-    stride = _check_index(index, index_url, info, stored_shape, num_classes)
-    return ShardReader(url=url, index=index, stored_shape=stored_shape, stride=stride)
+    index = _parse_index(_read_index(index_url, info), index_url, info, flipped)
+    _check_index(index, index_url, info, stored_shape, num_classes, flipped)
+    return ShardReader(url=url, sha256=info.sha256, index=index, stored_shape=stored_shape)
+
+
+def _read_index(url: str, info: ShardInfo) -> bytes:
+    """The index's bytes. A byte damaged on the way differs in a second reading, one damaged in the file does not."""
+    before = None
+    while True:
+        try:
+            data = storage.read_bytes(url)
+        except FileNotFoundError as error:
+            raise UserError(f"index {url} is missing: copy it there or encode the shard again") from error
+        if _sha256(data) == info.index_sha256:
+            return data
+        if data == before:
+            raise UserError(f"index {url} has another sha256 than the manifest says: copy or encode it again")
+        before = data
+
+
+def _parse_index(data: bytes, url: str, info: ShardInfo, flipped: bool) -> NDArray[Any]:
+    """The index's rows. Not by np.load, whose header parser fails now and then in threads of Python 3.11."""
+    dtype = index_dtype(flipped)
+    header = _npy_header(np.lib.format.dtype_to_descr(dtype), (info.samples,))
+    if data[: len(header)] != header or len(data) != len(header) + info.samples * dtype.itemsize:
+        raise UserError(
+            f"index {url} does not hold {info.samples} rows of {dtype}, as the manifest says: encode the shard again"
+        )
+    return np.frombuffer(data, dtype, offset=len(header))
 
 
 def _check_index(
-    index: NDArray[Any], index_url: str, info: ShardInfo, stored_shape: tuple[int, int, int], num_classes: int
-) -> int:
-    """The distance in bytes from one sample to the next."""
-    if index.dtype != INDEX_DTYPE or index.shape != (info.samples,):
-        raise UserError(
-            f"index {index_url} has {index.shape} rows of {index.dtype}, the manifest says {info.samples} samples "
-            f"of {INDEX_DTYPE}: encode the shard again"
-        )
+    index: NDArray[Any],
+    index_url: str,
+    info: ShardInfo,
+    stored_shape: tuple[int, int, int],
+    num_classes: int,
+    flipped: bool,
+) -> None:
     length = len(npy_header(stored_shape)) + int(np.prod(stored_shape)) * LATENT_DTYPE.itemsize
-    steps = np.diff(index["offset"])
-    stride = int(steps[0]) if len(steps) else length
-    if (steps != stride).any() or stride < length or (index["length"] != length).any():
+    if (index["length"] != length).any():
         raise UserError(f"index {index_url}: samples are not of one length {length}: encode the shard again")
-    if index["offset"][0] < 0 or int(index["offset"][-1]) + length > info.bytes:
+    offsets = [index["offset"]] if not flipped else [index["offset"], index["flip_offset"]]
+    starts = np.stack(offsets, axis=1).reshape(-1)
+    if (np.diff(starts) < length).any() or starts[0] < 0 or int(starts[-1]) + length > info.bytes:
         raise UserError(f"index {index_url} points outside the shard's {info.bytes} bytes: encode the shard again")
     labels = index["label"]
     if labels.min() < 0 or labels.max() >= num_classes:
@@ -201,4 +280,3 @@ def _check_index(
             f"index {index_url} has labels from {labels.min()} to {labels.max()}, the manifest {num_classes} classes: "
             "encode the shard again"
         )
-    return stride

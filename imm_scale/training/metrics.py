@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -114,11 +115,14 @@ class Meter:
         self._grad_norm += grad_norm
         self._steps += 1
 
-    def record(self, step: int, images_seen: int, lr: float, data_seconds: float) -> dict[str, Any]:
+    def record(
+        self, step: int, images_seen: int, lr: float, data_seconds: float, data: Mapping[str, int]
+    ) -> dict[str, Any]:
         """Means over the steps since the last record; a collective, so every rank calls it.
 
         Args:
             data_seconds: what the loader has waited so far in all.
+            data: what reading has met so far in all, over all ranks.
         """
         loss = float(distributed.all_sum(self._loss)) / self._steps
         seconds = (time.perf_counter() - self._began) / self._steps
@@ -131,6 +135,7 @@ class Meter:
             "images_per_second": self._batch / seconds,
             "step_seconds": seconds,
             "data_seconds": (data_seconds - self._waited) / self._steps,
+            **{f"data_{name}": count for name, count in data.items()},
             "memory_bytes": memory_bytes(self._device),
             "time": time.time(),
         }

@@ -8,7 +8,7 @@ from torch import Tensor
 from imm_scale import build, distributed, storage, weights
 from imm_scale import config as configs
 from imm_scale.config import Config
-from imm_scale.data.loader import Batch, Loader
+from imm_scale.data.loader import Batch, Loader, Reading
 from imm_scale.distributed import World
 from imm_scale.errors import UserError
 from imm_scale.training import checkpoint as checkpoints
@@ -117,7 +117,8 @@ class Trainer:
                 stopping = preemption.agreed()
                 last = stopping or self.step == config.train.max_steps
                 if last or self.step % config.train.log_every == 0:
-                    run_log.write(meter.record(self.step, self.images_seen, lr, loader.data_seconds))
+                    data = distributed.sum_counts(loader.counters, self.device)
+                    run_log.write(meter.record(self.step, self.images_seen, lr, loader.data_seconds, data))
                 if last or self.step % config.train.checkpoint_every == 0:
                     self._save(run_log)
             preemption.drain()
@@ -136,6 +137,8 @@ class Trainer:
             self.images_seen,
             config.data.flip,
             config.flow_map.sigma_data,
+            self.device,
+            Reading(config.data.cache_dir, config.data.cache_bytes, config.data.on_bad_block),
         )
 
     def _train_step(self, batch: Batch) -> tuple[Tensor, float, float]:

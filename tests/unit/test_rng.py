@@ -67,6 +67,13 @@ def test_philox_agrees_with_unbounded_integers(counter, key):
     assert philox(counter, key) == philox_reference(counter, key)
 
 
+def test_every_device_has_the_same_words():
+    counter = torch.randint(0, 2**32, (4, 20_001), generator=torch.Generator().manual_seed(0))
+    for key in ((0, 0), (0xFFFFFFFF, 0x9E3779B9)):
+        on_cpu = rng.philox4x32(tuple(counter), key)
+        assert torch.equal(torch.stack(on_cpu), torch.stack(rng._philox_on_tensors(tuple(counter), key)))
+
+
 def test_philox_broadcasts_its_counter_words():
     columns = torch.arange(3)
     zero = torch.tensor(0)

@@ -60,7 +60,8 @@ def test_opening_refuses_missing_weights(tmp_path: Path) -> None:
 
 @pytest.fixture
 def vae_folder(tmp_path: Path) -> str:
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers
+
     torch.manual_seed(0)
     model = diffusers.AutoencoderKL(
         block_out_channels=(8, 8),

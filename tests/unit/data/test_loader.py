@@ -1,4 +1,7 @@
+import gc
+import os
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -12,11 +15,14 @@ from imm_scale import rng, storage
 from imm_scale.data import codec as codecs
 from imm_scale.data import plan
 from imm_scale.data.dataset import Dataset, read_all
-from imm_scale.data.loader import Batch, Loader
-from imm_scale.data.manifest import Manifest
+from imm_scale.data.loader import Batch, Loader, Reading
+from imm_scale.data.manifest import Codec, Manifest
 from imm_scale.data.plan import Layout
 from imm_scale.data.prefetch import Prefetcher
+from imm_scale.data.recycle import Recycler
+from imm_scale.data.shards import write_shard
 from imm_scale.errors import UserError
+from tests import ranks
 
 MakeDataset = Callable[..., str]
 BATCH, PARTICLES, SEED, BLOCK = 20, 2, 5, 4
@@ -115,13 +121,13 @@ def test_flip_mirrors_half_of_the_pixels_by_ordinal(make_dataset: MakeDataset) -
 def test_a_block_is_read_once_and_memory_is_bounded(make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     url = make_dataset([400, 400])
     reads: list[tuple[str, int]] = []
-    read_range = storage.read_range
+    read_into = storage.read_into
 
-    def counting(url: str, start: int, stop: int) -> bytes:
+    def counting(url: str, start: int, buffer: memoryview, on_retry: object) -> int:
         reads.append((url, start))
-        return read_range(url, start, stop)
+        return read_into(url, start, buffer)
 
-    monkeypatch.setattr(storage, "read_range", counting)
+    monkeypatch.setattr(storage, "read_into", counting)
     _batches(url, 37)  # 40 steps make an epoch, three are read ahead at the most
     # 200 blocks of 4; a block at a seam of two of the 20 positions is read twice.
     assert len(set(reads)) <= 200 and len(reads) <= 220
@@ -195,3 +201,128 @@ def test_read_all_gives_every_sample_in_order(make_dataset: MakeDataset) -> None
     vae = make_dataset([10, 11], kind="vae")
     small, large = (torch.cat([x for x, _ in read_all(vae, n)]) for n in (3, 256))
     assert torch.equal(small, large) and small.shape == (21, 2, 3, 3)
+
+
+def test_neighbours_are_read_together(make_dataset: MakeDataset) -> None:
+    with Loader(make_dataset([400]), Layout(BATCH, PARTICLES, 1, BATCH), 0, SEED, BLOCK) as loader:
+        next(loader)
+        # 36 slots of 100 blocks: some lie side by side, and of those some are read as one.
+        assert loader.counters["requests"] < 36
+        assert loader.counters["bytes"] > 0 and loader.counters["retries"] == 0
+
+
+def _damage(url: str, shard: str, sample: int) -> None:
+    path = Path(url).parent / f"{shard}.tar"
+    index = np.load(path.with_suffix(".index.npy"))
+    data = bytearray(path.read_bytes())
+    data[index["offset"][sample] + 140] ^= 4
+    path.write_bytes(data)
+
+
+def test_a_bad_block_is_replaced_alike_on_every_rank(
+    make_dataset: MakeDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = make_dataset([60, 40])
+    clean = {k: v for batch in _batches(url, 5) for k, v in _real_rows(batch).items()}
+    _damage(url, "part-000", 6)
+    with pytest.raises(UserError, match=r"part-000\.tar: block 1 \(samples 4 to 7\) cannot be read.*crc32.*--repair"):
+        _batches(url, 5)
+    skipping = Reading(on_bad_block="skip")
+    rows: dict[int, tuple[Tensor, int]] = {}
+    for rank in range(2):
+        layout = Layout(BATCH, PARTICLES, 2, BATCH)
+        with Loader(url, layout, rank, SEED, BLOCK, reading=skipping) as loader:
+            for batch in islice(loader, 5):
+                rows |= _real_rows(batch)
+    alone = {k: v for batch in _batches(url, 5, reading=skipping) for k, v in _real_rows(batch).items()}
+    assert rows.keys() == alone.keys() == clean.keys()
+    changed = [k for k in clean if not torch.equal(alone[k][0], clean[k][0])]
+    assert len(changed) == 4, "the four samples of the block"
+    assert all(torch.equal(rows[k][0], alone[k][0]) and rows[k][1] == alone[k][1] for k in rows)
+    for x, label in alone.values():
+        assert _sample_index(x[None], url)[0] % 7 == label
+    assert "stand in" in caplog.text
+    _damage(url, "part-001", 30)
+    with pytest.raises(UserError, match=r"2 of 25 blocks are bad, data\.on_bad_block=skip allows 1"):
+        _batches(url, 5, reading=skipping)
+
+
+def test_mirrored_latents_are_chosen_by_ordinal(tmp_path: Path) -> None:
+    stored = np.abs(np.random.default_rng(0).standard_normal((40, 4, 3, 3))).astype(np.float16)
+    shard = write_shard(str(tmp_path), "a.tar", [str(i) for i in range(40)], stored, [0] * 40, stored + 1)
+    codec = Codec("vae", "ab" * 32, 24, 2, 8, (0.0, 0.0), (1.0, 1.0))
+    url = str(tmp_path / "manifest.json")
+    Manifest(codec, (2, 3, 3), 1, (), (shard,), flipped=True).save(url)
+    plain, flipped = _batches(url, 2), _batches(url, 2, flip=True)
+    for a, b in zip(plain, flipped, strict=True):
+        mirrored = rng.uniform(SEED, "flip", a.ordinal)[:, 0] < 0.5
+        assert torch.equal(b.x[~mirrored], a.x[~mirrored]) and mirrored.any()
+        noise = rng.normal(SEED, "posterior", a.ordinal, (2, 3, 3))
+        # Mean and std are both larger by one in the mirrored latent, up to fp16 rounding.
+        torch.testing.assert_close(b.x[mirrored], (a.x + 0.5 * (1 + noise))[mirrored], atol=5e-3, rtol=0)
+
+
+def test_a_cache_serves_the_second_run(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    url = make_dataset([100, 60])
+    reading = Reading(cache_dir=str(tmp_path / "cache"), cache_bytes=1 << 20)
+    first = _batches(url, 16, reading=reading)
+    layout = Layout(BATCH, PARTICLES, 1, BATCH)
+    with Loader(url, layout, 0, SEED, BLOCK, reading=reading) as loader:
+        second = list(islice(loader, 16))
+        assert loader.counters["requests"] == 0 and loader.counters["cache_hits"] >= 40
+    assert all(torch.equal(a.x, b.x) for a, b in zip(first, second, strict=True))
+    for entry in (tmp_path / "cache").glob("*.block"):
+        data = bytearray(entry.read_bytes())
+        data[140] ^= 1
+        entry.write_bytes(data)
+    with Loader(url, layout, 0, SEED, BLOCK, reading=reading) as loader:
+        third = list(islice(loader, 16))
+        assert loader.counters["damaged_reads"] >= 40 and loader.counters["requests"] >= 40
+    assert all(torch.equal(a.x, b.x) for a, b in zip(first, third, strict=True))
+
+
+def test_memory_stays_within_the_stated_bound(make_dataset: MakeDataset) -> None:
+    url = make_dataset([2000], channels=4, side=32)
+    tracemalloc.start()
+    try:
+        with Loader(url, Layout(64, 2, 1, 64), 0, SEED, 32) as loader:
+            for _ in islice(loader, 60):
+                held = tracemalloc.get_traced_memory()[0]
+                assert held < loader.memory_bound_bytes  # numpy reports its arrays to tracemalloc
+            assert loader.memory_bound_bytes < 80 * 32 * 8192 + 2 * (4 << 20) + 3 * 64 * 3 * 8192 + 10_000 * 8
+    finally:
+        tracemalloc.stop()
+
+
+def _seen(url: str, world: int, start: int, steps: int) -> dict[int, bytes]:
+    """In a process of its own: this rank's samples by ordinal."""
+    rank = int(os.environ["RANK"])
+    layout = Layout(BATCH, PARTICLES, world, BATCH)
+    with Loader(url, layout, rank, SEED, BLOCK, images_seen=start * BATCH) as loader:
+        rows = [_real_rows(batch) for batch in islice(loader, steps)]
+    return {ordinal: x.numpy().tobytes() + bytes([label]) for row in rows for ordinal, (x, label) in row.items()}
+
+
+def test_two_ranks_then_one_then_four(make_dataset: MakeDataset) -> None:
+    url = make_dataset([30, 41, 12], kind="vae")
+    expected = ranks.run(_seen, 1, url, 1, 0, 12)[0]
+    found: dict[int, bytes] = {}
+    for world, start, steps in ((2, 0, 3), (1, 3, 4), (4, 7, 5)):
+        for rows in ranks.run(_seen, world, url, world, start, steps):
+            assert not rows.keys() & found.keys()
+            found |= rows
+    assert found == expected and len(found) == 12 * BATCH
+
+
+def test_kept_batches_stay_and_dropped_ones_are_used_again() -> None:
+    recycler = Recycler((3, 2))
+    first = recycler.take()
+    part = first.fill_(1.0)[1:].split(1)[1]
+    address = first.data_ptr()
+    del first
+    assert recycler.take().data_ptr() != address and part.tolist() == [[1.0, 1.0]]
+    del part
+    gc.collect()
+    addresses = {tensor.data_ptr() for tensor in [recycler.take(), recycler.take()]}
+    assert address in addresses
+    assert not recycler.take().any()

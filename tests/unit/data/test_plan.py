@@ -140,3 +140,56 @@ def test_rank_groups_refuses() -> None:
         plan.rank_groups(4, 2, 2)
     with pytest.raises(UserError, match="block_samples is 0"):
         plan.block_table([4], 0)
+
+
+@small
+@given(shards=shard_lists, block=st.integers(1, 50), data=st.data())
+def test_a_schedule_fetches_what_each_step_needs_and_holds_nothing_longer(
+    shards: list[int], block: int, data: st.DataObject
+) -> None:
+    """Against a walk step by step that keeps the blocks of the last step."""
+    batch = data.draw(st.integers(1, sum(shards)))
+    order, table = plan.epoch_order(shards, block, 1, 0), plan.block_table(shards, block)
+    steps = plan.steps_per_epoch(batch, len(order))
+    some = slice(data.draw(st.integers(0, batch - 1)), batch)
+    indices = order[: batch * steps].reshape(batch, steps)[some]
+    begin = data.draw(st.integers(0, steps - 1))
+    schedule = plan.schedule(indices, table, begin)
+    visits = list(zip(schedule.block.tolist(), schedule.first.tolist(), schedule.last.tolist(), strict=True))
+    fetched = 0
+    held: set[int] = set()
+    for k in range(begin, steps):
+        needed = set(table.block_of(indices[:, k]).tolist())
+        fetched += len(needed - held)
+        held = needed
+        assert {b for b, first, last in visits if first <= k <= last} == needed
+    assert len(visits) == fetched
+    assert schedule.first.tolist() == sorted(schedule.first.tolist())
+
+
+@small
+@given(shards=shard_lists, block=st.integers(1, 50), data=st.data())
+def test_order_across_worlds_micro_batches_and_resumes(shards: list[int], block: int, data: st.DataObject) -> None:
+    """Any ranks and any interruption walk through the same global order, and an epoch repeats nothing."""
+    num_samples = sum(shards)
+    groups = data.draw(st.integers(1, num_samples))
+    particles = data.draw(st.integers(1, num_samples // groups))
+    batch = groups * particles
+    steps = plan.steps_per_epoch(batch, num_samples)
+    total = 2 * steps + 1
+
+    def step_of(world: int, images_seen: int) -> list[int]:
+        epoch, k = plan.clock(images_seen, batch, num_samples)
+        order = plan.epoch_order(shards, block, 3, epoch)
+        ranks = [plan.rank_groups(groups, rank, world) for rank in range(world)]
+        parts = [np.arange(r.start * particles, r.stop * particles) for r in ranks]
+        return [int(i) for part in parts for i in plan.batch_indices(order, batch, k, part)]
+
+    alone = [step_of(1, k * batch) for k in range(total)]
+    stop = data.draw(st.integers(0, total))
+    first, second = data.draw(st.integers(1, groups)), data.draw(st.integers(1, groups))
+    resumed = [step_of(first if k < stop else second, k * batch) for k in range(total)]
+    assert resumed == alone
+    for epoch in (0, 1):
+        seen = [i for step in alone[epoch * steps : (epoch + 1) * steps] for i in step]
+        assert len(set(seen)) == len(seen) == num_samples - num_samples % batch

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import webdataset as wds
 
+from imm_scale import storage
+from imm_scale.data import tar
 from imm_scale.data.manifest import Manifest, ShardInfo
 from imm_scale.data.shards import INDEX_DTYPE, ShardReader, npy_header, open_shard, write_shard
 from imm_scale.errors import UserError
@@ -33,7 +35,7 @@ def test_reads_back_any_range(tmp_path: Path, latents: np.ndarray, info: ShardIn
     for start in range(9):
         for stop in range(start + 1, 10):
             block = reader.read(start, stop)
-            assert block.dtype == np.float16 and block.flags.owndata and block.flags.c_contiguous
+            assert block.dtype == np.float16 and block.flags.c_contiguous
             np.testing.assert_array_equal(block, latents[start:stop])
 
 
@@ -89,22 +91,80 @@ def test_a_shard_cut_after_opening_is_found_when_read(
                 reader.read(i, i + 1)
 
 
-def test_every_flipped_bit_is_found_or_harmless(tmp_path: Path, latents: np.ndarray, info: ShardInfo) -> None:
-    reader = _open(tmp_path, info)
-    path = tmp_path / "s.tar"
+def test_every_truncation_is_found(tmp_path: Path, latents: np.ndarray, info: ShardInfo) -> None:
+    """Length by length, with the size check of opening and without it (a shard cut after it was opened)."""
+    reader, path = _open(tmp_path, info), tmp_path / "s.tar"
     whole = path.read_bytes()
+    start, stop = reader.span(0, 9)
+    out = np.empty((9, 1, *SHAPE), np.float16)
+    for keep in range(len(whole)):
+        if keep >= stop:
+            reader.decode(whole[start:stop], 0, 9, out)
+        else:
+            with pytest.raises(UserError, match="cut short"):
+                reader.decode(whole[:keep][start:stop], 0, 9, out)
+        with pytest.raises(UserError, match=r"cut short|damaged|end of an archive"):
+            tar.members(whole[:keep], "s.tar")
+    np.testing.assert_array_equal(out[:, 0], latents)
+    for keep in range(0, len(whole), 509):
+        path.write_bytes(whole[:keep])
+        with pytest.raises(UserError, match=r"s\.tar.*cut short"):
+            _open(tmp_path, info)
+
+
+def test_every_flipped_bit_is_found_or_harmless(tmp_path: Path, latents: np.ndarray, info: ShardInfo) -> None:
+    """Every bit of the tar's headers and of two samples' files, every 13th of the other samples."""
+    reader = _open(tmp_path, info)
+    whole = (tmp_path / "s.tar").read_bytes()
+    start, stop = reader.span(0, 9)
     payload = np.zeros(len(whole), bool)
     for row in reader.index:
         payload[row["offset"] : row["offset"] + row["length"]] = True
-    for position in range(0, len(whole), 97):
-        damaged = bytearray(whole)
-        damaged[position] ^= 1 << (position % 8)
-        path.write_bytes(damaged)
+    dense = int(reader.index["offset"][2])
+    out = np.empty((9, 1, *SHAPE), np.float16)
+    for bit in range(8 * len(whole)):
+        position = bit // 8
+        if position > dense and payload[position] and bit % 13:
+            continue
+        damaged = bytearray(whole[start:stop])
+        if start <= position < stop:
+            damaged[position - start] ^= 1 << (bit % 8)
         if payload[position]:
             with pytest.raises(UserError, match=r"s\.tar: sample \d at byte \d+ has crc32"):
-                reader.read(0, 9)
-        else:
-            np.testing.assert_array_equal(reader.read(0, 9), latents)
+                reader.decode(bytes(damaged), 0, 9, out)
+        elif bit % 7 == 0:  # outside the files nothing is read
+            out[:] = 0
+            reader.decode(bytes(damaged), 0, 9, out)
+            np.testing.assert_array_equal(out[:, 0], latents)
+
+
+def test_every_flipped_bit_of_a_header_is_seen_by_the_parser(info: ShardInfo, tmp_path: Path) -> None:
+    whole = (tmp_path / "s.tar").read_bytes()
+    members = tar.members(whole, "s.tar")
+    for header in (members[0].offset - 512, members[5].offset - 512):
+        for bit in range(8 * 512):
+            damaged = bytearray(whole)
+            damaged[header + bit // 8] ^= 1 << (bit % 8)
+            try:
+                found = tar.members(bytes(damaged), "s.tar")
+            except UserError:
+                continue
+            assert found == members, bit  # as where a space of the checksum field becomes another filler
+
+
+def test_mirrored_latents_stand_beside_the_others(tmp_path: Path, latents: np.ndarray) -> None:
+    info = write_shard(str(tmp_path), "f.tar", [str(i) for i in range(9)], latents, [0] * 9, latents[..., ::-1])
+    reader = open_shard(str(tmp_path), info, SHAPE, 1, flipped=True)
+    assert reader.variants == 2
+    out = np.empty((4, 2, *SHAPE), np.float16)
+    reader.decode(storage.read_range(reader.url, *reader.span(3, 7)), 3, 7, out)
+    np.testing.assert_array_equal(out[:, 0], latents[3:7])
+    np.testing.assert_array_equal(out[:, 1], latents[3:7, ..., ::-1])
+    np.testing.assert_array_equal(reader.read(0, 9), latents)
+    stock = list(wds.WebDataset(str(tmp_path / "f.tar"), shardshuffle=False).decode())
+    np.testing.assert_array_equal(np.stack([s["latent_flip.npy"] for s in stock]), latents[..., ::-1])
+    with pytest.raises(UserError, match="does not hold 9 rows"):
+        open_shard(str(tmp_path), info, SHAPE, 1)
 
 
 def test_opening_refuses_what_does_not_fit(tmp_path: Path, latents: np.ndarray, info: ShardInfo) -> None:

@@ -1,5 +1,11 @@
+import contextlib
+import io
 import json
+import os
+import random
 import shutil
+import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +15,11 @@ from PIL import Image
 
 from data_tools import encode, pack
 from data_tools.statistics import ChannelSums
+from imm_scale import storage
 from imm_scale.data import codec as codecs
 from imm_scale.data.dataset import Dataset, read_all
 from imm_scale.data.manifest import Manifest
+from tests import ranks
 
 COUNT = 11
 
@@ -19,14 +27,19 @@ COUNT = 11
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
     """Eleven RGB images of 8 x 8 pixels in three shards."""
-    generator = np.random.default_rng(3)
-    for i in range(COUNT):
-        path = tmp_path / "source" / f"class {i % 3}" / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
+    _pictures(tmp_path / "source", COUNT)
     folder = tmp_path / "images"
     assert pack.main(["--source", str(tmp_path / "source"), "--out", str(folder), "--shard-samples", "4"]) == 0
     return folder
+
+
+def _pictures(folder: Path, count: int) -> None:
+    """Random RGB images of 8 x 8 pixels in three classes."""
+    generator = np.random.default_rng(3)
+    for i in range(count):
+        path = folder / f"class {i % 3}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
 
 
 def _encode(images: Path, out: Path, *arguments: object, codec: str = "pixels") -> int:
@@ -85,7 +98,7 @@ def test_same_input_gives_the_same_bytes_however_it_is_split(tmp_path: Path, pac
     _encode(packed, tmp_path / "a")
     for job in (2, 0, 1):
         assert not (tmp_path / "b" / "manifest.json").exists()
-        assert _encode(packed, tmp_path / "b", "--shard", f"{job}/3", "--batch-size", 1) == 0
+        assert _encode(packed, tmp_path / "b", "--task-index", job, "--num-tasks", 3) == 0
     assert _contents(tmp_path / "a") == _contents(tmp_path / "b")
 
 
@@ -129,7 +142,8 @@ def test_bad_input(tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture[s
     out = tmp_path / "out"
     cases: list[tuple[int, str]] = [
         (_encode(tmp_path / "nowhere", out), "no pack.json in"),
-        (_encode(packed, out, "--shard", "3/3"), "--shard '3/3'"),
+        (_encode(packed, out, "--task-index", 3, "--num-tasks", 3), "--task-index 3 is outside --num-tasks 3"),
+        (_encode(packed, out, "--task-index", 3), "belong together"),
         (_encode(packed, out, "--batch-size", 0), "--batch-size is 0"),
         (_encode(packed, out, codec="vae"), "--codec vae needs --vae PATH"),
         (_encode(packed, out, "--vae", "x"), "--vae x is for --codec vae"),
@@ -184,7 +198,8 @@ def test_encoding_through_an_object_store(tmp_path: Path, packed: Path) -> None:
 
 
 def test_vae_latents(tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers
+
     torch.manual_seed(0)
     model = diffusers.AutoencoderKL(
         block_out_channels=(8, 8),
@@ -207,3 +222,123 @@ def test_vae_latents(tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture
     shutil.rmtree(out)
     _encode(packed, out, "--vae", tmp_path / "vae", codec="vae")
     assert _contents(out) == first
+
+
+def _vae(folder: Path, seed: int = 0) -> Path:
+    import diffusers
+
+    torch.manual_seed(seed)
+    model = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=8,
+    )
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def test_mirrored_latents_are_those_of_mirrored_images(tmp_path: Path, packed: Path) -> None:
+    vae = _vae(tmp_path / "vae")
+    assert _encode(packed, tmp_path / "out", "--vae", vae, "--flip", codec="vae") == 0
+    dataset = Dataset(str(tmp_path / "out" / "manifest.json"))
+    assert dataset.manifest.flipped and dataset.shards[0].variants == 2
+    with tarfile.open(packed / "images-000000.tar") as archive:
+        pngs = [archive.extractfile(m).read() for m in archive if m.name.endswith(".png")]  # type: ignore[union-attr]
+    images = torch.from_numpy(np.stack([np.array(Image.open(io.BytesIO(png))) for png in pngs]))
+    expected = codecs.VAECodec(str(vae)).encode(images.flip(2)).half().numpy()
+    shard = dataset.shards[0]
+    out = np.empty((4, 2, *shard.stored_shape), np.float16)
+    shard.decode(storage.read_range(shard.url, *shard.span(0, 4)), 0, 4, out)
+    np.testing.assert_array_equal(out[:, 1], expected)
+    np.testing.assert_array_equal(out[:, 0], dataset.read(0, 4))
+    both = np.concatenate([out[:, v, :4].astype(np.float64) for v in (0, 1)])
+    assert abs(both.mean() - np.mean(dataset.manifest.codec.mean)) < 0.2
+
+
+def test_published_statistics_are_used_and_the_difference_told(
+    tmp_path: Path, packed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vae = _vae(tmp_path / "vae")
+    published = ((0.1, 0.2, 0.3, 0.4), (1.0, 2.0, 3.0, 4.0))
+    monkeypatch.setitem(codecs.KNOWN_STATISTICS, codecs.VAECodec(str(vae)).weights_hash, published)
+    assert _encode(packed, tmp_path / "out", "--vae", vae, codec="vae") == 0
+    codec = Manifest.load(str(tmp_path / "out" / "manifest.json")).codec
+    assert (codec.mean, codec.std) == published
+    assert "published mean and std of this autoencoder are used; measured here: mean [" in capsys.readouterr().out
+    mean, std = codecs.KNOWN_STATISTICS["a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"]
+    assert mean[0] == 0.86488 and std[3] == 3.9870003
+
+
+def test_a_vae_is_found_by_its_hub_name(
+    tmp_path: Path, packed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub import constants
+
+    cache, revision = tmp_path / "hub", "0123456789012345678901234567890123456789"
+    model = cache / "models--some-lab--small-vae"
+    _vae(model / "snapshots" / revision)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(revision)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    assert _encode(packed, tmp_path / "out", "--vae", "some-lab/small-vae", codec="vae") == 0
+    assert _encode(packed, tmp_path / "two", "--vae", "some-lab/other", codec="vae") == 2
+    assert "some-lab/other is no folder here, and it cannot be had from the hub" in capsys.readouterr().err
+
+
+def test_finalize_says_what_is_missing_or_too_much(
+    tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert _encode(packed, out, "--task-index", 1, "--num-tasks", 3) == 0
+    assert _encode(packed, out, "--finalize") == 2
+    assert "2 of 3 shards are not encoded yet (latents-000000, latents-000002)" in capsys.readouterr().err
+    assert not (out / "manifest.json").exists()
+    for task in (0, 2):
+        _encode(packed, out, "--task-index", task, "--num-tasks", 3)
+    (out / "manifest.json").unlink()
+    (out / "latents-000007.tar").write_bytes(b"")
+    assert _encode(packed, out, "--finalize") == 2
+    assert "shards of no image shard (latents-000007)" in capsys.readouterr().err
+    (out / "latents-000007.tar").unlink()
+    (out / "latents-000001.tar.0123abcd.tmp").write_bytes(b"half")
+    assert _encode(packed, out, "--finalize") == 0
+    _encode(packed, tmp_path / "alone")
+    assert _contents(out) == _contents(tmp_path / "alone")
+
+
+def _run_encode(images: str, out: str) -> int:
+    return encode.main(["--images", images, "--out", out, "--codec", "pixels"])
+
+
+def test_kills_at_random_moments_leave_nothing_behind(tmp_path: Path) -> None:
+    """30 SIGKILLs; whenever a run gets through before its kill, the next starts from nothing."""
+    images, out, whole = (str(tmp_path / name) for name in ("images", "out", "whole"))
+    _pictures(tmp_path / "few", 60)
+    assert pack.main(["--source", str(tmp_path / "few"), "--out", images, "--shard-samples", "5"]) == 0
+    assert ranks.run(_run_encode, 1, images, whole) == [0]
+    began = time.monotonic()
+    assert ranks.run(_run_encode, 1, images, out) == [0]
+    duration = time.monotonic() - began
+    expected, moments, interrupted = _contents(Path(whole)), random.Random(0), 0
+    shutil.rmtree(out)
+    for _ in range(30 * int(os.environ.get("IMM_SOAK", "1"))):
+        ((process, _pipe),) = ranks.start(_run_encode, 1, images, out)
+        time.sleep(duration * moments.uniform(0.1, 0.9))
+        with contextlib.suppress(ProcessLookupError):  # it was through before
+            process.kill()
+        process.join()
+        if os.path.exists(f"{out}/manifest.json"):
+            assert _contents(Path(out)) == expected
+            shutil.rmtree(out)
+            duration *= 0.8  # the machine was quicker than measured: kill earlier
+        elif os.path.exists(out):
+            interrupted += 1
+        else:
+            duration *= 1.25
+    assert interrupted >= 10
+    assert ranks.run(_run_encode, 1, images, out) == [0]
+    assert _contents(Path(out)) == expected

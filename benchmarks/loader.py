@@ -1,0 +1,192 @@
+"""Samples per second into a ready batch, over named peers on the same samples in the same run.
+
+    python -m benchmarks.loader [--samples 8192] [--s3]
+
+Peers: stock webdataset decoding npy, stock webdataset handing out raw bytes, mosaicml-streaming on its own format (in
+a virtual environment of its own, made below --folder), and plain sequential reading of the files. Ours gives batches
+that are normalized to fp32; theirs are stacked as stored. Only ratios mean something: run it on a quiet machine.
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import venv
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import torch
+import webdataset as wds
+
+from imm_scale import storage
+from imm_scale.data.loader import Loader
+from imm_scale.data.manifest import Codec, Manifest
+from imm_scale.data.plan import Layout
+from imm_scale.data.shards import write_shard
+
+SHAPE, BATCH, SHARD, EPOCHS = (8, 32, 32), 256, 1024, 3
+_PEER = ["mosaicml-streaming==0.13.0", "boto3", "s3transfer", "brotli", "python-snappy", "cramjam", "zstd", "paramiko"]
+_PEER += ["catalogue", "transformers<5", "tokenizers<0.23", "huggingface_hub<1"]
+
+
+def latents(shard: int) -> np.ndarray:
+    values = np.random.default_rng(shard).standard_normal((SHARD, *SHAPE), np.float32)
+    return np.clip(np.abs(values) / 8, 0, 1).astype(np.float16)
+
+
+def write_ours(url: str, kind: str, shards: int) -> str:
+    infos = [
+        write_shard(url, f"s-{s:03d}.tar", [f"{s:03d}{i:05d}" for i in range(SHARD)], latents(s), [0] * SHARD)
+        for s in range(shards)
+    ]
+    channels, factor = (SHAPE[0], 1) if kind == "pixels" else (SHAPE[0] // 2, 8)
+    codec = Codec(kind, "", 32 * factor, channels, factor, (0.5,) * channels, (0.2,) * channels)
+    Manifest(codec, (channels, *SHAPE[1:]), 1, (), tuple(infos)).save(f"{url}/manifest.json")
+    return f"{url}/manifest.json"
+
+
+def rate(batches: Callable[[], Iterator[int]], samples: int) -> float:
+    """Samples per second over three epochs, after one that fills caches and touches memory for the first time."""
+    began, count = 0.0, 0
+    while True:
+        for size in batches():
+            count += size
+            if not began and count >= samples:
+                began, count = time.perf_counter(), 0
+            if began and count >= EPOCHS * samples:
+                return count / (time.perf_counter() - began)
+
+
+def ours(manifest: str) -> Iterator[int]:
+    with Loader(manifest, Layout(BATCH, 4, 1, BATCH), 0, 0, 32) as loader:
+        for batch in loader:
+            yield len(batch.x)
+
+
+def stock(url: str, decode: bool) -> Iterator[int]:
+    """Stock webdataset over the same tars, batched: decoded and stacked to a tensor, or lists of bytes."""
+    wds.gopen_schemes["s3"] = lambda url, mode="rb", bufsize=8192: fsspec.filesystem("s3").open(url, mode)
+    tars = [f"{url}/{name}" for name in storage.list_names(url) if name.endswith(".tar")]
+    data = wds.WebDataset(tars, shardshuffle=False)
+    if decode:
+        for batch in data.decode().to_tuple("latent.npy", "cls").batched(BATCH):
+            yield len(torch.as_tensor(np.asarray(batch[0])))
+    else:
+        for raw in data.to_tuple("latent.npy", "cls").batched(BATCH, collation_fn=list):
+            yield len(raw)
+
+
+def sequential(folder: str) -> Iterator[int]:
+    for path in sorted(Path(folder).glob("*.tar")):
+        with open(path, "rb", buffering=0) as file:
+            while file.read(8 << 20):
+                pass
+        yield SHARD
+
+
+def peer_python(folder: Path) -> str:
+    """The interpreter of a virtual environment that sees this one's packages and has the peer beside them.
+
+    torchvision, which the peer imports for its vision data sets, is replaced by empty names there: none is used.
+    """
+    home = folder / "peer"
+    python = str(home / "bin" / "python")
+    if not (home / "ready").exists():
+        venv.create(home, clear=True)
+        packages = next(home.glob("lib/python*/site-packages"))
+        (packages / "project.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+        pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps"]
+        subprocess.run([*pip, "--target", str(packages), *_PEER], check=True)
+        (packages / "torchvision" / "transforms").mkdir(parents=True)
+        (packages / "torchvision" / "__init__.py").touch()
+        (packages / "torchvision" / "transforms" / "__init__.py").touch()
+        (packages / "torchvision" / "datasets.py").write_text("VisionDataset = CIFAR10 = object\n")
+        (packages / "torchvision" / "transforms" / "functional.py").write_text("to_tensor = None\n")
+        (home / "ready").touch()
+    return python
+
+
+def peer(python: str, folder: Path, shards: int, remote: str | None) -> float:
+    """mosaicml-streaming's rate, printed last by its own process."""
+    env = {**os.environ, "S3_ENDPOINT_URL": os.environ.get("AWS_ENDPOINT_URL", ""), "TOKENIZERS_PARALLELISM": "false"}
+    script = str(Path(__file__).with_name("loader_peer.py"))
+    command = [python, script, str(folder / "mds"), str(shards), remote or ""]
+    done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
+
+
+def measure(name: str, runs: Callable[[], float], repeats: int) -> float:
+    found = [runs() for _ in range(repeats)]
+    print(f"  {name:42} {statistics.median(found):10,.0f} samples/s", flush=True)
+    return statistics.median(found)
+
+
+def compare(where: str, url: dict[str, str], args: argparse.Namespace, folder: Path, remote: str | None) -> None:
+    print(f"{where}, {args.samples} samples of {np.prod(SHAPE) * 2 // 1024} KiB, batches of {BATCH}:")
+    root, shards = storage.parent(url["pixels"]), args.samples // SHARD
+    python = peer_python(folder)
+    pixels = measure("ours, normalized", lambda: rate(lambda: ours(url["pixels"]), args.samples), args.repeats)
+    drawn = measure("ours, drawn and normalized", lambda: rate(lambda: ours(url["vae"]), args.samples), args.repeats)
+    peers = {
+        "stock webdataset, npy decoded": lambda: rate(lambda: stock(root, True), args.samples),
+        "stock webdataset, raw bytes": lambda: rate(lambda: stock(root, False), args.samples),
+        "mosaicml-streaming": lambda: peer(python, folder, shards, remote),
+    }
+    if remote is None:
+        peers["plain sequential reading"] = lambda: rate(lambda: sequential(root), args.samples)
+    for name, run in peers.items():
+        other = measure(name, run, args.repeats)
+        print(f"    ours over it: {pixels / other:.2f}; with the posterior drawn on this CPU: {drawn / other:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=8192, help="a multiple of 1024 (default 8192)")
+    parser.add_argument("--repeats", type=int, default=3, help="the median counts (default 3)")
+    parser.add_argument("--folder", help="for data and the peer's environment (default: a temporary one)")
+    parser.add_argument("--s3", action="store_true", help="also over a SeaweedFS server on this machine")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    folder = Path(args.folder or tempfile.mkdtemp(prefix="imm-loader-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        shards = args.samples // SHARD
+        local = {kind: write_ours(str(folder / kind), kind, shards) for kind in ("pixels", "vae")}
+        compare("local files", local, args, folder, None)
+        if args.s3:
+            with s3_server(folder) as bucket:
+                url = {kind: write_ours(f"{bucket}/{kind}", kind, shards) for kind in ("pixels", "vae")}
+                compare("S3 on this machine", url, args, folder, f"{bucket}/mds")
+    finally:
+        if not args.folder:
+            shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def s3_server(folder: Path) -> Iterator[str]:
+    from tests.storage.seaweed import Server
+
+    (folder / "weed").mkdir()
+    server = Server(folder / "weed")
+    server.start()
+    os.environ.update(server.env())
+    try:
+        fsspec.filesystem("s3").mkdir("benchmark")
+        yield "s3://benchmark"
+    finally:
+        server.kill()
+        shutil.rmtree(folder / "weed")
+
+
+if __name__ == "__main__":
+    main()

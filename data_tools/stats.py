@@ -1,0 +1,133 @@
+"""Numbers and a picture of a latent data set: `python -m data_tools.stats --help`."""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data_tools.common import run
+from data_tools.statistics import ChannelSums
+from imm_scale.data import codec as codecs
+from imm_scale.data import plan
+from imm_scale.data.dataset import Dataset
+from imm_scale.errors import UserError
+
+_CHUNK = 256
+_DESCRIPTION = """\
+Prints mean and standard deviation of every channel and the norms of latents, how many samples each class has, and what
+the codec makes of an image: positions of the sequence a transformer sees, and how many bits of pixels stand for one
+bit of latent, beside the same figure for tokens of a vocabulary. With --page draws a page of decoded samples."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(_parser(), stats, argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "data_tools.stats",
+        description=_DESCRIPTION,
+        epilog="example:\n  python -m data_tools.stats data/digits/latents/manifest.json --page page.png",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("manifest", help="manifest.json, a path or an fsspec URL")
+    parser.add_argument("--page", metavar="PNG", help="file for a page of decoded samples, a row per class")
+    parser.add_argument("--columns", type=int, default=8, help="samples of a class on the page (default 8)")
+    parser.add_argument("--rows", type=int, default=10, help="classes on the page (default 10)")
+    parser.add_argument("--vae", metavar="PATH", help="folder or hub name of the autoencoder, to decode vae latents")
+    parser.add_argument("--patch-size", type=int, default=2, help="of the transformer (default 2)")
+    parser.add_argument("--latent-bits", type=int, default=16, help="bits of a latent value (default 16)")
+    parser.add_argument("--vocabulary", type=int, default=32768, help="of the tokens compared with (default 32768)")
+    return parser
+
+
+def bit_compression(pixels: int, image_channels: int, bits_per_position: float) -> float:
+    """Bits of the 8-bit pixels that one latent position stands for, over the bits of that position.
+
+    Args:
+        pixels: pixels per latent position: factor^2, or frames x factor^2 of a video codec.
+        bits_per_position: channels x bits of continuous latents, log2(vocabulary) of tokens.
+    """
+    return pixels * image_channels * 8 / bits_per_position
+
+
+def stats(args: argparse.Namespace) -> None:
+    """Does what the command line asks. Raises UserError."""
+    dataset = Dataset(args.manifest)
+    for line in [*_moments(dataset), *_classes(dataset), *_compression(dataset, args)]:
+        print(line)
+    if args.page:
+        page = _page(dataset, args)
+        page.save(args.page)
+        print(f"page of {args.rows} classes x {args.columns} samples: {args.page}")
+
+
+def _moments(dataset: Dataset) -> list[str]:
+    codec = dataset.manifest.codec
+    sums = ChannelSums.zero(codec.channels)
+    norms: list[np.ndarray] = []
+    table = plan.block_table(dataset.shard_samples, _CHUNK)
+    for start, size in zip(table.start.tolist(), table.size.tolist(), strict=True):
+        stored = dataset.read(start, start + size)
+        sums = sums + ChannelSums.of(stored, codec.kind)
+        raw = torch.from_numpy(stored[:, : codec.channels].copy())
+        z = codecs.normalize(raw, codec.mean, codec.std)
+        norms.append(z.flatten(1).norm(dim=1).numpy() / math.sqrt(z[0].numel()))
+    norm = np.concatenate(norms)
+    mean, std = sums.mean_std()
+    lines = ["channel        mean         std   manifest mean, std"]
+    rows = zip(mean, std, codec.mean, codec.std, strict=True)
+    lines += [f"{i:7d} {m:11.5f} {s:11.5f}   {a:.5f}, {b:.5f}" for i, (m, s, a, b) in enumerate(rows)]
+    lines.append(
+        f"root mean square of a normalized sample: {norm.mean():.4f} on average, {norm.min():.4f} to {norm.max():.4f}"
+    )
+    return lines
+
+
+def _classes(dataset: Dataset) -> list[str]:
+    counts = np.bincount(dataset.labels, minlength=dataset.manifest.num_classes)
+    names = dataset.manifest.class_names or tuple(str(i) for i in range(len(counts)))
+    lines = [f"{len(dataset)} samples in {len(counts)} classes of {counts.min()} to {counts.max()}"]
+    return lines + [f"  {count:8d}  {i:5d}  {names[i]}" for i, count in enumerate(counts.tolist())]
+
+
+def _compression(dataset: Dataset, args: argparse.Namespace) -> list[str]:
+    codec, (_, height, width) = dataset.manifest.codec, dataset.manifest.latent_shape
+    if args.patch_size < 1 or height % args.patch_size or args.vocabulary < 2 or args.latent_bits < 1:
+        raise UserError(
+            f"--patch-size {args.patch_size}, --vocabulary {args.vocabulary} or --latent-bits {args.latent_bits} do "
+            f"not fit latents of {height}x{width}"
+        )
+    channels = codec.channels if codec.kind == "pixels" else 3
+    pixels = codec.factor**2
+    continuous = bit_compression(pixels, channels, codec.channels * args.latent_bits)
+    tokens = bit_compression(pixels, channels, math.log2(args.vocabulary))
+    return [
+        f"{height}x{width} = {height * width} positions of {codec.channels} channels; with patches of "
+        f"{args.patch_size} a sequence of {height * width // args.patch_size**2}",
+        f"bit compression: {continuous:.4g} (pixel bits over {codec.channels} x {args.latent_bits} bits of latent); "
+        f"with tokens of a vocabulary of {args.vocabulary}: {tokens:.4g}",
+    ]
+
+
+def _page(dataset: Dataset, args: argparse.Namespace) -> Image.Image:
+    """The first samples of the first classes, decoded from their mean."""
+    codec = dataset.manifest.codec
+    image_codec = codecs.open_codec(codec, args.vae)
+    side = codec.image_size
+    page = Image.new("RGB", (args.columns * side, args.rows * side))
+    for row in range(min(args.rows, dataset.manifest.num_classes)):
+        for column, sample in enumerate(np.flatnonzero(dataset.labels == row)[: args.columns].tolist()):
+            raw = torch.from_numpy(dataset.read(sample, sample + 1)[:, : codec.channels].copy()).float()
+            pixels = image_codec.decode(raw)[0].numpy()
+            picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert("RGB")
+            page.paste(picture, (column * side, row * side))
+    return page
+
+
+if __name__ == "__main__":
+    sys.exit(main())

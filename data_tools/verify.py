@@ -1,0 +1,200 @@
+"""Compares shards with their manifest, mends them, or adopts foreign ones: `python -m data_tools.verify --help`."""
+
+import argparse
+import hashlib
+import io
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+
+import numpy as np
+from tqdm import tqdm
+
+from data_tools import records
+from data_tools.adopt import add_adopt_arguments, adopt
+from data_tools.common import run
+from data_tools.encode import add_codec_arguments, encode_shards, load_images, make_codec
+from imm_scale import storage
+from imm_scale.data import tar
+from imm_scale.data.manifest import Manifest, ShardInfo
+from imm_scale.data.shards import FLIPPED, LABEL, LATENT, ShardReader, open_shard
+from imm_scale.errors import UserError
+
+_EXTREME = 1e4  # no autoencoder's latent is that large; fp16 ends at 65504
+
+_DESCRIPTION = """\
+Reads every shard of a manifest and compares: size, sha256, the tar's members and labels with the index, checksums,
+arrays of the right shape, no NaN, values and standard deviations in range, every class present as often as in the
+index. Prints a line per problem and exits with 1 if there is one. With --repair the bad shards are encoded again from
+their images. With --adopt NAME.tar ... writes indices and a manifest for shards of stock webdataset's ShardWriter."""
+
+_EXAMPLES = """\
+examples:
+  python -m data_tools.verify data/digits/latents/manifest.json
+  python -m data_tools.verify s3://b/latents/manifest.json --workers 16
+  python -m data_tools.verify data/digits/latents/manifest.json --repair --images data/digits/images --codec pixels
+  python -m data_tools.verify foreign/manifest.json --adopt a-000.tar a-001.tar --codec pixels --image-size 8"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 all is well, 1 something is wrong (and was not mended), 2 the user's mistake."""
+    outcome: list[int] = []
+    code = run(_parser(), lambda args: outcome.append(_act(args)), argv)
+    return code or outcome[0]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "data_tools.verify",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("manifest", help="manifest.json, a path or an fsspec URL")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    parser.add_argument("--repair", action="store_true", help="encode bad shards again from --images")
+    parser.add_argument("--images", help="folder of data_tools.pack, for --repair")
+    add_codec_arguments(parser, required=False)
+    add_adopt_arguments(parser)
+    return parser
+
+
+def _act(args: argparse.Namespace) -> int:
+    if args.adopt:
+        adopt(args)
+        return 0
+    manifest = Manifest.load(args.manifest)
+    folder = storage.parent(args.manifest)
+    reports = check(folder, manifest, manifest.shards, args.workers)
+    _print(reports, manifest)
+    bad = [report.name for report in reports if report.problems]
+    if not bad:
+        return 0
+    if not args.repair:
+        print("mend them with --repair --images FOLDER --codec ..., or copy these shards again", file=sys.stderr)
+        return 1
+    _repair(args, folder, manifest, bad)
+    again = check(folder, manifest, [info for info in manifest.shards if info.name in bad], args.workers)
+    _print(again, manifest)
+    return 1 if any(report.problems for report in again) else 0
+
+
+@dataclass
+class Report:
+    """What is wrong with a shard, and its labels."""
+
+    name: str
+    problems: list[str] = field(default_factory=list)
+    labels: Counter[int] = field(default_factory=Counter)
+    samples: int = 0
+
+
+def check(folder: str, manifest: Manifest, shards: Sequence[ShardInfo], workers: int) -> list[Report]:
+    """A report on each of these shards, read by several processes."""
+    jobs = [(folder, manifest, info) for info in shards]
+    if workers <= 1 or len(jobs) == 1:
+        return [check_shard(*job) for job in tqdm(jobs, unit="shard", disable=None)]
+    with ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn")) as pool:
+        return list(tqdm(pool.map(check_shard, *zip(*jobs, strict=True)), total=len(jobs), unit="shard", disable=None))
+
+
+def check_shard(folder: str, manifest: Manifest, info: ShardInfo) -> Report:
+    """Reads one shard whole. What the user could mend is in the report; an unreachable store raises OSError."""
+    report = Report(info.name)
+    url = storage.join(folder, info.name)
+    try:
+        data = storage.read_bytes(url)
+    except FileNotFoundError:
+        report.problems.append("missing")
+        return report
+    if len(data) != info.bytes:
+        report.problems.append(f"{len(data)} bytes, the manifest says {info.bytes}")
+    if hashlib.sha256(data).hexdigest() != info.sha256:
+        report.problems.append("another sha256 than the manifest says")
+    try:
+        reader = open_shard(folder, info, manifest.stored_shape, manifest.num_classes, manifest.flipped)
+        _check_contents(report, reader, data, url, manifest)
+    except UserError as error:
+        report.problems.append(str(error))
+    return report
+
+
+def _check_contents(report: Report, reader: ShardReader, data: bytes, url: str, manifest: Manifest) -> None:
+    """Raises UserError at the first thing that makes the rest unreadable."""
+    samples = tar.samples(data, url)
+    report.samples = len(samples)
+    if len(samples) != len(reader.index):
+        report.problems.append(f"{len(samples)} samples in the tar, {len(reader.index)} in the index")
+        return
+    wanted = {LATENT, LABEL} | ({FLIPPED} if manifest.flipped else set())
+    for i, ((key, files), row) in enumerate(zip(samples, reader.index, strict=True)):
+        if not wanted <= files.keys():
+            report.problems.append(f"sample {i} ({key}) has only {', '.join(files)}")
+            return
+        label = data[files[LABEL].offset : files[LABEL].offset + files[LABEL].size]
+        if files[LATENT].offset != row["offset"] or label != str(row["label"]).encode():
+            report.problems.append(f"sample {i} ({key}): offset or label differ from the index")
+            return
+    report.labels = Counter(reader.labels.tolist())
+    out = np.empty((len(samples), reader.variants, *manifest.stored_shape), np.float16)
+    start, end = reader.span(0, len(samples))
+    reader.decode(data[start:end], 0, len(samples), out)
+    first = data[files[LATENT].offset : files[LATENT].offset + files[LATENT].size]
+    np.load(io.BytesIO(first), allow_pickle=False)  # stock readers must be able to decode it
+    report.problems += _value_problems(out, manifest)
+
+
+def _value_problems(latents: np.ndarray, manifest: Manifest) -> list[str]:
+    problems = []
+    if not np.isfinite(latents).all():
+        problems.append(f"{np.count_nonzero(~np.isfinite(latents))} values are NaN or infinite")
+    values = latents.astype(np.float32)
+    if manifest.codec.kind == "pixels" and (np.abs(values) > 1).any():
+        problems.append("pixels outside -1 to 1")
+    if manifest.codec.kind == "vae":
+        if (values[:, :, manifest.codec.channels :] < 0).any():
+            problems.append("negative standard deviations")
+        if (np.abs(values) > _EXTREME).any():
+            problems.append(f"values beyond {_EXTREME:g}")
+    return problems
+
+
+def _print(reports: Sequence[Report], manifest: Manifest) -> None:
+    bad = [report for report in reports if report.problems]
+    width = max((len(report.name) for report in bad), default=0)
+    for report in bad:
+        for problem in report.problems:
+            print(f"{report.name:{width}}  {problem}")
+    labels: Counter[int] = Counter()
+    for report in reports:
+        labels.update(report.labels)
+    counts = [labels[i] for i in range(manifest.num_classes)]
+    print(
+        f"{len(reports) - len(bad)} of {len(reports)} shards are right, {sum(counts)} samples in "
+        f"{manifest.num_classes} classes of {min(counts)} to {max(counts)}"
+    )
+    empty = [i for i, count in enumerate(counts) if not count]
+    if empty and len(reports) == len(manifest.shards):
+        print(f"classes without a sample: {', '.join(map(str, empty[:20]))}")
+
+
+def _repair(args: argparse.Namespace, folder: str, manifest: Manifest, bad: Sequence[str]) -> None:
+    """Encodes these shards again; the manifest stays as it is, and so must their bytes."""
+    if args.images is None or args.codec is None:
+        raise UserError("--repair needs the images: give --images, --codec (and --vae) as for data_tools.encode")
+    codec, pack = make_codec(args), load_images(args.images)
+    identity = records.identify(pack, codec, manifest.flipped)
+    records.check_manifest(folder, identity)
+    todo = [i for i in range(len(pack.shards)) if f"{records.stem(i)}.tar" in bad]
+    if len(todo) != len(bad):
+        raise UserError(f"{args.images} has no images of {', '.join(bad[:3])}: it is another pack")
+    encode_shards(args.images, folder, pack, codec, identity, todo, args.batch_size)
+    print(f"encoded {len(todo)} shards again")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

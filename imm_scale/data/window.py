@@ -1,0 +1,175 @@
+"""The blocks of the present steps in memory, and those of the next ones on their way."""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from imm_scale.data import plan
+from imm_scale.data.dataset import Dataset
+from imm_scale.data.fetch import BlockError, BlockReader, Target
+from imm_scale.data.plan import BlockTable
+
+log = logging.getLogger("imm_scale")
+
+OnBadBlock = Literal["stop", "skip"]
+HORIZON = 128  # steps looked ahead at most, even where memory would last for more
+LONGEST_READ = 4 << 20  # bytes of joined neighbours
+_BAD_SHARE = 0.01  # of all blocks may be replaced (at least one), then the run stops
+_ATTEMPTS = 8  # blocks tried in place of a bad one
+
+
+class Visit(NamedTuple):
+    """A block and the steps, counted through all epochs, at which it is needed."""
+
+    first: int
+    last: int
+    block: int
+
+
+@dataclass
+class _Held:
+    slot: int
+    last: int
+    arrival: "Future[None] | None" = None
+
+
+class Window:
+    """Memory for `slots` blocks; fetches run ahead of the steps as far as it reaches.
+
+    Args:
+        visits: what is needed when, sorted by first; never more blocks at one step than `slots`.
+        threads: concurrent ranged reads.
+        on_bad_block: stop with a BlockError, or replace its samples by those of another block.
+        seed: decides by which.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        table: BlockTable,
+        reader: BlockReader,
+        visits: Iterator[Visit],
+        slots: int,
+        variants: int,
+        threads: int,
+        on_bad_block: OnBadBlock,
+        seed: int,
+    ) -> None:
+        self._dataset, self._table, self._reader = dataset, table, reader
+        self._visits, self._seed, self._on_bad_block = visits, seed, on_bad_block
+        self._longest = int(table.size.max())
+        shape = (slots, self._longest, variants, *dataset.manifest.stored_shape)
+        self._latents: NDArray[np.float16] = np.empty(shape, np.float16)
+        self._labels = np.empty(shape[:2], np.int64)
+        self._flat = self._latents.reshape(-1, *shape[3:])
+        self._gathered = self._flat[:0]
+        self._free = deque(range(slots))
+        self._held: dict[int, _Held] = {}
+        self._next = next(visits)
+        self._bad: set[int] = set()
+        self._bad_lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fetch")
+
+    def bound_bytes(self, threads: int) -> int:
+        """Most bytes of latents that wait here, or are on their way in so many threads."""
+        return self._latents.nbytes + self._labels.nbytes + threads * LONGEST_READ
+
+    def close(self) -> None:
+        self._reader.stop()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def gather(self, step: int, indices: NDArray[np.int64], variant: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Latents (P, C', H, W) fp16, good until the next call, and labels (P,) of global sample indices at a step.
+
+        Args:
+            step: counted through all epochs, one more at each call.
+            variant: (P,) which latent of each sample, or None where there is one.
+
+        Raises:
+            BlockError: a block that cannot be read, or too many of them.
+        """
+        self._release(step)
+        self._fetch_ahead(step + HORIZON)
+        blocks = self._table.block_of(indices)
+        slot_of = {}
+        for block in np.unique(blocks).tolist():
+            held = self._held[block]
+            assert held.arrival is not None and held.last >= step, (block, step)
+            held.arrival.result()
+            slot_of[block] = held.slot
+        slots = np.array([slot_of[block] for block in blocks.tolist()], np.int64)
+        rows = slots * self._longest + indices - self._table.start[blocks]
+        picked = rows * self._latents.shape[2] + (0 if variant is None else variant.numpy())
+        if len(self._gathered) != len(picked):
+            self._gathered = np.empty((len(picked), *self._flat.shape[1:]), np.float16)
+        self._flat.take(picked, axis=0, out=self._gathered, mode="clip")  # other modes copy once more
+        return torch.from_numpy(self._gathered), torch.from_numpy(self._labels.reshape(-1)[rows])
+
+    def _release(self, step: int) -> None:
+        for block in [block for block, held in self._held.items() if held.last < step]:
+            self._free.append(self._held.pop(block).slot)
+
+    def _fetch_ahead(self, until: int) -> None:
+        """Starts reading the next visits while there are slots; neighbours in a shard are one read."""
+        run: list[Target] = []
+        while self._next.first <= until and (self._free or self._next.block in self._held):
+            visit, self._next = self._next, next(self._visits)
+            if visit.block in self._held:  # as the next epoch comes back to it: it simply stays
+                self._held[visit.block].last = visit.last
+                continue
+            slot, size = self._free.popleft(), int(self._table.size[visit.block])
+            self._held[visit.block] = _Held(slot, visit.last)
+            target = Target(visit.block, self._latents[slot, :size], self._labels[slot, :size])
+            if run and not self._follows(run, target):
+                self._start(run)
+                run = []
+            run.append(target)
+        if run:
+            self._start(run)
+
+    def _follows(self, run: list[Target], target: Target) -> bool:
+        return target.block == run[-1].block + 1 and self._reader.can_join(run[0].block, target.block, LONGEST_READ)
+
+    def _start(self, run: list[Target]) -> None:
+        arrival = self._pool.submit(self._read, run)
+        for target in run:
+            self._held[target.block].arrival = arrival
+
+    def _read(self, run: list[Target]) -> None:
+        """In a thread of the pool; what it raises goes to the step that needs the blocks."""
+        for target, problem in zip(run, self._reader.read(run), strict=True):
+            if problem is not None:
+                self._replace(target, problem)
+
+    def _replace(self, target: Target, problem: BlockError) -> None:
+        """Fills a target from another block, the same one on every rank and whenever it is met."""
+        if self._on_bad_block == "stop":
+            raise problem
+        blocks = len(self._table.start)
+        most = max(1, int(_BAD_SHARE * blocks))
+        with self._bad_lock:
+            self._bad.add(target.block)
+            if len(self._bad) > most:
+                raise BlockError(
+                    f"{len(self._bad)} of {blocks} blocks are bad, data.on_bad_block=skip allows {most}: {problem}"
+                )
+        log.warning("samples of another block stand in: %s", problem)
+        for attempt in range(_ATTEMPTS):
+            other = plan.replacement(target.block, attempt, blocks, self._seed)
+            size = int(self._table.size[other])
+            spare = Target(other, np.empty((size, *target.latents.shape[1:]), np.float16), np.empty(size, np.int64))
+            if other != target.block and self._reader.read([spare]) == [None]:
+                rows = np.arange(len(target.labels)) % size
+                target.latents[:], target.labels[:] = spare.latents[rows], spare.labels[rows]
+                self._reader.counters.add("skipped_blocks")
+                return
+        raise problem
