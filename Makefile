@@ -45,7 +45,8 @@ demo-seed-%: demo-data
 	$(TWO_RANKS) evaluate runs/$@/flow_matching --steps 20,100
 	$(ONE) report runs/$@/imm runs/$@/flow_matching --out runs/$@/report.html
 
-soak: demo demo-seed-1 demo-seed-2 ## what is too long for every change: the demo's claim over three seeds
+soak: demo demo-seed-1 demo-seed-2 ## what is too long for every change: three seeds of the demo, storms of faults
+	IMM_SOAK=10 $(BIN)/python -m pytest tests/storage tests/unit/data_tools/test_encode.py -k "storm or network or kills"
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest
@@ -54,6 +55,3 @@ check: setup ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-
-soak: setup ## the storms of tests/storage, ten times as long
-	IMM_SOAK=10 $(BIN)/python -m pytest tests/storage tests/unit/data_tools/test_encode.py -k "storm or network or kills"
