@@ -1,10 +1,11 @@
 """Samples per second into a ready batch, over named peers on the same samples in the same run.
 
-    python -m benchmarks.loader [--samples 8192] [--s3]
+    python -m benchmarks.loader [--samples 32768] [--s3]
 
 Peers: stock webdataset decoding npy, stock webdataset handing out raw bytes, mosaicml-streaming on its own format (in
-a virtual environment of its own, made below --folder), and plain sequential reading of the files. Ours gives batches
-that are normalized to fp32; theirs are stacked as stored. Only ratios mean something: run it on a quiet machine.
+a virtual environment of its own, made below --folder), and plain sequential reading of the files. The data set is
+several times what our loader holds in memory, so that an epoch is read from the files again. Ours gives batches that
+are normalized to fp32; theirs are stacked as stored. Only ratios mean something: run it on a quiet machine.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from imm_scale.data.manifest import Codec, Manifest
 from imm_scale.data.plan import Layout
 from imm_scale.data.shards import write_shard
 
-SHAPE, BATCH, SHARD, EPOCHS = (8, 32, 32), 256, 1024, 3
+SHAPE, BATCH, SHARD, EPOCHS = (8, 32, 32), 256, 1024, 1
 _PEER = ["mosaicml-streaming==0.13.0", "boto3", "s3transfer", "brotli", "python-snappy", "cramjam", "zstd", "paramiko"]
 _PEER += ["catalogue", "transformers<5", "tokenizers<0.23", "huggingface_hub<1"]
 
@@ -55,7 +56,7 @@ def write_ours(url: str, kind: str, shards: int) -> str:
 
 
 def rate(batches: Callable[[], Iterator[int]], samples: int) -> float:
-    """Samples per second over three epochs, after one that fills caches and touches memory for the first time."""
+    """Samples per second over an epoch, after one that fills caches and touches memory for the first time."""
     began, count = 0.0, 0
     while True:
         for size in batches():
@@ -150,7 +151,7 @@ def compare(where: str, url: dict[str, str], args: argparse.Namespace, folder: P
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=8192, help="a multiple of 1024 (default 8192)")
+    parser.add_argument("--samples", type=int, default=32768, help="a multiple of 1024 (default 32768)")
     parser.add_argument("--repeats", type=int, default=3, help="the median counts (default 3)")
     parser.add_argument("--folder", help="for data and the peer's environment (default: a temporary one)")
     parser.add_argument("--s3", action="store_true", help="also over a SeaweedFS server on this machine")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from streaming import MDSWriter, StreamingDataset
 
-SHAPE, BATCH, SHARD, EPOCHS = (8, 32, 32), 256, 1024, 3
+SHAPE, BATCH, SHARD, EPOCHS = (8, 32, 32), 256, 1024, 1
 
 
 def main() -> None:
