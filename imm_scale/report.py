@@ -225,7 +225,7 @@ def write_report(run_dirs: Sequence[str], out: str) -> None:
     """Writes the page. Raises UserError for a folder that is no run."""
     runs = [read_run(run_dir) for run_dir in run_dirs]
     lead = "".join(f"<li>{html.escape(line)}</li>" for line in comparisons(runs))
-    lead_section = f'<ul class="lead">{lead}</ul>' if lead else ""
+    lead_section = f'<p class="lead">Distances, few steps over many:</p><ul class="lead">{lead}</ul>' if lead else ""
     distance_section = sample_section = ""
     if any(run.distances for run in runs):
         distance_section = f"<h2>Distance against steps</h2>{distance_figure(runs)}{_distance_table(runs)}"
