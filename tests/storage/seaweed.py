@@ -79,7 +79,7 @@ class Server:
             "filer.port": self._filer,
             "master.telemetry": "false",
             "master.volumeSizeLimitMB": 64,
-            "volume.max": 30,
+            "volume.max": 300,  # a bucket takes several
             "volume.preStopSeconds": 0,
         }
         command = [weed, f"-logdir={self._folder}", "server", "-s3", "-filer"]
