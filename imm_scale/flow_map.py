@@ -110,10 +110,9 @@ class ConditionalNet(nn.Module):
         return out_t, out_r
 
 
-def _per_sample(values_G: Tensor, like: Tensor) -> Tensor:
-    """(G,) fp64 values as (N, 1, ..., 1) in the dtype of `like`, each repeated for the M samples of its group."""
-    repeats = like.shape[0] // values_G.shape[0]
-    return values_G.to(like.dtype).repeat_interleave(repeats).view(-1, *[1] * (like.dim() - 1))
+def per_sample(values_G: Tensor, x: Tensor) -> Tensor:
+    """(G,) values as (N, 1, ..., 1) beside x (N, ...), each repeated for the samples of its group."""
+    return values_G.repeat_interleave(x.shape[0] // values_G.shape[0]).view(-1, *[1] * (x.dim() - 1))
 
 
 class FlowMap(nn.Module):
@@ -155,11 +154,11 @@ class FlowMap(nn.Module):
 
     def _net_input(self, x: Tensor, c: Coefficients) -> Tensor:
         weight = next(self.model.parameters(), x)
-        return (_per_sample(c.c_in, x) * x).to(weight.dtype)
+        return (per_sample(c.c_in.to(x.dtype), x) * x).to(weight.dtype)
 
     @staticmethod
     def _assemble(x: Tensor, c: Coefficients, out: Tensor) -> Tensor:
-        return _per_sample(c.c_skip, x) * x + _per_sample(c.c_out, x) * out.to(x.dtype)
+        return per_sample(c.c_skip.to(x.dtype), x) * x + per_sample(c.c_out.to(x.dtype), x) * out.to(x.dtype)
 
     def forward(
         self,

@@ -73,8 +73,3 @@ class Objective(ABC):
 def prior_noise(flow_map: FlowMap, x: Tensor, ordinal: Tensor, seed: int) -> Tensor:
     """eps ~ N(0, sigma_d^2 I) of the shape and dtype of x, keyed by sample."""
     return flow_map.sigma_data * rng.normal(seed, "noise", ordinal, tuple(x.shape[1:])).to(x.dtype)
-
-
-def per_sample(values_G: Tensor, x: Tensor) -> Tensor:
-    """(G,) values as (N, 1, ..., 1), each repeated for the samples of its group."""
-    return values_G.repeat_interleave(x.shape[0] // values_G.shape[0]).view(-1, *[1] * (x.dim() - 1))

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from imm_scale import rng
-from imm_scale.flow_map import FlowMap, exact_target
+from imm_scale.flow_map import FlowMap, exact_target, per_sample
 from imm_scale.interpolant import diffuse
-from imm_scale.objectives.base import GroupLosses, Objective, per_sample, prior_noise
+from imm_scale.objectives.base import GroupLosses, Objective, prior_noise
 
 
 @dataclass(frozen=True)

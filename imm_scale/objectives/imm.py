@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from imm_scale import rng
-from imm_scale.flow_map import FlowMap
+from imm_scale.flow_map import FlowMap, per_sample
 from imm_scale.interpolant import diffuse
 from imm_scale.objectives import times
-from imm_scale.objectives.base import GroupLosses, Objective, per_sample, prior_noise
+from imm_scale.objectives.base import GroupLosses, Objective, prior_noise
 from imm_scale.objectives.kernels import grouped_mmd
 
 _MIN_C_OUT = 1e-8  # at s = t the bandwidth would be infinite, and the gradient NaN though the loss is 0
