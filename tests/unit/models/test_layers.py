@@ -1,6 +1,8 @@
 """Parts of the transformer against numpy written from the DiT paper's formulas."""
 
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -249,6 +251,26 @@ def test_xformers_without_cuda_falls_back_to_torch_with_a_warning(monkeypatch):
         got = attend(q, k, v, "xformers")
     layers.xformers_works.cache_clear()
     assert torch.equal(got, attend(q, k, v, "sdpa"))
+
+
+def test_xformers_is_handed_the_layout_it_documents_where_cuda_has_it(monkeypatch):
+    """Its memory_efficient_attention takes and gives (batch, tokens, heads, head width), scaled by 1 / sqrt(width)."""
+    seen = []
+
+    def memory_efficient_attention(q, k, v):
+        seen.append(q.shape)
+        weights = torch.softmax(torch.einsum("nthk,nshk->nhts", q, k) / q.shape[-1] ** 0.5, -1)
+        return torch.einsum("nhts,nshk->nthk", weights, v)
+
+    ops = types.ModuleType("xformers.ops")
+    ops.memory_efficient_attention = memory_efficient_attention
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    monkeypatch.setattr(layers, "xformers_works", lambda: True)
+    q, k, v = (randn(2, 5, 3, 4, seed=i) for i in range(3))
+    got = attend(q, k, v, "xformers")
+    assert seen == [(2, 5, 3, 4)]
+    torch.testing.assert_close(got, attend(q, k, v, "sdpa"))
 
 
 def test_an_unknown_attention_is_refused_with_the_choice():
