@@ -1,0 +1,95 @@
+"""The recipes in configs/ hold the published settings (IMM, Table 5), which stand here as printed in the paper."""
+
+from pathlib import Path
+
+import pytest
+
+from imm_scale import config as configs
+from imm_scale.models import dit
+from imm_scale.scaling.cost import forward_multiply_adds
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+IMAGENET = {
+    "data.latent_shape": [4, 32, 32],
+    "data.num_classes": 1000,
+    "data.flip": False,
+    "precision": "tf32",
+    "flow_map.trajectory": "ot_fm",
+    "flow_map.parameterization": "euler_fm",
+    "flow_map.second_time": "s",
+    "flow_map.sigma_data": 0.5,
+    "objective.name": "imm",
+    "objective.particles": 4,
+    "objective.kernel": "laplace",
+    "objective.mapping": "eta",
+    "objective.k": 12,
+    "objective.min_gap": 0.0,
+    "objective.t_min": 0.0,
+    "objective.t_max": 0.994,
+    "objective.a": 1.0,
+    "objective.b": 4.0,
+    "objective.label_drop": 0.1,
+    "objective.weight_factors": ["sigmoid", "dlog_snr_dt", "alpha"],
+    "model.dropout": 0.0,
+    "train.global_batch_size": 4096,
+    "train.max_steps": 1_200_000,
+    "train.grad_clip": None,
+    "optimizer.name": "adamw",
+    "optimizer.lr": 1e-4,
+    "optimizer.betas": [0.9, 0.999],
+    "optimizer.eps": 1e-8,
+    "optimizer.weight_decay": 0.0,
+    "optimizer.warmup_images": 0,
+    "optimizer.schedule": "constant",
+    "ema.decays": [0.9999],
+}
+T_MINUS_S = IMAGENET | {
+    "precision": "fp16",
+    "flow_map.second_time": "t_minus_s",
+    "objective.min_gap": 1e-4,
+    "objective.a": 2.0,
+}
+CIFAR10 = IMAGENET | {
+    "data.latent_shape": [3, 32, 32],
+    "data.num_classes": 1,
+    "data.flip": True,
+    "flow_map.parameterization": "simple_edm",
+    "objective.k": 15,
+    "objective.t_min": 0.006,
+    "objective.b": 5.0,
+    "objective.label_drop": 0.0,
+    "model.dropout": 0.2,
+    "train.max_steps": 400_000,
+    "optimizer.name": "radam",
+}
+# recipe: settings, forward multiply-adds (G), parameters (M)
+RECIPES = {
+    "imagenet256_dit_s2": (IMAGENET, 6.06, 33),
+    "imagenet256_dit_b2": (IMAGENET, 23.01, 130),
+    "imagenet256_dit_l2": (IMAGENET, 80.71, 458),
+    "imagenet256_dit_xl2": (IMAGENET, 118.64, 675),
+    "imagenet256_dit_xl2_ts": (T_MINUS_S, 118.64, 675),
+}
+
+
+@pytest.mark.parametrize("name", [*RECIPES, "cifar10_dit"])
+def test_a_recipe_holds_the_published_settings(name):
+    expected = CIFAR10 if name == "cifar10_dit" else RECIPES[name][0]
+    values = configs.flatten(configs.load([str(CONFIGS / f"{name}.yaml")]).config)
+    assert {key: values[key] for key in expected} == expected
+    assert values["run.name"] == name
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_builds_the_published_net(name):
+    _, multiply_adds, millions = RECIPES[name]
+    config = configs.load([str(CONFIGS / f"{name}.yaml")]).config
+    net = dit.size_config(config.model.size)
+    assert forward_multiply_adds(net) / 1e9 == pytest.approx(multiply_adds, rel=1e-3)
+    # Whole millions are printed, and the second time's embedder (0.2 to 1.63 M) is not in them.
+    assert -0.5 <= dit.parameter_count(net) / 1e6 - millions <= 0.5 + 1.63
+
+
+def test_every_recipe_can_be_loaded():
+    for path in CONFIGS.glob("*.yaml"):
+        configs.load([str(path)])
