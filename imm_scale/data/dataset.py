@@ -22,13 +22,18 @@ class Dataset:
 
     Opening reads the manifest and every index, and compares every shard's size with the manifest.
 
+    Attributes:
+        manifest: the data set's description.
+        folder: URL of the folder it lies in, with its shards.
+        labels: (N,) class indices of all samples.
+
     Raises:
         UserError: a bad manifest, or a shard or index that is not what the manifest says.
     """
 
     def __init__(self, manifest_url: str) -> None:
         self.manifest = manifest = Manifest.load(manifest_url)
-        self._folder = storage.parent(manifest_url)
+        self.folder = storage.parent(manifest_url)
         with ThreadPoolExecutor(_OPENING_THREADS) as pool:
             self.shards = list(pool.map(self._open, manifest.shards))
         self.shard_samples = [info.samples for info in manifest.shards]
@@ -37,7 +42,7 @@ class Dataset:
 
     def _open(self, info: ShardInfo) -> ShardReader:
         manifest = self.manifest
-        return open_shard(self._folder, info, manifest.stored_shape, manifest.num_classes, manifest.flipped)
+        return open_shard(self.folder, info, manifest.stored_shape, manifest.num_classes, manifest.flipped)
 
     def __len__(self) -> int:
         return len(self.labels)
