@@ -27,7 +27,8 @@ KNOWN_STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 # Stands for the hash of weights in nets imported without naming the autoencoder whose latents they draw.
 AUTOENCODER_UNKNOWN = "not recorded"
-_PIECE = (1 << 15) - 1  # values; from one more on torch works with several threads
+_PIECE = 1 << 18  # values worked on at once on CPU: as fp32 they fit a core's cache
+_UNTHREADED = (1 << 15) - 1  # most values on which torch starts no threads
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -200,8 +201,10 @@ def draw_raw(stored_N: Tensor, kind: str, seed: int, purpose: str, ordinal_N: Te
 def _pieces(values_N: Tensor) -> tuple[Tensor, ...]:
     """Rows worked on at once: all of them on a GPU; on CPU so few that they stay in the cache, and that torch starts no
     threads, which beside the training's own would only get in each other's way."""
-    rows = max(1, _PIECE // max(1, values_N[:1].numel())) if values_N.device.type == "cpu" else max(1, len(values_N))
-    return values_N.split(rows)
+    if values_N.device.type != "cpu" or not len(values_N):
+        return (values_N,)
+    values = _PIECE if torch.get_num_threads() == 1 else _UNTHREADED
+    return values_N.split(max(1, values // values_N[0].numel()))
 
 
 def _per_channel(values: tuple[float, ...], like_NCHW: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """All shards of a manifest, opened and checked, read by global sample index."""
 
+import bisect
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -38,7 +40,7 @@ class Dataset:
             self.shards = list(pool.map(self._open, manifest.shards))
         self.shard_samples = [info.samples for info in manifest.shards]
         self.labels: NDArray[np.int64] = np.concatenate([shard.labels for shard in self.shards])
-        self._first = np.cumsum([0, *self.shard_samples])
+        self._first = [0, *itertools.accumulate(self.shard_samples)]
 
     def _open(self, info: ShardInfo) -> ShardReader:
         manifest = self.manifest
@@ -49,9 +51,9 @@ class Dataset:
 
     def place(self, start: int, stop: int) -> tuple[int, int, int]:
         """The shard that holds samples [start, stop), and their numbers inside it."""
-        shard = int(np.searchsorted(self._first, start, side="right")) - 1
+        shard = bisect.bisect_right(self._first, start) - 1
         assert start < stop <= self._first[shard + 1], (start, stop)
-        first = int(self._first[shard])
+        first = self._first[shard]
         return shard, start - first, stop - first
 
     def read(self, start: int, stop: int) -> NDArray[np.float16]:

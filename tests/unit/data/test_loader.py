@@ -106,6 +106,15 @@ def test_vae_batches_draw_the_posterior_by_ordinal(make_dataset: MakeDataset) ->
     torch.testing.assert_close(batch.x[:, 1], (raw[:, 1] - 0.25) / 1.5 * 0.5)
 
 
+@pytest.mark.parametrize("kind", ["pixels", "vae"])
+def test_batches_are_drawn_and_normalized_on_their_device(make_dataset: MakeDataset, kind: str) -> None:
+    """The meta device stands for a GPU: torch refuses to mix its tensors with those of the CPU."""
+    url = make_dataset([40], kind=kind)
+    for batch in _batches(url, 3, world=3, micro=8, device="meta"):
+        assert {t.device.type for t in (batch.x, batch.label, batch.ordinal, batch.weight)} == {"meta"}
+        assert batch.x.shape == (8, 2, 3, 3) and batch.x.dtype == torch.float32 and batch.label.dtype == torch.int64
+
+
 def test_flip_mirrors_half_of_the_pixels_by_ordinal(make_dataset: MakeDataset) -> None:
     url = make_dataset([100])
     plain, flipped = _batches(url, 5), _batches(url, 5, flip=True)
