@@ -1,6 +1,7 @@
 """The batches of one rank, step after step, read ahead in the background."""
 
 import itertools
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ from imm_scale.data.window import OnBadBlock, Visit, Window
 from imm_scale.errors import UserError
 
 _BATCHES_AHEAD = 2
-_LOCAL_THREADS, _REMOTE_THREADS = 2, 16
+_REMOTE_THREADS = 16  # a remote store answers late, but many at once
+_LOCAL_THREADS = min(2, max(1, (os.cpu_count() or 1) - 1))  # a file costs work, not waiting: leave the batch its core
 _LEAST_BLOCKS_AHEAD = 16
 
 
