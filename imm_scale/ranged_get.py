@@ -43,16 +43,17 @@ def get_into(signed_url: str, start: int, buffer: memoryview, timeout: float) ->
     parts = urlsplit(signed_url)
     try:
         response = _answer(parts, start, start + len(buffer), timeout)
-        if response.status != http.client.PARTIAL_CONTENT:
+        if response.status != http.client.PARTIAL_CONTENT or response.length is None:
             return _other(response)
-        expected = min(int(response.headers["Content-Length"]), len(buffer))
+        expected = min(response.length, len(buffer))
         filled = 0
         while filled < expected and (count := response.readinto(buffer[filled:expected])):
             filled += count
+    except (RefusedError, BusyError):
+        _close(parts)
+        raise
     except (OSError, http.client.HTTPException) as error:
         _close(parts)
-        if isinstance(error, BusyError):
-            raise
         raise ConnectionError(type(error).__name__) from None
     if filled < expected:
         _close(parts)
@@ -61,9 +62,9 @@ def get_into(signed_url: str, start: int, buffer: memoryview, timeout: float) ->
 
 
 def _other(response: http.client.HTTPResponse) -> int:
-    """What an answer without a range means; its body is read, so that the connection can be used again."""
-    response.read()
+    """What an answer without a range means."""
     if response.status == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+        response.read()  # so that the connection can be used again
         return 0  # the object ends before it
     if response.status == http.client.TOO_MANY_REQUESTS or response.status >= 500:
         raise BusyError(f"HTTP status {response.status}")
