@@ -177,6 +177,7 @@ def main() -> None:
 def s3_server(folder: Path) -> Iterator[str]:
     from tests.storage.seaweed import Server
 
+    shutil.rmtree(folder / "weed", ignore_errors=True)
     (folder / "weed").mkdir()
     server = Server(folder / "weed")
     server.start()

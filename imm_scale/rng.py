@@ -50,10 +50,13 @@ def _philox_on_tensors(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tup
 
 def _philox_on_cpu(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
     shape = counter[0].shape
-    words = np.stack([word.reshape(-1).numpy() for word in counter]).view(np.uint64)
-    for start in range(0, words.shape[1], _PIECE):
-        _philox_in_place(words[:, start : start + _PIECE], key)
-    return tuple(torch.from_numpy(row).reshape(shape) for row in words.view(np.int64))
+    words = np.empty((4, *shape), np.int64)
+    for i, word in enumerate(counter):
+        words[i] = word.numpy()
+    flat = words.view(np.uint64).reshape(4, -1)
+    for start in range(0, flat.shape[1], _PIECE):
+        _philox_in_place(flat[:, start : start + _PIECE], key)
+    return tuple(torch.from_numpy(words))
 
 
 def _philox_in_place(words: NDArray[np.uint64], key: tuple[int, int]) -> None:
@@ -121,8 +124,8 @@ def normal(seed: int, purpose: str, ordinal_N: Tensor, shape: tuple[int, ...], s
     for piece, out in zip(ordinal_N.split(rows), normals.split(rows), strict=True):
         w0, w1, w2, w3 = _words(seed, purpose, piece, blocks, stream)
         for i, (radius_word, angle_word) in enumerate(((w0, w1), (w2, w3))):
-            radius = torch.sqrt(-2.0 * torch.log((radius_word.to(torch.float64) + 0.5) * 2.0**-32))
-            angle = angle_word.to(torch.float64) * (2.0 * math.pi * 2.0**-32)
-            out[..., i] = radius * torch.cos(angle)
-            out[..., 2 + i] = radius * torch.sin(angle)
+            radius = radius_word.to(torch.float64).add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
+            angle = angle_word.to(torch.float64).mul_(2.0 * math.pi * 2.0**-32)
+            out[..., i] = torch.cos(angle).mul_(radius)
+            out[..., 2 + i] = angle.sin_().mul_(radius)
     return normals.flatten(1)[:, :size].reshape(-1, *shape)

@@ -25,6 +25,10 @@ KNOWN_STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
         (4.85503674, 5.31922414, 3.93725398, 3.9870003),
     ),
 }
+# Stands for the hash of weights in nets imported without naming the autoencoder whose latents they draw.
+AUTOENCODER_UNKNOWN = "not recorded"
+_PIECE = 1 << 18  # values worked on at once on CPU: as fp32 they fit a core's cache
+_UNTHREADED = (1 << 15) - 1  # most values on which torch starts no threads
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -127,10 +131,15 @@ def open_codec(codec: Codec, vae_folder: str | None = None, device: str = "cpu")
     """The codec a manifest names, ready to decode.
 
     Raises:
-        UserError: a vae codec without its folder, or with other weights than encoded the data.
+        UserError: a vae codec without its folder, with other weights than encoded the data, or with unknown ones.
     """
     if codec.kind == "pixels":
         return PixelsCodec()
+    if codec.weights_hash == AUTOENCODER_UNKNOWN:
+        raise UserError(
+            "the weights of the autoencoder these latents belong to are not recorded, so none can be checked against "
+            "them: import the net again with --vae FOLDER (imm-scale import ... --vae), which records them"
+        )
     if vae_folder is None:
         raise UserError("the data set holds vae latents: name the autoencoder's folder to decode them")
     vae = VAECodec(vae_folder, device)
@@ -144,8 +153,18 @@ def open_codec(codec: Codec, vae_folder: str | None = None, device: str = "cpu")
 
 def normalize(raw_NCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...], sigma_data: float = 0.5) -> Tensor:
     """z = (raw - mean) / std * sigma_data per channel, fp32: the scale on which the network works."""
+    z_NCHW = torch.empty(raw_NCHW.shape, dtype=torch.float32, device=raw_NCHW.device)
+    normalize_into(z_NCHW, raw_NCHW, mean, std, sigma_data)
+    return z_NCHW
+
+
+def normalize_into(
+    z_NCHW: Tensor, raw_NCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...], sigma_data: float = 0.5
+) -> None:
+    """`normalize` into given fp32 memory, which may be that of `raw_NCHW`."""
     mean_C11, std_C11 = _per_channel(mean, raw_NCHW), _per_channel(std, raw_NCHW)
-    return (raw_NCHW - mean_C11).div_(std_C11).mul_(sigma_data)  # fp16 minus fp32 is fp32: one pass, not two
+    for z_n, raw_n in zip(_pieces(z_NCHW), _pieces(raw_NCHW), strict=True):
+        z_n.copy_(raw_n).sub_(mean_C11).div_(std_C11).mul_(sigma_data)
 
 
 def denormalize(z_NCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...], sigma_data: float = 0.5) -> Tensor:
@@ -164,16 +183,28 @@ def decode(z_NCHW: Tensor, codec: Codec, image_codec: ImageCodec, sigma_data: fl
 
 
 def draw_raw(stored_N: Tensor, kind: str, seed: int, purpose: str, ordinal_N: Tensor) -> Tensor:
-    """Raw latents (N, C, H, W) in fp32 from stored ones: the values themselves, or for `vae` a draw of the posterior.
+    """Raw latents (N, C, H, W) from stored ones: the values as they are, or for `vae` a draw of the posterior in fp32.
 
     Args:
         stored_N: (N, C', H, W) as read from a shard.
         ordinal_N: (N,) numbers that name each draw under (seed, purpose).
     """
     if kind == "pixels":
-        return stored_N.float()
-    mean, std = stored_N.float().chunk(2, dim=1)
-    return mean + std * rng.normal(seed, purpose, ordinal_N, tuple(mean.shape[1:]))
+        return stored_N
+    mean, std = stored_N.chunk(2, dim=1)
+    raw = rng.normal(seed, purpose, ordinal_N, tuple(mean.shape[1:]))
+    for raw_n, mean_n, std_n in zip(_pieces(raw), _pieces(mean), _pieces(std), strict=True):
+        raw_n.mul_(std_n.float()).add_(mean_n.float())
+    return raw
+
+
+def _pieces(values_N: Tensor) -> tuple[Tensor, ...]:
+    """Rows worked on at once: all of them on a GPU; on CPU so few that they stay in the cache, and that torch starts no
+    threads, which beside the training's own would only get in each other's way."""
+    if values_N.device.type != "cpu" or not len(values_N):
+        return (values_N,)
+    values = _PIECE if torch.get_num_threads() == 1 else _UNTHREADED
+    return values_N.split(max(1, values // values_N[0].numel()))
 
 
 def _per_channel(values: tuple[float, ...], like_NCHW: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """All shards of a manifest, opened and checked, read by global sample index."""
 
+import bisect
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,31 +24,36 @@ class Dataset:
 
     Opening reads the manifest and every index, and compares every shard's size with the manifest.
 
+    Attributes:
+        manifest: the data set's description.
+        folder: URL of the folder it lies in, with its shards.
+        labels: (N,) class indices of all samples.
+
     Raises:
         UserError: a bad manifest, or a shard or index that is not what the manifest says.
     """
 
     def __init__(self, manifest_url: str) -> None:
         self.manifest = manifest = Manifest.load(manifest_url)
-        self._folder = storage.parent(manifest_url)
+        self.folder = storage.parent(manifest_url)
         with ThreadPoolExecutor(_OPENING_THREADS) as pool:
             self.shards = list(pool.map(self._open, manifest.shards))
         self.shard_samples = [info.samples for info in manifest.shards]
         self.labels: NDArray[np.int64] = np.concatenate([shard.labels for shard in self.shards])
-        self._first = np.cumsum([0, *self.shard_samples])
+        self._first = [0, *itertools.accumulate(self.shard_samples)]
 
     def _open(self, info: ShardInfo) -> ShardReader:
         manifest = self.manifest
-        return open_shard(self._folder, info, manifest.stored_shape, manifest.num_classes, manifest.flipped)
+        return open_shard(self.folder, info, manifest.stored_shape, manifest.num_classes, manifest.flipped)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def place(self, start: int, stop: int) -> tuple[int, int, int]:
         """The shard that holds samples [start, stop), and their numbers inside it."""
-        shard = int(np.searchsorted(self._first, start, side="right")) - 1
+        shard = bisect.bisect_right(self._first, start) - 1
         assert start < stop <= self._first[shard + 1], (start, stop)
-        first = int(self._first[shard])
+        first = self._first[shard]
         return shard, start - first, stop - first
 
     def read(self, start: int, stop: int) -> NDArray[np.float16]:

@@ -1,6 +1,7 @@
 """The batches of one rank, step after step, read ahead in the background."""
 
 import itertools
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,11 +26,9 @@ from imm_scale.data.window import OnBadBlock, Visit, Window
 from imm_scale.errors import UserError
 
 _BATCHES_AHEAD = 2
-_LOCAL_THREADS, _REMOTE_THREADS = 2, 16
+_REMOTE_THREADS = 16  # a remote store answers late, but many at once
+_LOCAL_THREADS = min(2, max(1, (os.cpu_count() or 1) - 1))  # a file costs work, not waiting: leave the batch its core
 _LEAST_BLOCKS_AHEAD = 16
-# Values normalized at once on CPU: they stay in the cache, and for so few torch starts no threads, which on the
-# training's own cores would only get in each other's way.
-_PIECE = (1 << 15) - 1
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class Loader:
     rank and layout only say which part of it comes here. Use it as a context manager: leaving it ends the reading.
 
     Args:
-        manifest_url: URL of manifest.json.
+        data: the opened data set, or the URL of its manifest.json.
         images_seen: where to start, a multiple of the global batch size.
         flip: mirror each sample left to right with probability 1/2; vae latents need shards that hold both.
         sigma_data: standard deviation of the normalized data.
@@ -116,7 +115,7 @@ class Loader:
 
     def __init__(
         self,
-        manifest_url: str,
+        data: Dataset | str,
         layout: Layout,
         rank: int,
         seed: int,
@@ -128,7 +127,7 @@ class Loader:
         reading: Reading = Reading(),
     ) -> None:
         groups = plan.rank_groups(layout.num_groups, rank, layout.world_size)
-        self._dataset = Dataset(manifest_url)
+        self._dataset = data if isinstance(data, Dataset) else Dataset(data)
         self.manifest = self._dataset.manifest
         _check_flip(flip, self.manifest)
         plan.clock(images_seen, layout.global_batch_size, len(self._dataset))
@@ -140,7 +139,7 @@ class Loader:
         cache = None if reading.cache_dir is None else BlockCache(reading.cache_dir, reading.cache_bytes)
         self._reader = BlockReader(self._dataset, self._table, cache)
         first_step = images_seen // layout.global_batch_size
-        threads = _LOCAL_THREADS if storage.is_local(manifest_url) else _REMOTE_THREADS
+        threads = _LOCAL_THREADS if storage.is_local(self._dataset.folder) else _REMOTE_THREADS
         self._window = Window(
             self._dataset,
             self._table,
@@ -222,8 +221,11 @@ class Loader:
             for k in range(skipped, indices.shape[1]):
                 images_seen = (begin + k) * self._layout.global_batch_size
                 ordinal = images_seen + torch.from_numpy(self._positions)
-                variant = self._mirrored(ordinal).to(torch.int64) if self._mirrors_latents else None
+                mirrored = self._mirrored(ordinal) if self._flip else None
+                variant = None if mirrored is None or not self._mirrors_latents else mirrored.to(torch.int64)
                 latents, label = self._window.gather(begin + k, indices[:, k], variant)
+                if mirrored is not None and variant is None:
+                    latents[mirrored] = latents[mirrored].flip(-1)
                 if self._device.type == "cuda":
                     latents, label = latents.pin_memory(), label.pin_memory()
                 yield _Stored(images_seen, latents, label)
@@ -233,29 +235,21 @@ class Loader:
         slots, particles = self._layout.slots, self._layout.particles
         ordinal = stored.images_seen + torch.from_numpy(self._positions).to(self._device)
         latents = stored.latents.to(self._device, non_blocking=True)
+        codec = self.manifest.codec
+        raw = codecs.draw_raw(latents, codec.kind, self._seed, "posterior", ordinal)
         x = self._new_x()
-        piece = max(1, _PIECE // latents[0].numel()) if self._device.type == "cpu" else len(latents)
-        pieces = zip(latents.split(piece), ordinal.split(piece), x[: len(latents)].split(piece), strict=True)
-        for latents_n, ordinal_n, x_n in pieces:
-            x_n.copy_(self._normalized(latents_n, ordinal_n))
+        codecs.normalize_into(x[: len(raw)], raw, codec.mean, codec.std, self._sigma_data)
+        x[len(raw) :].zero_()
         weight = torch.zeros(slots, device=self._device)
-        weight[: len(latents) // particles] = 1.0
+        weight[: len(raw) // particles] = 1.0
         label = stored.label.to(self._device, non_blocking=True)
         return Batch(stored.images_seen, x, _pad(label, len(x)), _pad(ordinal, len(x)), weight)
 
     def _new_x(self) -> Tensor:
-        """Zeros for a batch."""
+        """Memory for a batch."""
         if self._device.type == "cpu":
             return self._recycler.take()
-        return torch.zeros(self._x_shape, device=self._device)
-
-    def _normalized(self, latents: Tensor, ordinal: Tensor) -> Tensor:
-        codec = self.manifest.codec
-        raw = codecs.draw_raw(latents, codec.kind, self._seed, "posterior", ordinal)
-        x = codecs.normalize(raw, codec.mean, codec.std, self._sigma_data)
-        if self._flip and not self._mirrors_latents:
-            x = torch.where(self._mirrored(ordinal)[:, None, None, None], x.flip(-1), x)
-        return x
+        return torch.empty(self._x_shape, device=self._device)
 
     def _mirrored(self, ordinal: Tensor) -> Tensor:
         return rng.uniform(self._seed, "flip", ordinal)[:, 0] < 0.5

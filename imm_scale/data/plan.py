@@ -159,15 +159,6 @@ def steps_per_epoch(global_batch_size: int, num_samples: int) -> int:
     return num_samples // global_batch_size
 
 
-def batch_indices(
-    order: NDArray[np.int64], global_batch_size: int, step_in_epoch: int, positions: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """Global sample indices of some positions of a step: position p of step k takes order[p * L + k]."""
-    steps = steps_per_epoch(global_batch_size, len(order))
-    assert 0 <= step_in_epoch < steps, (step_in_epoch, steps)
-    return order[positions * steps + step_in_epoch]
-
-
 @dataclass(frozen=True)
 class Schedule:
     """Which blocks a rank holds when: block[i] from step first[i] to step last[i] of an epoch, both included.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Recycler:
-    """Hands out zeroed fp32 tensors of one shape.
+    """Hands out fp32 tensors of one shape, with whatever their memory holds.
 
     Fresh pages cost more than what is written to them, and allocators give large blocks back to the system at once.
     A tensor's memory comes back here when the last tensor that shares it is gone; whoever keeps it, keeps it intact.
@@ -27,7 +27,7 @@ class Recycler:
             memory = self._free.pop() if self._free else np.empty(math.prod(self._shape), np.float32)
         view = memory.view()  # lives exactly as long as the tensors made of it
         weakref.finalize(view, self._give_back, memory).atexit = False
-        return torch.from_numpy(view).view(self._shape).zero_()
+        return torch.from_numpy(view).view(self._shape)
 
     def _give_back(self, memory: NDArray[np.float32]) -> None:
         with self._lock:

@@ -200,12 +200,11 @@ class ShardReader:
 
 def _files(data: bytes | memoryview, offsets: NDArray[np.int64], length: int) -> NDArray[np.uint8]:
     """(n, length) bytes of files of one length: a view where they lie at equal distances, as in shards of ours."""
-    raw = np.frombuffer(data, np.uint8)
     strides = np.diff(offsets)
     if (strides == strides[:1]).all():
         stride = int(strides[0]) if len(strides) else length
-        view = raw[int(offsets[0]) :]
-        return np.lib.stride_tricks.as_strided(view, (len(offsets), length), (stride, 1), writeable=False)
+        return np.ndarray((len(offsets), length), np.uint8, data, int(offsets[0]), (stride, 1))
+    raw = np.frombuffer(data, np.uint8)
     return np.stack([raw[offset : offset + length] for offset in offsets.tolist()])
 
 

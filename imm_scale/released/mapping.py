@@ -13,7 +13,7 @@ from torch import Tensor
 
 from imm_scale import flow_map, interpolant, storage
 from imm_scale.build import ModelSpec
-from imm_scale.data.codec import VAECodec
+from imm_scale.data.codec import AUTOENCODER_UNKNOWN, VAECodec
 from imm_scale.data.manifest import Codec
 from imm_scale.errors import UserError
 from imm_scale.models.dit import SIZES, DiT, DiTConfig
@@ -26,7 +26,6 @@ LABEL_DROP = 0.1
 LATENT_MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)
 LATENT_STD = (4.85503674, 5.31922414, 3.93725398, 3.9870003)
 LATENT_FACTOR = 8
-AUTOENCODER_UNKNOWN = "not recorded"
 
 _TRAJECTORIES = {"fm": "ot_fm", "vp_cosine": "vp_cosine"}
 _PARAMETERIZATIONS = {name: name for name in flow_map.PARAMETERIZATIONS}

@@ -19,9 +19,13 @@ class Plan:
     """Everything that follows from a config, a manifest and a world, before anything is started."""
 
     config: Config
-    manifest: Manifest
+    dataset: Dataset
     layout: Layout
     spec: ModelSpec
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.dataset.manifest
 
 
 def plan(config: Config, world_size: int) -> Plan:
@@ -29,7 +33,8 @@ def plan(config: Config, world_size: int) -> Plan:
     if config.data.manifest is None:
         raise UserError("data.manifest is not set: give the manifest.json that data_tools.encode wrote")
     # Opens every index and compares every shard's size: a short shard is found now and not after days.
-    manifest = Dataset(config.data.manifest).manifest
+    dataset = Dataset(config.data.manifest)
+    manifest = dataset.manifest
     check_expectations(
         manifest,
         codec=config.data.codec,
@@ -39,7 +44,7 @@ def plan(config: Config, world_size: int) -> Plan:
     train = config.train
     layout = Layout(train.global_batch_size, config.objective.particles, world_size, train.micro_batch_size)
     steps_per_epoch(layout.global_batch_size, manifest.num_samples)
-    return Plan(config, manifest, layout, build.model_spec(config, manifest))
+    return Plan(config, dataset, layout, build.model_spec(config, manifest))
 
 
 def _triple(shape: list[int]) -> tuple[int, int, int]:

@@ -127,9 +127,8 @@ class Trainer:
 
     def _loader(self) -> Loader:
         config = self.plan.config
-        assert config.data.manifest is not None
         return Loader(
-            config.data.manifest,
+            self.plan.dataset,
             self.plan.layout,
             self.world.rank,
             config.seed,

@@ -1,5 +1,6 @@
 """A run that is killed, stopped or spread anew goes on as if nothing had happened."""
 
+import itertools
 import json
 import os
 import signal
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from imm_scale.data.loader import Batch, Loader
+from imm_scale.data.plan import Layout
 from imm_scale.training.checkpoint import COMMITTED, Checkpoint, committed_steps, folder
 from tests import ranks
 from tests.conftest import TINY, losses
@@ -87,6 +90,47 @@ def test_other_ranks_and_stages_go_on_with_the_same_curve(first, second, digits,
     for state in a.states:
         for name, tensor in a.weights(state).items():
             torch.testing.assert_close(tensor, b.weights(state)[name], rtol=1e-3, atol=2e-5)
+
+
+def _consumed(argv: list[str]) -> dict[int, bytes]:
+    """Trains as one rank and returns what it took from the loader, by ordinal."""
+    taken: dict[int, bytes] = {}
+    plain = Loader.__next__
+
+    def noting(loader: Loader) -> Batch:
+        batch = plain(loader)
+        rows = _rows(batch)
+        assert not rows.keys() & taken.keys()
+        taken.update(rows)
+        return batch
+
+    Loader.__next__ = noting
+    assert ranks.command("train", *argv) == 0
+    return taken
+
+
+def _rows(batch: Batch) -> dict[int, bytes]:
+    """Values and label of every sample that is not padding."""
+    real = batch.weight.repeat_interleave(len(batch.x) // len(batch.weight)) > 0
+    rows = zip(batch.ordinal[real].tolist(), batch.x[real], batch.label[real].tolist(), strict=True)
+    return {ordinal: x.numpy().tobytes() + bytes([label]) for ordinal, x, label in rows}
+
+
+def test_two_ranks_then_one_then_four_take_the_very_next_samples(digits, tmp_path, undisturbed):
+    run_dir = tmp_path / "run"
+    taken: dict[int, bytes] = {}
+    begun = 0
+    for size, until in ((2, 7), (1, 12), (4, STEPS)):
+        settings = [*_settings(digits, run_dir), f"train.max_steps={until}"]
+        parts = ranks.run(_consumed, size, settings)
+        together = {ordinal: row for part in parts for ordinal, row in part.items()}
+        assert sorted(together) == list(range(64 * begun, 64 * until)) and sum(map(len, parts)) == len(together)
+        taken |= together
+        begun = until
+    with Loader(digits, Layout(64, 4, 1, 64), rank=0, seed=0) as loader:  # one reader that never stops, and no training
+        assert taken == {k: row for batch in itertools.islice(loader, STEPS) for k, row in _rows(batch).items()}
+    # The same fp32 sums in another order, as in the test of equal losses.
+    np.testing.assert_allclose(losses(run_dir), losses(undisturbed), rtol=1e-4)
 
 
 def test_a_finished_run_is_left_alone(undisturbed, digits):

@@ -17,6 +17,7 @@ def use_store(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in env.items():
         monkeypatch.setenv(key, value)
     storage._filesystem.cache_clear()
+    storage._signed.cache_clear()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 

@@ -38,6 +38,20 @@ def test_files_come_back(bucket: str) -> None:
         storage.read_bytes(url)
 
 
+def _into(url: str, start: int, length: int) -> bytes:
+    buffer = bytearray(length)
+    return bytes(buffer[: storage.read_into(url, start, memoryview(buffer))])
+
+
+def test_ranges_are_read_into_memory(bucket: str) -> None:
+    url = storage.join(bucket, "a folder", "file+1 %.tar")
+    storage.write_bytes(url, DATA)
+    for start, length in ((0, 5), (100, 9000), (len(DATA) - 5, 100), (0, 2 * len(DATA)), (len(DATA), 5), (10**9, 5)):
+        assert _into(url, start, length) == DATA[start : start + length]
+    with pytest.raises(FileNotFoundError):
+        _into(storage.join(bucket, "nothing"), 0, 5)
+
+
 def test_of_several_creators_one_wins(bucket: str) -> None:
     url = storage.join(bucket, "once")
     won: list[bool] = []
@@ -61,7 +75,7 @@ def test_faults_are_tried_again_and_told(
         url = storage.join(bucket, f"file-{i}")
         storage.write_bytes(url, DATA)
         read = storage.read_range(url, i, 9000, lambda error: told.update([type(error).__name__]))
-        assert read == DATA[i:9000]
+        assert read == DATA[i:9000] == _into(url, i, 9000 - i)
     assert proxy.faults.done["busy"] > 5 and proxy.faults.done["cut"] > 5
     assert sum(told.values()) > 5, told
 
@@ -72,6 +86,8 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
     began = time.monotonic()
     with pytest.raises(OSError, match=r"s3://b/file: EndpointConnectionError, still after \d+ tries in 1 s"):
         storage.read_bytes("s3://b/file")
+    with pytest.raises(OSError, match=r"s3://b/file: ConnectionError, still after \d+ tries in 1 s"):
+        _into("s3://b/file", 0, 5)
     assert time.monotonic() - began < 10
 
 
@@ -81,7 +97,13 @@ def test_wrong_credentials_are_one_clear_error(
 ) -> None:
     use_store({**server.env(), **wrong}, monkeypatch)
     url = storage.join(bucket, "file")
-    calls = (storage.read_bytes, storage.size, storage.exists, lambda url: storage.write_bytes(url, DATA))
+    calls = (
+        storage.read_bytes,
+        storage.size,
+        storage.exists,
+        lambda url: storage.write_bytes(url, DATA),
+        lambda url: _into(url, 0, 5),
+    )
     for call in calls:
         began = time.monotonic()
         with pytest.raises(UserError, match=r"access refused .*AWS_ACCESS_KEY_ID") as caught:
@@ -91,13 +113,15 @@ def test_wrong_credentials_are_one_clear_error(
 
 
 def test_missing_credentials_and_buckets(bucket: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"s3://nosuchbucket/file: the bucket does not exist"):
-        storage.read_bytes("s3://nosuchbucket/file")
+    for read in (storage.read_bytes, lambda url: _into(url, 0, 5)):
+        with pytest.raises(UserError, match=r"s3://nosuchbucket/file: the bucket does not exist"):
+            read("s3://nosuchbucket/file")
     for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(key)
     use_store({}, monkeypatch)
-    with pytest.raises(UserError, match="no credentials"):
-        storage.read_bytes(storage.join(bucket, "file"))
+    for read in (storage.read_bytes, lambda url: _into(url, 0, 5)):
+        with pytest.raises(UserError, match="no credentials"):
+            read(storage.join(bucket, "file"))
 
 
 def test_no_password_of_a_url_is_shown() -> None:

@@ -22,6 +22,7 @@ from imm_scale.flow_map import FlowMap
 from imm_scale.models.dit import DiTConfig
 from imm_scale.released import mapping, unpickler
 from tests import ranks
+from tests.small_vae import save_small_vae
 from tests.unit import released_files as files
 from tests.unit.released_files import binbytes, called, in_a_storage, pickled, short, stack_global
 
@@ -173,33 +174,17 @@ def test_the_command_refuses(argv, words, net, tmp_path):
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def _autoencoder(folder: Path, blocks: int) -> str:
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    model = diffusers.AutoencoderKL(
-        block_out_channels=(4,) * blocks,
-        down_block_types=("DownEncoderBlock2D",) * blocks,
-        up_block_types=("UpDecoderBlock2D",) * blocks,
-        latent_channels=4,
-        norm_num_groups=2,
-        layers_per_block=1,
-    )
-    model.save_pretrained(str(folder))
-    return str(folder)
-
-
 def test_the_autoencoder_is_recorded_when_it_is_named(net, tmp_path):
     source, out = files.write(tmp_path / "net.pkl", net), str(tmp_path / "net.safetensors")
-    vae = _autoencoder(tmp_path / "vae", blocks=4)
+    vae = save_small_vae(tmp_path / "vae", blocks=4)
     assert ranks.command_and_words("import", source, "--out", out, "--vae", vae)[0] == 0
     spec, _ = weights.read(out)
     assert len(spec.codec.weights_hash) == 64
     assert open_codec(spec.codec, vae).factor == 8
-    with pytest.raises(UserError, match="not recorded"):
-        open_codec(mapping.read(source).spec.codec, vae)
-    code, words = ranks.command_and_words(
-        "import", source, "--out", out, "--vae", _autoencoder(tmp_path / "other", blocks=2)
-    )
+    for folder in (vae, None):
+        with pytest.raises(UserError, match=r"not recorded.*import the net again with --vae FOLDER"):
+            open_codec(mapping.read(source).spec.codec, folder)
+    code, words = ranks.command_and_words("import", source, "--out", out, "--vae", save_small_vae(tmp_path / "other"))
     assert code == 2 and "a factor of 2" in words and "sd-vae-ft-ema" in words
 
 

@@ -7,6 +7,7 @@ from imm_scale.data import codec as codecs
 from imm_scale.data.codec import PixelsCodec, VAECodec
 from imm_scale.data.manifest import Codec
 from imm_scale.errors import UserError
+from tests.small_vae import save_small_vae
 
 CODEC = Codec("pixels", "", 16, 3, 1, (-0.1, 0.2, 0.3), (0.5, 0.25, 2.0))
 
@@ -60,20 +61,7 @@ def test_opening_refuses_missing_weights(tmp_path: Path) -> None:
 
 @pytest.fixture
 def vae_folder(tmp_path: Path) -> str:
-    import diffusers
-
-    torch.manual_seed(0)
-    model = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        layers_per_block=1,
-        sample_size=16,
-    )
-    model.save_pretrained(str(tmp_path / "vae"))
-    return str(tmp_path / "vae")
+    return save_small_vae(tmp_path / "vae")
 
 
 def test_vae_codec_matches_diffusers(vae_folder: str) -> None:

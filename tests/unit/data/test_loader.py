@@ -23,6 +23,7 @@ from imm_scale.data.recycle import Recycler
 from imm_scale.data.shards import write_shard
 from imm_scale.errors import UserError
 from tests import ranks
+from tests.unit.data.order import batch_indices
 
 MakeDataset = Callable[..., str]
 BATCH, PARTICLES, SEED, BLOCK = 20, 2, 5, 4
@@ -45,7 +46,7 @@ def test_batches_are_those_of_the_plan_across_epochs(make_dataset: MakeDataset) 
     steps = 68 // BATCH
     for i, batch in enumerate(_batches(url, 2 * steps + 1)):
         order = plan.epoch_order([30, 7, 31], BLOCK, SEED, i // steps)
-        expected = plan.batch_indices(order, BATCH, i % steps, np.arange(BATCH)).tolist()
+        expected = batch_indices(order, BATCH, i % steps, np.arange(BATCH)).tolist()
         assert _sample_index(batch.x, url) == expected
         assert batch.label.tolist() == [index % 7 for index in expected]
         assert batch.images_seen == i * BATCH
@@ -99,10 +100,19 @@ def test_vae_batches_draw_the_posterior_by_ordinal(make_dataset: MakeDataset) ->
     url = make_dataset([40], kind="vae")
     batch = _batches(url, 1)[0]
     order = plan.epoch_order([40], BLOCK, SEED, 0)
-    indices = plan.batch_indices(order, BATCH, 0, np.arange(BATCH))
+    indices = batch_indices(order, BATCH, 0, np.arange(BATCH))
     stored = torch.from_numpy(Dataset(url).read(0, 40))[torch.from_numpy(indices)].float()
     raw = stored[:, :2] + stored[:, 2:] * rng.normal(SEED, "posterior", batch.ordinal, (2, 3, 3))
     torch.testing.assert_close(batch.x[:, 1], (raw[:, 1] - 0.25) / 1.5 * 0.5)
+
+
+@pytest.mark.parametrize("kind", ["pixels", "vae"])
+def test_batches_are_drawn_and_normalized_on_their_device(make_dataset: MakeDataset, kind: str) -> None:
+    """The meta device stands for a GPU: torch refuses to mix its tensors with those of the CPU."""
+    url = make_dataset([40], kind=kind)
+    for batch in _batches(url, 3, world=3, micro=8, device="meta"):
+        assert {t.device.type for t in (batch.x, batch.label, batch.ordinal, batch.weight)} == {"meta"}
+        assert batch.x.shape == (8, 2, 3, 3) and batch.x.dtype == torch.float32 and batch.label.dtype == torch.int64
 
 
 def test_flip_mirrors_half_of_the_pixels_by_ordinal(make_dataset: MakeDataset) -> None:
@@ -325,4 +335,3 @@ def test_kept_batches_stay_and_dropped_ones_are_used_again() -> None:
     gc.collect()
     addresses = {tensor.data_ptr() for tensor in [recycler.take(), recycler.take()]}
     assert address in addresses
-    assert not recycler.take().any()

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from imm_scale.data import plan
 from imm_scale.data.plan import Layout
 from imm_scale.errors import UserError
+from tests.unit.data.order import batch_indices
 
 shard_lists = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 small = settings(max_examples=60, deadline=None)
@@ -42,13 +43,13 @@ def test_an_epoch_repeats_nothing_and_leaves_out_only_the_remainder(shards: list
     batch = data.draw(st.integers(1, num_samples))
     order = plan.epoch_order(shards, 4, 1, 0)
     steps = plan.steps_per_epoch(batch, num_samples)
-    seen = np.concatenate([plan.batch_indices(order, batch, k, np.arange(batch)) for k in range(steps)])
+    seen = np.concatenate([batch_indices(order, batch, k, np.arange(batch)) for k in range(steps)])
     assert len(set(seen.tolist())) == len(seen) == num_samples - num_samples % batch
 
 
 def test_a_position_walks_its_own_run_of_the_order() -> None:
     order = plan.epoch_order([64, 36], 8, seed=3, epoch=2)
-    walked = [int(plan.batch_indices(order, 10, k, np.array([4]))[0]) for k in range(10)]
+    walked = [int(batch_indices(order, 10, k, np.array([4]))[0]) for k in range(10)]
     assert walked == order[40:50].tolist()
 
 
@@ -183,7 +184,7 @@ def test_order_across_worlds_micro_batches_and_resumes(shards: list[int], block:
         order = plan.epoch_order(shards, block, 3, epoch)
         ranks = [plan.rank_groups(groups, rank, world) for rank in range(world)]
         parts = [np.arange(r.start * particles, r.stop * particles) for r in ranks]
-        return [int(i) for part in parts for i in plan.batch_indices(order, batch, k, part)]
+        return [int(i) for part in parts for i in batch_indices(order, batch, k, part)]
 
     alone = [step_of(1, k * batch) for k in range(total)]
     stop = data.draw(st.integers(0, total))

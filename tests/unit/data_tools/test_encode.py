@@ -20,6 +20,7 @@ from imm_scale.data import codec as codecs
 from imm_scale.data.dataset import Dataset, read_all
 from imm_scale.data.manifest import Manifest
 from tests import ranks
+from tests.small_vae import save_small_vae
 
 COUNT = 11
 
@@ -198,18 +199,7 @@ def test_encoding_through_an_object_store(tmp_path: Path, packed: Path) -> None:
 
 
 def test_vae_latents(tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import diffusers
-
-    torch.manual_seed(0)
-    model = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=8,
-    )
-    model.save_pretrained(str(tmp_path / "vae"))
+    save_small_vae(tmp_path / "vae")
     out = tmp_path / "out"
     assert _encode(packed, out, "--vae", tmp_path / "vae", codec="vae") == 0
     manifest = Manifest.load(str(out / "manifest.json"))
@@ -224,24 +214,8 @@ def test_vae_latents(tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture
     assert _contents(out) == first
 
 
-def _vae(folder: Path, seed: int = 0) -> Path:
-    import diffusers
-
-    torch.manual_seed(seed)
-    model = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=8,
-    )
-    model.save_pretrained(str(folder))
-    return folder
-
-
 def test_mirrored_latents_are_those_of_mirrored_images(tmp_path: Path, packed: Path) -> None:
-    vae = _vae(tmp_path / "vae")
+    vae = save_small_vae(tmp_path / "vae")
     assert _encode(packed, tmp_path / "out", "--vae", vae, "--flip", codec="vae") == 0
     dataset = Dataset(str(tmp_path / "out" / "manifest.json"))
     assert dataset.manifest.flipped and dataset.shards[0].variants == 2
@@ -261,7 +235,7 @@ def test_mirrored_latents_are_those_of_mirrored_images(tmp_path: Path, packed: P
 def test_published_statistics_are_used_and_the_difference_told(
     tmp_path: Path, packed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    vae = _vae(tmp_path / "vae")
+    vae = save_small_vae(tmp_path / "vae")
     published = ((0.1, 0.2, 0.3, 0.4), (1.0, 2.0, 3.0, 4.0))
     monkeypatch.setitem(codecs.KNOWN_STATISTICS, codecs.VAECodec(str(vae)).weights_hash, published)
     assert _encode(packed, tmp_path / "out", "--vae", vae, codec="vae") == 0
@@ -279,7 +253,7 @@ def test_a_vae_is_found_by_its_hub_name(
 
     cache, revision = tmp_path / "hub", "0123456789012345678901234567890123456789"
     model = cache / "models--some-lab--small-vae"
-    _vae(model / "snapshots" / revision)
+    save_small_vae(model / "snapshots" / revision)
     (model / "refs").mkdir()
     (model / "refs" / "main").write_text(revision)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
