@@ -13,14 +13,13 @@ from imm_scale.distributed import World
 from imm_scale.errors import UserError
 from imm_scale.training import checkpoint as checkpoints
 from imm_scale.training import metrics, resume
-from imm_scale.training.checkpoint import Checkpoint, DamagedCheckpointError
+from imm_scale.training.checkpoint import Checkpoint
 from imm_scale.training.ema import ShardedEma
 from imm_scale.training.engine import Engine, check_device
-from imm_scale.training.identity import check_identity
 from imm_scale.training.metrics import Meter
 from imm_scale.training.preemption import Preemption
 from imm_scale.training.run_log import RunLog, log, set_up_logging
-from imm_scale.training.saver import Saver
+from imm_scale.training.saver import Saver, remove_leftovers
 from imm_scale.training.setup import Plan, plan
 
 Outcome = Literal["completed", "preempted"]
@@ -40,13 +39,13 @@ def learning_rate(config: Config, images_seen: int) -> float:
 class Trainer:
     """The live state of one run on one rank: engine, averages, clock."""
 
-    def __init__(self, plan: Plan, world: World):
+    def __init__(self, plan: Plan, world: World, resumed: Checkpoint | None):
         self.plan, self.world = plan, world
         config, layout = plan.config, plan.layout
         self.device = distributed.device(world)
-        resumed = resume.newest_checkpoint(config.run_dir, world)
         flow_map = build.flow_map(plan.spec, config.seed)
-        resume.load_weights(flow_map, plan, resumed)
+        if resumed is None:
+            resume.load_init_weights(flow_map, plan)
         samples = layout.slots_per_micro_batch * layout.particles
         self.engine = Engine(config, flow_map, build.objective(config), layout.num_groups, layout.accumulation, samples)
         self.ema = ShardedEma(self.engine.master_shards(), config.ema.decays)
@@ -67,7 +66,7 @@ class Trainer:
         run_log = RunLog(config, self.step, self.world)
         meter = Meter(self.device, self.plan.layout.global_batch_size)
         stopping = False
-        with self._loader() as loader, Preemption(self.device) as preemption:
+        with self._loader() as loader, self.saver, Preemption(self.device) as preemption:
             while self.step < config.train.max_steps and not stopping:
                 loss, grad_norm, lr = self._train_step(next(loader))
                 meter.add(loss, grad_norm)
@@ -76,10 +75,10 @@ class Trainer:
                 last = stopping or self.step == config.train.max_steps
                 if last or self.step % config.train.log_every == 0:
                     data = distributed.sum_counts(loader.counters, self.device)
-                    run_log.write(meter.record(self.step, self.images_seen, lr, loader.data_seconds, data))
+                    record = meter.record(self.step, self.images_seen, lr, loader.data_seconds, data)
+                    run_log.write({**record, "failed_checkpoints": self.saver.failed_checkpoints})
                 if last or self.step % config.train.checkpoint_every == 0:
                     self.saver.save(self.step, self.images_seen, self.skipped, run_log)
-            self.saver.finish()
             preemption.drain()
         run_log.close()
         return "completed" if self.step == config.train.max_steps else "preempted"
@@ -111,35 +110,6 @@ class Trainer:
         return result.loss, result.grad_norm, lr
 
 
-def open_run_folder(plan: Plan) -> int:
-    """Creates the run folder, or checks that it holds the same run.
-
-    Returns:
-        The step of its newest committed checkpoint, 0 if there is none.
-
-    Raises:
-        UserError: it holds another run, or cannot be written.
-    """
-    config, run_dir = plan.config, plan.config.run_dir
-    config_url = storage.join(run_dir, "config.yaml")
-    steps = checkpoints.committed_steps(run_dir)
-    if storage.exists(config_url):
-        old = configs.from_yaml(storage.read_text(config_url))
-        old_hash = _manifest_hash(run_dir, steps) or plan.manifest.hash
-        check_identity(config, plan.manifest.hash, old, old_hash)
-    return steps[-1] if steps else 0
-
-
-def _manifest_hash(run_dir: str, steps: list[int]) -> str | None:
-    """Of the newest checkpoint that can be read."""
-    for step in reversed(steps):
-        try:
-            return Checkpoint.of_step(run_dir, step).meta.manifest_hash
-        except DamagedCheckpointError:
-            continue  # the trainer names it when it passes over it
-    return None
-
-
 def train(config: Config, world: World | None = None) -> Outcome:
     """Trains a run to its end, from its newest checkpoint if it has one.
 
@@ -152,16 +122,21 @@ def train(config: Config, world: World | None = None) -> Outcome:
     world = world or distributed.detect()
     check_device(config)
     prepared = plan(config, world.size)
-    if open_run_folder(prepared) >= config.train.max_steps:
+    resume.check_run_folder(prepared)
+    distributed.init(world)
+    found = resume.find(config, world)
+    if found.step >= config.train.max_steps:
         if world.is_main:
             print(f"{config.run_dir} is complete: step {config.train.max_steps} is committed")
         return "completed"
-    distributed.init(world)
     distributed.barrier()  # no rank writes before all have read
     _claim_run_folder(prepared, world)
     set_up_logging(config.run_dir, world.rank)
+    for words in found.passed_over:
+        log.warning(words)
     try:
-        trainer = Trainer(prepared, world)
+        remove_leftovers(config, world)
+        trainer = Trainer(prepared, world, found.checkpoint)
         outcome = trainer.run()
         _finish(trainer, outcome)
         return outcome
