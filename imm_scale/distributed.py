@@ -13,6 +13,7 @@ from torch import Tensor
 
 from imm_scale.errors import UserError
 
+SAVER_GROUP = "saver"  # description of the process group over which ranks agree on checkpoints, beside training
 _TIMEOUT = timedelta(minutes=30)
 
 

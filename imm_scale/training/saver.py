@@ -5,15 +5,17 @@ then writes them (for a remote run folder by way of a local file), asks the thre
 group of their own whether all of it worked, and lets rank 0 commit. At most one save is under way.
 """
 
+import copy
 import getpass
 import hashlib
 import logging
 import os
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -76,19 +78,27 @@ class Saver:
         self.failed_checkpoints = 0
         self._copy = HostCopy()
         self._staging = staging_folder(plan.config, world.rank)
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group = dist.new_group(backend="gloo", group_desc=distributed.SAVER_GROUP) if world.size > 1 else None
         self._under_way: Future[str] | None = None
         self._last_problem = ""
 
-    def save(self, step: int, images_seen: int, skipped: Ranges, run_log: RunLog) -> None:
+    def save(
+        self,
+        step: int,
+        images_seen: int,
+        skipped: Ranges,
+        run_log: RunLog,
+        guards: Mapping[str, Any] | None = None,
+    ) -> None:
         """Takes the state as it is now, and leaves it to a thread to write. Waits for the save before, if need be.
 
         Args:
             skipped: ranges [first, last) of images_seen that were stepped over on purpose.
+            guards: what to give back as `Meta.guards`, plain enough for JSON; taken as it is now.
         """
         self.wait()
         pieces = self._copy.take(self._pieces())
-        meta, outcome = self._meta(step, images_seen, skipped), Future[str]()
+        meta, outcome = self._meta(step, images_seen, skipped, guards or {}), Future[str]()
         self._under_way = outcome
         # Not a pool's thread: those are waited for at exit, and a peer that died would make this one wait for long.
         threading.Thread(target=self._run, args=(outcome, pieces, meta, run_log), name="saver", daemon=True).start()
@@ -168,7 +178,7 @@ class Saver:
             for index, shard in enumerate(self._ema.shards)
         ]
 
-    def _meta(self, step: int, images_seen: int, skipped: Ranges) -> Meta:
+    def _meta(self, step: int, images_seen: int, skipped: Ranges, guards: Mapping[str, Any]) -> Meta:
         config, loss_scale = self._plan.config, self._engine.loss_scale
         return Meta(
             step=step,
@@ -183,6 +193,7 @@ class Saver:
             loss_scale=None if loss_scale is None else loss_scale.value,
             loss_scale_good_steps=0 if loss_scale is None else loss_scale.good_steps,
             skipped=tuple(skipped),
+            guards=copy.deepcopy(dict(guards)),
         )
 
 

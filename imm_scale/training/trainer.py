@@ -48,7 +48,7 @@ class Trainer:
             resume.load_init_weights(flow_map, plan)
         samples = layout.slots_per_micro_batch * layout.particles
         self.engine = Engine(config, flow_map, build.objective(config), layout.num_groups, layout.accumulation, samples)
-        self.ema = ShardedEma(self.engine.master_shards(), config.ema.decays)
+        self.ema = ShardedEma(self.engine.master_shards(), config.ema.decays, config.ema_power)
         self.saver = Saver(plan, world, self.engine, self.ema)
         self.step = 0
         self.images_seen = 0
