@@ -10,6 +10,7 @@ step-00001000/
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ FORMAT_VERSION = 1
 COMMITTED = "COMMITTED"
 _FOLDER = "checkpoints"
 _PREFIX = "step-"
+_READERS = 16
 _CHUNK = 1 << 22  # elements written, hashed or summed at once
 
 
@@ -334,6 +336,15 @@ def _tensor_places(url: str) -> dict[str, int]:
 
 
 def load_into(tensors: Sequence[tuple[str, str, int, Tensor]], checkpoint: Checkpoint) -> None:
-    """Fills (state, parameter, offset, flat tensor) targets in place."""
-    for state, name, offset, target in tensors:
+    """Fills (state, parameter, offset, flat tensor) targets in place; many at once from a store that answers slowly."""
+
+    def fill(wanted: tuple[str, str, int, Tensor]) -> None:
+        state, name, offset, target = wanted
         target.copy_(checkpoint.read(state, name, offset, target.numel()))
+
+    if storage.is_local(checkpoint.url):
+        for wanted in tensors:
+            fill(wanted)
+        return
+    with ThreadPoolExecutor(_READERS) as pool:
+        list(pool.map(fill, tensors))

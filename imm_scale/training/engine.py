@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,8 @@ class LossModule(nn.Module):
 def check_device(config: Config) -> None:
     """Raises UserError for a precision or an offload that this machine or this ZeRO stage cannot run."""
     on_cpu = not torch.cuda.is_available()
+    if not on_cpu and config.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"precision=bf16: {torch.cuda.get_device_name()} has none. Use precision=fp16 or fp32")
     if on_cpu and config.precision == "fp16":
         raise UserError("precision=fp16 needs a GPU: CPUs run fp16 a hundred times slower. Use precision=bf16 or fp32")
     if on_cpu and config.precision == "bf16" and config.zero.stage == 0:
@@ -105,6 +107,7 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**12,
+        "data_types": {"grad_accum_dtype": "fp32"},
         # DeepSpeed's own default is to clip at 1. At stage 0 `Engine` clips.
         "gradient_clipping": (config.train.grad_clip or 0.0) if config.zero.stage > 0 else 0.0,
     }
@@ -193,6 +196,9 @@ class Engine:
         objective: the loss.
         num_groups: G of the global batch.
         accumulation, samples_per_micro_batch: from the layout.
+
+    Attributes:
+        before_update: called in each step when gradients are there and weights and moments are about to change.
     """
 
     def __init__(
@@ -228,6 +234,7 @@ class Engine:
         self._num_groups = num_groups
         self._grad_clip = config.train.grad_clip
         self.loss_scale = LossScale() if config.precision == "fp16" else None
+        self.before_update: Callable[[], object] = lambda: None
         self._take_over_loss_scaling()
         self.device = self._engine.device
         self._create_moments()
@@ -257,6 +264,8 @@ class Engine:
             total += loss.detach()
             if self._stage == 0 and number == self._accumulation:
                 grad_norm = self._finish_whole_gradients(loss_scale)
+            if number == self._accumulation:
+                self.before_update()
             self._engine.step()
         if self._stage > 0:  # DeepSpeed has skipped the step where this is not finite, at every precision
             grad_norm = float(self._engine.get_global_grad_norm())
