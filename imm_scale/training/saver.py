@@ -7,7 +7,6 @@ all of it worked, and lets rank 0 commit. At most one save is under way.
 """
 
 import copy
-import getpass
 import hashlib
 import logging
 import os
@@ -15,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
@@ -37,6 +37,7 @@ from imm_scale.training.setup import Plan
 Ranges = Sequence[tuple[int, int]]
 
 _HOST = torch.device("cpu")
+_SLOWEST_UPLOAD = timedelta(hours=2)  # that the threads of the other ranks wait for
 _LAST_WORDS_SECONDS = 60.0  # that a failing run waits for a save under way
 
 log = logging.getLogger("imm_scale")
@@ -103,7 +104,11 @@ class Saver:
         self._copy = HostCopy()
         engine.before_update = self._copy.taken.wait
         self._staging = staging_folder(plan.config, world.rank)
-        self._group = dist.new_group(backend="gloo", group_desc=distributed.SAVER_GROUP) if world.size > 1 else None
+        self._group = (
+            dist.new_group(backend="gloo", timeout=_SLOWEST_UPLOAD, group_desc=distributed.SAVER_GROUP)
+            if world.size > 1
+            else None
+        )
         self._under_way: Future[str] | None = None
         self._last_problem = ""
 
@@ -225,7 +230,7 @@ class Saver:
 
 def staging_folder(config: Config, rank: int) -> str:
     """Where this rank's files wait for their upload: a local folder of this run, this rank and this user alone."""
-    base = config.train.staging_dir or os.path.join(tempfile.gettempdir(), f"imm-scale-{getpass.getuser()}")
+    base = config.train.staging_dir or os.path.join(tempfile.gettempdir(), f"imm-scale-{os.getuid()}")
     run = hashlib.sha256(config.run_dir.encode()).hexdigest()[:16]
     return os.path.join(base, run, f"rank-{rank:05d}")
 
