@@ -12,6 +12,7 @@ import logging
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
@@ -94,11 +95,13 @@ class Saver:
 
     Attributes:
         failed_checkpoints: saves so far that did not end in a commit; the same on every rank once they are over.
+        longest_seconds: the most a save has taken so far, from its beginning to its commit.
     """
 
     def __init__(self, plan: Plan, world: World, engine: Engine, ema: ShardedEma):
         self._plan, self._world, self._engine, self._ema = plan, world, engine, ema
         self.failed_checkpoints = 0
+        self.longest_seconds = 0.0
         # Made once: writing YAML and asking for versions takes longer than the copy of a small state.
         self._words = (configs.to_yaml(plan.config), plan.spec.to_json(), metrics.versions())
         self._copy = HostCopy()
@@ -167,8 +170,11 @@ class Saver:
     # --- on the writing thread ---
 
     def _run(self, outcome: Future[str], pieces: Sequence[Piece], meta: Meta, run_log: RunLog) -> None:
+        began = time.monotonic()
         try:
-            outcome.set_result(self._write(self._copy.take(pieces), meta, run_log))
+            problem = self._write(self._copy.take(pieces), meta, run_log)
+            self.longest_seconds = max(self.longest_seconds, time.monotonic() - began)
+            outcome.set_result(problem)
         except BaseException as error:  # noqa: BLE001 - it is raised where the outcome is asked for
             outcome.set_exception(error)
 
