@@ -32,6 +32,9 @@ class RunConfig:
     allow_change: list[str] = _opt(
         [], "Config keys (or whole sections) that may differ from the ones this run folder was started with."
     )
+    from_scratch: bool = _opt(
+        False, "Start at step 0 where the run folder has checkpoints but none of them is intact; else that is an error."
+    )
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,9 @@ class TrainConfig:
     checkpoint_every: int = _opt(5000, "Steps between checkpoints; the last step always has one.")
     keep_last: int = _opt(3, "Newest checkpoints kept.")
     keep_every: int | None = _opt(None, "Checkpoints at multiples of this many steps are kept for good.")
+    staging_dir: str | None = _opt(
+        None, "Local folder for checkpoint files on their way to a remote run.dir; null: in the system's temporary one."
+    )
     init_from: str | None = _opt(None, "Weights to start from: a run folder, or an exported file or folder.")
     activation_checkpointing: bool = _opt(
         False, "Recompute each block in the backward pass: less memory, a third more work."
@@ -145,12 +151,17 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class EmaConfig:
     decays: list[float] = _opt([0.9999], "Decay per step of each moving average of the weights; the first is sampled.")
+    images: int | None = _opt(
+        None, "Images the decays hold for, in place of a step: averages as long at any train.global_batch_size."
+    )
 
 
 @dataclass(frozen=True)
 class ZeroConfig:
     stage: int = _opt(1, "What ranks share: nothing (0), optimizer state (1), gradients too (2), weights too (3).")
-    offload: Literal["none", "optimizer"] = _opt("none", "Keep the optimizer's state in host memory (stages 1-3).")
+    offload: Literal["none", "optimizer", "parameters"] = _opt(
+        "none", "Keep in host memory: the optimizer's state (stages 1-3), or that and the weights (stage 3)."
+    )
     extra: dict[str, Any] = _opt({}, "DeepSpeed config keys, merged over the generated ones as they are.")
 
 
@@ -219,6 +230,11 @@ class Config:
     @property
     def run_dir(self) -> str:
         return self.run.dir or f"runs/{self.run.name}"
+
+    @property
+    def ema_power(self) -> float:
+        """What a decay is raised to for one step: its images over those the decay is meant for."""
+        return 1.0 if self.ema.images is None else self.train.global_batch_size / self.ema.images
 
 
 @dataclass(frozen=True)
@@ -391,7 +407,7 @@ def _positive(config: Config) -> None:
     keys = (
         "data.block_samples data.cache_bytes objective.particles train.global_batch_size train.micro_batch_size "
         "train.max_steps train.log_every train.checkpoint_every train.keep_last train.keep_every optimizer.lr "
-        "flow_map.sigma_data flow_map.time_scale train.grad_clip sampling.num "
+        "ema.images flow_map.sigma_data flow_map.time_scale train.grad_clip sampling.num "
         "sampling.batch_size evaluation.repeats evaluation.num"
     )
     for key in keys.split():
@@ -460,6 +476,11 @@ def _optimizer(config: Config) -> None:
         raise UserError(f"optimizer.betas={betas} must be two numbers in [0, 1)")
     if config.zero.offload == "optimizer" and config.zero.stage == 0:
         raise UserError("zero.offload=optimizer needs zero.stage of at least 1: at stage 0 nothing is partitioned")
+    if config.zero.offload == "parameters" and config.zero.stage != 3:
+        raise UserError(
+            f"zero.offload=parameters needs zero.stage=3: at stage {config.zero.stage} every rank computes with whole "
+            "weights. Use zero.stage=3 or zero.offload=optimizer"
+        )
 
 
 def validate(config: Config) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from imm_scale.errors import UserError
 
+SAVER_GROUP = "saver"  # description of the process group over which ranks agree on checkpoints, beside training
 _TIMEOUT = timedelta(minutes=30)
 
 
@@ -114,19 +115,42 @@ def all_agree(here: bool, where: torch.device) -> bool:
     return int(all_sum(votes)) == 0
 
 
+def problems(here: str, where: torch.device, group: dist.ProcessGroup | None = None) -> str:
+    """What went wrong on which ranks, "" where all of them say ""; the same on every rank.
+
+    Args:
+        here: this rank's word.
+        group: the ranks to ask, in place of all.
+    """
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    if size == 1:
+        return here
+    votes = torch.tensor(int(bool(here)), dtype=torch.int32, device=where)
+    dist.all_reduce(votes, group=group)
+    if not votes.item():
+        return ""
+    words: list[str] = [""] * size
+    dist.all_gather_object(words, here, group=group)
+    return "; ".join(f"{word} (rank {rank})" for rank, word in enumerate(words) if word)
+
+
+def attempt(action: Callable[[], None]) -> str:
+    """Does something with files; what kept it from working, or ""."""
+    try:
+        action()
+    except (OSError, UserError) as error:
+        return str(error) or type(error).__name__
+    return ""
+
+
 def together(action: Callable[[], None], where: torch.device, what: str, remedy: str) -> None:
     """Does something with files on every rank, and goes on only when it worked on all of them.
 
     Raises:
-        UserError: on every rank, when it failed with an OSError on any.
+        UserError: on every rank, when it failed on any.
     """
-    problem = "it failed on another rank"
-    worked = True
-    try:
-        action()
-    except OSError as error:
-        worked, problem = False, str(error)
-    if not all_agree(worked, where):
+    problem = problems(attempt(action), where)
+    if problem:
         raise UserError(f"cannot {what}: {problem}; {remedy}")
 
 

@@ -1,6 +1,8 @@
 """Slices written by some ranks, read by others; files that stock safetensors reads; no commit without all files."""
 
+import hashlib
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,15 @@ from safetensors.numpy import load_file
 
 from imm_scale.errors import UserError
 from imm_scale.training import checkpoint as checkpoints
-from imm_scale.training.checkpoint import Checkpoint, DamagedCheckpointError, Meta, committed_steps, folder, write_rank
+from imm_scale.training.checkpoint import (
+    Checkpoint,
+    DamagedCheckpointError,
+    Meta,
+    Piece,
+    committed_steps,
+    folder,
+    write_rank,
+)
 
 SHAPES = {"a": (3, 5), "b": (7,), "c": ()}
 
@@ -28,8 +38,8 @@ def _write(run_dir: str, step: int, world_size: int) -> dict[str, torch.Tensor]:
             size = len(whole[name])
             start, stop = rank * size // world_size, (rank + 1) * size // world_size
             if start < stop:
-                slices.append((name, shape, start, {"weight": whole[name][start:stop]}))
-        write_rank(folder(run_dir, step), rank, slices)
+                slices.append(Piece(name, shape, start, {"weight": whole[name][start:stop]}))
+        write_rank(folder(run_dir, step), rank, slices, run_dir)
     return whole
 
 
@@ -94,8 +104,36 @@ def test_retention_keeps_the_newest_and_the_milestones(tmp_path):
     for step in range(1, 9):
         _write(str(tmp_path), step, 1)
         checkpoints.commit(folder(str(tmp_path), step), _meta(step, 1))
-    checkpoints.prune(str(tmp_path), keep_last=2, keep_every=3)
+    checkpoints.prune(str(tmp_path), 8, keep_last=2, keep_every=3)
     assert committed_steps(str(tmp_path)) == [3, 6, 7, 8]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         f"step-{step:08d}" for step in (3, 6, 7, 8)
     ]
+
+
+def test_what_an_older_writer_left_out_is_as_if_nothing_had_happened():
+    fields = ("step", "images_seen", "optimizer_steps", "config", "spec", "manifest_hash", "world_size", "zero_stage")
+    old = {**dict.fromkeys(fields, 1), "versions": {}, "format_version": 1}
+    meta = Meta.from_json(json.dumps(old).encode())
+    assert (meta.loss_scale, meta.skipped, meta.guards) == (None, (), {})
+    new = {**old, "loss_scale": 512.0, "skipped": [[64, 128]], "guards": {"seen": 1}}
+    meta = Meta.from_json(json.dumps(new).encode())
+    assert (meta.loss_scale, meta.skipped, meta.guards) == (512.0, ((64, 128),), {"seen": 1})
+
+
+@pytest.mark.parametrize("cuts", [(0, 22), (0, 1, 22), (0, 7, 8, 21, 22)])
+def test_a_checksum_does_not_depend_on_the_cut_and_sees_every_change(cuts):
+    values = torch.randn(22)
+
+    def total(tensor: torch.Tensor, name: str = "a") -> int:
+        parts = [checkpoints.checksum(name, start, tensor[start:stop]) for start, stop in pairwise(cuts)]
+        return int(torch.stack(parts).sum())
+
+    # The same sum in Python's own integers.
+    key = 2 * int.from_bytes(hashlib.sha256(b"a").digest()[:7], "little") + 1
+    bits = values.numpy().view(np.int32).tolist()
+    exact = key * sum(word * (2 * i + 1) for i, word in enumerate(bits))
+    assert total(values) == (exact + 2**63) % 2**64 - 2**63
+    changed = values.clone()
+    changed[5] = torch.nextafter(changed[5], torch.tensor(9.0))
+    assert len({total(values), total(changed), total(values.roll(1)), total(values, "b")}) == 4
