@@ -42,6 +42,8 @@ class Meta:
         manifest_hash: of the data the run learns from.
         world_size, zero_stage: of the run that wrote it; a reader may have others.
         versions: library versions of the writer.
+        loss_scale: of fp16; None elsewhere.
+        skipped: ranges [first, last) of images_seen whose batches were stepped over on purpose.
     """
 
     step: int
@@ -53,7 +55,16 @@ class Meta:
     world_size: int
     zero_stage: int
     versions: Mapping[str, str]
+    loss_scale: float | None = None
+    skipped: tuple[tuple[int, int], ...] = ()
     format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def from_json(cls, text: bytes) -> "Meta":
+        """Of this or an older writer, whose missing fields take their defaults."""
+        fields = json.loads(text)
+        fields["skipped"] = tuple((first, last) for first, last in fields.get("skipped", ()))
+        return cls(**fields)
 
 
 @dataclass(frozen=True)
@@ -131,7 +142,7 @@ class Checkpoint:
                 raise DamagedCheckpointError(
                     f"{url}/{name} is not what was committed: restore it or remove this checkpoint"
                 )
-        self.meta = Meta(**self._read_json("meta.json"))
+        self.meta = Meta.from_json(self._read("meta.json"))
         self.parts = [self._read_json(f"rank-{rank:05d}.json") for rank in range(self.meta.world_size)]
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._slices: dict[tuple[str, str], list[Slice]] = {}

@@ -22,6 +22,7 @@ class ShardedEma:
     """
 
     def __init__(self, shards: Sequence[Shard], decays: Sequence[float]):
+        self.shards = list(shards)
         self._weights = [shard.states["weight"] for shard in shards]
         self.averages: dict[float, list[Tensor]] = {
             decay: [weight.detach().clone() for weight in self._weights] for decay in decays

@@ -1,27 +1,27 @@
 """A run from its config to its last checkpoint."""
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
-from imm_scale import build, distributed, storage, weights
+from imm_scale import build, distributed, storage
 from imm_scale import config as configs
 from imm_scale.config import Config
 from imm_scale.data.loader import Batch, Loader, Reading
 from imm_scale.distributed import World
 from imm_scale.errors import UserError
 from imm_scale.training import checkpoint as checkpoints
-from imm_scale.training import metrics
-from imm_scale.training.checkpoint import Checkpoint, DamagedCheckpointError, Meta
-from imm_scale.training.ema import ShardedEma, state_name
+from imm_scale.training import metrics, resume
+from imm_scale.training.checkpoint import Checkpoint, DamagedCheckpointError
+from imm_scale.training.ema import ShardedEma
 from imm_scale.training.engine import Engine, check_device
 from imm_scale.training.identity import check_identity
 from imm_scale.training.metrics import Meter
 from imm_scale.training.preemption import Preemption
 from imm_scale.training.run_log import RunLog, log, set_up_logging
+from imm_scale.training.saver import Saver
 from imm_scale.training.setup import Plan, plan
-from imm_scale.training.shard import MOMENTS
 
 Outcome = Literal["completed", "preempted"]
 
@@ -44,62 +44,20 @@ class Trainer:
         self.plan, self.world = plan, world
         config, layout = plan.config, plan.layout
         self.device = distributed.device(world)
-        resumed = self._newest_checkpoint()
+        resumed = resume.newest_checkpoint(config.run_dir, world)
         flow_map = build.flow_map(plan.spec, config.seed)
-        self._load_weights(flow_map, resumed)
+        resume.load_weights(flow_map, plan, resumed)
         samples = layout.slots_per_micro_batch * layout.particles
         self.engine = Engine(config, flow_map, build.objective(config), layout.num_groups, layout.accumulation, samples)
-        self.shards = self.engine.master_shards()
-        self.ema = ShardedEma(self.shards, config.ema.decays)
+        self.ema = ShardedEma(self.engine.master_shards(), config.ema.decays)
+        self.saver = Saver(plan, world, self.engine, self.ema)
         self.step = 0
         self.images_seen = 0
+        self.skipped: list[tuple[int, int]] = []  # ranges of images_seen stepped over on purpose
         if resumed is not None:
-            self._restore(resumed)
-
-    # --- resuming ---
-
-    def _newest_checkpoint(self) -> Checkpoint | None:
-        """The newest intact checkpoint of the run folder; ranks share the work of hashing it."""
-        run_dir = self.plan.config.run_dir
-        for step in reversed(checkpoints.committed_steps(run_dir)):
-            found, problem = None, ""
-            try:
-                found = Checkpoint.of_step(run_dir, step)
-                problem = ", ".join(found.damaged_files(self.world.rank, self.world.size))
-            except DamagedCheckpointError as error:
-                problem = str(error)
-            if distributed.all_agree(not problem, self.device):
-                return found
-            log.warning("checkpoint of step %d is skipped, it is damaged: %s", step, problem or "see the other ranks")
-        return None
-
-    def _load_weights(self, flow_map: Any, resumed: Checkpoint | None) -> None:
-        init_from = self.plan.config.train.init_from
-        if resumed is not None:
-            weights.put(flow_map, resumed.weights(), resumed.url)
-        elif init_from is not None:
-            spec, tensors = weights.read(init_from)
-            if spec.net != self.plan.spec.net:
-                raise UserError(f"train.init_from={init_from} holds another net: {spec.net}, not {self.plan.spec.net}")
-            weights.put(flow_map, tensors, init_from)
-
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        """Moments, averages and counters; the weights went in before the engine was built."""
-        targets = [
-            (moment, shard.name, shard.offset, shard.states[moment])
-            for shard in self.engine.held_shards()
-            for moment in MOMENTS
-        ]
-        for decay, averages in self.ema.averages.items():
-            if state_name(decay) not in checkpoint.states:
-                log.warning("the checkpoint has no average of decay %g: it starts at the current weights", decay)
-                continue
-            pairs = zip(self.shards, averages, strict=True)
-            targets += [(state_name(decay), shard.name, shard.offset, average) for shard, average in pairs]
-        checkpoints.load_into(targets, checkpoint)
-        self.engine.set_optimizer_steps(checkpoint.meta.optimizer_steps)
-        self.step, self.images_seen = checkpoint.meta.step, checkpoint.meta.images_seen
-        log.info("resumed from %s at step %d (%d images seen)", checkpoint.url, self.step, self.images_seen)
+            resume.restore(resumed, self.engine, self.ema)
+            meta = resumed.meta
+            self.step, self.images_seen, self.skipped = meta.step, meta.images_seen, list(meta.skipped)
 
     # --- going on ---
 
@@ -120,7 +78,8 @@ class Trainer:
                     data = distributed.sum_counts(loader.counters, self.device)
                     run_log.write(meter.record(self.step, self.images_seen, lr, loader.data_seconds, data))
                 if last or self.step % config.train.checkpoint_every == 0:
-                    self._save(run_log)
+                    self.saver.save(self.step, self.images_seen, self.skipped, run_log)
+            self.saver.finish()
             preemption.drain()
         run_log.close()
         return "completed" if self.step == config.train.max_steps else "preempted"
@@ -149,44 +108,6 @@ class Trainer:
         self.ema.update()
         self.step += 1
         return loss, grad_norm, lr
-
-    def _save(self, run_log: RunLog) -> None:
-        """All ranks write, then rank 0 commits; a failed write leaves the last committed checkpoint as it is."""
-        config = self.plan.config
-        url = checkpoints.folder(config.run_dir, self.step)
-        remedy = "the last committed checkpoint is intact: make room and start again"
-        what = f"write checkpoint {url}"
-        distributed.together(lambda: self._write_part(url), self.device, what, remedy)
-        distributed.together(lambda: self._commit(url, run_log), self.device, what, remedy)
-
-    def _commit(self, url: str, run_log: RunLog) -> None:
-        if self.world.is_main:
-            config = self.plan.config
-            checkpoints.commit(url, self._meta())
-            run_log.commit(self.step)
-            checkpoints.prune(config.run_dir, config.train.keep_last, config.train.keep_every)
-            metrics.write_status(config.run_dir, "running", step=self.step, images_seen=self.images_seen)
-
-    def _write_part(self, url: str) -> None:
-        slices = (
-            (shard.name, shard.shape, shard.offset, {**shard.states, **self.ema.states(index)})
-            for index, shard in enumerate(self.shards)
-        )
-        checkpoints.write_rank(url, self.world.rank, slices)
-
-    def _meta(self) -> Meta:
-        config = self.plan.config
-        return Meta(
-            step=self.step,
-            images_seen=self.images_seen,
-            optimizer_steps=self.engine.optimizer_steps(),
-            config=configs.to_yaml(config),
-            spec=self.plan.spec.to_json(),
-            manifest_hash=self.plan.manifest.hash,
-            world_size=self.world.size,
-            zero_stage=config.zero.stage,
-            versions=metrics.versions(),
-        )
 
 
 def open_run_folder(plan: Plan) -> int:
