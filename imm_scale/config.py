@@ -187,7 +187,9 @@ class EmaConfig:
 @dataclass(frozen=True)
 class ZeroConfig:
     stage: int = _opt(1, "What ranks share: nothing (0), optimizer state (1), gradients too (2), weights too (3).")
-    offload: Literal["none", "optimizer"] = _opt("none", "Keep the optimizer's state in host memory (stages 1-3).")
+    offload: Literal["none", "optimizer", "parameters"] = _opt(
+        "none", "Keep in host memory: the optimizer's state (stages 1-3), or that and the weights (stage 3)."
+    )
     extra: dict[str, Any] = _opt({}, "DeepSpeed config keys, merged over the generated ones as they are.")
 
 
@@ -498,6 +500,11 @@ def _optimizer(config: Config) -> None:
         raise UserError(f"optimizer.betas={betas} must be two numbers in [0, 1)")
     if config.zero.offload == "optimizer" and config.zero.stage == 0:
         raise UserError("zero.offload=optimizer needs zero.stage of at least 1: at stage 0 nothing is partitioned")
+    if config.zero.offload == "parameters" and config.zero.stage != 3:
+        raise UserError(
+            f"zero.offload=parameters needs zero.stage=3: at stage {config.zero.stage} every rank computes with whole "
+            "weights. Use zero.stage=3 or zero.offload=optimizer"
+        )
 
 
 def _going_on(config: Config) -> None:

@@ -42,7 +42,7 @@ class Meta:
         manifest_hash: of the data the run learns from.
         world_size, zero_stage: of the run that wrote it; a reader may have others.
         versions: library versions of the writer.
-        loss_scale: of fp16; None elsewhere.
+        loss_scale, loss_scale_good_steps: of fp16; None elsewhere.
         skipped: ranges [first, last) of images_seen whose batches were stepped over on purpose.
     """
 
@@ -56,6 +56,7 @@ class Meta:
     zero_stage: int
     versions: Mapping[str, str]
     loss_scale: float | None = None
+    loss_scale_good_steps: int = 0
     skipped: tuple[tuple[int, int], ...] = ()
     format_version: int = FORMAT_VERSION
 

@@ -4,9 +4,11 @@ The only file that imports deepspeed. The rest of the program sees `Engine`: a s
 """
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +21,25 @@ from imm_scale.errors import UserError
 from imm_scale.flow_map import FlowMap
 from imm_scale.models.dit import DiT
 from imm_scale.objectives.base import Objective
+from imm_scale.training.loss_scale import LossScale
 from imm_scale.training.shard import MOMENTS, Shard
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step came to; all but the loss are the same on every rank.
+
+    Attributes:
+        loss: this rank's share, a detached fp64 scalar: summed over ranks it is the mean over groups.
+        grad_norm: the global gradient norm before clipping, inf or nan where a gradient was not finite.
+        skipped: the gradient was not finite, and neither weights nor moments nor counters have changed on any rank.
+        loss_scale: the factor the step ran with, None but for fp16.
+    """
+
+    loss: Tensor
+    grad_norm: float
+    skipped: bool
+    loss_scale: float | None
 
 
 class LossModule(nn.Module):
@@ -50,7 +70,8 @@ def check_device(config: Config) -> None:
     if on_cpu and config.precision == "tf32":
         warnings.warn("precision=tf32 is a mode of NVIDIA GPUs: this CPU computes in fp32", stacklevel=2)
     if config.train.compile and config.zero.stage == 3:
-        raise UserError("train.compile=true does not work at zero.stage=3: use zero.stage=2 or train.compile=false")
+        # DeepSpeed's gathering hooks break the graph at every block: slower than eager, at the recompile limit.
+        warnings.warn("train.compile=true is for zero.stage 0 to 2: at stage 3 this run is not compiled", stacklevel=2)
 
 
 def deepspeed_config(
@@ -64,8 +85,10 @@ def deepspeed_config(
         block_numel: parameters of one transformer block, the unit in which stage 3 gathers weights.
     """
     zero: dict[str, Any] = {"stage": config.zero.stage}
-    if config.zero.offload == "optimizer":
+    if config.zero.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
+    if config.zero.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu"}
     if config.zero.stage == 3:
         # Both branches run a block one after the other: keep it gathered for the second, and let go of it then.
         zero["stage3_max_reuse_distance"] = block_numel
@@ -79,9 +102,9 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**12,
+        # DeepSpeed's own default is to clip at 1. At stage 0 `Engine` clips.
+        "gradient_clipping": (config.train.grad_clip or 0.0) if config.zero.stage > 0 else 0.0,
     }
-    if config.train.grad_clip is not None:
-        settings["gradient_clipping"] = config.train.grad_clip
     if config.precision in ("bf16", "fp16"):
         # Autocast rather than a cast of the module: the master weights, the conditioning and the loss stay fp32.
         settings["torch_autocast"] = {
@@ -152,7 +175,7 @@ class Engine:
         net = flow_map.model
         if isinstance(net, DiT):
             net.activation_checkpointing = config.train.activation_checkpointing
-            if config.train.compile:
+            if config.train.compile and config.zero.stage < 3:
                 net.compile_blocks()
         self._named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
         self._shapes = {name: tuple(p.shape) for name, p in self._named}
@@ -169,38 +192,67 @@ class Engine:
         self._accumulation = accumulation
         self._scale = accumulation * dist.get_world_size() / num_groups
         self._num_groups = num_groups
+        self._grad_clip = config.train.grad_clip
+        self.loss_scale = LossScale() if config.precision == "fp16" else None
+        self._take_over_loss_scaling()
         self.device = self._engine.device
         self._create_moments()
         self.set_optimizer_steps(0)
 
     # --- stepping ---
 
-    def step(self, micro_batches: Sequence[Batch], lr: float) -> tuple[Tensor, float]:
-        """One optimizer step.
-
-        Returns:
-            This rank's share of the loss (a detached fp64 scalar: summed over ranks it is the mean over groups), and
-            the global gradient norm before clipping.
-        """
+    def step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
+        """One optimizer step, or none on any rank where the gradient is not finite."""
         assert len(micro_batches) == self._accumulation
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+        loss_scale = None if self.loss_scale is None else self.loss_scale.value
+        scale = self._scale
+        if loss_scale is not None and self._stage == 0:
+            scale *= loss_scale
+        elif loss_scale is not None:
+            self._optimizer.override_loss_scale(loss_scale)  # DeepSpeed multiplies, and divides before it clips
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        grad_norm = 0.0
-        for batch in micro_batches:
+        for number, batch in enumerate(micro_batches, 1):
             tensors = (
                 t.to(self.device, non_blocking=True) for t in (batch.x, batch.label, batch.ordinal, batch.weight)
             )
             loss = self._engine(*tensors)
             # DeepSpeed divides by the accumulation and averages over ranks; the loss is a sum over real groups / G.
-            self._engine.backward(loss * self._scale)
+            self._engine.backward(loss * scale)
             total += loss.detach()
-            if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():
-                grad_norm = float(nn.utils.get_total_norm([p.grad for _, p in self._named if p.grad is not None]))
+            if self._stage == 0 and number == self._accumulation:
+                grad_norm = self._finish_whole_gradients(loss_scale)
             self._engine.step()
-        if self._stage > 0:
+        if self._stage > 0:  # DeepSpeed has skipped the step where this is not finite, at every precision
             grad_norm = float(self._engine.get_global_grad_norm())
-        return total / self._num_groups, grad_norm
+        skipped = not math.isfinite(grad_norm)
+        if self.loss_scale is not None:
+            self.loss_scale.update(skipped)
+        return StepResult(total / self._num_groups, grad_norm, skipped, loss_scale)
+
+    @torch.no_grad()
+    def _finish_whole_gradients(self, loss_scale: float | None) -> float:
+        """Norm and clipping at stage 0, where every rank holds the summed gradients whole.
+
+        Where the norm is not finite it drops them: the optimizer passes over parameters without a gradient.
+        """
+        gradients = [p.grad for _, p in self._named if p.grad is not None]
+        if loss_scale is not None:
+            torch._foreach_div_(gradients, loss_scale)
+        norm = nn.utils.get_total_norm(gradients)
+        if not math.isfinite(norm):
+            for _, parameter in self._named:
+                parameter.grad = None
+        elif self._grad_clip is not None:
+            nn.utils.clip_grads_with_norm_([p for _, p in self._named], self._grad_clip, norm)
+        return float(norm)
+
+    def _take_over_loss_scaling(self) -> None:
+        """Puts aside the scalers DeepSpeed makes for fp16, see loss_scale.py."""
+        self._engine.torch_autocast_z0_gradscaler = None
+        if self._stage > 0:
+            self._optimizer.torch_autocast_gradscaler = None
 
     # --- states ---
 
@@ -218,9 +270,11 @@ class Engine:
     def _create_moments(self) -> None:
         """Makes the optimizer's state exist before the first step, so that it can be loaded and saved at any time."""
         state = self._base_optimizer().state
+        fused = self._base_optimizer().defaults.get("fused")
         for flat in self._flat_parameters():
             if not state[flat]:
-                state[flat]["step"] = torch.zeros((), dtype=torch.float32)
+                # Fused kernels read the counter on the device, the others on the host.
+                state[flat]["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu")
                 for moment in MOMENTS:
                     state[flat][moment] = torch.zeros_like(flat, memory_format=torch.preserve_format)
 
@@ -253,15 +307,18 @@ class Engine:
         )
 
     def _stage3_shard(self, name: str, parameter: Any) -> Iterator[Shard]:
-        """An even split of the flattened parameter; the last ranks' slices end in padding, which is left out."""
-        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+        """An even split of the flattened parameter; the last ranks' slices end in padding, which is left out.
 
-        size = parameter.ds_tensor.ds_numel if hasattr(parameter.ds_tensor, "ds_numel") else parameter.ds_tensor.numel()
+        DeepSpeed's `safe_get_local_fp32_param` would be a copy where the state is offloaded; these are live.
+        """
+        group, start, size = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+        flat = self._flat_parameters()[group]
         offset = dist.get_rank() * size
         numel = min(size, parameter.ds_numel - offset)
         if numel > 0:
-            tensors = {key: safe_get_local_optimizer_state(parameter, key)[:numel] for key in MOMENTS}
-            weight = safe_get_local_fp32_param(parameter)[:numel]
+            state = self._base_optimizer().state[flat]
+            tensors = {key: state[key].narrow(0, start, numel) for key in MOMENTS}
+            weight = flat.data.narrow(0, start, numel)
             yield Shard(name, self._shapes[name], offset, {"weight": weight, **tensors})
 
     def master_shards(self) -> list[Shard]:

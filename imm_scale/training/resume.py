@@ -10,6 +10,7 @@ from imm_scale.training import checkpoint as checkpoints
 from imm_scale.training.checkpoint import Checkpoint, DamagedCheckpointError
 from imm_scale.training.ema import ShardedEma, state_name
 from imm_scale.training.engine import Engine
+from imm_scale.training.loss_scale import LossScale
 from imm_scale.training.setup import Plan
 from imm_scale.training.shard import MOMENTS
 
@@ -60,6 +61,8 @@ def restore(checkpoint: Checkpoint, engine: Engine, ema: ShardedEma) -> None:
         targets += [(state_name(decay), shard.name, shard.offset, average) for shard, average in pairs]
     checkpoints.load_into(targets, checkpoint)
     engine.set_optimizer_steps(checkpoint.meta.optimizer_steps)
+    if engine.loss_scale is not None and checkpoint.meta.loss_scale is not None:
+        engine.loss_scale = LossScale(checkpoint.meta.loss_scale, checkpoint.meta.loss_scale_good_steps)
     log.info(
         "resumed from %s at step %d (%d images seen)",
         checkpoint.url,

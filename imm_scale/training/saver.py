@@ -59,7 +59,7 @@ class Saver:
         checkpoints.write_rank(url, self._world.rank, slices)
 
     def _meta(self, step: int, images_seen: int, skipped: Ranges) -> Meta:
-        config = self._plan.config
+        config, loss_scale = self._plan.config, self._engine.loss_scale
         return Meta(
             step=step,
             images_seen=images_seen,
@@ -70,5 +70,7 @@ class Saver:
             world_size=self._world.size,
             zero_stage=config.zero.stage,
             versions=metrics.versions(),
+            loss_scale=None if loss_scale is None else loss_scale.value,
+            loss_scale_good_steps=0 if loss_scale is None else loss_scale.good_steps,
             skipped=tuple(skipped),
         )

@@ -104,10 +104,11 @@ class Trainer:
         assert batch.images_seen == self.images_seen
         self.images_seen += self.plan.layout.global_batch_size
         lr = learning_rate(self.plan.config, self.images_seen)
-        loss, grad_norm = self.engine.step(batch.micro_batches(self.plan.layout.accumulation), lr)
-        self.ema.update()
+        result = self.engine.step(batch.micro_batches(self.plan.layout.accumulation), lr)
+        if not result.skipped:
+            self.ema.update()
         self.step += 1
-        return loss, grad_norm, lr
+        return result.loss, result.grad_norm, lr
 
 
 def open_run_folder(plan: Plan) -> int:

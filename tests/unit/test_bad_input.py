@@ -33,7 +33,6 @@ def _fails_with_2(words: list[str], *argv: str, size: int = 1) -> None:
         (["model.heads=3"], ["model.width=32", "model.heads=3"]),
         (["model.patch_size=3"], ["model.patch_size=3", "8 x 8"]),
         (["model.size=DiT-M/2"], ["DiT-M/2", "DiT-XL/2"]),
-        (["train.compile=true", "zero.stage=3"], ["train.compile", "zero.stage=2"]),
         (["trane.max_steps=1"], ["trane.max_steps", "train.max_steps"]),
         (["configs/none.yaml"], ["configs/none.yaml"]),
         (["loss"], ["'loss'"]),

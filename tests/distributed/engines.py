@@ -1,0 +1,48 @@
+"""Engines without a trainer around them, for tests that run inside a rank."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from imm_scale import build, distributed
+from imm_scale import config as configs
+from imm_scale.config import Config
+from imm_scale.data.loader import Batch, Loader
+from imm_scale.training.engine import Engine
+from imm_scale.training.setup import plan
+
+
+@contextmanager
+def opened(*argv: str) -> Iterator[tuple[Config, Engine, Iterator[list[Batch]]]]:
+    """Config, engine and this rank's steps of micro-batches, for `key=value` words."""
+    world = distributed.detect()
+    distributed.init(world)
+    config = configs.load([], argv).config
+    prepared = plan(config, world.size)
+    layout, objective = prepared.layout, build.objective(config)
+    samples = layout.slots_per_micro_batch * layout.particles
+    flow_map = build.flow_map(prepared.spec, config.seed)
+    engine = Engine(config, flow_map, objective, layout.num_groups, layout.accumulation, samples)
+    manifest = config.data.manifest
+    assert manifest is not None
+    try:
+        with Loader(manifest, layout, world.rank, config.seed, config.data.block_samples) as loader:
+            yield config, engine, (batch.micro_batches(layout.accumulation) for batch in loader)
+    finally:
+        engine.close()
+
+
+def held(engine: Engine) -> dict[tuple[str, str], Tensor]:
+    """Copies of everything this rank steps, by state and parameter."""
+    return {
+        (state, shard.name): tensor.detach().clone()
+        for shard in engine.held_shards()
+        for state, tensor in shard.states.items()
+    }
+
+
+def same(a: dict[tuple[str, str], Tensor], b: dict[tuple[str, str], Tensor]) -> bool:
+    """Bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(tensor, b[key]) for key, tensor in a.items())
