@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from imm_scale import config as configs
 from imm_scale import distributed, storage
 from imm_scale.config import Config, Loaded
-from imm_scale.errors import UserError
+from imm_scale.errors import RunError, UserError
 
+EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75
 
@@ -265,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(words)
     try:
         return args.action(args)
-    except UserError as error:
+    except (UserError, RunError) as error:
         rank = distributed.detect().rank if "RANK" in os.environ else 0
         print(f"imm-scale {args.command}: " + (f"[rank {rank}] " if rank else "") + str(error), file=sys.stderr)
-        return EXIT_USER_ERROR
+        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED

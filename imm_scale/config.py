@@ -430,7 +430,8 @@ def _positive(config: Config) -> None:
     keys = (
         "data.block_samples data.cache_bytes objective.particles train.global_batch_size train.micro_batch_size "
         "train.max_steps train.log_every train.checkpoint_every train.keep_last train.keep_every optimizer.lr "
-        "train.holdout_every train.max_consecutive_skips train.step_timeout train.peak_flops optimizer.reference_images "
+        "train.holdout_every train.max_consecutive_skips train.step_timeout train.peak_flops "
+        "optimizer.reference_images "
         "flow_map.sigma_data flow_map.time_scale train.grad_clip sampling.num "
         "sampling.batch_size evaluation.repeats evaluation.num"
     )

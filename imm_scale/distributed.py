@@ -16,6 +16,7 @@ from imm_scale.errors import UserError
 
 _LEAST_TIMEOUT = 1800.0  # seconds; the watchdog is faster, and says more
 _FLIGHT_RECORDER = "TORCH_FR_BUFFER_SIZE"  # collectives torch remembers, for the watchdog to name the last one
+SAVER_GROUP = "saver"  # description of the process group over which ranks agree on checkpoints, beside training
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def init(world: World, env: Mapping[str, str] = os.environ, step_timeout: float 
     """
     if dist.is_initialized():
         return
-    os.environ.setdefault(_FLIGHT_RECORDER, "64")
+    os.environ.setdefault(_FLIGHT_RECORDER, "2000")
     timeout = timedelta(seconds=max(_LEAST_TIMEOUT, 2.0 * (step_timeout or 0.0)))
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # deepspeed insists on it
     backend = "nccl" if torch.cuda.is_available() else "gloo"

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 
 from imm_scale import distributed
 from imm_scale.config import Config
@@ -42,13 +41,13 @@ class HeldOut:
         first, last = rank * num_groups // layout.world_size, (rank + 1) * num_groups // layout.world_size
         self.num_groups, self._seed = num_groups, config.seed
         self._particles, self._micro = particles, layout.slots_per_micro_batch
-        self._rounds = -(-(-(-num_groups // layout.world_size)) // self._micro)
+        self._rounds = math.ceil(math.ceil(num_groups / layout.world_size) / self._micro)
         self._sigma_data = config.flow_map.sigma_data
         self._codec, self._shape = dataset.manifest.codec, dataset.manifest.latent_shape
         index = held[first * particles : last * particles]
         self._stored = torch.from_numpy(dataset.gather(index))
         self._label = torch.from_numpy(dataset.labels[index])
-        origin = -(-_FIRST_ORDINAL // particles) * particles
+        origin = _FIRST_ORDINAL // particles * particles
         self._ordinal = origin + torch.arange(first * particles, last * particles)
 
     def loss(self, engine: Engine) -> float:

@@ -8,11 +8,13 @@ import os
 import signal
 import subprocess
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
 log = logging.getLogger("imm_scale")
+_STEPS = 50  # recent steps a deadline looks at
 
 
 class StopSignals:
@@ -50,17 +52,22 @@ class Deadline:
 
     def __init__(self, end: float | None, margin: float):
         self.end, self._margin = end, margin
+        self._steps: deque[float] = deque(maxlen=_STEPS)
         self._longest_save = 0.0
 
+    def stepped(self, seconds: float) -> None:
+        """Tells how long a step took."""
+        self._steps.append(seconds)
+
     def saved(self, seconds: float) -> None:
-        """Tells how long a checkpoint took."""
+        """Tells how long a checkpoint took, to its commit."""
         self._longest_save = max(self._longest_save, seconds)
 
-    def is_near(self, step_seconds: float, now: float | None = None) -> bool:
-        """Whether to stop. The ranks agree one step late, so two more steps must fit beside the checkpoint."""
+    def is_near(self, now: float | None = None) -> bool:
+        """Whether to stop. The ranks agree one step late, so two of the longest recent steps must fit."""
         if self.end is None:
             return False
-        needed = 2 * step_seconds + self._longest_save + self._margin
+        needed = 2 * max(self._steps, default=0.0) + self._longest_save + self._margin
         return (time.time() if now is None else now) + needed >= self.end
 
 

@@ -40,8 +40,14 @@ class Saver:
         distributed.together(lambda: self._write_part(url), device, what, remedy)
         distributed.together(lambda: self._commit(url, meta, run_log), device, what, remedy)
 
-    def finish(self) -> None:
+    def wait(self) -> None:
         """Waits until what is being saved is committed."""
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.wait()
 
     def _commit(self, url: str, meta: Meta, run_log: RunLog) -> None:
         if self._world.is_main:

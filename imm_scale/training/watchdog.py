@@ -5,6 +5,7 @@ call), waits for the others to do so too, and reads: a rank that does not answer
 answer, the one that has started the fewest collectives is the one the others wait for.
 """
 
+import contextlib
 import faulthandler
 import json
 import logging
@@ -55,14 +56,21 @@ class Answer:
 
 
 def last_collective() -> tuple[int, str]:
-    """(number of collectives this rank has started, the last one in words), from torch's flight recorder."""
+    """(number of collectives this rank's training has started, the last one in words), by torch's flight recorder."""
     dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None) if torch.cuda.is_available() else None
     dump = dump or getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
     entries = json.loads(dump(True, False)).get("entries", []) if dump is not None else []
+    # The thread that writes checkpoints talks to its peers too, whenever it likes.
+    entries = [entry for entry in entries if entry["process_group"][1] != distributed.SAVER_GROUP]
     if not entries:
         return -1, "unknown"
     last = max(entries, key=lambda entry: entry["record_id"])
-    return last["record_id"], f"{last['profiling_name']} number {last['record_id']} of sizes {last['input_sizes']}"
+    started: dict[str, int] = {}
+    for entry in entries:
+        group = entry["process_group"][0]
+        started[group] = max(started.get(group, 0), entry["collective_seq_id"])
+    number = sum(started.values())
+    return number, f"{last['profiling_name']} of sizes {last['input_sizes']}, number {number}"
 
 
 def blame(answers: Sequence[Answer], hosts: Sequence[str]) -> str:
@@ -174,10 +182,9 @@ class Watchdog:
 
     def _dump_stacks(self) -> None:
         """Where every Python thread of this process is, in this rank's log file."""
-        files = [handler.stream for handler in log.handlers if isinstance(handler, logging.FileHandler)]
-        for handler in log.handlers:
-            handler.flush()
-        faulthandler.dump_traceback(files[0] if files else sys.stderr, all_threads=True)
+        names = [handler.baseFilename for handler in log.handlers if isinstance(handler, logging.FileHandler)]
+        with open(names[0], "a") if names else contextlib.nullcontext(sys.stderr) as file:
+            faulthandler.dump_traceback(file, all_threads=True)
 
     def _roll_call(self, answer: Answer, patience: float) -> list[Answer]:
         """What every rank that can still write says, after having waited so many seconds for it."""
