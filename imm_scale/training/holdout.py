@@ -1,5 +1,6 @@
 """The loss of samples that are never trained on, at the same draws every time."""
 
+import math
 from collections.abc import Iterator
 
 import torch
