@@ -33,6 +33,9 @@ class RunConfig:
     allow_change: list[str] = _opt(
         [], "Config keys (or whole sections) that may differ from the ones this run folder was started with."
     )
+    from_scratch: bool = _opt(
+        False, "Start at step 0 where the run folder has checkpoints but none of them is intact; else that is an error."
+    )
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,9 @@ class TrainConfig:
     checkpoint_every: int = _opt(5000, "Steps between checkpoints; the last step always has one.")
     keep_last: int = _opt(3, "Newest checkpoints kept.")
     keep_every: int | None = _opt(None, "Checkpoints at multiples of this many steps are kept for good.")
+    staging_dir: str | None = _opt(
+        None, "Local folder for checkpoint files on their way to a remote run.dir; null: in the system's temporary one."
+    )
     init_from: str | None = _opt(None, "Weights to start from: a run folder, or an exported file or folder.")
     activation_checkpointing: bool = _opt(
         False, "Recompute each block in the backward pass: less memory, a third more work."

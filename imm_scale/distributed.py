@@ -14,7 +14,7 @@ from torch import Tensor
 
 from imm_scale.errors import UserError
 
-_LEAST_TIMEOUT = 1800.0  # seconds; the watchdog is faster, and says more
+PATIENCE_SECONDS = 1800.0  # of a collective; the watchdog is faster, and says more
 _FLIGHT_RECORDER = "TORCH_FR_BUFFER_SIZE"  # collectives torch remembers, for the watchdog to name the last one
 SAVER_GROUP = "saver"  # description of the process group over which ranks agree on checkpoints, beside training
 
@@ -71,16 +71,16 @@ def _rendezvous(env: Mapping[str, str]) -> tuple[str, int]:
     return host, int(port)
 
 
-def init(world: World, env: Mapping[str, str] = os.environ, step_timeout: float | None = None) -> None:
+def init(world: World, env: Mapping[str, str] = os.environ, patience: float = PATIENCE_SECONDS) -> None:
     """Starts torch's process group: NCCL on GPUs, gloo on CPU; a world of one needs no network.
 
     Args:
-        step_timeout: seconds the user grants a step; a collective gets twice that, and never under half an hour.
+        patience: seconds after which a collective, or meeting the other ranks, is given up.
     """
     if dist.is_initialized():
         return
     os.environ.setdefault(_FLIGHT_RECORDER, "2000")
-    timeout = timedelta(seconds=max(_LEAST_TIMEOUT, 2.0 * (step_timeout or 0.0)))
+    timeout = timedelta(seconds=patience)
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # deepspeed insists on it
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
@@ -131,19 +131,42 @@ def all_agree(here: bool, where: torch.device) -> bool:
     return int(all_sum(votes)) == 0
 
 
+def problems(here: str, where: torch.device, group: dist.ProcessGroup | None = None) -> str:
+    """What went wrong on which ranks, "" where all of them say ""; the same on every rank.
+
+    Args:
+        here: this rank's word.
+        group: the ranks to ask, in place of all.
+    """
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    if size == 1:
+        return here
+    votes = torch.tensor(int(bool(here)), dtype=torch.int32, device=where)
+    dist.all_reduce(votes, group=group)
+    if not votes.item():
+        return ""
+    words: list[str] = [""] * size
+    dist.all_gather_object(words, here, group=group)
+    return "; ".join(f"{word} (rank {rank})" for rank, word in enumerate(words) if word)
+
+
+def attempt(action: Callable[[], None]) -> str:
+    """Does something with files; what kept it from working, or ""."""
+    try:
+        action()
+    except (OSError, UserError) as error:
+        return str(error) or type(error).__name__
+    return ""
+
+
 def together(action: Callable[[], None], where: torch.device, what: str, remedy: str) -> None:
     """Does something with files on every rank, and goes on only when it worked on all of them.
 
     Raises:
-        UserError: on every rank, when it failed with an OSError on any.
+        UserError: on every rank, when it failed on any.
     """
-    problem = "it failed on another rank"
-    worked = True
-    try:
-        action()
-    except OSError as error:
-        worked, problem = False, str(error)
-    if not all_agree(worked, where):
+    problem = problems(attempt(action), where)
+    if problem:
         raise UserError(f"cannot {what}: {problem}; {remedy}")
 
 

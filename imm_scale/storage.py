@@ -14,7 +14,7 @@ import random
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -277,8 +277,24 @@ def write_bytes(url: str, data: bytes) -> None:
         return
     path = local_path(url)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with _temporary(path, data) as temporary:
+    with _temporary(path, (data,)) as temporary:
         os.replace(temporary, path)
+
+
+def write_chunks(url: str, chunks: Iterable[bytes | memoryview], staging: str) -> None:
+    """As `write_bytes`, for what is too large to be held in one piece.
+
+    Args:
+        staging: a local folder; what goes to a remote store is gathered there first, and removed after its upload.
+    """
+    path = local_path(url) if is_local(url) else os.path.join(staging, name(url))
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with _temporary(path, chunks) as temporary:
+        if is_local(url):
+            os.replace(temporary, path)
+        else:
+            filesystem, remote = _locate(url)
+            patiently(url, lambda: filesystem.put_file(temporary, remote))
 
 
 def create_bytes(url: str, data: bytes) -> bool:
@@ -292,7 +308,7 @@ def create_bytes(url: str, data: bytes) -> bool:
             return True
         path = local_path(url)
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with _temporary(path, data) as temporary:
+        with _temporary(path, (data,)) as temporary:
             os.link(temporary, path)
     except FileExistsError:
         return False
@@ -304,12 +320,13 @@ def create_bytes(url: str, data: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def _temporary(path: str, data: bytes) -> Iterator[str]:
+def _temporary(path: str, chunks: Iterable[bytes | memoryview]) -> Iterator[str]:
     """A file beside `path` with these contents, on disk; it is gone afterwards, moved or not."""
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            for chunk in chunks:
+                file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
         yield temporary

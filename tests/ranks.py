@@ -88,3 +88,17 @@ def command_and_words(*argv: str) -> tuple[int, str]:
 def train(size: int, *argv: str) -> None:
     """`imm-scale train ARGV` on so many ranks, which must succeed."""
     assert run(command, size, "train", *argv) == [0] * size
+
+
+def _train_each(runs: Sequence[Sequence[str]]) -> None:
+    from imm_scale import config as configs
+    from imm_scale.training.trainer import train as train_one
+
+    for argv in runs:
+        train_one(configs.load([], argv).config)
+
+
+def train_each(size: int, runs: Sequence[Sequence[str]]) -> None:
+    """`imm-scale train` for each list of words, one after the other in the same ranks, which saves their start."""
+    if runs:
+        run(_train_each, size, runs)

@@ -2,20 +2,19 @@
 
 step-00001000/
   rank-00000.safetensors   flat fp32 slices, keyed "state/parameter"
-  rank-00000.json          parameter, shape and offset of each, and the sha256 of the file beside it
+  rank-00000.json          parameter, shape and offset of each, sha256 of the file beside it, checksum of each state
   meta.json                counters, config, model spec, versions
   COMMITTED                written last: names and sha256 of all files; without it the folder is not a checkpoint
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from imm_scale import storage
@@ -25,6 +24,7 @@ FORMAT_VERSION = 1
 COMMITTED = "COMMITTED"
 _FOLDER = "checkpoints"
 _PREFIX = "step-"
+_CHUNK = 1 << 22  # elements written, hashed or summed at once
 
 
 class DamagedCheckpointError(UserError):
@@ -44,6 +44,7 @@ class Meta:
         versions: library versions of the writer.
         loss_scale, loss_scale_good_steps: of fp16; None elsewhere.
         skipped: ranges [first, last) of images_seen whose batches were stepped over on purpose.
+        guards: what the guards against skipped and spiking steps remember.
     """
 
     step: int
@@ -58,6 +59,7 @@ class Meta:
     loss_scale: float | None = None
     loss_scale_good_steps: int = 0
     skipped: tuple[tuple[int, int], ...] = ()
+    guards: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @classmethod
@@ -83,29 +85,99 @@ def folder(run_dir: str, step: int) -> str:
 
 def committed_steps(run_dir: str) -> list[int]:
     """Steps that have a committed checkpoint, ascending."""
+    return [step for step in _steps(run_dir) if storage.exists(storage.join(folder(run_dir, step), COMMITTED))]
+
+
+def _steps(run_dir: str) -> list[int]:
     names = storage.list_names(storage.join(run_dir, _FOLDER))
-    steps = [int(name.removeprefix(_PREFIX)) for name in names if name.startswith(_PREFIX)]
-    return [step for step in sorted(steps) if storage.exists(storage.join(folder(run_dir, step), COMMITTED))]
+    return sorted(int(name.removeprefix(_PREFIX)) for name in names if name.startswith(_PREFIX))
 
 
-def write_rank(url: str, rank: int, slices: Iterable[tuple[str, tuple[int, ...], int, Mapping[str, Tensor]]]) -> None:
+@dataclass(frozen=True)
+class Piece:
+    """A slice of a flattened parameter with all its states, as a rank hands it over to be written.
+
+    Attributes:
+        name, shape: of the whole parameter.
+        offset: where the slice starts in it.
+        states: flat fp32 tensors on the host, by state.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    states: Mapping[str, Tensor]
+
+
+def checksum(name: str, offset: int, flat: Tensor) -> Tensor:
+    """Of a slice of one state of one parameter, an int64 on the slice's device.
+
+    The sum over elements of bits * (2 * position + 1) * an odd number made from the name, mod 2^64: over any cut of a
+    state into slices, on any ranks, the sums come to the same number, and one changed or misplaced element changes it.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    odd = 2 * torch.arange(min(_CHUNK, flat.numel()), dtype=torch.int64, device=flat.device) + 1
+    for start in range(0, flat.numel(), _CHUNK):
+        bits = flat[start : start + _CHUNK].view(torch.int32).to(torch.int64)
+        total += (bits * (odd[: len(bits)] + 2 * (offset + start))).sum()
+    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
+    return total * (2 * key + 1)
+
+
+def write_rank(url: str, rank: int, pieces: Sequence[Piece], staging: str) -> None:
     """Writes one rank's part.
 
     Args:
         url: the checkpoint's folder.
-        slices: (parameter, its whole shape, offset, {state: flat tensor}).
+        staging: a local folder that files for a remote store pass through.
     """
-    tensors: dict[str, Tensor] = {}
-    entries = []
-    for name, shape, offset, states in slices:
-        for state, tensor in states.items():
-            tensors[f"{state}/{name}"] = tensor.detach().to("cpu", torch.float32).contiguous()
-            entries.append({"state": state, "name": name, "shape": shape, "offset": offset, "numel": tensor.numel()})
-    data = save_safetensors(tensors)
-    file = f"rank-{rank:05d}.safetensors"
-    storage.write_bytes(storage.join(url, file), data)
-    description = {"file": file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "slices": entries}
+    places = [(piece, state, tensor) for piece in pieces for state, tensor in piece.states.items()]
+    file, digest, size = f"rank-{rank:05d}.safetensors", hashlib.sha256(), 0
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        nonlocal size
+        for chunk in _safetensors({f"{state}/{piece.name}": tensor for piece, state, tensor in places}):
+            digest.update(chunk)
+            size += len(chunk)
+            yield chunk
+
+    storage.write_chunks(storage.join(url, file), chunks(), staging)
+    sums = {state: torch.zeros((), dtype=torch.int64) for _, state, _ in places}
+    for piece, state, tensor in places:
+        sums[state] += checksum(piece.name, piece.offset, tensor)
+    description = {
+        "file": file,
+        "bytes": size,
+        "sha256": digest.hexdigest(),
+        "checksums": {state: int(total) for state, total in sums.items()},
+        "slices": [
+            {
+                "state": state,
+                "name": piece.name,
+                "shape": piece.shape,
+                "offset": piece.offset,
+                "numel": tensor.numel(),
+            }
+            for piece, state, tensor in places
+        ],
+    }
     storage.write_text(storage.join(url, f"rank-{rank:05d}.json"), json.dumps(description))
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file of flat fp32 tensors, without the copy of them that the stock writer makes."""
+    header: dict[str, Any] = {}
+    end = 0
+    for key, tensor in tensors.items():
+        start, end = end, end + 4 * tensor.numel()
+        header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        data = memoryview(tensor.numpy()).cast("B")
+        for start in range(0, len(data), 4 * _CHUNK):
+            yield data[start : start + 4 * _CHUNK]
 
 
 def commit(url: str, meta: Meta) -> None:
@@ -116,13 +188,25 @@ def commit(url: str, meta: Meta) -> None:
     storage.write_text(storage.join(url, COMMITTED), json.dumps({"format_version": FORMAT_VERSION, "sha256": hashes}))
 
 
-def prune(run_dir: str, keep_last: int, keep_every: int | None) -> None:
-    """Removes committed checkpoints beyond the newest `keep_last`, but for multiples of `keep_every`."""
-    for step in committed_steps(run_dir)[:-keep_last]:
-        if keep_every is None or step % keep_every:
-            url = folder(run_dir, step)
-            storage.remove(storage.join(url, COMMITTED))  # first, so that no reader takes half of it for whole
-            storage.remove(url)
+def remove(url: str) -> None:
+    """Removes a checkpoint or what there is of it."""
+    storage.remove(storage.join(url, COMMITTED))  # first, so that no reader takes half of it for whole
+    storage.remove(url)
+
+
+def prune(run_dir: str, step: int, keep_last: int, keep_every: int | None) -> None:
+    """Removes committed checkpoints beyond the newest `keep_last` up to `step`, but for multiples of `keep_every`.
+
+    Newer ones are damaged, or the run would not have come back to `step`: they neither count nor go.
+    """
+    for old in [found for found in committed_steps(run_dir) if found <= step][:-keep_last]:
+        if keep_every is None or old % keep_every:
+            remove(folder(run_dir, old))
+
+
+def uncommitted_steps(run_dir: str) -> list[int]:
+    """Steps of which there is a folder that was never committed: their writer died, or is still at it."""
+    return sorted(set(_steps(run_dir)) - set(committed_steps(run_dir)))
 
 
 class Checkpoint:
@@ -183,8 +267,21 @@ class Checkpoint:
         return [entry["file"] for entry in self.parts[part::parts] if not self._is_intact(entry)]
 
     def _is_intact(self, entry: Mapping[str, Any]) -> bool:
-        url = storage.join(self.url, entry["file"])
-        return storage.exists(url) and hashlib.sha256(storage.read_bytes(url)).hexdigest() == entry["sha256"]
+        url, digest = storage.join(self.url, entry["file"]), hashlib.sha256()
+        if not storage.exists(url) or storage.size(url) != entry["bytes"]:
+            return False
+        for start in range(0, entry["bytes"], 4 * _CHUNK):
+            digest.update(storage.read_range(url, start, min(start + 4 * _CHUNK, entry["bytes"])))
+        return digest.hexdigest() == entry["sha256"]
+
+    @property
+    def checksums(self) -> dict[str, int]:
+        """{state: its checksum over all ranks, as a signed 64-bit number}; empty where the writer was too old."""
+        sums: dict[str, int] = {}
+        for part in self.parts:
+            for state, value in part.get("checksums", {}).items():
+                sums[state] = sums.get(state, 0) + value
+        return {state: (value + 2**63) % 2**64 - 2**63 for state, value in sums.items()}
 
     def _place(self, file: str, key: str) -> tuple[str, int]:
         """URL of a tensor file and the byte in it where a tensor's data start."""

@@ -16,6 +16,8 @@ def state_name(decay: float) -> str:
 class ShardedEma:
     """One fp32 average per decay over this rank's slices, starting at the current weights.
 
+    That is 4 bytes x parameters / ranks for each, at every ZeRO stage: those of stage 0 are even parts.
+
     Args:
         shards: the slices this rank owns; their weights are live.
         decays: per optimizer step.
@@ -25,12 +27,22 @@ class ShardedEma:
         self.shards = list(shards)
         self._weights = [shard.states["weight"] for shard in shards]
         self.averages: dict[float, list[Tensor]] = {
-            decay: [weight.detach().clone() for weight in self._weights] for decay in decays
+            decay: [torch.empty_like(weight) for weight in self._weights] for decay in decays
         }
+        self.restart()
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Sets every average to the current weights."""
+        for averages in self.averages.values():
+            for average, weight in zip(averages, self._weights, strict=True):
+                average.copy_(weight)
 
     @torch.no_grad()
     def update(self) -> None:
         """average <- decay * average + (1 - decay) * weight."""
+        if not self._weights:
+            return  # in a world larger than the net the last ranks own nothing
         for decay, averages in self.averages.items():
             torch._foreach_lerp_(averages, self._weights, 1.0 - decay)
 

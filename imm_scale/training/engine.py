@@ -86,7 +86,10 @@ def deepspeed_config(
     Args:
         accumulation: micro-batches per step.
         samples_per_micro_batch: samples a rank runs at once.
-        block_numel: parameters of one transformer block, the unit in which stage 3 gathers weights.
+        block_numel: see below.
+
+    Raises:
+        UserError: `zero.extra` sets what another key of the config decides.
     """
     zero: dict[str, Any] = {"stage": config.zero.stage}
     if config.zero.offload != "none":
@@ -115,7 +118,39 @@ def deepspeed_config(
             "enabled": True,
             "dtype": {"bf16": "bfloat16", "fp16": "float16"}[config.precision],
         }
+    for key in _OWN_SETTINGS:
+        if _has(config.zero.extra, key):
+            raise UserError(f"zero.extra.{key} is not for zero.extra: set {_OWN_SETTINGS[key]}")
     return _merge(settings, config.zero.extra)
+
+
+# What the program builds on and therefore sets itself, and the config keys that decide it.
+_OWN_SETTINGS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.micro_batch_size, from which accumulation follows",
+    "gradient_clipping": "train.grad_clip",
+    "optimizer": "optimizer.*",
+    "scheduler": "optimizer.schedule and optimizer.warmup_images",
+    "fp16": "precision",
+    "bf16": "precision",
+    "torch_autocast.enabled": "precision",
+    "torch_autocast.dtype": "precision",
+    "zero_optimization.stage": "zero.stage",
+    "zero_optimization.offload_optimizer.device": "zero.offload",
+    "zero_optimization.offload_param.device": "zero.offload",
+}
+
+
+def _has(settings: Mapping[str, Any], key: str) -> bool:
+    first, _, rest = key.partition(".")
+    inner = settings.get(first)
+    return first in settings and (not rest or (isinstance(inner, Mapping) and _has(inner, rest)))
+
+
+def block_numel(net: nn.Module) -> int:
+    """Parameters of one transformer block, the unit in which stage 3 gathers weights."""
+    return sum(p.numel() for p in net.blocks[0].parameters()) if isinstance(net, DiT) else 10**6
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,8 +219,7 @@ class Engine:
         self._named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in self._named]
         self._shapes = {name: tuple(p.shape) for name, p in self._named}
-        block_numel = sum(p.numel() for p in net.blocks[0].parameters()) if isinstance(net, DiT) else 10**6
-        settings = deepspeed_config(config, accumulation, samples_per_micro_batch, block_numel)
+        settings = deepspeed_config(config, accumulation, samples_per_micro_batch, block_numel(net))
         deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
         self._module = LossModule(flow_map, objective, config.seed)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -319,10 +353,9 @@ class Engine:
     def _partition_shard(self, name: str, mapping: Any) -> Shard:
         flat = self._flat_parameters()[mapping.param_group_index]
         address, state = mapping.hp_fragment_address, self._base_optimizer().state[flat]
-        tensors = {key: state[key].narrow(0, address.start, address.numel) for key in MOMENTS}
-        return Shard(
-            name, self._shapes[name], mapping.lp_fragment_address.start, {"weight": mapping.hp_fragment, **tensors}
-        )
+        tensors = {"weight": flat.data, **{key: state[key] for key in MOMENTS}}
+        views = {key: tensor.narrow(0, address.start, address.numel) for key, tensor in tensors.items()}
+        return Shard(name, self._shapes[name], mapping.lp_fragment_address.start, views)
 
     def _stage3_shard(self, name: str, parameter: Any) -> Iterator[Shard]:
         """An even split of the flattened parameter; the last ranks' slices end in padding, which is left out.
@@ -335,9 +368,9 @@ class Engine:
         numel = min(size, parameter.ds_numel - offset)
         if numel > 0:
             state = self._base_optimizer().state[flat]
-            tensors = {key: state[key].narrow(0, start, numel) for key in MOMENTS}
-            weight = flat.data.narrow(0, start, numel)
-            yield Shard(name, self._shapes[name], offset, {"weight": weight, **tensors})
+            tensors = {"weight": flat.data, **{key: state[key] for key in MOMENTS}}
+            views = {key: tensor.narrow(0, start, numel) for key, tensor in tensors.items()}
+            yield Shard(name, self._shapes[name], offset, views)
 
     def master_shards(self) -> list[Shard]:
         """What this rank saves and averages: over all ranks every element of every parameter once."""
@@ -346,6 +379,17 @@ class Engine:
             return held
         rank, world_size = dist.get_rank(), dist.get_world_size()
         return [part for shard in held if (part := shard.even_part(rank, world_size)) is not None]
+
+    def publish_weights(self) -> None:
+        """Makes the net compute with the weights of `held_shards`, after these were written to."""
+        if self._stage in (1, 2):
+            self._optimizer.update_lp_params()
+        elif self._stage == 3:
+            for group in range(len(self._flat_parameters())):
+                self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            kept = self._optimizer.persistent_parameters
+            if kept:
+                kept[0].all_gather(kept)
 
     def close(self) -> None:
         self._engine.destroy()

@@ -130,7 +130,9 @@ class Loop:
         self.meter.add(result, batch.weight, seconds)
         self.around.deadline.stepped(seconds)
         self.watchdog.beat(number, "the ranks' vote")
-        wants_to_stop = self.around.signals.heard is not None or self.around.deadline.is_near()
+        wants_to_stop = self.around.signals.heard is not None or self.around.deadline.is_near(
+            state.saver.longest_seconds
+        )
         self._heed(self.ballot.cast(number, wants_to_stop, result.loss, result.grad_norm))
 
     def _note_skip(self, result: StepResult, batch: Batch) -> None:
@@ -185,12 +187,11 @@ class Loop:
         self.run_log.write({**record, "time": time.time()})
 
     def _save(self) -> None:
-        state, began = self.state, time.perf_counter()
+        state = self.state
         self.watchdog.beat(state.step, "a checkpoint")
         self.watchdog.allow(START_SECONDS)
         state.guards = {"skips": self.skips.counts, "recent": self.spikes.state()}
         state.save(self.run_log)
-        self.around.deadline.saved(time.perf_counter() - began)
 
 
 def _held_out(state: State) -> HeldOut | None:

@@ -92,11 +92,15 @@ class MetricsLog:
             self._unwritten.append(record)
 
     def commit(self, step: int) -> None:
-        """Call after the checkpoint of that step is committed."""
-        if self._unwritten:
+        """Call after the checkpoint of that step is committed; the records up to it are kept from then on.
+
+        Another thread may append later records meanwhile.
+        """
+        ready = [record for record in self._unwritten if record["step"] <= step]
+        if ready:
             url = storage.join(self._run_dir, _SEGMENTS, f"{step:08d}.jsonl")
-            storage.write_text(url, "".join(json.dumps(record) + "\n" for record in self._unwritten))
-            self._unwritten = []
+            storage.write_text(url, "".join(json.dumps(record) + "\n" for record in ready))
+            del self._unwritten[: len(ready)]
 
 
 def versions() -> dict[str, str]:

@@ -53,21 +53,20 @@ class Deadline:
     def __init__(self, end: float | None, margin: float):
         self.end, self._margin = end, margin
         self._steps: deque[float] = deque(maxlen=_STEPS)
-        self._longest_save = 0.0
 
     def stepped(self, seconds: float) -> None:
         """Tells how long a step took."""
         self._steps.append(seconds)
 
-    def saved(self, seconds: float) -> None:
-        """Tells how long a checkpoint took, to its commit."""
-        self._longest_save = max(self._longest_save, seconds)
+    def is_near(self, save_seconds: float, now: float | None = None) -> bool:
+        """Whether to stop. The ranks agree one step late, so two of the longest recent steps must fit.
 
-    def is_near(self, now: float | None = None) -> bool:
-        """Whether to stop. The ranks agree one step late, so two of the longest recent steps must fit."""
+        Args:
+            save_seconds: what a checkpoint has taken so far, at most.
+        """
         if self.end is None:
             return False
-        needed = 2 * max(self._steps, default=0.0) + self._longest_save + self._margin
+        needed = 2 * max(self._steps, default=0.0) + save_seconds + self._margin
         return (time.time() if now is None else now) + needed >= self.end
 
 

@@ -1,8 +1,15 @@
-"""Going on from a checkpoint: which one, its weights, its moments, averages and counters."""
+"""Going on from a checkpoint: which one, what it holds for this rank, and the proof that all of it arrived."""
 
 import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from imm_scale import distributed, weights
+import torch
+from torch import Tensor
+
+from imm_scale import config as configs
+from imm_scale import distributed, storage, weights
+from imm_scale.config import Config
 from imm_scale.distributed import World
 from imm_scale.errors import UserError
 from imm_scale.flow_map import FlowMap
@@ -10,38 +17,90 @@ from imm_scale.training import checkpoint as checkpoints
 from imm_scale.training.checkpoint import Checkpoint, DamagedCheckpointError
 from imm_scale.training.ema import ShardedEma, state_name
 from imm_scale.training.engine import Engine
+from imm_scale.training.identity import check_identity
 from imm_scale.training.loss_scale import LossScale
 from imm_scale.training.setup import Plan
-from imm_scale.training.shard import MOMENTS
+from imm_scale.training.shard import MOMENTS, Shard
 
 log = logging.getLogger("imm_scale")
 
 
-def newest_checkpoint(run_dir: str, world: World) -> Checkpoint | None:
-    """The newest intact checkpoint of the run folder, the same on every rank; ranks share the work of hashing it."""
+# --- which one ---
+
+
+def check_run_folder(plan: Plan) -> None:
+    """Raises UserError where the run folder holds another run."""
+    config, run_dir = plan.config, plan.config.run_dir
+    config_url = storage.join(run_dir, "config.yaml")
+    if storage.exists(config_url):
+        old = configs.from_yaml(storage.read_text(config_url))
+        check_identity(config, plan.manifest.hash, old, _manifest_hash(run_dir) or plan.manifest.hash)
+
+
+def _manifest_hash(run_dir: str) -> str | None:
+    """Of the newest checkpoint that can be read."""
     for step in reversed(checkpoints.committed_steps(run_dir)):
+        try:
+            return Checkpoint.of_step(run_dir, step).meta.manifest_hash
+        except DamagedCheckpointError:
+            continue  # `find` says so
+    return None
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a run goes on: at a checkpoint, or at step 0 where there is none; and what was passed over, and why."""
+
+    checkpoint: Checkpoint | None
+    passed_over: Sequence[str]
+
+    @property
+    def step(self) -> int:
+        return 0 if self.checkpoint is None else self.checkpoint.meta.step
+
+
+def find(config: Config, world: World) -> Found:
+    """The newest intact checkpoint of the run folder, the same on every rank; ranks share the work of hashing it.
+
+    Raises:
+        UserError: there are checkpoints, but none is intact, and `run.from_scratch` is not set.
+    """
+    run_dir, device = config.run_dir, distributed.device(world)
+    passed_over = [
+        f"checkpoint of step {step} is skipped: it was never committed"
+        for step in reversed(checkpoints.uncommitted_steps(run_dir))
+    ]
+    steps = checkpoints.committed_steps(run_dir)
+    for step in reversed(steps):
         found, problem = None, ""
         try:
             found = Checkpoint.of_step(run_dir, step)
             problem = ", ".join(found.damaged_files(world.rank, world.size))
         except DamagedCheckpointError as error:
             problem = str(error)
-        if distributed.all_agree(not problem, distributed.device(world)):
-            return found
-        log.warning("checkpoint of step %d is skipped, it is damaged: %s", step, problem or "see the other ranks")
-    return None
+        problem = distributed.problems(problem, device)
+        if not problem:
+            return Found(found, passed_over)
+        passed_over.append(f"checkpoint of step {step} is skipped, it is damaged: {problem}")
+    if steps and not config.run.from_scratch:
+        raise UserError(
+            f"{run_dir} holds checkpoints, but none is intact:\n  " + "\n  ".join(passed_over) + "\nRestore a file, "
+            "choose another run.dir, or start at step 0 on purpose: run.from_scratch=true"
+        )
+    return Found(None, passed_over)
 
 
-def load_weights(flow_map: FlowMap, plan: Plan, resumed: Checkpoint | None) -> None:
-    """Puts the checkpoint's weights, or those of `train.init_from`, into a fresh net.
+# --- what it holds ---
+
+
+def load_init_weights(flow_map: FlowMap, plan: Plan) -> None:
+    """Puts the weights of `train.init_from`, if it is set, into a fresh net.
 
     Raises:
-        UserError: `train.init_from` holds another net.
+        UserError: it holds another net.
     """
     init_from = plan.config.train.init_from
-    if resumed is not None:
-        weights.put(flow_map, resumed.weights(), resumed.url)
-    elif init_from is not None:
+    if init_from is not None:
         spec, tensors = weights.read(init_from)
         if spec.net != plan.spec.net:
             raise UserError(f"train.init_from={init_from} holds another net: {spec.net}, not {plan.spec.net}")
@@ -49,23 +108,70 @@ def load_weights(flow_map: FlowMap, plan: Plan, resumed: Checkpoint | None) -> N
 
 
 def restore(checkpoint: Checkpoint, engine: Engine, ema: ShardedEma) -> None:
-    """Moments, averages and the optimizer's counter; the weights went in before the engine was built."""
-    targets = [
-        (moment, shard.name, shard.offset, shard.states[moment]) for shard in engine.held_shards() for moment in MOMENTS
-    ]
+    """Takes weights, moments, averages, counters and loss scale from a checkpoint, into an engine of any age.
+
+    Every rank reads its own slices and no more. An average that the checkpoint lacks starts at its weights.
+
+    Raises:
+        UserError: it holds another net, or what arrived is not what was saved.
+    """
+    meta, shards = checkpoint.meta, list(engine.held_shards())
+    _check_shapes(checkpoint, shards)
+    held = [(state, shard, tensor) for shard in shards for state, tensor in shard.states.items()]
+    checkpoints.load_into([(state, shard.name, shard.offset, tensor) for state, shard, tensor in held], checkpoint)
+    engine.publish_weights()
+    engine.set_optimizer_steps(meta.optimizer_steps)
+    if engine.loss_scale is not None and meta.loss_scale is not None:
+        engine.loss_scale = LossScale(meta.loss_scale, meta.loss_scale_good_steps)
+    ema.restart()
     for decay, averages in ema.averages.items():
         if state_name(decay) not in checkpoint.states:
             log.warning("the checkpoint has no average of decay %g: it starts at the current weights", decay)
             continue
         pairs = zip(ema.shards, averages, strict=True)
-        targets += [(state_name(decay), shard.name, shard.offset, average) for shard, average in pairs]
-    checkpoints.load_into(targets, checkpoint)
-    engine.set_optimizer_steps(checkpoint.meta.optimizer_steps)
-    if engine.loss_scale is not None and checkpoint.meta.loss_scale is not None:
-        engine.loss_scale = LossScale(checkpoint.meta.loss_scale, checkpoint.meta.loss_scale_good_steps)
-    log.info(
-        "resumed from %s at step %d (%d images seen)",
-        checkpoint.url,
-        checkpoint.meta.step,
-        checkpoint.meta.images_seen,
-    )
+        checkpoints.load_into([(state_name(decay), s.name, s.offset, average) for s, average in pairs], checkpoint)
+    _prove(checkpoint, engine, ema)
+    log.info("resumed from %s at step %d (%d images seen)", checkpoint.url, meta.step, meta.images_seen)
+
+
+def _check_shapes(checkpoint: Checkpoint, shards: Sequence[Shard]) -> None:
+    for shard in shards:
+        saved = checkpoint.shapes.get(shard.name)
+        if saved != shard.shape:
+            raise UserError(
+                f"{checkpoint.url} holds another net: {shard.name} is "
+                f"{'missing' if saved is None else list(saved)} there and {list(shard.shape)} here"
+            )
+
+
+# --- the proof ---
+
+
+def _prove(checkpoint: Checkpoint, engine: Engine, ema: ShardedEma) -> None:
+    """Compares what the engine will step with, read back from it, with what was saved. Raises UserError."""
+    found = _sums(engine, ema)
+    expected, steps = checkpoint.checksums, checkpoint.meta.optimizer_steps
+    remedy = f"remove {checkpoint.url} to go on from the checkpoint before it"
+    for state, value in found.items():
+        if state in expected and value != expected[state]:
+            raise UserError(f"{checkpoint.url}: {state} did not arrive as it was saved; {remedy}")
+        if steps > 0 and value == 0:  # its bits are all 0
+            raise UserError(f"{checkpoint.url}: {state} is zero after {steps} optimizer steps; {remedy}")
+    if engine.optimizer_steps() != steps:
+        raise UserError(f"the optimizer counts {engine.optimizer_steps()} steps, the checkpoint {steps}; {remedy}")
+
+
+def _sums(engine: Engine, ema: ShardedEma) -> dict[str, int]:
+    """{state: its checksum over all ranks}."""
+
+    def slices() -> Iterator[tuple[str, Shard, Tensor]]:
+        for index, shard in enumerate(engine.master_shards()):
+            for state, tensor in {**shard.states, **ema.states(index)}.items():
+                yield state, shard, tensor
+
+    names = ["weight", *MOMENTS, *(state_name(decay) for decay in ema.averages)]
+    sums = torch.zeros(len(names), dtype=torch.int64, device=engine.device)
+    for state, shard, tensor in slices():
+        sums[names.index(state)] += checkpoints.checksum(shard.name, shard.offset, tensor).to(engine.device)
+    distributed.all_sum(sums)
+    return dict(zip(names, sums.tolist(), strict=True))

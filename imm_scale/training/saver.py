@@ -1,13 +1,33 @@
-"""Writing checkpoints while a run goes on."""
+"""Writing checkpoints while a run goes on.
 
-from collections.abc import Sequence
+A save copies this rank's slices to host memory at the end of a step, the only time training waits for it. A thread
+then writes them (for a remote run folder by way of a local file), asks the threads of the other ranks over a process
+group of their own whether all of it worked, and lets rank 0 commit. At most one save is under way.
+"""
+
+import getpass
+import hashlib
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from imm_scale import config as configs
-from imm_scale import distributed
+from imm_scale import distributed, storage
+from imm_scale.config import Config
 from imm_scale.distributed import World
+from imm_scale.errors import UserError
 from imm_scale.training import checkpoint as checkpoints
 from imm_scale.training import metrics
-from imm_scale.training.checkpoint import Meta
+from imm_scale.training.checkpoint import Meta, Piece
 from imm_scale.training.ema import ShardedEma
 from imm_scale.training.engine import Engine
 from imm_scale.training.run_log import RunLog
@@ -15,56 +35,151 @@ from imm_scale.training.setup import Plan
 
 Ranges = Sequence[tuple[int, int]]
 
+_NO_GUARDS: Mapping[str, Any] = MappingProxyType({})
+_HOST = torch.device("cpu")
+_LAST_WORDS_SECONDS = 60.0  # that a failing run waits for a save under way
+
+log = logging.getLogger("imm_scale")
+
+
+class HostCopy:
+    """Host memory for one copy of all slices, made at the first save and filled anew by each."""
+
+    def __init__(self) -> None:
+        self._flat = torch.empty(0)
+
+    def take(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """The same pieces with their present values, safe from further steps until the next call."""
+        sources = [tensor.detach() for piece in pieces for tensor in piece.states.values()]
+        sizes = [tensor.numel() for tensor in sources]
+        on_gpu = any(tensor.is_cuda for tensor in sources)
+        if self._flat.numel() != sum(sizes):
+            self._flat = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=on_gpu)
+        views = list(self._flat.split(sizes))
+        for view, source in zip(views, sources, strict=True):
+            view.copy_(source, non_blocking=True)
+        if on_gpu:
+            torch.cuda.current_stream().synchronize()
+        copies = iter(views)
+        return [Piece(p.name, p.shape, p.offset, {state: next(copies) for state in p.states}) for p in pieces]
+
 
 class Saver:
     """Saves the state of a run; all ranks call it at the same steps.
 
+    A save that fails is said, counted and left behind: training goes on, and the checkpoint before stays as it is.
+    As a context manager it waits for the save under way.
+
     Attributes:
-        failed_checkpoints: saves that did not end in a commit.
+        failed_checkpoints: saves so far that did not end in a commit; the same on every rank once they are over.
+        longest_seconds: the most a save has taken so far, from its beginning to its commit.
     """
 
     def __init__(self, plan: Plan, world: World, engine: Engine, ema: ShardedEma):
         self._plan, self._world, self._engine, self._ema = plan, world, engine, ema
         self.failed_checkpoints = 0
+        self.longest_seconds = 0.0
+        self._copy = HostCopy()
+        self._staging = staging_folder(plan.config, world.rank)
+        self._group = dist.new_group(backend="gloo", group_desc=distributed.SAVER_GROUP) if world.size > 1 else None
+        self._under_way: Future[str] | None = None
+        self._last_problem = ""
 
-    def save(self, step: int, images_seen: int, skipped: Ranges, run_log: RunLog) -> None:
-        """All ranks write, then rank 0 commits; a failed write leaves the last committed checkpoint as it is.
+    def save(
+        self, step: int, images_seen: int, skipped: Ranges, run_log: RunLog, guards: Mapping[str, Any] = _NO_GUARDS
+    ) -> None:
+        """Takes the state as it is now, and leaves it to a thread to write. Waits for the save before, if need be.
 
         Args:
             skipped: ranges [first, last) of images_seen that were stepped over on purpose.
+            guards: what the guards remember.
         """
-        url = checkpoints.folder(self._plan.config.run_dir, step)
-        remedy = "the last committed checkpoint is intact: make room and start again"
-        what, device = f"write checkpoint {url}", distributed.device(self._world)
-        meta = self._meta(step, images_seen, skipped)
-        distributed.together(lambda: self._write_part(url), device, what, remedy)
-        distributed.together(lambda: self._commit(url, meta, run_log), device, what, remedy)
+        self.wait()
+        pieces = self._copy.take(self._pieces())
+        meta, outcome = self._meta(step, images_seen, skipped, guards), Future[str]()
+        self._under_way = outcome
+        # Not a pool's thread: those are waited for at exit, and a peer that died would make this one wait for long.
+        threading.Thread(target=self._run, args=(outcome, pieces, meta, run_log), name="saver", daemon=True).start()
 
     def wait(self) -> None:
-        """Waits until what is being saved is committed."""
+        """Until no save is under way. Raises what the writing thread did not expect."""
+        if self._under_way is not None:
+            outcome, self._under_way = self._under_way, None
+            self._last_problem = outcome.result()
+
+    def finish(self) -> None:
+        """Waits until what is being saved is committed.
+
+        Raises:
+            UserError: the last save failed: what was learned since the one before would be lost.
+        """
+        self.wait()
+        if self._last_problem:
+            raise UserError(f"{self._last_problem}; the last committed checkpoint is intact: make room and start again")
 
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.wait()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.finish()
+        elif self._under_way is not None:
+            try:
+                self._under_way.result(timeout=_LAST_WORDS_SECONDS)
+            except (TimeoutError, RuntimeError) as second:
+                log.error("the checkpoint under way was left: %s", second or "it took too long")
 
-    def _commit(self, url: str, meta: Meta, run_log: RunLog) -> None:
-        if self._world.is_main:
-            config = self._plan.config
-            checkpoints.commit(url, meta)
-            run_log.commit(meta.step)
-            checkpoints.prune(config.run_dir, config.train.keep_last, config.train.keep_every)
-            metrics.write_status(config.run_dir, "running", step=meta.step, images_seen=meta.images_seen)
+    # --- on the writing thread ---
 
-    def _write_part(self, url: str) -> None:
-        slices = (
-            (shard.name, shard.shape, shard.offset, {**shard.states, **self._ema.states(index)})
+    def _run(self, outcome: Future[str], pieces: Sequence[Piece], meta: Meta, run_log: RunLog) -> None:
+        began = time.monotonic()
+        try:
+            problem = self._write(pieces, meta, run_log)
+            self.longest_seconds = max(self.longest_seconds, time.monotonic() - began)
+            outcome.set_result(problem)
+        except BaseException as error:  # noqa: BLE001 - it is raised where the outcome is asked for
+            outcome.set_exception(error)
+
+    def _write(self, pieces: Sequence[Piece], meta: Meta, run_log: RunLog) -> str:
+        """Writes and commits. Returns what went wrong, the same on every rank, or ""."""
+        url, rank = checkpoints.folder(self._plan.config.run_dir, meta.step), self._world.rank
+        # A damaged checkpoint that the run went back behind may still be there.
+        problem = self._everywhere(distributed.attempt(lambda: checkpoints.remove(url)) if rank == 0 else "")
+        if not problem:
+            part = distributed.attempt(lambda: checkpoints.write_rank(url, rank, pieces, self._staging))
+            problem = self._everywhere(part)
+        if not problem:
+            problem = self._everywhere(distributed.attempt(lambda: checkpoints.commit(url, meta)) if rank == 0 else "")
+        if problem:
+            self.failed_checkpoints += 1
+            problem = f"cannot write checkpoint {storage.shown(url)}: {problem}"
+            log.warning("%s; training goes on, the checkpoint before is intact", problem)
+        if rank == 0:
+            left = distributed.attempt(lambda: checkpoints.remove(url) if problem else self._tidy(meta, run_log))
+            if left:
+                log.warning("after the save of step %d: %s", meta.step, left)
+        return problem
+
+    def _everywhere(self, problem: str) -> str:
+        return distributed.problems(problem, _HOST, self._group)
+
+    def _tidy(self, meta: Meta, run_log: RunLog) -> None:
+        config = self._plan.config
+        run_log.commit(meta.step)
+        checkpoints.prune(config.run_dir, meta.step, config.train.keep_last, config.train.keep_every)
+        metrics.write_status(config.run_dir, "running", step=meta.step, images_seen=meta.images_seen)
+
+    # --- what is saved ---
+
+    def _pieces(self) -> list[Piece]:
+        return [
+            Piece(shard.name, shard.shape, shard.offset, {**shard.states, **self._ema.states(index)})
             for index, shard in enumerate(self._ema.shards)
-        )
-        checkpoints.write_rank(url, self._world.rank, slices)
+        ]
 
-    def _meta(self, step: int, images_seen: int, skipped: Ranges) -> Meta:
+    def _meta(self, step: int, images_seen: int, skipped: Ranges, guards: Mapping[str, Any]) -> Meta:
         config, loss_scale = self._plan.config, self._engine.loss_scale
         return Meta(
             step=step,
@@ -79,4 +194,24 @@ class Saver:
             loss_scale=None if loss_scale is None else loss_scale.value,
             loss_scale_good_steps=0 if loss_scale is None else loss_scale.good_steps,
             skipped=tuple(skipped),
+            guards=dict(guards),
         )
+
+
+def staging_folder(config: Config, rank: int) -> str:
+    """Where this rank's files wait for their upload: a local folder of this run, this rank and this user alone."""
+    base = config.train.staging_dir or os.path.join(tempfile.gettempdir(), f"imm-scale-{getpass.getuser()}")
+    run = hashlib.sha256(config.run_dir.encode()).hexdigest()[:16]
+    return os.path.join(base, run, f"rank-{rank:05d}")
+
+
+def remove_leftovers(config: Config, world: World) -> None:
+    """Removes what a writer that died has left: every rank its staged files, rank 0 folders without a commit.
+
+    Call it when no rank reads or writes checkpoints.
+    """
+    storage.remove(staging_folder(config, world.rank))
+    if world.is_main:
+        for step in checkpoints.uncommitted_steps(config.run_dir):
+            log.info("the checkpoint of step %d is removed: its writer ended before it was committed", step)
+            checkpoints.remove(checkpoints.folder(config.run_dir, step))

@@ -1,6 +1,10 @@
 """What a config means for a manifest and a number of ranks, known and checked before anything starts."""
 
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+import yaml
 
 from imm_scale import build
 from imm_scale import config as configs
@@ -10,8 +14,9 @@ from imm_scale.data.dataset import Dataset
 from imm_scale.data.manifest import Manifest, check_expectations
 from imm_scale.data.plan import Layout, holdout_count, steps_per_epoch
 from imm_scale.errors import UserError
-from imm_scale.models.dit import parameter_count
+from imm_scale.models.dit import DiT, parameter_count
 from imm_scale.scaling import cost
+from imm_scale.training.engine import block_numel, deepspeed_config
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ def _triple(shape: list[int]) -> tuple[int, int, int]:
 
 
 def describe(config: Config, world_size: int) -> str:
-    """The resolved config and what it means on so many ranks, as `--dry-run` prints it."""
+    """The resolved config, DeepSpeed's settings and what they mean on so many ranks, as `--dry-run` prints it."""
     prepared = plan(config, world_size)
     layout, net, samples = prepared.layout, prepared.spec.net, trained_samples(config, prepared.manifest)
     forward = cost.forward_multiply_adds(net)
@@ -72,7 +77,16 @@ def describe(config: Config, world_size: int) -> str:
         + (f"; {prepared.manifest.num_samples - samples:,} images held out" if config.data.holdout else ""),
         f"run folder         {config.run_dir}",
     ]
-    return configs.to_yaml(config) + "\n" + "\n".join(lines)
+    settings = yaml.safe_dump({"deepspeed": _deepspeed_settings(prepared)}, sort_keys=False)
+    return configs.to_yaml(config) + "\n" + settings + "\n" + "\n".join(lines)
+
+
+def _deepspeed_settings(prepared: Plan) -> dict[str, Any]:
+    layout = prepared.layout
+    with torch.device("meta"):
+        unit = block_numel(DiT(prepared.spec.net))
+    samples = layout.slots_per_micro_batch * layout.particles
+    return deepspeed_config(prepared.config, layout.accumulation, samples, unit)
 
 
 def _has_padding(layout: Layout) -> bool:

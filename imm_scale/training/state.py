@@ -6,6 +6,7 @@ from typing import Any
 from imm_scale import build, distributed
 from imm_scale.distributed import World
 from imm_scale.training import guard, resume
+from imm_scale.training.checkpoint import Checkpoint
 from imm_scale.training.ema import ShardedEma
 from imm_scale.training.engine import Engine
 from imm_scale.training.run_log import RunLog
@@ -14,7 +15,7 @@ from imm_scale.training.setup import Plan
 
 
 class State:
-    """What a checkpoint holds, alive. Made anew, from the newest checkpoint, at each start and at each rewind.
+    """What a checkpoint holds, alive. Made anew from a checkpoint (None: at step 0) at each start and each rewind.
 
     Attributes:
         step, images_seen: the clock; steps that were skipped or stepped over count.
@@ -22,13 +23,13 @@ class State:
         guards: what the guards remember.
     """
 
-    def __init__(self, plan: Plan, world: World):
+    def __init__(self, plan: Plan, world: World, resumed: Checkpoint | None):
         self.plan, self.world = plan, world
         config, layout = plan.config, plan.layout
         self.device = distributed.device(world)
-        resumed = resume.newest_checkpoint(config.run_dir, world)
         flow_map = build.flow_map(plan.spec, config.seed)
-        resume.load_weights(flow_map, plan, resumed)
+        if resumed is None:
+            resume.load_init_weights(flow_map, plan)
         samples = layout.slots_per_micro_batch * layout.particles
         self.engine = Engine(config, flow_map, build.objective(config), layout.num_groups, layout.accumulation, samples)
         self.ema = ShardedEma(self.engine.master_shards(), config.ema.decays)
@@ -40,7 +41,7 @@ class State:
             resume.restore(resumed, self.engine, self.ema)
             meta = resumed.meta
             self.step, self.images_seen = meta.step, meta.images_seen
-            self.stepped_over = list(meta.skipped)
+            self.stepped_over, self.guards = list(meta.skipped), dict(meta.guards)
 
     def step_over(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Leaves out these batches too, when the clock comes to them."""
@@ -52,4 +53,4 @@ class State:
         self.images_seen += self.plan.layout.global_batch_size
 
     def save(self, run_log: RunLog) -> None:
-        self.saver.save(self.step, self.images_seen, self.stepped_over, run_log)
+        self.saver.save(self.step, self.images_seen, self.stepped_over, run_log, self.guards)

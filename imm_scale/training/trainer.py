@@ -6,45 +6,16 @@ from imm_scale.config import Config
 from imm_scale.distributed import World
 from imm_scale.errors import UserError
 from imm_scale.training import checkpoint as checkpoints
-from imm_scale.training import metrics, preemption, watchdog
-from imm_scale.training.checkpoint import Checkpoint, DamagedCheckpointError
+from imm_scale.training import metrics, preemption, resume, watchdog
+from imm_scale.training.checkpoint import Checkpoint
 from imm_scale.training.engine import check_device
 from imm_scale.training.guard import Rewind, Rewinds
-from imm_scale.training.identity import check_identity
 from imm_scale.training.loop import Loop, Outcome, Surroundings
 from imm_scale.training.preemption import StopSignals
 from imm_scale.training.run_log import check_wandb_key, log, set_up_logging
+from imm_scale.training.saver import remove_leftovers
 from imm_scale.training.setup import Plan, plan
 from imm_scale.training.state import State
-
-
-def open_run_folder(plan: Plan) -> int:
-    """Creates the run folder, or checks that it holds the same run.
-
-    Returns:
-        The step of its newest committed checkpoint, 0 if there is none.
-
-    Raises:
-        UserError: it holds another run, or cannot be written.
-    """
-    config, run_dir = plan.config, plan.config.run_dir
-    config_url = storage.join(run_dir, "config.yaml")
-    steps = checkpoints.committed_steps(run_dir)
-    if storage.exists(config_url):
-        old = configs.from_yaml(storage.read_text(config_url))
-        old_hash = _manifest_hash(run_dir, steps) or plan.manifest.hash
-        check_identity(config, plan.manifest.hash, old, old_hash)
-    return steps[-1] if steps else 0
-
-
-def _manifest_hash(run_dir: str, steps: list[int]) -> str | None:
-    """Of the newest checkpoint that can be read."""
-    for step in reversed(steps):
-        try:
-            return Checkpoint.of_step(run_dir, step).meta.manifest_hash
-        except DamagedCheckpointError:
-            continue  # the trainer names it when it passes over it
-    return None
 
 
 def train(config: Config, world: World | None = None) -> Outcome:
@@ -60,31 +31,37 @@ def train(config: Config, world: World | None = None) -> Outcome:
     world = world or distributed.detect()
     check_device(config)
     prepared = plan(config, world.size)
-    if open_run_folder(prepared) >= config.train.max_steps:
+    resume.check_run_folder(prepared)
+    # The watchdog comes first, however long a step may take.
+    distributed.init(world, patience=max(distributed.PATIENCE_SECONDS, 2 * (config.train.step_timeout or 0.0)))
+    found = resume.find(config, world)
+    if found.step >= config.train.max_steps:
         if world.is_main:
             print(f"{config.run_dir} is complete: step {config.train.max_steps} is committed")
         return "completed"
-    distributed.init(world, step_timeout=config.train.step_timeout)
-    distributed.barrier()  # no rank writes before all have read
     check_wandb_key(config, world)
+    distributed.barrier()  # no rank writes before all have read
     with StopSignals(config.train.stop_signals) as signals:
         _claim_run_folder(prepared, world)
         set_up_logging(config.run_dir, world.rank)
-        deadline = preemption.deadline(config.train.stop_before)
+        for words in found.passed_over:
+            log.warning(words)
         try:
-            return _train(prepared, world, Surroundings(*watchdog.roll(world), signals, deadline))
+            remove_leftovers(config, world)
+            around = Surroundings(*watchdog.roll(world), signals, preemption.deadline(config.train.stop_before))
+            return _train(prepared, world, around, found.checkpoint)
         except (UserError, RuntimeError, OSError) as error:
             log.error("failed: %s", error)
             _note_failure(config.run_dir, error, world.rank)
             raise
 
 
-def _train(prepared: Plan, world: World, around: Surroundings) -> Outcome:
-    """Goes on from the newest checkpoint, and again from it after each spike."""
+def _train(prepared: Plan, world: World, around: Surroundings, checkpoint: Checkpoint | None) -> Outcome:
+    """Goes on from a checkpoint, and after each spike from the newest one, as if started again."""
     config = prepared.config
     rewinds, rewind = Rewinds(config.train.max_rewinds), None
     while True:
-        state = State(prepared, world)
+        state = State(prepared, world, checkpoint)
         if rewind is not None:
             rewinds.add(rewind, state.step, config.train.global_batch_size)
         state.step_over(rewinds.ranges)
@@ -95,6 +72,8 @@ def _train(prepared: Plan, world: World, around: Surroundings) -> Outcome:
             rewind = error.with_traceback(None)  # which would keep the old engine alive
             loop.run_log.close()
             state.engine.close()
+            del state, loop
+            checkpoint = resume.find(config, world).checkpoint
             continue
         _finish(loop, outcome)
         return outcome

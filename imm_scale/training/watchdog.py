@@ -94,13 +94,17 @@ class Watchdog:
         timeout: seconds a step may take; None: 20 times the median step, at least 600.
         hosts: host name of each rank.
         call: a word all ranks of this start share, so that an earlier start's answers are not read.
+
+    Attributes:
+        limit: seconds the step under way may take.
+        fired: the deadline has passed, and the process is about to end.
     """
 
     def __init__(self, run_dir: str, world: World, timeout: float | None, hosts: Sequence[str], call: str):
         self._run_dir, self._world, self._hosts, self._timeout = run_dir, world, hosts, timeout
         self._folder = storage.join(run_dir, _FOLDER, call)
         self._durations: deque[float] = deque(maxlen=101)
-        self._limit = START_SECONDS
+        self.limit = START_SECONDS
         self._step, self._phase = 0, "starting"
         self._since = time.monotonic()
         self._left = threading.Event()
@@ -136,11 +140,11 @@ class Watchdog:
         now = time.monotonic()
         if not slow:
             self._durations.append(now - self._since)
-        self._since, self._limit = now, self._step_limit()
+        self._since, self.limit = now, self._step_limit()
 
     def allow(self, seconds: float) -> None:
         """The step under way may take at least so long, because of what it does besides."""
-        self._limit = max(self._limit, seconds)
+        self.limit = max(self.limit, seconds)
 
     def _step_limit(self) -> float:
         if self._timeout is not None:
@@ -150,13 +154,13 @@ class Watchdog:
         return max(_FLOOR, _TIMES_MEDIAN * statistics.median(self._durations))
 
     def _watch(self) -> None:
-        while not self._left.wait(min(1.0, self._limit / 10)):
-            if time.monotonic() - self._since > self._limit:
+        while not self._left.wait(min(1.0, self.limit / 10)):
+            if time.monotonic() - self._since > self.limit:
                 self.fired = True
                 self._end_the_job()
 
     def _end_the_job(self) -> None:
-        limit = self._limit
+        limit = self.limit
         answer = Answer(
             self._world.rank,
             self._hosts[self._world.rank],

@@ -6,7 +6,6 @@ import signal
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -75,20 +74,6 @@ def test_sigterm_commits_and_leaves_with_75(digits, tmp_path, undisturbed):
     _assert_same_states(run_dir, undisturbed)
 
 
-@pytest.mark.parametrize(("first", "second"), [((2, 1), (1, 3)), ((1, 3), (3, 0)), ((3, 2), (2, 1)), ((1, 0), (2, 2))])
-def test_other_ranks_and_stages_go_on_with_the_same_curve(first, second, digits, tmp_path, undisturbed):
-    run_dir = tmp_path / "run"
-    for (size, stage), steps in ((first, 10), (second, STEPS)):
-        ranks.train(size, *_settings(digits, run_dir), f"zero.stage={stage}", f"train.max_steps={steps}")
-    # The same fp32 sums in another order, as in the test of equal losses.
-    np.testing.assert_allclose(losses(run_dir), losses(undisturbed), rtol=1e-4)
-    a, b = Checkpoint.latest(str(run_dir)), Checkpoint.latest(str(undisturbed))
-    assert a.meta.optimizer_steps == b.meta.optimizer_steps == STEPS
-    for state in a.states:
-        for name, tensor in a.weights(state).items():
-            torch.testing.assert_close(tensor, b.weights(state)[name], rtol=1e-3, atol=2e-5)
-
-
 def test_a_finished_run_is_left_alone(undisturbed, digits):
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
     ranks.train(1, *_settings(digits, undisturbed))
@@ -105,7 +90,8 @@ def test_uncommitted_and_damaged_checkpoints_are_passed_over(digits, tmp_path, u
     data[-1] ^= 1
     damaged.write_bytes(data)
     ranks.train(2, *_settings(digits, run_dir))
-    for rank, name in enumerate(("see the other ranks", "rank-00001.safetensors")):
+    for rank in range(2):
         words = (run_dir / "logs" / f"rank-0000{rank}.log").read_text()
-        assert f"checkpoint of step 15 is skipped, it is damaged: {name}" in words
+        assert "checkpoint of step 20 is skipped: it was never committed" in words
+        assert "checkpoint of step 15 is skipped, it is damaged: rank-00001.safetensors (rank 1)" in words
     _assert_same_states(run_dir, undisturbed)

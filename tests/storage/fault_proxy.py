@@ -25,6 +25,7 @@ class Faults:
         cut: the connection is closed in the middle of the answer's body.
         slow: answered after `spike_seconds`.
         flips: bodies of at least 1 KiB left to damage by one byte.
+        only: requests whose path does not contain this are left alone.
     """
 
     busy: float = 0.0
@@ -32,6 +33,7 @@ class Faults:
     slow: float = 0.0
     flips: int = 0
     spike_seconds: float = 2.0
+    only: str = ""
     done: Counter[str] = field(default_factory=Counter)
 
 
@@ -53,10 +55,12 @@ class Proxy:
         self._server.shutdown()
         self._server.server_close()
 
-    def choose(self) -> str:
+    def choose(self, path: str) -> str:
         """The fate of the next request."""
         with self._lock:
             faults, drawn = self.faults, self._random.random()
+            if faults.only not in path:
+                return "passed"
             for fate in ("busy", "cut", "slow"):
                 share = getattr(faults, fate)
                 if drawn < share:
@@ -86,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _pass_on(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        fate = self.proxy.choose()
+        fate = self.proxy.choose(self.path)
         if fate == "busy":
             self._answer(503, [("Content-Type", "application/xml")], _SLOW_DOWN)
             return

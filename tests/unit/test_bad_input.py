@@ -33,6 +33,11 @@ def _fails_with_2(words: list[str], *argv: str, size: int = 1) -> None:
         (["model.heads=3"], ["model.width=32", "model.heads=3"]),
         (["model.patch_size=3"], ["model.patch_size=3", "8 x 8"]),
         (["model.size=DiT-M/2"], ["DiT-M/2", "DiT-XL/2"]),
+        (["zero.stage=4"], ["zero.stage=4", "0, 1, 2 or 3"]),
+        (["zero.offload=parameters", "zero.stage=1"], ["zero.offload=parameters", "zero.stage=3"]),
+        (["zero.extra.gradient_clipping=1"], ["zero.extra.gradient_clipping", "train.grad_clip"]),
+        (["zero.extra.zero_optimization.stage=2"], ["zero.extra.zero_optimization.stage", "zero.stage"]),
+        (["optimizer.name=lion"], ["optimizer.name", "lion", "adamw", "radam"]),
         (["trane.max_steps=1"], ["trane.max_steps", "train.max_steps"]),
         (["configs/none.yaml"], ["configs/none.yaml"]),
         (["loss"], ["'loss'"]),
@@ -70,6 +75,11 @@ def test_another_config_in_the_run_folder_is_refused_or_allowed_on_purpose(tiny,
     changed = [*tiny, "train.max_steps=4", "optimizer.lr=5e-4", "model.qk_norm=false", "train.log_every=2"]
     _fails_with_2(["optimizer.lr: 0.001 -> 0.0005", "run.allow_change=[optimizer.lr]"], "train", *changed)
     assert ((run_dir / "config.yaml").read_text(), (run_dir / "status.json").read_text()) == before
+    other = [*tiny, "train.max_steps=4", "model.depth=3", "objective.name=flow_matching", "objective.particles=1"]
+    words = ["model.depth: 2 -> 3", "objective.name: imm -> flow_matching", "objective.particles: 4 -> 1"]
+    _fails_with_2(words, "train", *other)
+    allowed = "run.allow_change=[model,objective]"
+    _fails_with_2(["holds another net", "blocks.2"], "train", *other, allowed)
     ranks.train(1, *changed, "run.allow_change=[optimizer.lr]")
     assert committed_steps(str(run_dir)) == [2, 4]
 

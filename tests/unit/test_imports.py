@@ -25,6 +25,7 @@ LAYERS = [
     {"sampling"},
     {"evaluation"},
     {"report"},
+    {"doctor"},
     {"cli"},
     {"__main__"},
 ]

@@ -10,7 +10,15 @@ from safetensors.numpy import load_file
 
 from imm_scale.errors import UserError
 from imm_scale.training import checkpoint as checkpoints
-from imm_scale.training.checkpoint import Checkpoint, DamagedCheckpointError, Meta, committed_steps, folder, write_rank
+from imm_scale.training.checkpoint import (
+    Checkpoint,
+    DamagedCheckpointError,
+    Meta,
+    Piece,
+    committed_steps,
+    folder,
+    write_rank,
+)
 
 SHAPES = {"a": (3, 5), "b": (7,), "c": ()}
 
@@ -28,8 +36,8 @@ def _write(run_dir: str, step: int, world_size: int) -> dict[str, torch.Tensor]:
             size = len(whole[name])
             start, stop = rank * size // world_size, (rank + 1) * size // world_size
             if start < stop:
-                slices.append((name, shape, start, {"weight": whole[name][start:stop]}))
-        write_rank(folder(run_dir, step), rank, slices)
+                slices.append(Piece(name, shape, start, {"weight": whole[name][start:stop]}))
+        write_rank(folder(run_dir, step), rank, slices, run_dir)
     return whole
 
 
@@ -94,7 +102,7 @@ def test_retention_keeps_the_newest_and_the_milestones(tmp_path):
     for step in range(1, 9):
         _write(str(tmp_path), step, 1)
         checkpoints.commit(folder(str(tmp_path), step), _meta(step, 1))
-    checkpoints.prune(str(tmp_path), keep_last=2, keep_every=3)
+    checkpoints.prune(str(tmp_path), 8, keep_last=2, keep_every=3)
     assert committed_steps(str(tmp_path)) == [3, 6, 7, 8]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         f"step-{step:08d}" for step in (3, 6, 7, 8)

@@ -1,0 +1,91 @@
+"""Bytes that a ZeRO-3 step sends: two gathers of the parameters and one reduce-scatter, and nothing for IMM's loss."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests import ranks
+from tests.conftest import TINY
+from tests.distributed.engines import opened
+
+NET = ("model.width=64", "model.depth=8", "model.heads=2", "zero.stage=3")
+# Which argument of a collective is the whole of what is gathered or reduced.
+GATHERS = {"all_gather_into_tensor": 0, "_all_gather_base": 0, "all_gather": 0}
+SCATTERS = {"reduce_scatter_tensor": 1, "_reduce_scatter_base": 1, "reduce_scatter": 1}
+OTHERS = {"all_reduce": 0, "broadcast": 0, "reduce": 0, "all_to_all_single": 0, "all_to_all": 0, "gather": 0}
+
+
+def _bytes(value: Any) -> int:
+    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else value.numel() * value.element_size()
+
+
+def _listen(counts: Counter[str]) -> None:
+    """Counts what every collective of torch.distributed carries; call it before anybody takes hold of them."""
+    for kind, functions in (("gather", GATHERS), ("scatter", SCATTERS), ("other", OTHERS)):
+        for name, position in functions.items():
+
+            def wrap(function: Callable[..., Any], kind: str, position: int) -> Callable[..., Any]:
+                names = ("output_tensor", "input_tensor") if kind == "gather" else ("output", "input")
+
+                def counting(*args: Any, **options: Any) -> Any:
+                    whole = args[position] if len(args) > position else options.get(names[position], torch.empty(0))
+                    counts[kind] += _bytes(whole)
+                    return function(*args, **options)
+
+                return counting
+
+            if hasattr(dist, name):
+                setattr(dist, name, wrap(getattr(dist, name), kind, position))
+
+
+def _traffic(manifest: str, naive: bool, more: list[str]) -> dict[str, float]:
+    """Bytes of one step over bytes of all parameters, by kind of collective."""
+    from imm_scale.flow_map import ConditionalNet
+    from imm_scale.models.dit import DiT
+
+    counts: Counter[str] = Counter()
+    _listen(counts)
+    if naive:
+        DiT.pair = ConditionalNet.pair  # one branch through all blocks, then the other
+    with opened(*TINY, *NET, f"data.manifest={manifest}", *more) as (_, engine, steps):
+        for _ in range(3):  # DeepSpeed learns the order of modules in the first steps
+            engine.step(next(steps), 1e-3)
+        counts.clear()
+        engine.step(next(steps), 1e-3)
+        total = sum(4 * shard.numel for shard in engine.master_shards())
+    whole = torch.tensor(float(total))
+    traffic = dict(counts)
+    dist.all_reduce(whole)
+    return {kind: traffic.get(kind, 0) / float(whole) for kind in ("gather", "scatter", "other")}
+
+
+@pytest.fixture(scope="module")
+def both_branches_at_once(digits: str) -> dict[str, float]:
+    return ranks.run(_traffic, 2, digits, False, [])[0]
+
+
+def test_a_step_gathers_twice_and_scatters_once(both_branches_at_once):
+    found = both_branches_at_once
+    print("block by block:", found)
+    assert found["gather"] + found["scatter"] <= 1.02 * 3, found
+    assert found["scatter"] == pytest.approx(1.0, abs=0.02) and found["gather"] > 1.9
+    assert found["other"] < 1e-3, "the gradient norm and the overflow flag are a few bytes"
+
+
+def test_one_branch_after_the_other_gathers_three_times(digits, both_branches_at_once):
+    naive = ranks.run(_traffic, 2, digits, True, [])[0]
+    print("one branch after the other:", naive)
+    ratio = sum(naive.values()) / sum(both_branches_at_once.values())
+    assert ratio == pytest.approx(4 / 3, abs=0.05), (naive, both_branches_at_once)
+
+
+def test_the_loss_of_imm_sends_nothing(digits, both_branches_at_once):
+    plain = ["objective.name=flow_matching", "objective.particles=1"]
+    flow_matching = ranks.run(_traffic, 2, digits, False, plain)[0]
+    print("flow matching:", flow_matching)
+    assert both_branches_at_once["other"] == pytest.approx(flow_matching["other"], rel=0.01)
+    assert sum(both_branches_at_once.values()) <= 1.02 * sum(flow_matching.values())
