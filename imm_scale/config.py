@@ -188,6 +188,9 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class EmaConfig:
     decays: list[float] = _opt([0.9999], "Decay per step of each moving average of the weights; the first is sampled.")
+    images: int | None = _opt(
+        None, "Images the decays hold for, in place of a step: averages as long at any train.global_batch_size."
+    )
 
 
 @dataclass(frozen=True)
@@ -264,6 +267,11 @@ class Config:
     @property
     def run_dir(self) -> str:
         return self.run.dir or f"runs/{self.run.name}"
+
+    @property
+    def ema_power(self) -> float:
+        """What a decay is raised to for one step: its images over those the decay is meant for."""
+        return 1.0 if self.ema.images is None else self.train.global_batch_size / self.ema.images
 
 
 @dataclass(frozen=True)
@@ -437,8 +445,7 @@ def _positive(config: Config) -> None:
         "data.block_samples data.cache_bytes objective.particles train.global_batch_size train.micro_batch_size "
         "train.max_steps train.log_every train.checkpoint_every train.keep_last train.keep_every optimizer.lr "
         "train.holdout_every train.max_consecutive_skips train.step_timeout train.peak_flops "
-        "optimizer.reference_images "
-        "flow_map.sigma_data flow_map.time_scale train.grad_clip sampling.num "
+        "optimizer.reference_images ema.images flow_map.sigma_data flow_map.time_scale train.grad_clip sampling.num "
         "sampling.batch_size evaluation.repeats evaluation.num"
     )
     for key in keys.split():

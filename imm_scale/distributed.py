@@ -15,8 +15,8 @@ from torch import Tensor
 from imm_scale.errors import UserError
 
 PATIENCE_SECONDS = 1800.0  # of a collective; the watchdog is faster, and says more
-_FLIGHT_RECORDER = "TORCH_FR_BUFFER_SIZE"  # collectives torch remembers, for the watchdog to name the last one
 SAVER_GROUP = "saver"  # description of the process group over which ranks agree on checkpoints, beside training
+_FLIGHT_RECORDER = "TORCH_FR_BUFFER_SIZE"  # collectives torch remembers, for the watchdog to name the last one
 
 
 @dataclass(frozen=True)

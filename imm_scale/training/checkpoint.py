@@ -44,7 +44,7 @@ class Meta:
         versions: library versions of the writer.
         loss_scale, loss_scale_good_steps: of fp16; None elsewhere.
         skipped: ranges [first, last) of images_seen whose batches were stepped over on purpose.
-        guards: what the guards against skipped and spiking steps remember.
+        guards: what the loop's guards remember, as they handed it over.
     """
 
     step: int
@@ -175,7 +175,7 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for tensor in tensors.values():
-        data = memoryview(tensor.numpy()).cast("B")
+        data = tensor.numpy().data.cast("B")
         for start in range(0, len(data), 4 * _CHUNK):
             yield data[start : start + 4 * _CHUNK]
 

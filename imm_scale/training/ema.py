@@ -20,15 +20,17 @@ class ShardedEma:
 
     Args:
         shards: the slices this rank owns; their weights are live.
-        decays: per optimizer step.
+        decays: which averages there are.
+        power: what a decay is raised to for one update; 1 where decays are meant per step.
     """
 
-    def __init__(self, shards: Sequence[Shard], decays: Sequence[float]):
+    def __init__(self, shards: Sequence[Shard], decays: Sequence[float], power: float = 1.0):
         self.shards = list(shards)
         self._weights = [shard.states["weight"] for shard in shards]
         self.averages: dict[float, list[Tensor]] = {
             decay: [torch.empty_like(weight) for weight in self._weights] for decay in decays
         }
+        self._power = power
         self.restart()
 
     @torch.no_grad()
@@ -40,11 +42,11 @@ class ShardedEma:
 
     @torch.no_grad()
     def update(self) -> None:
-        """average <- decay * average + (1 - decay) * weight."""
+        """average <- d * average + (1 - d) * weight with d = decay^power; call it after each step that was taken."""
         if not self._weights:
             return  # in a world larger than the net the last ranks own nothing
         for decay, averages in self.averages.items():
-            torch._foreach_lerp_(averages, self._weights, 1.0 - decay)
+            torch._foreach_lerp_(averages, self._weights, 1.0 - decay**self._power)
 
     def states(self, index: int) -> dict[str, Tensor]:
         """{state name: average} of the index-th slice."""

@@ -1,11 +1,10 @@
 """Going on from a checkpoint: which one, what it holds for this rank, and the proof that all of it arrived."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from imm_scale import config as configs
 from imm_scale import distributed, storage, weights
@@ -149,29 +148,25 @@ def _check_shapes(checkpoint: Checkpoint, shards: Sequence[Shard]) -> None:
 
 def _prove(checkpoint: Checkpoint, engine: Engine, ema: ShardedEma) -> None:
     """Compares what the engine will step with, read back from it, with what was saved. Raises UserError."""
-    found = _sums(engine, ema)
     expected, steps = checkpoint.checksums, checkpoint.meta.optimizer_steps
     remedy = f"remove {checkpoint.url} to go on from the checkpoint before it"
-    for state, value in found.items():
-        if state in expected and value != expected[state]:
+    for state, (checksum, elements) in _read_back(engine, ema).items():
+        if state in expected and checksum != expected[state]:
             raise UserError(f"{checkpoint.url}: {state} did not arrive as it was saved; {remedy}")
-        if steps > 0 and value == 0:  # its bits are all 0
+        if steps > 0 and elements == 0:
             raise UserError(f"{checkpoint.url}: {state} is zero after {steps} optimizer steps; {remedy}")
     if engine.optimizer_steps() != steps:
         raise UserError(f"the optimizer counts {engine.optimizer_steps()} steps, the checkpoint {steps}; {remedy}")
 
 
-def _sums(engine: Engine, ema: ShardedEma) -> dict[str, int]:
-    """{state: its checksum over all ranks}."""
-
-    def slices() -> Iterator[tuple[str, Shard, Tensor]]:
-        for index, shard in enumerate(engine.master_shards()):
-            for state, tensor in {**shard.states, **ema.states(index)}.items():
-                yield state, shard, tensor
-
+def _read_back(engine: Engine, ema: ShardedEma) -> dict[str, tuple[int, int]]:
+    """{state: (its checksum, how many of its elements are not zero)} over all ranks."""
     names = ["weight", *MOMENTS, *(state_name(decay) for decay in ema.averages)]
-    sums = torch.zeros(len(names), dtype=torch.int64, device=engine.device)
-    for state, shard, tensor in slices():
-        sums[names.index(state)] += checkpoints.checksum(shard.name, shard.offset, tensor).to(engine.device)
-    distributed.all_sum(sums)
-    return dict(zip(names, sums.tolist(), strict=True))
+    totals = torch.zeros(len(names), 2, dtype=torch.int64, device=engine.device)
+    for index, shard in enumerate(engine.master_shards()):
+        for state, tensor in {**shard.states, **ema.states(index)}.items():
+            row = totals[names.index(state)]
+            row[0] += checkpoints.checksum(shard.name, shard.offset, tensor).to(engine.device)
+            row[1] += torch.count_nonzero(tensor).to(engine.device)
+    distributed.all_sum(totals)
+    return {name: (checksum, elements) for name, (checksum, elements) in zip(names, totals.tolist(), strict=True)}

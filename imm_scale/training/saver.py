@@ -5,6 +5,7 @@ then writes them (for a remote run folder by way of a local file), asks the thre
 group of their own whether all of it worked, and lets rank 0 commit. At most one save is under way.
 """
 
+import copy
 import getpass
 import hashlib
 import logging
@@ -14,7 +15,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -35,7 +36,6 @@ from imm_scale.training.setup import Plan
 
 Ranges = Sequence[tuple[int, int]]
 
-_NO_GUARDS: Mapping[str, Any] = MappingProxyType({})
 _HOST = torch.device("cpu")
 _LAST_WORDS_SECONDS = 60.0  # that a failing run waits for a save under way
 
@@ -86,17 +86,22 @@ class Saver:
         self._last_problem = ""
 
     def save(
-        self, step: int, images_seen: int, skipped: Ranges, run_log: RunLog, guards: Mapping[str, Any] = _NO_GUARDS
+        self,
+        step: int,
+        images_seen: int,
+        skipped: Ranges,
+        run_log: RunLog,
+        guards: Mapping[str, Any] | None = None,
     ) -> None:
         """Takes the state as it is now, and leaves it to a thread to write. Waits for the save before, if need be.
 
         Args:
             skipped: ranges [first, last) of images_seen that were stepped over on purpose.
-            guards: what the guards remember.
+            guards: what to give back as `Meta.guards`, plain enough for JSON; taken as it is now.
         """
         self.wait()
         pieces = self._copy.take(self._pieces())
-        meta, outcome = self._meta(step, images_seen, skipped, guards), Future[str]()
+        meta, outcome = self._meta(step, images_seen, skipped, guards or {}), Future[str]()
         self._under_way = outcome
         # Not a pool's thread: those are waited for at exit, and a peer that died would make this one wait for long.
         threading.Thread(target=self._run, args=(outcome, pieces, meta, run_log), name="saver", daemon=True).start()
@@ -194,7 +199,7 @@ class Saver:
             loss_scale=None if loss_scale is None else loss_scale.value,
             loss_scale_good_steps=0 if loss_scale is None else loss_scale.good_steps,
             skipped=tuple(skipped),
-            guards=dict(guards),
+            guards=copy.deepcopy(dict(guards)),
         )
 
 

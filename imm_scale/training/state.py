@@ -32,7 +32,7 @@ class State:
             resume.load_init_weights(flow_map, plan)
         samples = layout.slots_per_micro_batch * layout.particles
         self.engine = Engine(config, flow_map, build.objective(config), layout.num_groups, layout.accumulation, samples)
-        self.ema = ShardedEma(self.engine.master_shards(), config.ema.decays)
+        self.ema = ShardedEma(self.engine.master_shards(), config.ema.decays, config.ema_power)
         self.saver = Saver(plan, world, self.engine, self.ema)
         self.step = self.images_seen = 0
         self.stepped_over: list[tuple[int, int]] = []

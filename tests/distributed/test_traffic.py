@@ -13,10 +13,11 @@ from tests.conftest import TINY
 from tests.distributed.engines import opened
 
 NET = ("model.width=64", "model.depth=8", "model.heads=2", "zero.stage=3")
-# Which argument of a collective is the whole of what is gathered or reduced.
-GATHERS = {"all_gather_into_tensor": 0, "_all_gather_base": 0, "all_gather": 0}
-SCATTERS = {"reduce_scatter_tensor": 1, "_reduce_scatter_base": 1, "reduce_scatter": 1}
-OTHERS = {"all_reduce": 0, "broadcast": 0, "reduce": 0, "all_to_all_single": 0, "all_to_all": 0, "gather": 0}
+# Which argument of a collective is the whole of what is gathered or reduced: its position, its names.
+GATHERS = dict.fromkeys(("all_gather_into_tensor", "all_gather"), (0, ("output_tensor", "tensor_list")))
+SCATTERS = dict.fromkeys(("reduce_scatter_tensor", "reduce_scatter"), (1, ("input", "input_list")))
+OTHERS = dict.fromkeys(("all_reduce", "broadcast", "reduce", "gather"), (0, ("tensor",)))
+OTHERS |= dict.fromkeys(("all_to_all_single", "all_to_all"), (1, ("input", "input_tensor_list")))
 
 
 def _bytes(value: Any) -> int:
@@ -26,20 +27,19 @@ def _bytes(value: Any) -> int:
 def _listen(counts: Counter[str]) -> None:
     """Counts what every collective of torch.distributed carries; call it before anybody takes hold of them."""
     for kind, functions in (("gather", GATHERS), ("scatter", SCATTERS), ("other", OTHERS)):
-        for name, position in functions.items():
+        for name, (position, keywords) in functions.items():
+            setattr(dist, name, _counting(getattr(dist, name), counts, kind, position, keywords))
 
-            def wrap(function: Callable[..., Any], kind: str, position: int) -> Callable[..., Any]:
-                names = ("output_tensor", "input_tensor") if kind == "gather" else ("output", "input")
 
-                def counting(*args: Any, **options: Any) -> Any:
-                    whole = args[position] if len(args) > position else options.get(names[position], torch.empty(0))
-                    counts[kind] += _bytes(whole)
-                    return function(*args, **options)
+def _counting(
+    function: Callable[..., Any], counts: Counter[str], kind: str, position: int, keywords: tuple[str, ...]
+) -> Callable[..., Any]:
+    def counted(*args: Any, **options: Any) -> Any:
+        named = [options[keyword] for keyword in keywords if keyword in options]
+        counts[kind] += _bytes(args[position] if len(args) > position else named[0])
+        return function(*args, **options)
 
-                return counting
-
-            if hasattr(dist, name):
-                setattr(dist, name, wrap(getattr(dist, name), kind, position))
+    return counted
 
 
 def _traffic(manifest: str, naive: bool, more: list[str]) -> dict[str, float]:
@@ -72,8 +72,9 @@ def test_a_step_gathers_twice_and_scatters_once(both_branches_at_once):
     found = both_branches_at_once
     print("block by block:", found)
     assert found["gather"] + found["scatter"] <= 1.02 * 3, found
-    assert found["scatter"] == pytest.approx(1.0, abs=0.02) and found["gather"] > 1.9
-    assert found["other"] < 1e-3, "the gradient norm and the overflow flag are a few bytes"
+    # Less than twice: the last block is still there when the backward pass begins with it.
+    assert found["scatter"] == pytest.approx(1.0, abs=0.02) and found["gather"] > 1.5
+    assert 0.0 < found["other"] < 1e-4, "the gradient norm and the overflow flag are a few bytes"
 
 
 def test_one_branch_after_the_other_gathers_three_times(digits, both_branches_at_once):

@@ -26,7 +26,7 @@ def _argv(digits: str, run_dir: str, staging: Path) -> list[str]:
 def _train(env: dict[str, str], patience: float, argv: list[str]) -> int:
     """Counts the saves that had failed by the end."""
     os.environ.update(env)
-    storage.PATIENCE = replace(storage.PATIENCE, seconds=patience)
+    storage.PATIENCE = replace(storage.PATIENCE, seconds=patience, longest_pause=0.3)
     from imm_scale.training.saver import Saver
     from imm_scale.training.trainer import train
 
