@@ -100,12 +100,12 @@ class Loop:
             # The step that is about to be saved is judged first, so that nothing bad is ever committed.
             self._heed(self.ballot.settle())
         self.run_log.progress.advance()
-        logs = commits or self._is_due(train.log_every) or self._tests_held_out()
-        if logs:
+        measures = self._measure_held_out()
+        if commits or measures or self._is_due(train.log_every):
             self._write_record(loader)
         if commits:
             self._save()
-        self.watchdog.step_done(slow=logs)
+        self.watchdog.step_done(slow=commits or measures)
 
     def _is_due(self, every: int) -> bool:
         """Whether to do, at the end of this step, what is done every so many steps and at the end of the run."""
@@ -159,12 +159,13 @@ class Loop:
             self.state.saver.wait()
             raise Rewind(result.step, (result.step - 1) * self.config.train.global_batch_size, reason)
 
-    def _tests_held_out(self) -> bool:
-        """Measures the held-out loss where it is due; whether it was."""
+    def _measure_held_out(self) -> bool:
+        """Takes the held-out loss where it is due; whether it was."""
         state = self.state
         if self.held_out is None or not self._is_due(self.config.train.holdout_every):
             return False
         self.watchdog.beat(state.step, "the loss of the held-out samples")
+        self.watchdog.allow(START_SECONDS)
         self._holdout_loss = self.held_out.loss(state.engine)
         return True
 

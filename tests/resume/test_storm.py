@@ -85,7 +85,7 @@ def test_a_storm_of_sigkills(digits, tmp_path):
     settings = _settings(digits, run_dir, steps)
     chance = random.Random(1)
     inside = in_a_save = alone = 0
-    for _ in range(KILLS):
+    for kill in range(1, KILLS + 1):
         life = _Life(run_dir, settings)
         if chance.random() < 0.1:
             time.sleep(chance.uniform(0.0, 3.0))  # somewhere in the start
@@ -103,7 +103,8 @@ def test_a_storm_of_sigkills(digits, tmp_path):
             life.send(signal.SIGKILL, [0, 1])
             life.end()
         in_a_save += bool(checkpoints.uncommitted_steps(str(run_dir)))
-    print(f"{KILLS} kills: {inside} inside training, {in_a_save} with a save under way, {alone} of one rank only")
+        tally = f"{inside} inside training, {in_a_save} with a save under way, {alone} of one rank only"
+        print(f"{kill} kills: {tally}", flush=True)
     assert inside >= 0.6 * KILLS, "most kills must fall inside training to prove anything"
     _assert_as_if_undisturbed(digits, run_dir, tmp_path / "reference", steps)
 
