@@ -159,17 +159,16 @@ def _all_reduce(device: torch.device, size: int) -> float:
 
 
 def _shared(world: World, folder: str) -> Finding:
-    name = distributed.gather_objects(uuid.uuid4().hex, world)[0]
-    try:
-        storage.write_text(storage.join(folder, f".doctor-{name}-{world.rank}"), "")
-        distributed.barrier()
-        seen = sum(entry.startswith(f".doctor-{name}-") for entry in os.listdir(storage.local_path(folder)))
-        distributed.barrier()
-        storage.remove(storage.join(folder, f".doctor-{name}-{world.rank}"))
-    except OSError as error:
-        return Finding("FAIL", "shared folder", f"{folder}: {error}", "name a folder that all nodes can write to")
+    name = f".doctor-{distributed.gather_objects(uuid.uuid4().hex, world)[0]}-"
+    ours = storage.join(folder, f"{name}{world.rank}")
+    problem = distributed.attempt(lambda: storage.write_text(ours, ""))
+    distributed.barrier()  # outside of what may fail, so that no rank waits for one that could not write
+    seen = sum(entry.startswith(name) for entry in storage.list_names(folder))
+    distributed.barrier()
+    problem = problem or distributed.attempt(lambda: storage.remove(ours))
+    found = problem or f"{seen} of {world.size} ranks' files seen"
     remedy = "the run folder must lie on a file system that all nodes share, or in an object store"
-    return _judge(seen == world.size, "shared folder", f"{seen} of {world.size} ranks' files seen", remedy, "FAIL")
+    return _judge(seen == world.size and not problem, "shared folder", found, remedy, "FAIL")
 
 
 def check_two_local_ranks(folder: str) -> list[Finding]:
@@ -247,10 +246,10 @@ def _failed(findings: Sequence[Finding]) -> bool:
 def _as_one_of_two(folder: str) -> int:
     """What `check_two_local_ranks` starts."""
     world = distributed.detect()
-    findings = check_ranks(world, folder)
-    print(findings[0].found)
+    finding = check_ranks(world, folder)[0]
+    print(finding.found)
     distributed.shutdown()
-    return int(_failed(findings))
+    return int(_failed([finding]))
 
 
 if __name__ == "__main__":
