@@ -47,6 +47,7 @@ demo-seed-%: demo-data
 
 soak: demo demo-seed-1 demo-seed-2 ## what is too long for every change: three seeds of the demo, storms of faults
 	IMM_SOAK=10 $(BIN)/python -m pytest tests/storage tests/resume tests/unit/data_tools/test_encode.py -k "storm or network or kills"
+	IMM_SOAK=10 $(BIN)/python -m pytest tests/resume/test_elastic.py tests/distributed/test_equal_losses.py
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest

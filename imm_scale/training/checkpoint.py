@@ -4,12 +4,14 @@ step-00001000/
   rank-00000.safetensors   flat fp32 slices, keyed "state/parameter"
   rank-00000.json          parameter, shape and offset of each, sha256 of the file beside it, checksum of each state
   meta.json                counters, config, model spec, versions
-  COMMITTED                written last: names and sha256 of all files; without it the folder is not a checkpoint
+  index.json               all rank-*.json together, so that a reader of many ranks' work opens one file
+  COMMITTED                written last: sha256 of the two files above; without it the folder is not a checkpoint
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,8 +24,10 @@ from imm_scale.errors import UserError
 
 FORMAT_VERSION = 1
 COMMITTED = "COMMITTED"
+INDEX = "index.json"
 _FOLDER = "checkpoints"
 _PREFIX = "step-"
+_READERS = 16
 _CHUNK = 1 << 22  # elements written, hashed or summed at once
 
 
@@ -182,9 +186,13 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 def commit(url: str, meta: Meta) -> None:
     """Makes the folder a checkpoint, once every rank has written its part."""
-    storage.write_text(storage.join(url, "meta.json"), json.dumps(asdict(meta)))
-    names = ["meta.json", *(f"rank-{rank:05d}.json" for rank in range(meta.world_size))]
-    hashes = {name: hashlib.sha256(storage.read_bytes(storage.join(url, name))).hexdigest() for name in names}
+    names = [f"rank-{rank:05d}.json" for rank in range(meta.world_size)]
+    with ThreadPoolExecutor(_READERS) as pool:
+        parts = list(pool.map(lambda name: json.loads(storage.read_bytes(storage.join(url, name))), names))
+    texts = {"meta.json": json.dumps(asdict(meta)), INDEX: json.dumps(parts)}
+    for name, text in texts.items():
+        storage.write_text(storage.join(url, name), text)
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     storage.write_text(storage.join(url, COMMITTED), json.dumps({"format_version": FORMAT_VERSION, "sha256": hashes}))
 
 
@@ -228,7 +236,10 @@ class Checkpoint:
                     f"{url}/{name} is not what was committed: restore it or remove this checkpoint"
                 )
         self.meta = Meta.from_json(self._read("meta.json"))
-        self.parts = [self._read_json(f"rank-{rank:05d}.json") for rank in range(self.meta.world_size)]
+        if INDEX in committed["sha256"]:
+            self.parts = self._read_json(INDEX)
+        else:  # an older writer
+            self.parts = [self._read_json(f"rank-{rank:05d}.json") for rank in range(self.meta.world_size)]
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._slices: dict[tuple[str, str], list[Slice]] = {}
         self._places: dict[str, dict[str, int]] = {}
@@ -334,6 +345,15 @@ def _tensor_places(url: str) -> dict[str, int]:
 
 
 def load_into(tensors: Sequence[tuple[str, str, int, Tensor]], checkpoint: Checkpoint) -> None:
-    """Fills (state, parameter, offset, flat tensor) targets in place."""
-    for state, name, offset, target in tensors:
+    """Fills (state, parameter, offset, flat tensor) targets in place; many at once from a store that answers slowly."""
+
+    def fill(wanted: tuple[str, str, int, Tensor]) -> None:
+        state, name, offset, target = wanted
         target.copy_(checkpoint.read(state, name, offset, target.numel()))
+
+    if storage.is_local(checkpoint.url):
+        for wanted in tensors:
+            fill(wanted)
+        return
+    with ThreadPoolExecutor(_READERS) as pool:
+        list(pool.map(fill, tensors))

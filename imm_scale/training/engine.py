@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from imm_scale.models.dit import DiT
 from imm_scale.objectives.base import GroupLosses, Objective
 from imm_scale.training.loss_scale import LossScale
 from imm_scale.training.shard import MOMENTS, Shard
+from imm_scale.training.zero import block_numel, deepspeed_config
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class LossModule(nn.Module):
 def check_device(config: Config) -> None:
     """Raises UserError for a precision or an offload that this machine or this ZeRO stage cannot run."""
     on_cpu = not torch.cuda.is_available()
+    if not on_cpu and config.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"precision=bf16: {torch.cuda.get_device_name()} has none. Use precision=fp16 or fp32")
     if on_cpu and config.precision == "fp16":
         raise UserError("precision=fp16 needs a GPU: CPUs run fp16 a hundred times slower. Use precision=bf16 or fp32")
     if on_cpu and config.precision == "bf16" and config.zero.stage == 0:
@@ -76,89 +79,6 @@ def check_device(config: Config) -> None:
     if config.train.compile and config.zero.stage == 3:
         # DeepSpeed's gathering hooks break the graph at every block: slower than eager, at the recompile limit.
         warnings.warn("train.compile=true is for zero.stage 0 to 2: at stage 3 this run is not compiled", stacklevel=2)
-
-
-def deepspeed_config(
-    config: Config, accumulation: int, samples_per_micro_batch: int, block_numel: int
-) -> dict[str, Any]:
-    """DeepSpeed's settings for a run.
-
-    Args:
-        accumulation: micro-batches per step.
-        samples_per_micro_batch: samples a rank runs at once.
-        block_numel: see below.
-
-    Raises:
-        UserError: `zero.extra` sets what another key of the config decides.
-    """
-    zero: dict[str, Any] = {"stage": config.zero.stage}
-    if config.zero.offload != "none":
-        zero["offload_optimizer"] = {"device": "cpu"}
-    if config.zero.offload == "parameters":
-        zero["offload_param"] = {"device": "cpu"}
-    if config.zero.stage == 3:
-        # Both branches run a block one after the other: keep it gathered for the second, and let go of it then.
-        zero["stage3_max_reuse_distance"] = block_numel
-        zero["stage3_max_live_parameters"] = 2 * block_numel
-        zero["stage3_prefetch_bucket_size"] = block_numel
-        zero["stage3_param_persistence_threshold"] = 0
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": samples_per_micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**12,
-        # DeepSpeed's own default is to clip at 1. At stage 0 `Engine` clips.
-        "gradient_clipping": (config.train.grad_clip or 0.0) if config.zero.stage > 0 else 0.0,
-    }
-    if config.precision in ("bf16", "fp16"):
-        # Autocast rather than a cast of the module: the master weights, the conditioning and the loss stay fp32.
-        settings["torch_autocast"] = {
-            "enabled": True,
-            "dtype": {"bf16": "bfloat16", "fp16": "float16"}[config.precision],
-        }
-    for key in _OWN_SETTINGS:
-        if _has(config.zero.extra, key):
-            raise UserError(f"zero.extra.{key} is not for zero.extra: set {_OWN_SETTINGS[key]}")
-    return _merge(settings, config.zero.extra)
-
-
-# What the program builds on and therefore sets itself, and the config keys that decide it.
-_OWN_SETTINGS = {
-    "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.micro_batch_size, from which accumulation follows",
-    "gradient_clipping": "train.grad_clip",
-    "optimizer": "optimizer.*",
-    "scheduler": "optimizer.schedule and optimizer.warmup_images",
-    "fp16": "precision",
-    "bf16": "precision",
-    "torch_autocast.enabled": "precision",
-    "torch_autocast.dtype": "precision",
-    "zero_optimization.stage": "zero.stage",
-    "zero_optimization.offload_optimizer.device": "zero.offload",
-    "zero_optimization.offload_param.device": "zero.offload",
-}
-
-
-def _has(settings: Mapping[str, Any], key: str) -> bool:
-    first, _, rest = key.partition(".")
-    inner = settings.get(first)
-    return first in settings and (not rest or (isinstance(inner, Mapping) and _has(inner, rest)))
-
-
-def block_numel(net: nn.Module) -> int:
-    """Parameters of one transformer block, the unit in which stage 3 gathers weights."""
-    return sum(p.numel() for p in net.blocks[0].parameters()) if isinstance(net, DiT) else 10**6
-
-
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        inner = merged.get(key)
-        merged[key] = _merge(inner, value) if isinstance(inner, dict) and isinstance(value, Mapping) else value
-    return merged
 
 
 def _optimizer(config: Config, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
@@ -197,6 +117,9 @@ class Engine:
         objective: the loss.
         num_groups: G of the global batch.
         accumulation, samples_per_micro_batch: from the layout.
+
+    Attributes:
+        before_update: called in each step when gradients are there and weights and moments are about to change.
     """
 
     def __init__(
@@ -234,6 +157,7 @@ class Engine:
         self._num_groups = num_groups
         self._grad_clip = config.train.grad_clip
         self.loss_scale = LossScale() if config.precision == "fp16" else None
+        self.before_update: Callable[[], object] = lambda: None
         self._take_over_loss_scaling()
         self.device = self._engine.device
         self._create_moments()
@@ -262,6 +186,8 @@ class Engine:
             total += loss.detach()
             if self._stage == 0 and number == self._accumulation:
                 grad_norm = self._finish_whole_gradients(loss_scale)
+            if number == self._accumulation:
+                self.before_update()
             self._engine.step()
         if self._stage > 0:  # DeepSpeed has skipped the step where this is not finite, at every precision
             grad_norm = float(self._engine.get_global_grad_norm())

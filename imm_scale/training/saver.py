@@ -1,12 +1,12 @@
 """Writing checkpoints while a run goes on.
 
-A save copies this rank's slices to host memory at the end of a step, the only time training waits for it. A thread
-then writes them (for a remote run folder by way of a local file), asks the threads of the other ranks over a process
-group of their own whether all of it worked, and lets rank 0 commit. At most one save is under way.
+A thread copies this rank's slices to host memory while the next forward and backward passes run, which only read
+them; the optimizer step after those waits for the copy, should it not be there yet. The thread then writes it (for a
+remote run folder by way of a local file), asks the threads of the other ranks over a process group of their own whether
+all of it worked, and lets rank 0 commit. At most one save is under way.
 """
 
 import copy
-import getpass
 import hashlib
 import logging
 import os
@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
@@ -37,29 +38,51 @@ from imm_scale.training.setup import Plan
 Ranges = Sequence[tuple[int, int]]
 
 _HOST = torch.device("cpu")
+_SLOWEST_UPLOAD = timedelta(hours=2)  # that the threads of the other ranks wait for
 _LAST_WORDS_SECONDS = 60.0  # that a failing run waits for a save under way
 
 log = logging.getLogger("imm_scale")
 
 
 class HostCopy:
-    """Host memory for one copy of all slices, made at the first save and filled anew by each."""
+    """Host memory for one copy of all slices, made at the first save and filled anew by each.
+
+    `begin` on the training thread, `take` on any other; nothing may write to the slices in between and until `taken`.
+    """
 
     def __init__(self) -> None:
         self._flat = torch.empty(0)
+        self._stream: torch.cuda.Stream | None = None
+        self._ready: torch.cuda.Event | None = None
+        self.taken = threading.Event()
+        self.taken.set()
+
+    def begin(self) -> None:
+        self.taken.clear()
+        if torch.cuda.is_available():
+            self._stream = self._stream or torch.cuda.Stream()
+            self._ready = torch.cuda.current_stream().record_event()
 
     def take(self, pieces: Sequence[Piece]) -> list[Piece]:
-        """The same pieces with their present values, safe from further steps until the next call."""
+        """The same pieces with the values of `begin`, safe from further steps until the next `begin`."""
+        try:
+            return self._take(pieces)
+        finally:
+            self.taken.set()
+
+    def _take(self, pieces: Sequence[Piece]) -> list[Piece]:
         sources = [tensor.detach() for piece in pieces for tensor in piece.states.values()]
         sizes = [tensor.numel() for tensor in sources]
-        on_gpu = any(tensor.is_cuda for tensor in sources)
         if self._flat.numel() != sum(sizes):
-            self._flat = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=on_gpu)
+            self._flat = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=self._stream is not None)
         views = list(self._flat.split(sizes))
-        for view, source in zip(views, sources, strict=True):
-            view.copy_(source, non_blocking=True)
-        if on_gpu:
-            torch.cuda.current_stream().synchronize()
+        with torch.cuda.stream(self._stream):  # of None: nothing at all
+            if self._stream is not None and self._ready is not None:
+                self._stream.wait_event(self._ready)
+            for view, source in zip(views, sources, strict=True):
+                view.copy_(source, non_blocking=True)
+        if self._stream is not None:
+            self._stream.synchronize()
         copies = iter(views)
         return [Piece(p.name, p.shape, p.offset, {state: next(copies) for state in p.states}) for p in pieces]
 
@@ -79,9 +102,16 @@ class Saver:
         self._plan, self._world, self._engine, self._ema = plan, world, engine, ema
         self.failed_checkpoints = 0
         self.longest_seconds = 0.0
+        # Made once: writing YAML and asking for versions takes longer than the copy of a small state.
+        self._words = (configs.to_yaml(plan.config), plan.spec.to_json(), metrics.versions())
         self._copy = HostCopy()
+        engine.before_update = self._copy.taken.wait
         self._staging = staging_folder(plan.config, world.rank)
-        self._group = dist.new_group(backend="gloo", group_desc=distributed.SAVER_GROUP) if world.size > 1 else None
+        self._group = (
+            dist.new_group(backend="gloo", timeout=_SLOWEST_UPLOAD, group_desc=distributed.SAVER_GROUP)
+            if world.size > 1
+            else None
+        )
         self._under_way: Future[str] | None = None
         self._last_problem = ""
 
@@ -93,14 +123,15 @@ class Saver:
         run_log: RunLog,
         guards: Mapping[str, Any] | None = None,
     ) -> None:
-        """Takes the state as it is now, and leaves it to a thread to write. Waits for the save before, if need be.
+        """Leaves the state as it is now to a thread to write. Waits for the save before, if need be.
 
         Args:
             skipped: ranges [first, last) of images_seen that were stepped over on purpose.
             guards: what to give back as `Meta.guards`, plain enough for JSON; taken as it is now.
         """
         self.wait()
-        pieces = self._copy.take(self._pieces())
+        self._copy.begin()
+        pieces = self._pieces()
         meta, outcome = self._meta(step, images_seen, skipped, guards or {}), Future[str]()
         self._under_way = outcome
         # Not a pool's thread: those are waited for at exit, and a peer that died would make this one wait for long.
@@ -141,7 +172,7 @@ class Saver:
     def _run(self, outcome: Future[str], pieces: Sequence[Piece], meta: Meta, run_log: RunLog) -> None:
         began = time.monotonic()
         try:
-            problem = self._write(pieces, meta, run_log)
+            problem = self._write(self._copy.take(pieces), meta, run_log)
             self.longest_seconds = max(self.longest_seconds, time.monotonic() - began)
             outcome.set_result(problem)
         except BaseException as error:  # noqa: BLE001 - it is raised where the outcome is asked for
@@ -185,17 +216,17 @@ class Saver:
         ]
 
     def _meta(self, step: int, images_seen: int, skipped: Ranges, guards: Mapping[str, Any]) -> Meta:
-        config, loss_scale = self._plan.config, self._engine.loss_scale
+        loss_scale, (config, spec, versions) = self._engine.loss_scale, self._words
         return Meta(
             step=step,
             images_seen=images_seen,
             optimizer_steps=self._engine.optimizer_steps(),
-            config=configs.to_yaml(config),
-            spec=self._plan.spec.to_json(),
+            config=config,
+            spec=spec,
             manifest_hash=self._plan.manifest.hash,
             world_size=self._world.size,
-            zero_stage=config.zero.stage,
-            versions=metrics.versions(),
+            zero_stage=self._plan.config.zero.stage,
+            versions=versions,
             loss_scale=None if loss_scale is None else loss_scale.value,
             loss_scale_good_steps=0 if loss_scale is None else loss_scale.good_steps,
             skipped=tuple(skipped),
@@ -205,7 +236,7 @@ class Saver:
 
 def staging_folder(config: Config, rank: int) -> str:
     """Where this rank's files wait for their upload: a local folder of this run, this rank and this user alone."""
-    base = config.train.staging_dir or os.path.join(tempfile.gettempdir(), f"imm-scale-{getpass.getuser()}")
+    base = config.train.staging_dir or os.path.join(tempfile.gettempdir(), f"imm-scale-{os.getuid()}")
     run = hashlib.sha256(config.run_dir.encode()).hexdigest()[:16]
     return os.path.join(base, run, f"rank-{rank:05d}")
 

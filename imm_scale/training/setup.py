@@ -16,7 +16,7 @@ from imm_scale.data.plan import Layout, holdout_count, steps_per_epoch
 from imm_scale.errors import UserError
 from imm_scale.models.dit import DiT, parameter_count
 from imm_scale.scaling import cost
-from imm_scale.training.engine import block_numel, deepspeed_config
+from imm_scale.training.zero import block_numel, deepspeed_config
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from imm_scale.training.checkpoint import Checkpoint
 from tests import ranks
 from tests.conftest import TINY, losses
 
-SOAK = "IMM_SOAK" in os.environ
+SOAK = int(os.environ.get("IMM_SOAK", "1")) > 1  # as `make soak` sets it
 STEPS = 20
 COMMON = ("train.grad_clip=0.1", "optimizer.weight_decay=0.1", f"train.max_steps={STEPS}")
 # Adam divides by the root of the second moment plus epsilon: where a gradient is nothing but rounding, 1e-8 makes a
@@ -103,3 +103,9 @@ def test_bf16_stages_agree_to_its_own_digits(digits, tmp_path):
     # averages out over a net. Stage 0 sums gradients in another precision and is refused on CPU.
     _train_all(BF16, tmp_path, [f"data.manifest={digits}", *FP32, "precision=bf16"])
     _assert_equal(tmp_path, BF16[1:], tmp_path / _name(BF16[0]), 1e-2)
+
+
+def test_radam_does_not_depend_on_the_world_either(digits, tmp_path):
+    cases = [(1, 0, 64, ""), (2, 0, 16, ""), (2, 2, 16, ""), (2, 3, 64, "zero.offload=optimizer")]
+    _train_all(cases, tmp_path, [f"data.manifest={digits}", *FP32, "optimizer.name=radam"])
+    _assert_equal(tmp_path, cases[1:], tmp_path / _name(cases[0]), 1e-5)

@@ -15,7 +15,7 @@ from imm_scale.training.checkpoint import Checkpoint, folder
 from tests import ranks
 from tests.conftest import TINY, losses
 
-SOAK = "IMM_SOAK" in os.environ
+SOAK = int(os.environ.get("IMM_SOAK", "1")) > 1  # as `make soak` sets it
 World = tuple[int, int]  # ranks, ZeRO stage
 WORLDS: list[World] = [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3), (3, 1), (4, 3)]
 ALL_PAIRS = [(first, second) for first in WORLDS for second in WORLDS]
@@ -80,6 +80,18 @@ def test_starting_the_optimizer_or_the_weights_anew_would_be_seen(digits, tmp_pa
     ranks.train_each(1, [[*argv, f"train.init_from={export}"]])
     whole = np.array(losses(saved / "whole"))
     assert np.max(np.abs(np.array(losses(tmp_path / "anew")) / whole[:FIRST] - 1.0)) > 1e-3
+
+
+def test_another_precision_and_micro_batch_go_on_as_well(digits, tmp_path, saved):
+    run_dir = tmp_path / "run"
+    shutil.copytree(saved / "2-1", run_dir)
+    # The gap is the run's: without it bf16 would choose its own, and the resume be refused.
+    other = ["precision=bf16", "objective.min_gap=0", "train.micro_batch_size=8"]
+    ranks.train_each(2, [[*_argv(digits, run_dir, (2, 2), LAST), *other]])
+    whole, curve = np.array(losses(saved / "whole")), np.array(losses(run_dir))
+    np.testing.assert_allclose(curve[:FIRST], whole[:FIRST], rtol=1e-5)
+    np.testing.assert_allclose(curve, whole, rtol=1e-2)  # of the order of bf16's 8 bits
+    assert np.max(np.abs(curve[FIRST:] / whole[FIRST:] - 1.0)) > 1e-5, "it did not compute in bf16"
 
 
 # --- averages ---

@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -120,8 +121,20 @@ def test_one_rank_that_cannot_write_keeps_all_from_committing(digits, tmp_path):
 
 
 def _train_beside_a_slow_save(argv: list[str]) -> list[tuple[str, int]]:
-    """What happened in which order: steps taken, writes begun and ended. A write ends when two steps went by."""
+    """What happened in which order: steps taken, writes begun and ended. A write ends when two steps went by.
+
+    The copy is late as well: by then the next step would be over, did it not wait before it changes the weights.
+    """
     from imm_scale.training.engine import Engine
+    from imm_scale.training.saver import HostCopy
+
+    take = HostCopy._take
+
+    def late(self: HostCopy, pieces: Any) -> Any:
+        time.sleep(0.3)
+        return take(self, pieces)
+
+    HostCopy._take = late  # type: ignore[method-assign]
 
     events: list[tuple[str, int]] = []
     stepped, step, write = threading.Semaphore(0), Engine.step, checkpoints.write_rank

@@ -1,6 +1,8 @@
 """Slices written by some ranks, read by others; files that stock safetensors reads; no commit without all files."""
 
+import hashlib
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -107,3 +109,31 @@ def test_retention_keeps_the_newest_and_the_milestones(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         f"step-{step:08d}" for step in (3, 6, 7, 8)
     ]
+
+
+def test_what_an_older_writer_left_out_is_as_if_nothing_had_happened():
+    fields = ("step", "images_seen", "optimizer_steps", "config", "spec", "manifest_hash", "world_size", "zero_stage")
+    old = {**dict.fromkeys(fields, 1), "versions": {}, "format_version": 1}
+    meta = Meta.from_json(json.dumps(old).encode())
+    assert (meta.loss_scale, meta.skipped, meta.guards) == (None, (), {})
+    new = {**old, "loss_scale": 512.0, "skipped": [[64, 128]], "guards": {"seen": 1}}
+    meta = Meta.from_json(json.dumps(new).encode())
+    assert (meta.loss_scale, meta.skipped, meta.guards) == (512.0, ((64, 128),), {"seen": 1})
+
+
+@pytest.mark.parametrize("cuts", [(0, 22), (0, 1, 22), (0, 7, 8, 21, 22)])
+def test_a_checksum_does_not_depend_on_the_cut_and_sees_every_change(cuts):
+    values = torch.randn(22)
+
+    def total(tensor: torch.Tensor, name: str = "a") -> int:
+        parts = [checkpoints.checksum(name, start, tensor[start:stop]) for start, stop in pairwise(cuts)]
+        return int(torch.stack(parts).sum())
+
+    # The same sum in Python's own integers.
+    key = 2 * int.from_bytes(hashlib.sha256(b"a").digest()[:7], "little") + 1
+    bits = values.numpy().view(np.int32).tolist()
+    exact = key * sum(word * (2 * i + 1) for i, word in enumerate(bits))
+    assert total(values) == (exact + 2**63) % 2**64 - 2**63
+    changed = values.clone()
+    changed[5] = torch.nextafter(changed[5], torch.tensor(9.0))
+    assert len({total(values), total(changed), total(values.roll(1)), total(values, "b")}) == 4
