@@ -19,6 +19,7 @@ from imm_scale.training.meter import Meter
 from imm_scale.training.preemption import Deadline, StopSignals
 from imm_scale.training.profiling import Profiler
 from imm_scale.training.run_log import RunLog, log
+from imm_scale.training.saver import SLOWEST_UPLOAD
 from imm_scale.training.schedule import learning_rate
 from imm_scale.training.state import State
 from imm_scale.training.utilization import Utilization
@@ -79,7 +80,7 @@ class Loop:
                     while state.step < self.config.train.max_steps and not self.stopping:
                         self._step(loader)
                     self.watchdog.beat(state.step, "waiting for the last checkpoint")
-                    self.watchdog.allow(START_SECONDS)
+                    self.watchdog.allow(SLOWEST_UPLOAD.total_seconds())
             finally:
                 self.profiler.finish(state.step)
         return "completed" if state.step == self.config.train.max_steps else "preempted"
@@ -189,8 +190,8 @@ class Loop:
 
     def _save(self) -> None:
         state = self.state
-        self.watchdog.beat(state.step, "a checkpoint")
-        self.watchdog.allow(START_SECONDS)
+        self.watchdog.beat(state.step, "a checkpoint, or the one before it")
+        self.watchdog.allow(SLOWEST_UPLOAD.total_seconds())
         state.guards = {"skips": self.skips.counts, "recent": self.spikes.state()}
         state.save(self.run_log)
 

@@ -26,7 +26,7 @@ from imm_scale.training import metrics
 
 log = logging.getLogger("imm_scale")
 
-START_SECONDS = 1800.0  # compiling, opening data, gathering at the first step; writing a checkpoint
+START_SECONDS = 1800.0  # for the first step, which compiles and opens data
 _FLOOR, _TIMES_MEDIAN = 600.0, 20.0  # above the storage's own patience with a server that restarts
 _FOLDER = "watchdog"
 
