@@ -80,6 +80,8 @@ def blame(answers: Sequence[Answer], hosts: Sequence[str]) -> str:
         names = ", ".join(f"rank {rank} ({hosts[rank]})" for rank in missing[:8])
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
         return f"{names}{more} hangs: it does not answer, so it is stopped, dead, or its node is cut off"
+    if len(hosts) == 1:
+        return f"{answers[0]}; it hangs there"
     behind = min(answer.collectives for answer in answers)
     late = [answer for answer in answers if answer.collectives == behind]
     if len(late) < len(answers):
@@ -160,29 +162,28 @@ class Watchdog:
                 self._end_the_job()
 
     def _end_the_job(self) -> None:
-        limit = self.limit
-        answer = Answer(
-            self._world.rank,
-            self._hosts[self._world.rank],
-            self._step,
-            self._phase,
-            time.monotonic() - self._since,
-            *last_collective(),
-        )
+        try:
+            self._find_who_hangs()
+        except Exception:
+            log.exception("the watchdog could not find out which rank hangs")
+        finally:  # whatever went wrong, the scheduler must be able to act
+            logging.shutdown()
+            os._exit(1)
+
+    def _find_who_hangs(self) -> None:
+        limit, world = self.limit, self._world
+        seconds = time.monotonic() - self._since
+        host = self._hosts[world.rank]
+        answer = Answer(world.rank, host, self._step, self._phase, seconds, *last_collective())
         log.error("step %d is past its deadline of %.0f s: %s", self._step, limit, answer)
         self._dump_stacks()
-        try:
-            answers = self._roll_call(answer, patience=min(30.0, max(2.0, limit / 4)))
-            reason = blame(answers, self._hosts)
-            log.error("%s", reason)
-            if min(one.rank for one in answers) == self._world.rank:
-                metrics.write_failure(self._run_dir, reason, step=self._step, rank=self._world.rank)
-            else:
-                time.sleep(2.0)  # launchers kill all at the first exit: let the status be written
-        except OSError as error:
-            log.error("the run folder cannot be written or read: %s", error)
-        logging.shutdown()
-        os._exit(1)
+        answers = self._roll_call(answer, patience=min(30.0, max(2.0, limit / 4)))
+        reason = blame(answers, self._hosts)
+        log.error("%s", reason)
+        if min(one.rank for one in answers) == world.rank:
+            metrics.write_failure(self._run_dir, reason, step=self._step, rank=world.rank)
+        else:
+            time.sleep(2.0)  # launchers kill all at the first exit: let the status be written
 
     def _dump_stacks(self) -> None:
         """Where every Python thread of this process is, in this rank's log file."""

@@ -28,6 +28,12 @@ def test_where_all_are_alike_it_is_the_network():
     assert "the network hangs" in blame([_answer(rank, 5) for rank in range(4)], HOSTS)
 
 
+def test_a_rank_that_is_alone_hangs_itself():
+    words = blame([_answer(0, 5, "reading data")], HOSTS[:1])
+    assert words.startswith("rank 0 (a) has been in step 12, reading data, for 61 s")
+    assert words.endswith("; it hangs there")
+
+
 def test_a_deadline_is_a_multiple_of_the_median_step_with_a_floor(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
