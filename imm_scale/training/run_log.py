@@ -52,6 +52,10 @@ def _has_wandb_key() -> bool:
     return bool(wandb.login(prompt=False))
 
 
+def _automatic_mode() -> str:
+    return os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+
+
 class Wandb:
     """A wandb run beside the metrics; what goes wrong there is said once and stops nothing."""
 
@@ -65,7 +69,7 @@ class Wandb:
 
         w = config.wandb
         self._run = wandb.init(
-            mode=w.mode if w.mode != "auto" else "online" if _has_wandb_key() else "offline",
+            mode=_automatic_mode() if w.mode == "auto" else w.mode,
             project=w.project,
             name=w.name or config.run.name,
             group=w.group,

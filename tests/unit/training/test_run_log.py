@@ -81,7 +81,8 @@ def test_a_wandb_that_raises_stops_nothing(fails_at, fake_wandb, tmp_path, caplo
     assert f"no {fails_at} today" in caplog.text
 
 
-def test_what_wandb_is_told(fake_wandb, tmp_path):
+def test_what_wandb_is_told(fake_wandb, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)  # so that a missing key decides
     grid = tmp_path / "samples" / "step-00000002" / "steps-4.png"
     grid.parent.mkdir(parents=True)
     grid.write_bytes(b"")
