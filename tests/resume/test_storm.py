@@ -18,7 +18,7 @@ from tests.conftest import TINY
 
 SOAK = int(os.environ.get("IMM_SOAK", "1"))  # as `make soak` sets it
 KILLS, TERMS = 10 * SOAK, 4 * SOAK
-STEPS_PER_LIFE = 8
+STEPS_PER_LIFE = 6
 BOUND = 120.0  # seconds in which a process must come to where it is waited for, on a machine that does more
 
 
@@ -50,6 +50,13 @@ class _Life:
         while self.steps() < steps and all(process.is_alive() for process in self.processes):
             assert time.monotonic() < deadline, f"{steps} steps were not reached"
             time.sleep(0.01)
+
+    def wait_for_a_save(self) -> None:
+        """Until a checkpoint is being written."""
+        deadline = time.monotonic() + BOUND
+        while not checkpoints.uncommitted_steps(str(self._run_dir)) or self.steps() == 0:
+            assert time.monotonic() < deadline and all(process.is_alive() for process in self.processes)
+            time.sleep(0.001)
 
     def send(self, number: signal.Signals, targets: list[int]) -> None:
         for rank in targets:
@@ -87,8 +94,11 @@ def test_a_storm_of_sigkills(digits, tmp_path):
     inside = in_a_save = alone = 0
     for kill in range(1, KILLS + 1):
         life = _Life(run_dir, settings)
-        if chance.random() < 0.1:
+        moment = chance.random()
+        if moment < 0.1:
             time.sleep(chance.uniform(0.0, 3.0))  # somewhere in the start
+        elif moment < 0.4:
+            life.wait_for_a_save()
         else:
             life.wait_for(chance.randint(1, 5))
             time.sleep(chance.uniform(0.0, 0.1))
@@ -106,6 +116,7 @@ def test_a_storm_of_sigkills(digits, tmp_path):
         tally = f"{inside} inside training, {in_a_save} with a save under way, {alone} of one rank only"
         print(f"{kill} kills: {tally}", flush=True)
     assert inside >= 0.6 * KILLS, "most kills must fall inside training to prove anything"
+    assert in_a_save > 0, "some must fall into a save"
     _assert_as_if_undisturbed(digits, run_dir, tmp_path / "reference", steps)
 
 
