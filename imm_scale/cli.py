@@ -1,4 +1,4 @@
-"""`imm-scale`: train, sample, evaluate, export, import, report, explain.
+"""`imm-scale`: train, sample, evaluate, export, import, report, doctor, explain.
 
 Exit codes: 0 done, 2 the user's mistake (a message, no traceback), 75 preempted and resumable, 1 anything else.
 """
@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from imm_scale import config as configs
 from imm_scale import distributed, storage
 from imm_scale.config import Config, Loaded
-from imm_scale.errors import UserError
+from imm_scale.errors import RunError, UserError
 
+EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75
 
@@ -139,6 +140,15 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    from imm_scale import doctor
+
+    world = distributed.detect()
+    healthy = doctor.examine(args.dir, args.url, world)
+    distributed.shutdown()
+    return 0 if healthy else EXIT_FAILED
+
+
 def _explain(args: argparse.Namespace) -> int:
     files, overrides, keys = _split_words(args.words)
     loaded = configs.load(files, overrides)
@@ -164,6 +174,10 @@ _EXAMPLES = {
   imm-scale import imagenet256_s_a1.pkl --out s_a1.safetensors --second-time s""",
     "report": """examples:
   imm-scale report runs/demo/imm runs/demo/flow_matching --out runs/demo/report.html""",
+    "doctor": """examples:
+  imm-scale doctor --dir runs
+  imm-scale doctor --dir /scratch/me/runs --url s3://bucket/latents
+  srun --ntasks-per-node 8 imm-scale doctor --dir /scratch/me/runs""",
     "explain": """examples:
   imm-scale explain objective.k
   imm-scale explain optimizer configs/demo.yaml
@@ -241,6 +255,10 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", metavar="RUN")
     report.add_argument("--out", default="report.html", help="page to write")
 
+    doctor = add("doctor", _doctor, "Check what training needs, on this machine or these ranks; exit 1 if it cannot.")
+    doctor.add_argument("--dir", default="runs", help="folder that run folders lie in")
+    doctor.add_argument("--url", help="folder in an object store that a run reads or writes")
+
     explain = add("explain", _explain, "Say what config keys mean, their type, default, and where a value came from.")
     explain.add_argument("words", nargs="*", metavar="KEY | CONFIG | key=value")
     return parser
@@ -265,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(words)
     try:
         return args.action(args)
-    except UserError as error:
+    except (UserError, RunError) as error:
         rank = distributed.detect().rank if "RANK" in os.environ else 0
         print(f"imm-scale {args.command}: " + (f"[rank {rank}] " if rank else "") + str(error), file=sys.stderr)
-        return EXIT_USER_ERROR
+        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED

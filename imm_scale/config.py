@@ -6,6 +6,7 @@ Files merge from left to right, each after the files it names under `include:`; 
 import dataclasses
 import difflib
 import os
+import signal
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,9 @@ class DataConfig:
     cache_bytes: int = _opt(1 << 36, "Most bytes kept in data.cache_dir by all ranks of a node; the oldest make room.")
     on_bad_block: Literal["stop", "skip"] = _opt(
         "stop", "When a block cannot be read: stop, or train on another block's samples and count it (1 % at most)."
+    )
+    holdout: float = _opt(
+        0.0, "Samples never trained on, whose loss is logged: a share below 1, or a count; whole blocks, by the seed."
     )
 
 
@@ -133,6 +137,34 @@ class TrainConfig:
     )
     compile: bool = _opt(False, "torch.compile each block (needs a C++ compiler on CPU; ZeRO stages 0-2).")
     grad_clip: float | None = _opt(None, "Clip the global gradient norm to this; null does not (as published).")
+    holdout_every: int = _opt(1000, "Steps between losses of the held-out samples (data.holdout).")
+    stop_signals: list[str] = _opt(
+        ["SIGTERM", "SIGUSR1"],
+        "Signals that ask the run to commit a checkpoint and leave; one rank that hears suffices.",
+    )
+    stop_before: float | None = _opt(
+        None, "Commit and leave so that this many seconds remain before the SLURM job's end; null: wait for a signal."
+    )
+    max_consecutive_skips: int = _opt(
+        32, "End the run after this many steps in a row whose gradient was not finite (fp16 may skip a dozen at first)."
+    )
+    spike_factor: float | None = _opt(
+        None,
+        "A loss or gradient norm above this times its running median rewinds to the last checkpoint and steps "
+        "over the batch; 10 is a beginning, null does not look.",
+    )
+    max_rewinds: int = _opt(3, "Rewinds after which a spike ends the run (train.spike_factor).")
+    step_timeout: float | None = _opt(
+        None,
+        "Seconds after which a step counts as hanging and the job is ended, naming the rank; null: 20 times the "
+        "median step, at least 600.",
+    )
+    peak_flops: float | None = _opt(
+        None, "FLOP/s one rank could reach, for the utilization (989e12: H100, bf16); null measures a matmul at start."
+    )
+    profile_steps: list[int] = _opt(
+        [], "First and last step that rank 0 writes a torch profiler trace of, into RUN/profile; [] writes none."
+    )
 
 
 @dataclass(frozen=True)
@@ -143,8 +175,13 @@ class OptimizerConfig:
     eps: float = _opt(1e-8, "Adam's epsilon; IMM's gradients are of order 1 / D, near it: watch both.")
     weight_decay: float = _opt(0.0, "Decoupled weight decay.")
     warmup_images: int = _opt(0, "Images over which the learning rate rises linearly from 0.")
-    schedule: Literal["constant", "cosine"] = _opt(
-        "constant", "Learning rate after the warm-up: constant (as published), or a cosine to 0 at train.max_steps."
+    schedule: Literal["constant", "cosine", "inverse_sqrt"] = _opt(
+        "constant",
+        "Learning rate after the warm-up: constant (as published), a cosine to 0 at train.max_steps, or "
+        "falling with the square root of the images from optimizer.reference_images on.",
+    )
+    reference_images: int = _opt(
+        143_360_000, "Images up to which schedule=inverse_sqrt keeps the full rate; EDM2: 70,000 batches of 2,048."
     )
 
 
@@ -407,7 +444,8 @@ def _positive(config: Config) -> None:
     keys = (
         "data.block_samples data.cache_bytes objective.particles train.global_batch_size train.micro_batch_size "
         "train.max_steps train.log_every train.checkpoint_every train.keep_last train.keep_every optimizer.lr "
-        "ema.images flow_map.sigma_data flow_map.time_scale train.grad_clip sampling.num "
+        "train.holdout_every train.max_consecutive_skips train.step_timeout train.peak_flops "
+        "optimizer.reference_images ema.images flow_map.sigma_data flow_map.time_scale train.grad_clip sampling.num "
         "sampling.batch_size evaluation.repeats evaluation.num"
     )
     for key in keys.split():
@@ -483,9 +521,32 @@ def _optimizer(config: Config) -> None:
         )
 
 
+def _going_on(config: Config) -> None:
+    """Stopping, guards and what is held out."""
+    train, data = config.train, config.data
+    for name in train.stop_signals:
+        if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP"):
+            raise UserError(
+                f"train.stop_signals={train.stop_signals}: {name} is no signal that can be caught; use names such as "
+                "SIGTERM, SIGUSR1 or SIGINT"
+            )
+    if train.stop_before is not None and train.stop_before < 0:
+        raise UserError(f"train.stop_before={train.stop_before} must be 0 or more seconds")
+    if train.spike_factor is not None and train.spike_factor <= 1:
+        raise UserError(f"train.spike_factor={train.spike_factor} must be above 1: 10 is a beginning")
+    if train.max_rewinds < 0:
+        raise UserError(f"train.max_rewinds={train.max_rewinds} must be 0 or more")
+    steps = train.profile_steps
+    if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
+        raise UserError(f"train.profile_steps={steps} must be the first and the last step to trace, as in [100,105]")
+    if data.holdout < 0 or (data.holdout > 1 and data.holdout % 1):
+        raise UserError(f"data.holdout={data.holdout} must be a share below 1 or a whole number of samples")
+
+
 def validate(config: Config) -> None:
     """Everything that can be said without a device, a manifest or other ranks. Raises UserError."""
     _positive(config)
+    _going_on(config)
     _objective(config)
     _optimizer(config)
 

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from imm_scale.errors import UserError
 
+PATIENCE_SECONDS = 1800.0  # of a collective; the watchdog is faster, and says more
 SAVER_GROUP = "saver"  # description of the process group over which ranks agree on checkpoints, beside training
-_TIMEOUT = timedelta(minutes=30)
+_FLIGHT_RECORDER = "TORCH_FR_BUFFER_SIZE"  # collectives torch remembers, for the watchdog to name the last one
 
 
 @dataclass(frozen=True)
@@ -69,20 +71,26 @@ def _rendezvous(env: Mapping[str, str]) -> tuple[str, int]:
     return host, int(port)
 
 
-def init(world: World, env: Mapping[str, str] = os.environ) -> None:
-    """Starts torch's process group: NCCL on GPUs, gloo on CPU; a world of one needs no network."""
+def init(world: World, env: Mapping[str, str] = os.environ, patience: float = PATIENCE_SECONDS) -> None:
+    """Starts torch's process group: NCCL on GPUs, gloo on CPU; a world of one needs no network.
+
+    Args:
+        patience: seconds after which a collective, or meeting the other ranks, is given up.
+    """
     if dist.is_initialized():
         return
+    os.environ.setdefault(_FLIGHT_RECORDER, "2000")
+    timeout = timedelta(seconds=patience)
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # deepspeed insists on it
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(world.local_rank)
     if world.size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     host, port = _rendezvous(env)
     dist.init_process_group(
-        backend, init_method=f"tcp://{host}:{port}", rank=world.rank, world_size=world.size, timeout=_TIMEOUT
+        backend, init_method=f"tcp://{host}:{port}", rank=world.rank, world_size=world.size, timeout=timeout
     )
 
 
@@ -107,6 +115,14 @@ def sum_counts(counts: dict[str, int], where: torch.device) -> dict[str, int]:
     """The counts of all ranks together; a collective with the same names on every rank."""
     total = all_sum(torch.tensor(list(counts.values()), dtype=torch.int64, device=where))
     return dict(zip(counts, total.tolist(), strict=True))
+
+
+def gather_objects(mine: Any, world: World) -> list[Any]:
+    """What every rank gives, rank by rank: small Python values, exchanged once at start."""
+    everyone: list[Any] = [mine] * world.size
+    if world.size > 1:
+        dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 def all_agree(here: bool, where: torch.device) -> bool:

@@ -65,6 +65,20 @@ class Dataset:
         shard, first, last = self.place(start, stop)
         return self.shards[shard].read(first, last)
 
+    def gather(self, index: NDArray[np.int64]) -> NDArray[np.float16]:
+        """Stored arrays (n, C', H, W) of ascending sample indices, a ranged read for each run of neighbours.
+
+        Raises:
+            UserError: as `read` does.
+        """
+        out = np.empty((len(index), *self.manifest.stored_shape), np.float16)
+        shard = np.searchsorted(self._first, index, side="right")
+        cuts = np.nonzero((np.diff(index) != 1) | (np.diff(shard) != 0))[0] + 1
+        for first, last in zip([0, *cuts], [*cuts, len(index)], strict=True):
+            if first < last:
+                out[first:last] = self.read(int(index[first]), int(index[last - 1]) + 1)
+        return out
+
 
 def read_all(
     manifest_url: str, chunk_samples: int = 256, seed: int = 0, sigma_data: float = 0.5

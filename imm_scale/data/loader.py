@@ -102,6 +102,7 @@ class Loader:
         sigma_data: standard deviation of the normalized data.
         device: where batches go. On a GPU they travel as stored and are drawn and normalized there.
         reading: cache and what to do about bad blocks.
+        holdout: samples that never come, a share or a count as in `data.holdout`.
 
     Attributes:
         manifest: the data set's description.
@@ -125,12 +126,15 @@ class Loader:
         sigma_data: float = 0.5,
         device: torch.device | str = "cpu",
         reading: Reading = Reading(),
+        holdout: float = 0.0,
     ) -> None:
         groups = plan.rank_groups(layout.num_groups, rank, layout.world_size)
         self._dataset = data if isinstance(data, Dataset) else Dataset(data)
         self.manifest = self._dataset.manifest
         _check_flip(flip, self.manifest)
-        plan.clock(images_seen, layout.global_batch_size, len(self._dataset))
+        self._held = plan.held_out(self._dataset.shard_samples, block_samples, seed, holdout)
+        self._num_samples = len(self._dataset) - len(self._held)
+        plan.clock(images_seen, layout.global_batch_size, self._num_samples)
         self._layout, self._device = layout, torch.device(device)
         self._positions = np.arange(groups.start * layout.particles, groups.stop * layout.particles)
         self._seed, self._block_samples = seed, block_samples
@@ -150,6 +154,7 @@ class Loader:
             threads=threads,
             on_bad_block=reading.on_bad_block,
             seed=seed,
+            held_blocks=frozenset(self._table.block_of(self._held).tolist()),
         )
         self.memory_bound_bytes = self._window.bound_bytes(threads) + self._batch_bytes()
         self._x_shape = (layout.slots * layout.particles, *self.manifest.latent_shape)
@@ -200,11 +205,11 @@ class Loader:
 
     def _epochs(self, first_step: int) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
         """(step of the epoch's begin, steps left out in it, sample indices (P, L) of this rank's positions)."""
-        batch_size, num_samples = self._layout.global_batch_size, len(self._dataset)
-        steps = plan.steps_per_epoch(batch_size, num_samples)
+        batch_size = self._layout.global_batch_size
+        steps = plan.steps_per_epoch(batch_size, self._num_samples)
         first_epoch, skipped = divmod(first_step, steps)
         for epoch in itertools.count(first_epoch):
-            order = plan.epoch_order(self._dataset.shard_samples, self._block_samples, self._seed, epoch)
+            order = plan.epoch_order(self._dataset.shard_samples, self._block_samples, self._seed, epoch, self._held)
             indices = order[: batch_size * steps].reshape(batch_size, steps)[self._positions]
             yield epoch * steps, skipped, indices
             skipped = 0

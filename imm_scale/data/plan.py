@@ -133,8 +133,34 @@ def block_table(shard_samples: list[int], block_samples: int) -> BlockTable:
     return BlockTable(start=np.concatenate(starts), size=np.concatenate(sizes))
 
 
-def epoch_order(shard_samples: list[int], block_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order of an epoch: (N,) global sample indices, blocks permuted, then samples inside each block."""
+def holdout_count(num_samples: int, holdout: float) -> int:
+    """How many samples `data.holdout` means, a share below 1 or a count. Raises UserError where none would be left."""
+    count = round(num_samples * holdout) if holdout < 1 else int(holdout)
+    if count >= num_samples:
+        raise UserError(f"data.holdout={holdout:g} leaves none of the {num_samples} samples to train on: lower it")
+    return count
+
+
+def held_out(shard_samples: list[int], block_samples: int, seed: int, holdout: float) -> NDArray[np.int64]:
+    """Global indices of the samples that are never trained on, ascending: whole blocks drawn by the seed, the last one
+    cut so that the count is exact. They depend on nothing but the arguments."""
+    table = block_table(shard_samples, block_samples)
+    count = holdout_count(sum(shard_samples), holdout)
+    bits = rng.random_bits(seed, "holdout", torch.arange(len(table.start))).numpy()
+    drawn = np.argsort(bits, kind="stable")
+    blocks = drawn[: int(np.searchsorted(np.cumsum(table.size[drawn]), count)) + 1] if count else drawn[:0]
+    ranges = [np.arange(table.start[block], table.start[block] + table.size[block]) for block in blocks]
+    return np.sort(np.concatenate([np.zeros(0, np.int64), *ranges])[:count])
+
+
+def epoch_order(
+    shard_samples: list[int], block_samples: int, seed: int, epoch: int, held: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
+    """The order of an epoch: (N,) global sample indices, blocks permuted, then samples inside each block.
+
+    Args:
+        held: indices that are left out of it, as `held_out` gives them; the others keep their order.
+    """
     table = block_table(shard_samples, block_samples)
     num_samples = int(table.size.sum())
     rank_of_block = np.empty(len(table.start), np.int64)
@@ -142,7 +168,12 @@ def epoch_order(shard_samples: list[int], block_samples: int, seed: int, epoch: 
     rank_of_block[np.argsort(block_bits, kind="stable")] = np.arange(len(table.start))
     sample_bits = rng.random_bits(seed, "sample_order", torch.arange(num_samples), stream=epoch).numpy()
     # One sort instead of two: the block's rank in the high bits, 32 of the 63 random bits below; a tie keeps order.
-    return np.argsort((np.repeat(rank_of_block, table.size) << 32) | (sample_bits >> 31), kind="stable")
+    order = np.argsort((np.repeat(rank_of_block, table.size) << 32) | (sample_bits >> 31), kind="stable")
+    if held is None or len(held) == 0:
+        return order
+    trained = np.ones(num_samples, bool)
+    trained[held] = False
+    return order[trained[order]]
 
 
 def steps_per_epoch(global_batch_size: int, num_samples: int) -> int:

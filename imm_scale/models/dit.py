@@ -139,6 +139,8 @@ class DiT(ConditionalNet):
     def _block(self, index: int, x: Tensor, condition: Tensor, dropout_key: Tensor | None) -> Tensor:
         block = self.blocks[index]
         # A key of its own for each layer, mixed out here: a number read inside would cost the compiler a graph a block.
+        if not self.training:
+            dropout_key = None
         if dropout_key is not None and self.config.dropout:
             dropout_key = rng.random_bits(0, "dropout_layer", dropout_key, stream=index)
         if self.activation_checkpointing and torch.is_grad_enabled():

@@ -20,7 +20,7 @@ from imm_scale.data.loader import Batch
 from imm_scale.errors import UserError
 from imm_scale.flow_map import FlowMap
 from imm_scale.models.dit import DiT
-from imm_scale.objectives.base import Objective
+from imm_scale.objectives.base import GroupLosses, Objective
 from imm_scale.training.loss_scale import LossScale
 from imm_scale.training.shard import MOMENTS, Shard
 from imm_scale.training.zero import block_numel, deepspeed_config
@@ -35,12 +35,14 @@ class StepResult:
         grad_norm: the global gradient norm before clipping, inf or nan where a gradient was not finite.
         skipped: the gradient was not finite, and neither weights nor moments nor counters have changed on any rank.
         loss_scale: the factor the step ran with, None but for fp16.
+        groups: losses and times of this rank's groups, padded slots included.
     """
 
     loss: Tensor
     grad_norm: float
     skipped: bool
     loss_scale: float | None
+    groups: GroupLosses
 
 
 class LossModule(nn.Module):
@@ -51,10 +53,12 @@ class LossModule(nn.Module):
         self.flow_map = flow_map
         self.objective = objective
         self.seed = seed
+        self.groups: GroupLosses | None = None
 
     def forward(self, x: Tensor, label: Tensor, ordinal: Tensor, weight: Tensor) -> Tensor:
-        """Sum of the losses of the real groups (weight 1), fp64."""
+        """Sum of the losses of the real groups (weight 1), fp64; `groups` keeps those of the last call, detached."""
         losses = self.objective(self.flow_map, x, label, ordinal, self.seed)
+        self.groups = GroupLosses(losses.loss_G.detach(), losses.t_G.detach())
         return (losses.loss_G * weight).sum()
 
 
@@ -136,11 +140,13 @@ class Engine:
             if config.train.compile and config.zero.stage < 3:
                 net.compile_blocks()
         self._named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+        self.parameters = [p for _, p in self._named]
         self._shapes = {name: tuple(p.shape) for name, p in self._named}
         settings = deepspeed_config(config, accumulation, samples_per_micro_batch, block_numel(net))
         deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
+        self._module = LossModule(flow_map, objective, config.seed)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=LossModule(flow_map, objective, config.seed),
+            model=self._module,
             optimizer=_optimizer(config, [p for _, p in self._named]),
             config=settings,
             dist_init_required=False,
@@ -171,11 +177,10 @@ class Engine:
         elif loss_scale is not None:
             self._optimizer.override_loss_scale(loss_scale)  # DeepSpeed multiplies, and divides before it clips
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+        groups: list[GroupLosses] = []
         for number, batch in enumerate(micro_batches, 1):
-            tensors = (
-                t.to(self.device, non_blocking=True) for t in (batch.x, batch.label, batch.ordinal, batch.weight)
-            )
-            loss = self._engine(*tensors)
+            loss = self._forward(batch)
+            groups.append(self._module.groups)  # type: ignore[arg-type]
             # DeepSpeed divides by the accumulation and averages over ranks; the loss is a sum over real groups / G.
             self._engine.backward(loss * scale)
             total += loss.detach()
@@ -189,7 +194,20 @@ class Engine:
         skipped = not math.isfinite(grad_norm)
         if self.loss_scale is not None:
             self.loss_scale.update(skipped)
-        return StepResult(total / self._num_groups, grad_norm, skipped, loss_scale)
+        together = GroupLosses(*(torch.cat(parts) for parts in zip(*groups, strict=True)))
+        return StepResult(total / self._num_groups, grad_norm, skipped, loss_scale, together)
+
+    @torch.no_grad()
+    def loss(self, batch: Batch) -> Tensor:
+        """Sum of the losses of a micro-batch's groups under the current weights, without dropout; all ranks call it."""
+        self._engine.eval()
+        total = self._forward(batch).detach()
+        self._engine.train()
+        return total
+
+    def _forward(self, batch: Batch) -> Tensor:
+        tensors = (batch.x, batch.label, batch.ordinal, batch.weight)
+        return self._engine(*(tensor.to(self.device, non_blocking=True) for tensor in tensors))
 
     @torch.no_grad()
     def _finish_whole_gradients(self, loss_scale: float | None) -> float:

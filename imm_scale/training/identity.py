@@ -15,6 +15,7 @@ IDENTITY = (
     "seed",
     "data.block_samples",
     "data.flip",
+    "data.holdout",
     "train.global_batch_size",
     "optimizer",
     "ema",

@@ -1,14 +1,10 @@
-"""What a run says of itself: status.json, metrics.jsonl, wandb, and a line or a bar for whoever looks."""
+"""What a run leaves in its folder for others to read: status.json and metrics.jsonl."""
 
 import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from imm_scale import distributed, storage
 
@@ -24,6 +20,12 @@ def write_status(run_dir: str, state: str, **details: Any) -> None:
     """status.json: running | completed | preempted | failed, with step, reason, host and rank. Rank 0 writes it."""
     status = {"state": state, "host": distributed.hostname(), "time": time.time(), **details}
     storage.write_text(storage.join(run_dir, STATUS), json.dumps(status, indent=1))
+
+
+def write_failure(run_dir: str, reason: str, **details: Any) -> None:
+    """Status `failed`, unless some rank has already said so: the first failure is the cause of those that follow."""
+    if read_status(run_dir).get("state") != "failed":
+        write_status(run_dir, "failed", reason=reason, **details)
 
 
 def read_status(run_dir: str) -> Record:
@@ -99,62 +101,6 @@ class MetricsLog:
             url = storage.join(self._run_dir, _SEGMENTS, f"{step:08d}.jsonl")
             storage.write_text(url, "".join(json.dumps(record) + "\n" for record in ready))
             del self._unwritten[: len(ready)]
-
-
-class Meter:
-    """Sums what happens between two records."""
-
-    def __init__(self, device: torch.device, global_batch_size: int):
-        self._device, self._batch = device, global_batch_size
-        self._waited = 0.0
-        self._reset()
-
-    def _reset(self) -> None:
-        self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        self._grad_norm, self._steps = 0.0, 0
-        self._began = time.perf_counter()
-
-    def add(self, loss: Tensor, grad_norm: float) -> None:
-        self._loss += loss
-        self._grad_norm += grad_norm
-        self._steps += 1
-
-    def record(
-        self, step: int, images_seen: int, lr: float, data_seconds: float, data: Mapping[str, int]
-    ) -> dict[str, Any]:
-        """Means over the steps since the last record; a collective, so every rank calls it.
-
-        Args:
-            data_seconds: what the loader has waited so far in all.
-            data: what reading has met so far in all, over all ranks.
-        """
-        loss = float(distributed.all_sum(self._loss)) / self._steps
-        seconds = (time.perf_counter() - self._began) / self._steps
-        record = {
-            "step": step,
-            "images_seen": images_seen,
-            "loss": loss,
-            "grad_norm": self._grad_norm / self._steps,
-            "lr": lr,
-            "images_per_second": self._batch / seconds,
-            "step_seconds": seconds,
-            "data_seconds": (data_seconds - self._waited) / self._steps,
-            **{f"data_{name}": count for name, count in data.items()},
-            "memory_bytes": memory_bytes(self._device),
-            "time": time.time(),
-        }
-        self._waited = data_seconds
-        self._reset()
-        return record
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Peak memory of this process: on the device, or resident on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def versions() -> dict[str, str]:

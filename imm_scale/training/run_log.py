@@ -1,17 +1,19 @@
 """Where the records of a run go: metrics.jsonl, wandb, log files, and a line or a bar for whoever looks."""
 
+import glob
 import hashlib
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tqdm import tqdm
 
-from imm_scale import storage
+from imm_scale import distributed, storage
 from imm_scale.config import Config, to_yaml
 from imm_scale.distributed import World
+from imm_scale.errors import UserError
 from imm_scale.training.metrics import MetricsLog, Record
 
 log = logging.getLogger("imm_scale")
@@ -34,50 +36,90 @@ def set_up_logging(run_dir: str, rank: int) -> None:
         log.addHandler(handler)
 
 
+def check_wandb_key(config: Config, world: World) -> None:
+    """Raises UserError, on every rank, for wandb.mode=online without a key: asking for one would hang a job."""
+    missing = world.is_main and config.wandb.mode == "online" and not _has_wandb_key()
+    if not distributed.all_agree(not missing, distributed.device(world)):
+        raise UserError(
+            "wandb.mode=online, but no key is set up: run `wandb login`, set WANDB_API_KEY, or use wandb.mode=offline "
+            "and `wandb sync` later"
+        )
+
+
+def _has_wandb_key() -> bool:
+    import wandb
+
+    return bool(wandb.login(prompt=False))
+
+
+def _automatic_mode() -> str:
+    return os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+
+
 class Wandb:
     """A wandb run beside the metrics; what goes wrong there is said once and stops nothing."""
 
     def __init__(self, config: Config):
+        self._run: Any = None
+        self._run_dir = config.run_dir
+        self._try("start", lambda: self._start(config))
+
+    def _start(self, config: Config) -> None:
         import wandb
 
-        self._failures = (wandb.errors.Error, OSError)
-        self._run: Any = None
         w = config.wandb
-        mode = w.mode if w.mode != "auto" else "online" if wandb.login(prompt=False) else "offline"
-        folder = storage.local_path(config.run_dir) if storage.is_local(config.run_dir) else None
-        try:
-            self._run = wandb.init(
-                mode=mode,
-                project=w.project,
-                name=w.name or config.run.name,
-                group=w.group,
-                tags=w.tags,
-                # The same run folder is the same wandb run, however often it is resumed.
-                id=hashlib.sha256(os.path.abspath(config.run_dir).encode()).hexdigest()[:16],
-                resume="allow",
-                dir=folder,
-                config={"yaml": to_yaml(config)},
-                settings=wandb.Settings(silent=True, console="off"),
-            )
-        except self._failures as error:
-            log.warning("wandb is off for this run: %s", error)
+        self._run = wandb.init(
+            mode=_automatic_mode() if w.mode == "auto" else w.mode,
+            project=w.project,
+            name=w.name or config.run.name,
+            group=w.group,
+            tags=w.tags,
+            # The same run folder is the same wandb run, however often it is resumed.
+            id=hashlib.sha256(os.path.abspath(config.run_dir).encode()).hexdigest()[:16],
+            resume="allow",
+            dir=storage.local_path(config.run_dir) if storage.is_local(config.run_dir) else None,
+            config={"yaml": to_yaml(config)},
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        # Our own clock, not wandb's, which drops what a resumed run says of steps it has seen before.
+        self._run.define_metric("*", step_metric="step")
 
-    def log(self, record: Mapping[str, Any]) -> None:
-        if self._run is None:
-            return
+    def _try(self, what: str, action: Callable[[], None]) -> None:
         try:
-            self._run.log(dict(record), step=record["step"])
-        except self._failures as error:
-            log.warning("wandb is off from step %s on: %s", record["step"], error)
+            action()
+        except Exception as error:  # whatever a service's client raises, training goes on
+            log.warning("wandb is off from here on, it failed to %s: %s", what, error, exc_info=True)
             self._run = None
 
+    def log(self, record: Mapping[str, Any]) -> None:
+        if self._run is not None:
+            self._try("log", lambda: self._run.log(dict(record)))
+
     def finish(self) -> None:
-        if self._run is None:
+        """Uploads the grids of samples and the report that lie in the run folder, and ends the wandb run."""
+        if self._run is not None:
+            self._try("upload what the run folder holds", self._upload)
+        if self._run is not None:
+            self._try("finish", lambda: self._run.finish())
+
+    def _upload(self) -> None:
+        import wandb
+
+        if not storage.is_local(self._run_dir):
             return
-        try:
-            self._run.finish()
-        except self._failures as error:
-            log.warning("wandb did not finish: %s", error)
+        folder = storage.local_path(self._run_dir)
+        for path in sorted(glob.glob(os.path.join(glob.escape(folder), "samples", "*", "*.png"))):
+            name = os.path.relpath(path, folder)
+            self._run.log({os.path.splitext(name)[0]: wandb.Image(path)})
+        report = os.path.join(folder, "report.html")
+        if os.path.exists(report):
+            artifact = wandb.Artifact(f"report-{self._run.id}", type="report")
+            artifact.add_file(report)
+            self._run.log_artifact(artifact)
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.5g}"
 
 
 class Progress:
@@ -96,11 +138,11 @@ class Progress:
 
     def report(self, record: Record) -> None:
         if self._bar is not None:
-            self._bar.set_postfix(loss=f"{record['loss']:.4g}", images_s=f"{record['images_per_second']:.0f}")
+            self._bar.set_postfix(loss=_shown(record["loss"]), images_s=f"{record['images_per_second']:.0f}")
         elif self._enabled:
             print(
-                f"{self._name}: step {record['step']}/{self._total}  loss {record['loss']:.5g}  "
-                f"grad norm {record['grad_norm']:.3g}  {record['images_per_second']:.0f} images/s",
+                f"{self._name}: step {record['step']}/{self._total}  loss {_shown(record['loss'])}  "
+                f"grad norm {_shown(record['grad_norm'])}  {record['images_per_second']:.0f} images/s",
                 file=sys.stderr,
                 flush=True,
             )

@@ -38,7 +38,7 @@ from imm_scale.training.setup import Plan
 Ranges = Sequence[tuple[int, int]]
 
 _HOST = torch.device("cpu")
-_SLOWEST_UPLOAD = timedelta(hours=2)  # that the threads of the other ranks wait for
+SLOWEST_UPLOAD = timedelta(hours=2)  # that the threads of the other ranks wait for
 _LAST_WORDS_SECONDS = 60.0  # that a failing run waits for a save under way
 
 log = logging.getLogger("imm_scale")
@@ -108,7 +108,7 @@ class Saver:
         engine.before_update = self._copy.taken.wait
         self._staging = staging_folder(plan.config, world.rank)
         self._group = (
-            dist.new_group(backend="gloo", timeout=_SLOWEST_UPLOAD, group_desc=distributed.SAVER_GROUP)
+            dist.new_group(backend="gloo", timeout=SLOWEST_UPLOAD, group_desc=distributed.SAVER_GROUP)
             if world.size > 1
             else None
         )

@@ -12,7 +12,7 @@ from imm_scale.build import ModelSpec
 from imm_scale.config import Config
 from imm_scale.data.dataset import Dataset
 from imm_scale.data.manifest import Manifest, check_expectations
-from imm_scale.data.plan import Layout, steps_per_epoch
+from imm_scale.data.plan import Layout, holdout_count, steps_per_epoch
 from imm_scale.errors import UserError
 from imm_scale.models.dit import DiT, parameter_count
 from imm_scale.scaling import cost
@@ -48,8 +48,13 @@ def plan(config: Config, world_size: int) -> Plan:
     )
     train = config.train
     layout = Layout(train.global_batch_size, config.objective.particles, world_size, train.micro_batch_size)
-    steps_per_epoch(layout.global_batch_size, manifest.num_samples)
+    steps_per_epoch(layout.global_batch_size, trained_samples(config, manifest))
     return Plan(config, dataset, layout, build.model_spec(config, manifest))
+
+
+def trained_samples(config: Config, manifest: Manifest) -> int:
+    """Samples of an epoch: all that are not held out."""
+    return manifest.num_samples - holdout_count(manifest.num_samples, config.data.holdout)
 
 
 def _triple(shape: list[int]) -> tuple[int, int, int]:
@@ -61,7 +66,7 @@ def _triple(shape: list[int]) -> tuple[int, int, int]:
 def describe(config: Config, world_size: int) -> str:
     """The resolved config, DeepSpeed's settings and what they mean on so many ranks, as `--dry-run` prints it."""
     prepared = plan(config, world_size)
-    layout, net, samples = prepared.layout, prepared.spec.net, prepared.manifest.num_samples
+    layout, net, samples = prepared.layout, prepared.spec.net, trained_samples(config, prepared.manifest)
     forward = cost.forward_multiply_adds(net)
     step = cost.training_multiply_adds(net, config.objective.name, layout.global_batch_size)
     micro = layout.slots_per_micro_batch * layout.particles
@@ -73,7 +78,8 @@ def describe(config: Config, world_size: int) -> str:
         f"forward pass       {forward / 1e9:.4g} G multiply-adds per image",
         f"training step      {step / 1e12:.4g} T multiply-adds",
         f"data               {samples:,} images, {samples // layout.global_batch_size} steps per epoch, "
-        f"{config.train.max_steps * layout.global_batch_size / samples:.4g} epochs in all",
+        f"{config.train.max_steps * layout.global_batch_size / samples:.4g} epochs in all"
+        + (f"; {prepared.manifest.num_samples - samples:,} images held out" if config.data.holdout else ""),
         f"run folder         {config.run_dir}",
     ]
     settings = yaml.safe_dump({"deepspeed": _deepspeed_settings(prepared)}, sort_keys=False)

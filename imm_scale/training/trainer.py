@@ -1,112 +1,21 @@
 """A run from its config to its last checkpoint."""
 
-import math
-from typing import Literal
-
-from torch import Tensor
-
-from imm_scale import build, distributed, storage
 from imm_scale import config as configs
+from imm_scale import distributed, storage
 from imm_scale.config import Config
-from imm_scale.data.loader import Batch, Loader, Reading
 from imm_scale.distributed import World
 from imm_scale.errors import UserError
 from imm_scale.training import checkpoint as checkpoints
-from imm_scale.training import metrics, resume
+from imm_scale.training import metrics, preemption, resume, watchdog
 from imm_scale.training.checkpoint import Checkpoint
-from imm_scale.training.ema import ShardedEma
-from imm_scale.training.engine import Engine, check_device
-from imm_scale.training.metrics import Meter
-from imm_scale.training.preemption import Preemption
-from imm_scale.training.run_log import RunLog, log, set_up_logging
-from imm_scale.training.saver import Saver, remove_leftovers
+from imm_scale.training.engine import check_device
+from imm_scale.training.guard import Rewind, Rewinds
+from imm_scale.training.loop import Loop, Outcome, Surroundings
+from imm_scale.training.preemption import StopSignals
+from imm_scale.training.run_log import check_wandb_key, log, set_up_logging
+from imm_scale.training.saver import remove_leftovers
 from imm_scale.training.setup import Plan, plan
-
-Outcome = Literal["completed", "preempted"]
-
-
-def learning_rate(config: Config, images_seen: int) -> float:
-    """Of the step that ends at `images_seen`: a linear rise, then the schedule."""
-    optimizer, train = config.optimizer, config.train
-    warmup, total = optimizer.warmup_images, train.max_steps * train.global_batch_size
-    if images_seen < warmup:
-        return optimizer.lr * images_seen / warmup
-    if optimizer.schedule == "cosine":
-        return optimizer.lr * 0.5 * (1.0 + math.cos(math.pi * (images_seen - warmup) / max(total - warmup, 1)))
-    return optimizer.lr
-
-
-class Trainer:
-    """The live state of one run on one rank: engine, averages, clock."""
-
-    def __init__(self, plan: Plan, world: World, resumed: Checkpoint | None):
-        self.plan, self.world = plan, world
-        config, layout = plan.config, plan.layout
-        self.device = distributed.device(world)
-        flow_map = build.flow_map(plan.spec, config.seed)
-        if resumed is None:
-            resume.load_init_weights(flow_map, plan)
-        samples = layout.slots_per_micro_batch * layout.particles
-        self.engine = Engine(config, flow_map, build.objective(config), layout.num_groups, layout.accumulation, samples)
-        self.ema = ShardedEma(self.engine.master_shards(), config.ema.decays, config.ema_power)
-        self.saver = Saver(plan, world, self.engine, self.ema)
-        self.step = 0
-        self.images_seen = 0
-        self.skipped: list[tuple[int, int]] = []  # ranges of images_seen stepped over on purpose
-        if resumed is not None:
-            resume.restore(resumed, self.engine, self.ema)
-            meta = resumed.meta
-            self.step, self.images_seen, self.skipped = meta.step, meta.images_seen, list(meta.skipped)
-
-    # --- going on ---
-
-    def run(self) -> Outcome:
-        """Trains until max_steps or until asked to stop; either way the last step is committed."""
-        config = self.plan.config
-        run_log = RunLog(config, self.step, self.world)
-        meter = Meter(self.device, self.plan.layout.global_batch_size)
-        stopping = False
-        with self._loader() as loader, self.saver, Preemption(self.device) as preemption:
-            while self.step < config.train.max_steps and not stopping:
-                loss, grad_norm, lr = self._train_step(next(loader))
-                meter.add(loss, grad_norm)
-                run_log.progress.advance()
-                stopping = preemption.agreed()
-                last = stopping or self.step == config.train.max_steps
-                if last or self.step % config.train.log_every == 0:
-                    data = distributed.sum_counts(loader.counters, self.device)
-                    record = meter.record(self.step, self.images_seen, lr, loader.data_seconds, data)
-                    run_log.write({**record, "failed_checkpoints": self.saver.failed_checkpoints})
-                if last or self.step % config.train.checkpoint_every == 0:
-                    self.saver.save(self.step, self.images_seen, self.skipped, run_log)
-            preemption.drain()
-        run_log.close()
-        return "completed" if self.step == config.train.max_steps else "preempted"
-
-    def _loader(self) -> Loader:
-        config = self.plan.config
-        return Loader(
-            self.plan.dataset,
-            self.plan.layout,
-            self.world.rank,
-            config.seed,
-            config.data.block_samples,
-            self.images_seen,
-            config.data.flip,
-            config.flow_map.sigma_data,
-            self.device,
-            Reading(config.data.cache_dir, config.data.cache_bytes, config.data.on_bad_block),
-        )
-
-    def _train_step(self, batch: Batch) -> tuple[Tensor, float, float]:
-        assert batch.images_seen == self.images_seen
-        self.images_seen += self.plan.layout.global_batch_size
-        lr = learning_rate(self.plan.config, self.images_seen)
-        result = self.engine.step(batch.micro_batches(self.plan.layout.accumulation), lr)
-        if not result.skipped:
-            self.ema.update()
-        self.step += 1
-        return result.loss, result.grad_norm, lr
+from imm_scale.training.state import State
 
 
 def train(config: Config, world: World | None = None) -> Outcome:
@@ -117,32 +26,57 @@ def train(config: Config, world: World | None = None) -> Outcome:
 
     Raises:
         UserError: whatever the user can mend; nothing that was committed is touched.
+        RunError: steps that are skipped or spike again and again.
     """
     world = world or distributed.detect()
     check_device(config)
     prepared = plan(config, world.size)
     resume.check_run_folder(prepared)
-    distributed.init(world)
+    # The watchdog comes first, however long a step may take.
+    distributed.init(world, patience=max(distributed.PATIENCE_SECONDS, 2 * (config.train.step_timeout or 0.0)))
     found = resume.find(config, world)
     if found.step >= config.train.max_steps:
         if world.is_main:
             print(f"{config.run_dir} is complete: step {config.train.max_steps} is committed")
         return "completed"
+    check_wandb_key(config, world)
     distributed.barrier()  # no rank writes before all have read
-    _claim_run_folder(prepared, world)
-    set_up_logging(config.run_dir, world.rank)
-    for words in found.passed_over:
-        log.warning(words)
-    try:
-        remove_leftovers(config, world)
-        trainer = Trainer(prepared, world, found.checkpoint)
-        outcome = trainer.run()
-        _finish(trainer, outcome)
+    with StopSignals(config.train.stop_signals) as signals:
+        _claim_run_folder(prepared, world)
+        set_up_logging(config.run_dir, world.rank)
+        for words in found.passed_over:
+            log.warning(words)
+        try:
+            remove_leftovers(config, world)
+            around = Surroundings(*watchdog.roll(world), signals, preemption.deadline(config.train.stop_before))
+            return _train(prepared, world, around, found.checkpoint)
+        except (UserError, RuntimeError, OSError) as error:
+            log.error("failed: %s", error)
+            _note_failure(config.run_dir, error, world.rank)
+            raise
+
+
+def _train(prepared: Plan, world: World, around: Surroundings, checkpoint: Checkpoint | None) -> Outcome:
+    """Goes on from a checkpoint, and after each spike from the newest one, as if started again."""
+    config = prepared.config
+    rewinds, rewind = Rewinds(config.train.max_rewinds), None
+    while True:
+        state = State(prepared, world, checkpoint)
+        if rewind is not None:
+            rewinds.add(rewind, state.step, config.train.global_batch_size)
+        state.step_over(rewinds.ranges)
+        loop = Loop(state, around)
+        try:
+            outcome = loop.run()
+        except Rewind as error:
+            rewind = error.with_traceback(None)  # which would keep the old engine alive
+            loop.run_log.close()
+            state.engine.close()
+            del state, loop
+            checkpoint = resume.find(config, world).checkpoint
+            continue
+        _finish(loop, outcome)
         return outcome
-    except (UserError, RuntimeError, OSError) as error:
-        log.error("failed: %s", error)
-        _note_failure(config.run_dir, error, world.rank)
-        raise
 
 
 def _claim_run_folder(prepared: Plan, world: World) -> None:
@@ -158,18 +92,25 @@ def _claim_run_folder(prepared: Plan, world: World) -> None:
     distributed.together(write, distributed.device(world), f"write to run.dir={run_dir}", remedy)
 
 
-def _finish(trainer: Trainer, outcome: Outcome) -> None:
+def _finish(loop: Loop, outcome: Outcome) -> None:
+    """Says how it ended, once all ranks have got there; and lets all ranks leave together, because launchers kill the
+    others at the first exit."""
+    state, signals = loop.state, loop.around.signals
     distributed.barrier()
-    if trainer.world.is_main:
-        reason = "a signal asked the run to stop" if outcome == "preempted" else "max_steps is reached"
-        clock = {"step": trainer.step, "images_seen": trainer.images_seen}
-        metrics.write_status(trainer.plan.config.run_dir, outcome, reason=reason, rank=0, **clock)
-    trainer.engine.close()
+    if state.world.is_main:
+        reason = "max_steps is reached"
+        if outcome == "preempted":
+            reason = f"{signals.heard or 'a signal on another rank or the end of the job'} asked the run to stop"
+        clock = {"step": state.step, "images_seen": state.images_seen}
+        metrics.write_status(state.plan.config.run_dir, outcome, reason=reason, rank=0, **clock)
+    loop.run_log.close()
+    state.engine.close()
+    distributed.barrier()
 
 
 def _note_failure(run_dir: str, error: Exception, rank: int) -> None:
     steps = checkpoints.committed_steps(run_dir)
     try:
-        metrics.write_status(run_dir, "failed", step=steps[-1] if steps else 0, reason=str(error), rank=rank)
+        metrics.write_failure(run_dir, str(error), step=steps[-1] if steps else 0, rank=rank)
     except OSError as second:
         log.error("status.json could not be written: %s", second)

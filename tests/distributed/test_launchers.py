@@ -2,13 +2,16 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from imm_scale.training.checkpoint import committed_steps
 from tests import ranks
 from tests.conftest import losses
 
@@ -45,3 +48,32 @@ def test_a_launcher_trains_the_same_curve(launch, tiny, tmp_path, alone):
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "completed"
     # As between any two worlds: fp32 sums in another order.
     np.testing.assert_allclose(losses(tmp_path / "run"), alone, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("launch", "code"),
+    [
+        ([sys.executable, "-m", "imm_scale"], 75),
+        ([str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", "PORT", "-m", "imm_scale"], 1),
+        ([str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", "PORT", "--module", "imm_scale"], 1),
+    ],
+    ids=["python", "torchrun", "deepspeed"],
+)
+def test_a_launcher_that_is_told_to_stop_leaves_a_commit(launch, code, tiny, tmp_path):
+    command = [str(ranks.free_port()) if word == "PORT" else word for word in launch]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    running = subprocess.Popen([*command, "train", *tiny], env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
+        while not metrics.exists() or metrics.read_text().count("\n") < 2:
+            assert time.monotonic() < deadline and running.poll() is None
+            time.sleep(0.05)
+        running.send_signal(signal.SIGTERM)
+        _, words = running.communicate(timeout=100)
+    finally:
+        running.kill()
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "preempted", words
+    assert status["reason"] == "SIGTERM asked the run to stop"
+    assert committed_steps(str(tmp_path / "run")) == [status["step"]]
+    assert running.returncode == code, "as docs/training.md says of this launcher"

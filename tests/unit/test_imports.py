@@ -26,6 +26,7 @@ LAYERS = [
     {"sampling"},
     {"evaluation"},
     {"report"},
+    {"doctor"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,0 +1,56 @@
+"""The live state of a run on one rank: engine, averages, clock."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from imm_scale import build, distributed
+from imm_scale.distributed import World
+from imm_scale.training import guard, resume
+from imm_scale.training.checkpoint import Checkpoint
+from imm_scale.training.ema import ShardedEma
+from imm_scale.training.engine import Engine
+from imm_scale.training.run_log import RunLog
+from imm_scale.training.saver import Saver
+from imm_scale.training.setup import Plan
+
+
+class State:
+    """What a checkpoint holds, alive. Made anew from a checkpoint (None: at step 0) at each start and each rewind.
+
+    Attributes:
+        step, images_seen: the clock; steps that were skipped or stepped over count.
+        stepped_over: ranges [first, last) of images_seen whose batches are not trained on, on purpose.
+        guards: what the guards remember.
+    """
+
+    def __init__(self, plan: Plan, world: World, resumed: Checkpoint | None):
+        self.plan, self.world = plan, world
+        config, layout = plan.config, plan.layout
+        self.device = distributed.device(world)
+        flow_map = build.flow_map(plan.spec, config.seed)
+        if resumed is None:
+            resume.load_init_weights(flow_map, plan)
+        samples = layout.slots_per_micro_batch * layout.particles
+        self.engine = Engine(config, flow_map, build.objective(config), layout.num_groups, layout.accumulation, samples)
+        self.ema = ShardedEma(self.engine.master_shards(), config.ema.decays, config.ema_power)
+        self.saver = Saver(plan, world, self.engine, self.ema)
+        self.step = self.images_seen = 0
+        self.stepped_over: list[tuple[int, int]] = []
+        self.guards: dict[str, Any] = {}
+        if resumed is not None:
+            resume.restore(resumed, self.engine, self.ema)
+            meta = resumed.meta
+            self.step, self.images_seen = meta.step, meta.images_seen
+            self.stepped_over, self.guards = list(meta.skipped), dict(meta.guards)
+
+    def step_over(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Leaves out these batches too, when the clock comes to them."""
+        self.stepped_over = guard.union(self.stepped_over, ranges)
+
+    def advance(self) -> None:
+        """A batch has been consumed."""
+        self.step += 1
+        self.images_seen += self.plan.layout.global_batch_size
+
+    def save(self, run_log: RunLog) -> None:
+        self.saver.save(self.step, self.images_seen, self.stepped_over, run_log, self.guards)

@@ -1,0 +1,45 @@
+"""How much of the hardware's arithmetic a step uses."""
+
+import time
+
+import torch
+
+from imm_scale import distributed
+from imm_scale.build import ModelSpec
+from imm_scale.config import Config
+from imm_scale.scaling import cost
+
+_TRIES = 4
+
+
+def measured_peak(device: torch.device, precision: str) -> float:
+    """FLOP/s of the best of a few square matrix products in the precision of training: what this rank can reach."""
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    size = 8192 if device.type == "cuda" else 768
+    a = torch.ones(size, size, dtype=low.get(precision, torch.float32), device=device)
+    best = float("inf")
+    for _ in range(_TRIES + 1):  # the first one warms up
+        began = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * size**3 / best
+
+
+class Utilization:
+    """Model FLOPs utilization: arithmetic the model needs (recomputation does not count) over what the ranks could do.
+
+    Made on every rank at once: where no peak is named, each measures its own, and they are added up.
+    """
+
+    def __init__(self, config: Config, spec: ModelSpec, device: torch.device, world_size: int):
+        multiply_adds = cost.training_multiply_adds(spec.net, config.objective.name, config.train.global_batch_size)
+        self._flops_per_step = 2.0 * multiply_adds
+        self.is_measured = config.train.peak_flops is None
+        peak = config.train.peak_flops or measured_peak(device, config.precision)
+        total = torch.tensor(peak, dtype=torch.float64, device=device)
+        self.peak = float(distributed.all_sum(total))
+
+    def of(self, step_seconds: float) -> float:
+        return self._flops_per_step / step_seconds / self.peak

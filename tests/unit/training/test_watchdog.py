@@ -1,0 +1,61 @@
+"""Who is to blame for a hang, and when a step counts as one."""
+
+import time
+
+import pytest
+
+from imm_scale.distributed import World
+from imm_scale.training.watchdog import START_SECONDS, Answer, Watchdog, blame
+
+HOSTS = ["a", "b", "b", "c"]
+
+
+def _answer(rank: int, collectives: int, phase: str = "the vote") -> Answer:
+    return Answer(rank, HOSTS[rank], 12, phase, 61.0, collectives, f"gloo:all_reduce number {collectives}")
+
+
+def test_whoever_does_not_answer_hangs():
+    words = blame([_answer(0, 5), _answer(2, 5)], HOSTS)
+    assert words == "rank 1 (b), rank 3 (c) hangs: it does not answer, so it is stopped, dead, or its node is cut off"
+
+
+def test_among_those_that_answer_it_is_the_one_behind():
+    words = blame([_answer(0, 5), _answer(1, 4, "reading data"), _answer(2, 5), _answer(3, 5)], HOSTS)
+    assert words.startswith("rank 1 (b) has been in step 12, reading data, for 61 s")
+
+
+def test_where_all_are_alike_it_is_the_network():
+    assert "the network hangs" in blame([_answer(rank, 5) for rank in range(4)], HOSTS)
+
+
+def test_a_rank_that_is_alone_hangs_itself():
+    words = blame([_answer(0, 5, "reading data")], HOSTS[:1])
+    assert words.startswith("rank 0 (a) has been in step 12, reading data, for 61 s")
+    assert words.endswith("; it hangs there")
+
+
+def test_a_deadline_is_a_multiple_of_the_median_step_with_a_floor(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    dog = Watchdog("/nowhere", World(), None, ["a"], "call")
+    assert dog.limit == START_SECONDS
+    for seconds in (10.0, 100.0, 60.0):
+        now[0] += seconds
+        dog.step_done()
+    assert dog.limit == pytest.approx(20 * 60.0)
+    now[0] += 5000.0
+    dog.step_done(slow=True)
+    assert dog.limit == pytest.approx(20 * 60.0), "a step that wrote a checkpoint says nothing of the others"
+    dog.allow(3000.0)
+    assert dog.limit == 3000.0
+    for _ in range(200):
+        now[0] += 0.1
+        dog.step_done()
+    assert dog.limit == 600.0
+
+
+def test_what_the_user_sets_holds_from_the_second_step_on():
+    dog = Watchdog("/nowhere", World(), 5.0, ["a"], "call")
+    assert dog.limit == START_SECONDS
+    dog.step_done()
+    assert dog.limit == 5.0
