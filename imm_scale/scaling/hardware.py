@@ -112,8 +112,8 @@ _Row = TypeVar("_Row", Gpu, Link)
 def _find(table: Mapping[str, _Row], name: str, what: str) -> _Row:
     if name in table:
         return table[name]
-    near = difflib.get_close_matches(name.lower(), table, n=3, cutoff=0.4)
-    near += [known for known in table if known not in near and known.split("-")[0] in name.lower()]
+    near = [known for known in table if known.startswith(name.lower())]
+    near = near or difflib.get_close_matches(name.lower(), table, n=2, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(table)}"
     raise UserError(f"{what} {name!r} is unknown; {hint}")
 

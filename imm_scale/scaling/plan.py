@@ -34,6 +34,8 @@ MATMUL_SHARE = (0.75, 0.45)
 BANDWIDTH_SHARE = (0.9, 0.6)
 NETWORK_SHARE = (0.85, 0.5)
 COMPILED_TRAFFIC = 0.5  # of the eager memory traffic, with train.compile (assumed)
+LAUNCH_SECONDS = (5e-6, 10e-6)  # for the CPU to launch a kernel (assumed); a step is no shorter than its launches
+COMPILED_LAUNCHES = 0.3  # of the eager kernels, with train.compile (assumed)
 HOST_BANDWIDTH = (100e9, 50e9)  # bytes/s a node's CPUs step an offloaded optimizer with (assumed)
 STORAGE_BANDWIDTH = (2e9, 0.25e9)  # bytes/s a node writes a checkpoint with, hashing included (assumed)
 _REDUCE_BUCKET = 500_000_000  # DeepSpeed's default, elements
@@ -141,12 +143,14 @@ def describe_data(config: Config) -> Data:
     if url is not None and (not known or (storage.is_local(url) and storage.exists(url))):
         try:
             manifest = Manifest.load(url)
-        except OSError as error:
-            raise UserError(f"cannot read {url} ({error}): {_SAY_SHAPE}") from error
+        except (UserError, OSError) as error:
+            raise UserError(f"{error}; or {_SAY_SHAPE}") from error
         size = sum(shard.bytes for shard in manifest.shards) / max(manifest.num_samples, 1)
         return Data(manifest.latent_shape, manifest.num_classes, size, manifest.num_samples)
     if data.latent_shape is None or data.num_classes is None:
         raise UserError(f"nothing says what the data looks like: {_SAY_SHAPE}")
+    if len(data.latent_shape) != 3:
+        raise UserError(f"data.latent_shape={data.latent_shape} must be channels, height and width")
     channels, height, width = data.latent_shape
     return Data((channels, height, width), data.num_classes, _record_bytes(config, channels * height * width), None)
 
@@ -253,14 +257,18 @@ def _reread(config: Config, data: Data) -> float:
 def _compute_seconds(config: Config, s: Setting, device: Gpu, flops: float, passes: float) -> Range:
     """Matrix products at a share of their peak, then everything else at a share of the memory's bandwidth.
 
-    The two follow one another: an eager kernel is one or the other. `passes` are forward passes of one image.
+    The two follow one another: an eager kernel is one or the other. `passes` are forward passes of one image. Small
+    micro-batches wait for the CPU that launches their kernels.
     """
     moved = passes * cost.elementwise_bytes(s.net, s.half) * (COMPILED_TRAFFIC if config.train.compile else 1.0)
+    kernels = cost.kernels(s.net, config.objective.name, s.half, s.checkpointing) * s.accumulation
+    launched = kernels * (COMPILED_LAUNCHES if config.train.compile else 1.0)
     peak = device.peak(config.precision)
+    shares = zip(MATMUL_SHARE, BANDWIDTH_SHARE, LAUNCH_SECONDS, strict=True)
     return Range(
         *(
-            flops / (peak * matmul) + moved / (device.bandwidth * memory_share)
-            for matmul, memory_share in zip(MATMUL_SHARE, BANDWIDTH_SHARE, strict=True)
+            max(flops / (peak * matmul) + moved / (device.bandwidth * traffic), launched * launch)
+            for matmul, traffic, launch in shares
         )
     )
 
@@ -286,9 +294,10 @@ class Change:
     estimate: Estimate
 
 
-def changed(config: Config, words: tuple[str, ...]) -> Config:
-    """The config with simple key=value words laid over it."""
-    return configs.load([], words, start=config).config
+def again(config: Config, found: Estimate, words: tuple[str, ...]) -> Estimate:
+    """The plan of a config with key=value words laid over it, on the same machines."""
+    changed = configs.load([], words, start=config).config
+    return estimate(changed, found.nodes, found.gpus_per_node, found.gpu.name, found.link.name)
 
 
 def _steps_down(config: Config, layout: Layout) -> Iterator[tuple[str, ...]]:
@@ -313,7 +322,7 @@ def suggest(config: Config, found: Estimate, most: int = 4) -> list[Change]:
 
     def check(words: tuple[str, ...]) -> Change | None:
         try:
-            new = estimate(changed(config, words), found.nodes, found.gpus_per_node, found.gpu.name, found.link.name)
+            new = again(config, found, words)
         except UserError:
             return None  # a change that the config does not allow is no suggestion
         return Change(words, new) if new.fits else None
@@ -334,11 +343,6 @@ def suggest(config: Config, found: Estimate, most: int = 4) -> list[Change]:
 
 def _keys(words: tuple[str, ...]) -> frozenset[str]:
     return frozenset(word.split("=")[0] for word in words)
-
-
-def fits_and_fastest(found: list[Estimate]) -> Estimate | None:
-    """Of several plans, the fastest that fits."""
-    return min((item for item in found if item.fits), key=lambda item: sum(item.step_seconds), default=None)
 
 
 def as_dict(found: Estimate) -> dict[str, Any]:
