@@ -182,8 +182,8 @@ def _flattened(s: Setting, p: Parameters) -> float:
 
 
 def _gathered_weights(s: Setting, p: Parameters) -> float:
-    """Stage 3: two live blocks and one on its way, in the types they are sent in."""
-    if s.stage < 3:
+    """Stage 3: two live blocks and one on its way, in the types they are sent in; one fp32 rank works on its own."""
+    if s.stage < 3 or (s.world_size == 1 and not s.half):
         return 0.0
     return 3.0 * (_FP32 * p.block - (_HALF * p.block_half if s.half else 0))
 
