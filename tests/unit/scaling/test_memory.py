@@ -67,6 +67,19 @@ def test_a_block_keeps_what_the_formula_says(words, precision):
     assert memory.kept_by_block(s) + casts == pytest.approx(measured, rel=0.02)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("objective", ["imm", "flow_matching"])
+def test_the_peak_of_a_step_is_predicted(objective, checkpointing, precision):
+    words = [f"objective.name={objective}", f"train.activation_checkpointing={checkpointing}"]
+    words += ["flow_map.second_time=none", "objective.particles=1"] * (objective == "flow_matching")
+    config = _config(6, f"precision={precision}", *words)
+    s = _setting(config)
+    predicted = memory.peak(s, cost.parameters(s.net))
+    passing = predicted.total - predicted.weights - predicted.optimizer - sum(size for _, size in predicted.ema)
+    assert passing == pytest.approx(_kept_and_peak(config)[1], rel=0.1)
+
+
 def test_activation_checkpointing_keeps_one_residual_a_block():
     shallow, deep = (_config(depth, "train.activation_checkpointing=true") for depth in (1, 3))
     measured = (_kept_and_peak(deep)[0] - _kept_and_peak(shallow)[0]) / 2
