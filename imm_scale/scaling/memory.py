@@ -232,7 +232,8 @@ def _moments(s: Setting, p: Parameters) -> Iterator[Memory]:
     buffers = _block_workspace(s) + rerun + graph_casts + one_cast
     yield at("backward, last block", before, depth * saved, buffers, lasting + gathered)
     buffers = _block_workspace(s) + rerun + one_cast
-    yield at("backward, first block", _gradients_after(s, p), saved, buffers, lasting + gathered)
+    others = _gradients_after(s, p) * (1 - p.block / p.total)  # the block's own come as its activations go
+    yield at("backward, first block", others, saved, buffers, lasting + gathered)
     yield at(
         "reducing gradients",
         _gradients_after(s, p),
