@@ -12,6 +12,7 @@ import os
 import posixpath
 import random
 import re
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -279,6 +280,22 @@ def write_bytes(url: str, data: bytes) -> None:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with _temporary(path, data) as temporary:
         os.replace(temporary, path)
+
+
+def write_file(url: str, path: str) -> None:
+    """Copies a local file of any size to `url`, whole or not at all, through little memory."""
+    if not is_local(url):
+        filesystem, there = _locate(url)
+        patiently(url, lambda: filesystem.put_file(path, there))
+        return
+    target = local_path(url)
+    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+    with _temporary(target, b"") as temporary:
+        with open(path, "rb") as source, open(temporary, "wb") as file:
+            shutil.copyfileobj(source, file, 1 << 20)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
 
 
 def create_bytes(url: str, data: bytes) -> bool:

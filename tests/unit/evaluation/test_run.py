@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from imm_scale.distributed import World
 from imm_scale.evaluation.features import LATENTS
 from imm_scale.evaluation.frechet import Moments, frechet_distance
-from imm_scale.evaluation.run import reference_moments
+from imm_scale.evaluation.reference import Reference, of_manifest
 from tests import ranks
 from tests.conftest import TINY
 
@@ -38,19 +39,23 @@ def test_an_evaluation_says_how_to_get_it_again(evaluated):
         assert result["values"][0] != result["values"][1]
 
 
+def _of_digits(manifest: str) -> Reference:
+    return of_manifest(manifest, LATENTS, 100, World(), seed=0, sigma_data=0.5, decode=None)
+
+
 def test_the_value_is_the_distance_of_the_sampled_latents_to_the_digits(evaluated, trained, digits, tmp_path):
-    argv = ["sample", trained, "--steps", "2", "--num", "100", "--seed", "1", "--out", str(tmp_path)]
+    argv = ["sample", trained, "--steps", "2", "--num", "100", "--seed", "1", "--latents", "--out", str(tmp_path)]
     assert ranks.run(ranks.command, 1, *argv) == [0]
     moments = Moments(64)
-    moments.add(LATENTS.features(torch.from_numpy(np.load(tmp_path / "steps-2.npz")["latents"])))
-    reference = reference_moments(digits, 0, 0.5, LATENTS)
+    moments.add(LATENTS(torch.from_numpy(np.load(tmp_path / "steps-2.npz")["latents"])).features)
+    reference = _of_digits(digits)
     assert reference.count == 1797
     # The file holds fp32, the evaluation saw fp64.
     assert evaluated[1]["values"][1] == pytest.approx(frechet_distance(moments, reference), rel=1e-5)
 
 
 def test_the_reference_has_the_scale_the_model_works_on(digits):
-    moments = reference_moments(digits, 0, 0.5, LATENTS)
+    moments = _of_digits(digits)
     # Normalized over all pixels of all images, up to the fp16 of the shards: mean 0, mean square 0.25.
     assert moments.mean.mean().item() == pytest.approx(0.0, abs=1e-3)
     total = moments.covariance.diagonal().mean() + moments.mean.square().mean()
