@@ -97,23 +97,23 @@ def _print(line: str) -> None:
 def _evaluate(args: argparse.Namespace) -> int:
     from imm_scale.evaluation import command
 
-    # argparse gives words in the order it meets them: what is no key=value is the source.
-    words = [*(args.search or ()), *args.words]
-    if args.source is None or "=" in args.source:
-        words = [word for word in (args.source, *words) if word]
-        args.source = next((word for word in words if "=" not in word), None)
-        words = [word for word in words if word != args.source]
-    search = tuple(word for word in words if args.search and word.partition("=")[0] in ("guidance", "steps"))
-    args.words = [word for word in words if word not in search]
+    # Flags with several words, and argparse where a flag stands first, take words that are meant for others.
+    gallery = tuple(word for word in args.gallery or () if "=" not in word)
+    words = [args.source, *(args.search or ()), *(args.gallery or ()), *args.words]
+    settings = [word for word in words if word is not None and "=" in word]
+    search = tuple(word for word in settings if args.search and word.partition("=")[0] in ("guidance", "steps"))
+    bare = [word for word in words if word is not None and "=" not in word and word not in gallery]
+    source = bare[0] if bare else None
+    args.words = [word for word in settings if word not in search] + bare[1:]
     asked = command.Words(
-        source=args.source,
+        source=source,
         guidance=_numbers(args.guidance, "--guidance"),
         watch=args.watch,
         poll=args.poll,
         search=search,
         make_reference=args.make_reference,
         out=args.out,
-        gallery=None if args.gallery is None else tuple(args.gallery),
+        gallery=None if args.gallery is None else gallery,
     )
     command.run(asked, _overrides(args), distributed.detect(), _print)
     distributed.shutdown()

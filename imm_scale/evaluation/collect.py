@@ -82,9 +82,8 @@ class Collector:
             self._groups[number].add(output.features[group == number])
             if output.probabilities is not None:
                 self._classes[number].add(output.probabilities[group == number])
-        place = torch.searchsorted(self._chosen, index).clamp_max(len(self._chosen) - 1)
-        wanted = self._chosen[place] == index
-        self._kept[place[wanted]] = output.features[wanted].float()
+        wanted = torch.isin(index, self._chosen)
+        self._kept[torch.searchsorted(self._chosen, index[wanted])] = output.features[wanted].float()
 
     def merge_ranks(self) -> Features:
         """Of all ranks, on every rank; some ranks may have had no samples."""

@@ -15,6 +15,6 @@ def density_coverage(samples: Tensor, reference: Tensor, k: int = K) -> dict[str
     """
     inside, holds = neighbours.balls(samples, reference, neighbours.radii(reference, k))
     return {
-        "density": neighbours.mean_and_error(inside / k),
+        "density": neighbours.mean_and_error(inside.double() / k),
         "coverage": neighbours.mean_and_error(holds > 0),
     }

@@ -309,8 +309,8 @@ def describe(result: Mapping[str, Any]) -> str:
     ]
     for name, one in result.get("measures", {}).items():
         if name != result["metric"]:
-            error = "" if math.isnan(one["error"]) else f" +- {one['error']:.4f}"
-            lines.append(f"  {name}  {one['value']:.4f}{error}")
+            error = "" if math.isnan(one["error"]) else f" +- {one['error']:.2g}"
+            lines.append(f"  {name}  {one['value']:.4g}{error}")
     return "\n".join(lines)
 
 
