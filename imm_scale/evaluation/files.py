@@ -1,8 +1,8 @@
 """Evaluation files: where they lie, and those of older versions read as if written today.
 
-RUN/evaluations/step-NNNNNNNN-ID.json, one per (checkpoint, average, sampler, grid, guidance, labels, seeds, number,
-extractor, reference, metrics); ID is a hash of these, so that writers never meet and nothing is measured twice. A list
-`results` holds one entry per step count.
+RUN/evaluations/step-NNNNNNNN-ID.json, one per (checkpoint, average, steps, sampler, grid, guidance, labels, seeds,
+number, extractor, reference, metrics); ID is a hash of these, so that writers never meet and nothing is measured twice.
+`results` is a list of one entry, of several step counts in files of version 1.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from imm_scale import storage
 from imm_scale.errors import UserError
 
 # 1: one metric, `reference` and `extractor` plain strings. 2: `reference` and `extractor` with ids, and of each result
-# value, error, count, times, flops_per_image and measures.
+# value, error, count, times, flops_per_image and measures; one step count per file.
 SCHEMA_VERSION = 2
 FOLDER = "evaluations"
 

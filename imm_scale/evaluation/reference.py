@@ -8,13 +8,15 @@ import hashlib
 import io
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from imm_scale import storage
 from imm_scale.data.dataset import Dataset, read_indexed
@@ -24,10 +26,11 @@ from imm_scale.evaluation import features as extractors
 from imm_scale.evaluation.collect import Collector, Features
 from imm_scale.evaluation.features import Extractor
 from imm_scale.evaluation.frechet import Root, square_root
-from imm_scale.evaluation.images import ImageSet
+from imm_scale.evaluation.images import CHUNK, ImageSet
 
 FORMAT_VERSION = 1
 log = logging.getLogger("imm_scale")
+_Batch = TypeVar("_Batch")
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,21 @@ class Reference:
     def root(self) -> Root:
         return square_root(self.covariance)
 
-    def check(self, extractor: Extractor) -> None:
+    def check(self, extractor: Extractor, image_size: tuple[int, int] | None = None) -> None:
         """Refuses a reference of another extractor; one that does not say is taken at its user's word, with a warning.
 
+        Args:
+            image_size: height and width of the images to be measured, None for latents.
+
         Raises:
-            UserError: naming both.
+            UserError: naming both extractors, or both sizes.
         """
+        size = self.source.get("image_size")
+        if size is not None and image_size is not None and tuple(size) != image_size:
+            raise UserError(
+                f"the images have {image_size[1]}x{image_size[0]} pixels, those of the reference {size[1]}x{size[0]}: "
+                "make a reference of images of that size"
+            )
         ours = extractors.describe(extractor)
         if self.extractor is None:
             log.warning("the reference does not say which extractor made it: it is taken to be %s", ours["name"])
@@ -150,9 +162,18 @@ def of_images(images: ImageSet, extractor: Extractor, most: int, world: World) -
             "set evaluation.extractor.kind=pixels, torchscript or onnx, or give a manifest.json of latents"
         )
     collector = Collector(len(images), most, "reference image")
-    for index, batch in images.read(world.rank, world.size):
+    size = next(images.read())[1].shape[1:3]
+    for index, batch in shown(images.read(world.rank, world.size), len(images), world):
         collector.add(index, extractor(batch))
-    return _reference(collector.merge_ranks(), extractor, {"images": storage.shown(images.url)})
+    source = {"images": storage.shown(images.url), "image_size": list(size)}
+    return _reference(collector.merge_ranks(), extractor, source)
+
+
+def shown(batches: Iterable[_Batch], num: int, world: World) -> Iterable[_Batch]:
+    """Batches of CHUNK of `num` samples on these ranks, with a progress bar on rank 0's terminal."""
+    hidden = None if world.is_main else True
+    total = -(-num // (CHUNK * world.size))
+    return tqdm(batches, desc="measuring", total=total, unit="batch", disable=hidden, leave=False)
 
 
 def of_manifest(
@@ -166,12 +187,15 @@ def of_manifest(
     """
     dataset = Dataset(manifest_url)
     collector = Collector(len(dataset), most, "training image")
-    for index, z, _ in read_indexed(dataset, 64, seed, sigma_data, world.rank, world.size):
+    batches = read_indexed(dataset, CHUNK, seed, sigma_data, world.rank, world.size)
+    for index, z, _ in shown(batches, len(dataset), world):
         collector.add(index, extractor(z if extractor.takes == "latents" else decode(z)))
-    source = {
+    source: dict[str, Any] = {
         "manifest": storage.shown(manifest_url),
         "manifest_hash": dataset.manifest.hash,
         "codec": dataset.manifest.codec.weights_hash or dataset.manifest.codec.kind,
         "posterior_seed": seed,
     }
+    if extractor.takes == "images":
+        source["image_size"] = [dataset.manifest.codec.image_size] * 2
     return _reference(collector.merge_ranks(), extractor, source)

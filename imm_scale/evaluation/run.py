@@ -110,7 +110,8 @@ class Evaluator:
         """As given, or of the training data; the latter is kept in the run folder's references/."""
         given = self.config.evaluation.reference
         found = Reference.load(given) if given is not None else self._of_training_data()
-        found.check(self.extractor)
+        size = self.model.spec.codec.image_size
+        found.check(self.extractor, (size, size) if self.extractor.takes == "images" else None)
         return found
 
     def _of_training_data(self) -> Reference:
@@ -132,12 +133,16 @@ class Evaluator:
     # --- one evaluation ---
 
     def evaluate(self, sampling: SamplingConfig, evaluation: EvaluationConfig) -> dict[str, Any]:
-        """Measures every step count of `evaluation.steps` and writes the file; one that is there is read instead.
+        """Measures every step count of `evaluation.steps` and writes a file for each, unless it is there already.
 
         Returns:
-            What stands in evaluations/step-NNNNNNNN-ID.json.
+            What stands in the files, their `results` in one list.
         """
-        settings = self._settings(sampling, evaluation)
+        each = [self._evaluate(sampling, evaluation, steps) for steps in evaluation.steps]
+        return {**each[0], "results": [result for one in each for result in one["results"]]}
+
+    def _evaluate(self, sampling: SamplingConfig, evaluation: EvaluationConfig, steps: int) -> dict[str, Any]:
+        settings = self._settings(sampling, evaluation, steps)
         url = evaluation_url(self.folder, self.source.step, settings)
         found = distributed.all_sum(_flag(self.world.is_main and storage.exists(url)))
         if found:
@@ -146,19 +151,19 @@ class Evaluator:
                 self._announce(describe(result))
             return kept
         began = time.perf_counter()
-        results = [asdict(self._distance(sampling, evaluation, steps)) for steps in evaluation.steps]
+        result = asdict(self._distance(sampling, evaluation, steps))
         written = {
             **settings,
             **self._provenance(),
-            "results": results,
-            "warnings": self._warnings(results[0]["count"]),
+            "results": [result],
+            "warnings": self._warnings(result["count"]),
             "seconds": time.perf_counter() - began,
         }
         if self.world.is_main:
             storage.write_text(url, json.dumps(written, indent=1))
         return written
 
-    def _settings(self, sampling: SamplingConfig, evaluation: EvaluationConfig) -> dict[str, Any]:
+    def _settings(self, sampling: SamplingConfig, evaluation: EvaluationConfig, steps: int) -> dict[str, Any]:
         """What makes two evaluations the same, known before anything is loaded."""
         meta = self.checkpoint.meta if self.checkpoint else None
         state = weights.ema_state(self.checkpoint, sampling.ema) if self.checkpoint else None
@@ -180,7 +185,7 @@ class Evaluator:
             "labels": sampling.labels,
             "grid": sampling.grid,
             "samples_per_call": SAMPLES_PER_CALL,
-            "steps": list(evaluation.steps),
+            "steps": steps,
             "repeats": evaluation.repeats,
             "num": evaluation.num,
             "metrics": list(evaluation.metrics),
@@ -203,6 +208,12 @@ class Evaluator:
 
     def _warnings(self, count: int) -> list[str]:
         found = measures.warnings(count, len(self.reference.mean), self.reference)
+        decoded = self.extractor.takes == "images" and "manifest" in self.reference.source
+        if decoded and self.model.spec.codec.kind == "vae":
+            found.append(
+                "the reference is made of decoded latents, so the autoencoder's own error does not count: for numbers "
+                "like published ones make a reference of the images themselves (--make-reference)"
+            )
         for line in found:
             self._announce(f"warning: {line}")
         return found

@@ -12,7 +12,7 @@ from imm_scale.evaluation import features as extractors
 from imm_scale.evaluation import measures
 from imm_scale.evaluation.collect import Collector
 from imm_scale.evaluation.images import ImageSet
-from imm_scale.evaluation.reference import Reference
+from imm_scale.evaluation.reference import Reference, shown
 
 
 def measure_images(images: ImageSet, config: Config, world: World, announce: Callable[[str], None]) -> dict[str, Any]:
@@ -31,9 +31,10 @@ def measure_images(images: ImageSet, config: Config, world: World, announce: Cal
     if extractor.takes != "images":
         raise UserError(f"{images.url} holds images: set evaluation.extractor.kind=pixels, torchscript or onnx")
     reference = Reference.load(evaluation.reference)
-    reference.check(extractor)
+    height, width = next(images.read())[1].shape[1:3]
+    reference.check(extractor, (height, width))
     collector = Collector(len(images), evaluation.compared, "image")
-    for index, batch in images.read(world.rank, world.size):
+    for index, batch in shown(images.read(world.rank, world.size), len(images), world):
         collector.add(index, extractor(batch))
     found = measures.measure(evaluation.metrics, collector.merge_ranks(), reference, extractor)
     if world.is_main:

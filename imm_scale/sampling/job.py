@@ -27,7 +27,9 @@ from imm_scale.sampling.run import SAMPLES_PER_CALL, Drawer, SamplingPlan, plan_
 from imm_scale.sampling.source import Source
 from imm_scale.training import metrics
 
+Announce = Callable[[str], None]
 FORMAT_VERSION = 1
+TELL_SECONDS = 60.0
 DECODED_AT_ONCE = 8  # images; fixed, because convolutions of other batches round differently
 
 
@@ -82,9 +84,7 @@ def decoded(z_NCHW: Tensor, codec: Codec, image_codec: ImageCodec, sigma_data: f
     return torch.cat([codecs.decode(z, codec, image_codec, sigma_data) for z in z_NCHW.split(DECODED_AT_ONCE)])
 
 
-def run(
-    source: Source, config: SamplingConfig, request: Request, world: World, announce: Callable[[str], None]
-) -> None:
+def run(source: Source, config: SamplingConfig, request: Request, world: World, announce: Announce) -> None:
     """Draws and writes every (guidance, steps) of the request; what a stopped job finished is kept.
 
     Args:
@@ -98,9 +98,11 @@ def run(
         for steps in config.steps:
             chosen = dataclasses.replace(config, guidance_scale=scale)
             plan = plan_of(chosen, model.spec, steps, config.num, config.seed)
-            for line in _SetOfSamples(model, plan, request, source, world).finish():
-                if world.is_main:
-                    announce(line)
+            _SetOfSamples(model, plan, request, source, world, announce if world.is_main else _silent).finish()
+
+
+def _silent(line: str) -> None:
+    """What the other ranks announce."""
 
 
 def stem(plan: SamplingPlan) -> str:
@@ -111,9 +113,11 @@ def stem(plan: SamplingPlan) -> str:
 class _SetOfSamples:
     """All samples of one plan."""
 
-    def __init__(self, model: Model, plan: SamplingPlan, request: Request, source: Source, world: World):
+    def __init__(
+        self, model: Model, plan: SamplingPlan, request: Request, source: Source, world: World, announce: Announce
+    ):
         self.model, self.plan, self.request, self.world = model, plan, request, world
-        self.source = source
+        self.source, self.announce = source, announce
         self.drawer = Drawer(model.flow_map, model.spec, plan)
         self.settings = self._settings()
         self.identity = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
@@ -142,10 +146,11 @@ class _SetOfSamples:
 
     # --- drawing ---
 
-    def finish(self) -> list[str]:
+    def finish(self) -> None:
         """Draws what is missing, writes what was asked for, and says so."""
         if self._is_finished():
-            return [f"{self._output(name)} is there already" for name in self.request.formats]
+            self.announce("\n".join(f"{self._output(name)} is there already" for name in self.request.formats))
+            return
         began = time.perf_counter()
         missing = self._missing()
         self._draw(missing)
@@ -156,7 +161,8 @@ class _SetOfSamples:
         kept = self.plan.num - drawn
         speed = f"{drawn} samples in {seconds:.1f} s, {drawn / seconds:.1f} a second on {self.world.size} ranks"
         self._close(written, {"seconds": seconds, "samples_drawn": drawn, "samples_kept": kept})
-        return [*written, f"{stem(self.plan)}: {speed}" + (f"; {kept} were there already" if kept else "")]
+        was_kept = f"; {kept} were there already" if kept else ""
+        self.announce("\n".join([*written, f"{stem(self.plan)}: {speed}{was_kept}"]))
 
     def _missing(self) -> list[int]:
         """Parts yet to be drawn, the same list on every rank; ranks share the checking."""
@@ -174,8 +180,12 @@ class _SetOfSamples:
         total = sum(stop - start for start, stop in (self.parts.ranges[part] for part in mine))
         hidden = None if self.world.is_main else True  # None: shown on a terminal only
         name = stem(self.plan) + (f", rank 0 of {self.world.size}" if self.world.size > 1 else "")
+        told = began = time.monotonic()
         with tqdm(total=total, desc=name, unit="image", disable=hidden) as bar:
-            for part in mine:
+            for done, part in enumerate(mine):
+                if bar.disable and time.monotonic() - told > TELL_SECONDS:  # no terminal: a line in the job's log
+                    told = time.monotonic()
+                    self.announce(f"{name}: {done} of {len(mine)} parts after {told - began:.0f} s")
                 start, stop = self.parts.ranges[part]
                 _, label, z = self.drawer.draw(start, stop)
                 latents = z.float().numpy() if self.request.latents else None

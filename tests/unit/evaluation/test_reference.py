@@ -146,7 +146,7 @@ def test_mistakes_at_the_command_line(made, tmp_path, trained, digits):
     _fails(["pixels", "latents", "use one for both"], "evaluate", trained, "--reference", ref, "--num", "64")
     # Images of another size than the reference's, or of two sizes in one set.
     np.savez(tmp_path / "small.npz", arr_0=_images(20, size=4))
-    _fails(["108 features", "gives 48"], "evaluate", str(tmp_path / "small.npz"), "--reference", ref, *PIXELS)
+    _fails(["4x4", "6x6"], "evaluate", str(tmp_path / "small.npz"), "--reference", ref, *PIXELS)
     Image.fromarray(_images(1, size=9)[0]).save(tmp_path / "images" / "zz.png")
     _fails(["9x9", "6x6", "zz.png"], "evaluate", "--make-reference", f"{tmp_path}/images", "--out", ref, *PIXELS)
     _fails(["latents", "pixels"], "evaluate", "--make-reference", npz, "--out", ref)

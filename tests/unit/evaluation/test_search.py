@@ -2,7 +2,7 @@
 
 import json
 import math
-from pathlib import Path
+import shutil
 
 import numpy as np
 import pytest
@@ -68,16 +68,17 @@ def test_words():
             parse(words, (1,))
 
 
-def test_the_command_writes_what_it_found(trained):
-    argv = ["evaluate", trained, "--search", "guidance=1.0:2.0", "steps=1", "--num", "64", "--repeats", "2"]
+def test_the_command_writes_what_it_found(trained, tmp_path):
+    run_dir = shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("evaluations"))
+    argv = ["evaluate", str(run_dir), "--search", "guidance=1.0:2.0", "steps=1", "--num", "64", "--repeats", "2"]
     code, words = ranks.run(ranks.command_and_words, 2, *argv)[0]
     assert code == 0, words
     assert "best guidance" in words
-    (file,) = Path(trained, "searches").glob("step-00000002-*.json")
+    (file,) = (run_dir / "searches").glob("step-00000002-*.json")
     (best,) = json.loads(file.read_text())["best"]
     points = {point["guidance"]: sum(point["values"]) / 2 for point in best["points"]}
     assert min(points, key=points.get) == best["guidance"]
     # Every point is an evaluation of its own, and a second search meets them all.
-    count = len(list(Path(trained, "evaluations").iterdir()))
+    count = len(list((run_dir / "evaluations").iterdir()))
     assert ranks.run(ranks.command, 1, *argv) == [0]
-    assert len(list(Path(trained, "evaluations").iterdir())) == count
+    assert len(list((run_dir / "evaluations").iterdir())) == count

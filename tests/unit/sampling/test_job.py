@@ -97,7 +97,7 @@ def test_other_batch_sizes_write_the_same_samples(undisturbed, trained, tmp_path
     assert len(list((tmp_path / "out" / "steps-1.shards").glob("*.tar"))) == 2, "130 is rounded up to 192"
 
 
-def test_killed_again_and_again_ends_in_the_same_bytes(trained, tmp_path):
+def test_many_kills_end_in_the_same_bytes(trained, tmp_path):
     """2 ranks, killed 3 times (10 times of 5,000 samples in the soak), each time after some parts more."""
     num, kills = (5000, 10) if SOAK > 1 else (1000, 3)
     argv = [*_argv(trained, tmp_path / "out", num, *FORMATS), "--batch-size", "64", "--steps", "8"]
