@@ -167,7 +167,8 @@ class Evaluator:
         """What makes two evaluations the same, known before anything is loaded."""
         meta = self.checkpoint.meta if self.checkpoint else None
         state = weights.ema_state(self.checkpoint, sampling.ema) if self.checkpoint else None
-        given = evaluation.reference
+        given, manifest = evaluation.reference, self.config.data.manifest
+        compared_with = Manifest.load(manifest).hash if given is None and manifest is not None else None
         return {
             "schema_version": SCHEMA_VERSION,
             "step": self.source.step,
@@ -176,6 +177,7 @@ class Evaluator:
             "ema": state,
             "training_data": meta.manifest_hash if meta else None,
             "source": None if meta else {"weights": self.model.weights_id},
+            "reference_data": compared_with,
             "reference_file": None if given is None else hashlib.sha256(_read(given)).hexdigest(),
             "extractor": extractors.describe(self.extractor),
             "seed": sampling.seed,
