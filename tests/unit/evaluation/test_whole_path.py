@@ -43,7 +43,7 @@ class _Classifier(nn.Module):
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory) -> list[str]:
-    """Overrides that name a classifier which gets 95 % of digits it has not seen right."""
+    """Overrides that name a classifier which gets over 95 % of digits it has not seen right."""
     data = load_digits()
     x = torch.from_numpy(np.round(data.images * 255 / 16) / 255.0).float()[:, None]
     y = torch.from_numpy(data.target)
@@ -51,12 +51,14 @@ def network(tmp_path_factory) -> list[str]:
         torch.manual_seed(0)
         net = _Classifier()
         optimizer = torch.optim.Adam(net.parameters(), 3e-3)
-        for _ in range(150):
-            index = torch.randint(0, 1400, (128,))
+        held_out = torch.arange(len(x)) % 5 == 0
+        x_train, y_train = x[~held_out], y[~held_out]
+        for _ in range(300):
+            index = torch.randint(0, len(x_train), (128,))
             optimizer.zero_grad()
-            nn.functional.cross_entropy(net(x[index])[1], y[index]).backward()
+            nn.functional.cross_entropy(net(x_train[index])[1], y_train[index]).backward()
             optimizer.step()
-    assert (net(x[1400:])[1].argmax(1) == y[1400:]).float().mean() > 0.9
+    assert (net(x[held_out])[1].argmax(1) == y[held_out]).float().mean() > 0.95
     path = tmp_path_factory.mktemp("network") / "digits.pt"
     torch.jit.script(net.eval()).save(str(path))
     kind = {"kind": "torchscript", "file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
@@ -93,10 +95,11 @@ def _results(evaluated: list[dict], step: int, guidance: float) -> dict[int, dic
 
 def test_more_steps_and_later_checkpoints_are_better_beyond_their_errors(evaluated):
     late, early = _results(evaluated, 240, 1.0), _results(evaluated, 2, 1.0)
-    for worse, better in ((late[1], late[16]), (late[4], late[16]), (early[16], late[16])):
+    for worse, better in ((late[1], late[16]), (late[1], late[4]), (early[16], late[16])):
         gap = worse["value"] - better["value"]
         assert gap > 3 * math.hypot(worse["error"], better["error"]), (worse["value"], better["value"])
-    for name, more in (("kernel_digits", False), ("coverage_digits", True), ("class_score_digits", True)):
+    # One Euler step draws means of many digits: clear cases of their class, but all alike.
+    for name, more in (("kernel_digits", False), ("coverage_digits", True), ("recall_digits", True)):
         one, many = (late[steps]["measures"][name] for steps in (1, 16))
         gap = (many["value"] - one["value"]) * (1 if more else -1)
         assert gap > 2 * math.hypot(one["error"], many["error"]), (name, one, many)
