@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import json
 import math
 from pathlib import Path
@@ -9,14 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import webdataset as wds
 from sklearn.datasets import load_digits
 from torch import nn
 
+from imm_scale.config import SamplingConfig
 from imm_scale.data import codec as codecs
 from imm_scale.evaluation import gallery, quality
 from imm_scale.evaluation.collect import GROUPS, group_of
 from imm_scale.evaluation.files import SCHEMA_VERSION, read_evaluations
 from imm_scale.evaluation.frechet import Moments, frechet_distance
+from imm_scale.sampling.job import Model
+from imm_scale.sampling.source import find
 from imm_scale.scaling.cost import forward_multiply_adds
 from imm_scale.weights import load_flow_map
 from tests import ranks
@@ -171,14 +176,12 @@ def test_the_gallery_shows_one_noise_and_the_nearest_digits(flow, trained, digit
         "run at step 2, 4 steps",
     ]
     assert len(document["nearest"]) == 10
-    # The nearest of the first sample, by a loop over all digits.
-    from imm_scale.config import SamplingConfig
-    from imm_scale.sampling.job import Model
-    from imm_scale.sampling.source import find
-
+    # The nearest of the first sample among all digits, as stock webdataset reads them.
     model = Model.load(find(flow).at_newest(), None, None, torch.device("cpu"))
     z = gallery.draw(model, SamplingConfig(), 4, 1)
-    raw = torch.from_numpy(np.round(load_digits().images * 255 / 16)).float()[:, None] / 127.5 - 1
+    shards = [str(Path(digits).parent / shard["name"]) for shard in json.loads(Path(digits).read_text())["shards"]]
+    files = [sample["latent.npy"] for sample in wds.WebDataset(shards, shardshuffle=False)]
+    raw = torch.from_numpy(np.stack([np.load(io.BytesIO(file)) for file in files])).float()
     latents = codecs.normalize(raw, model.spec.codec.mean, model.spec.codec.std).double()
     order = (latents - z).flatten(1).norm(dim=1).argsort()[:3].tolist()
     assert document["nearest"][0]["caption"] == f"sample 0; then training images {', '.join(map(str, order))}"
