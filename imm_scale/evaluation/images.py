@@ -55,6 +55,8 @@ def is_image_set(url: str) -> bool:
     if url.endswith(".npz"):
         return True
     names = storage.list_names(url)
+    if "config.yaml" in names or "COMMITTED" in names:  # a run or a checkpoint, whatever pictures lie in it
+        return False
     return any(name.lower().endswith((".tar", *_EXTENSIONS)) for name in names)
 
 

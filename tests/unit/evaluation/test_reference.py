@@ -171,6 +171,11 @@ def test_a_set_of_images_against_itself_by_the_command(made, tmp_path):
     assert "frechet_pixels  0.0000" in words or "frechet_pixels  -0.0000" in words
     for line in ("precision_pixels  1.0000", "recall_pixels  1.0000", "coverage_pixels  1.0000"):
         assert line in words
+    np.savez(tmp_path / "few.npz", arr_0=made[1][:20])
+    argv = ["evaluate", str(tmp_path / "few.npz"), "--reference", ref, *PIXELS]
+    code, words = ranks.run(ranks.command_and_words, 1, *argv)[0]
+    assert code == 0, words
+    assert "warning: 20 samples for 108 features" in words
 
 
 def test_metrics_that_need_more_than_there_is(made):
