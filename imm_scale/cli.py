@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from imm_scale import config as configs
 from imm_scale import distributed, storage
-from imm_scale.config import Config, Loaded
+from imm_scale.config import Loaded
 from imm_scale.errors import RunError, UserError
 from imm_scale.scaling import hardware
 
@@ -61,16 +61,6 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_config(run_dir: str, args: argparse.Namespace) -> Config:
-    """The config a run was started with, changed by the command's own flags."""
-    url = storage.join(run_dir, "config.yaml")
-    if not storage.exists(url):
-        raise UserError(f"{run_dir} is not a run folder: it has no config.yaml")
-    overrides = [f"run.dir={run_dir}", *_overrides(args)]
-    files = [url] if storage.is_local(url) else []
-    return configs.load(files, overrides).config
-
-
 def _overrides(args: argparse.Namespace) -> list[str]:
     """What the flags and the key=value words of `sample` and `evaluate` set."""
     wrong = [word for word in args.words if "=" not in word]
@@ -79,7 +69,6 @@ def _overrides(args: argparse.Namespace) -> list[str]:
     flags = {
         f"{args.section}.steps": f"[{args.steps}]" if args.steps else None,
         "sampling.seed": args.seed,
-        "sampling.guidance_scale": args.guidance,
         "sampling.labels": f"'{args.labels}'" if args.labels else None,
         "sampling.ema": args.ema,
         "sampling.batch_size": args.batch_size,
@@ -88,42 +77,62 @@ def _overrides(args: argparse.Namespace) -> list[str]:
         "sampling.vae": getattr(args, "vae", None),
         f"{args.section}.num": args.num,
         "evaluation.repeats": getattr(args, "repeats", None),
+        "evaluation.reference": getattr(args, "reference", None),
     }
+    if args.num is not None and args.labels is not None and ":" in args.labels:
+        raise UserError(f"--num {args.num} beside --labels {args.labels}: the counts say how many, leave --num out")
     return [f"{key}={value}" for key, value in flags.items() if value is not None] + args.words
 
 
 def _sample(args: argparse.Namespace) -> int:
-    from imm_scale import weights
-    from imm_scale.data.codec import open_codec
-    from imm_scale.sampling import run as sampling
-    from imm_scale.training.checkpoint import Checkpoint
+    from imm_scale.sampling import job, source
 
-    from_file = weights.is_export(args.source)
-    config = configs.load([], _overrides(args)).config if from_file else _run_config(args.source, args)
-    step = None if from_file else Checkpoint.latest(args.source).meta.step
-    out = args.out or ("samples" if from_file else storage.join(args.source, "samples", f"step-{step:08d}"))
+    found = source.find(args.source).at_newest()
+    config = source.config_of(found, _overrides(args)).sampling
+    out = args.out or (storage.join(found.run_dir, "samples", f"step-{found.step:08d}") if found.run_dir else "samples")
+    guidance = _numbers(args.guidance, "--guidance") or (config.guidance_scale,)
+    request = job.Request(out, tuple(args.format.split(",")), args.latents, guidance)
     world = distributed.detect()
     distributed.init(world)
-    spec, flow_map = weights.load_flow_map(args.source, config.sampling.ema, step)
-    flow_map.to(distributed.device(world))
-    s = config.sampling
-    image_codec = open_codec(spec.codec, s.vae, str(distributed.device(world)))
-    for steps in s.steps:
-        plan = sampling.plan_of(s, spec, steps, s.num, s.seed)
-        z = sampling.collect(flow_map, spec, plan, world, progress=f"{steps} steps")
-        if world.is_main:
-            print("\n".join(sampling.write(out, spec, plan, z, image_codec)))
+    job.run(found, config, request, world, _print)
     distributed.shutdown()
     return 0
 
 
-def _evaluate(args: argparse.Namespace) -> int:
-    from imm_scale.evaluation.run import evaluate
+def _numbers(text: str | None, flag: str) -> tuple[float, ...]:
+    """The numbers of "1,1.5,2"; none for None."""
+    try:
+        return tuple(float(word) for word in text.split(",")) if text else ()
+    except ValueError as error:
+        raise UserError(f"{flag} {text}: give numbers, as in 1,1.5,2") from error
 
-    world = distributed.detect()
-    config = _run_config(args.source, args)
-    distributed.init(world)
-    evaluate(config, world, lambda line: print(line, flush=True))
+
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from imm_scale.evaluation import command
+
+    # Flags with several words, and argparse where a flag stands first, take words that are meant for others.
+    gallery = tuple(word for word in args.gallery or () if "=" not in word)
+    words = [args.source, *(args.search or ()), *(args.gallery or ()), *args.words]
+    settings = [word for word in words if word is not None and "=" in word]
+    search = tuple(word for word in settings if args.search and word.partition("=")[0] in ("guidance", "steps"))
+    bare = [word for word in words if word is not None and "=" not in word and word not in gallery]
+    source = bare[0] if bare else None
+    args.words = [word for word in settings if word not in search] + bare[1:]
+    asked = command.Words(
+        source=source,
+        guidance=_numbers(args.guidance, "--guidance"),
+        watch=args.watch,
+        poll=args.poll,
+        search=search,
+        make_reference=args.make_reference,
+        out=args.out,
+        gallery=None if args.gallery is None else gallery,
+    )
+    command.run(asked, _overrides(args), distributed.detect(), _print)
     distributed.shutdown()
     return 0
 
@@ -186,9 +195,14 @@ Memory, FLOPs and bytes on the wire follow from the code and are tested against 
 No GPU is needed, and no data where data.latent_shape and data.num_classes are set. See docs/planning.md.""",
     "sample": """examples:
   imm-scale sample runs/demo/imm --steps 1,2,4,8 --num 64 --labels 0-9
-  imm-scale sample digits.safetensors --steps 2 --guidance 1.5 --out pictures""",
+  imm-scale sample digits.safetensors --steps 2 --guidance 1,1.5 --out pictures
+  torchrun --nproc-per-node 8 -m imm_scale sample RUN --num 50000 --steps 1,2,4 --format webdataset --out s3://b/run""",
     "evaluate": """examples:
-  imm-scale evaluate runs/demo/imm --steps 1,2,4,8 --repeats 5""",
+  imm-scale evaluate runs/demo/imm --steps 1,2,4,8 --repeats 5
+  imm-scale evaluate runs/demo/imm --watch
+  imm-scale evaluate runs/demo/imm --search guidance=1.0:3.0 steps=1,2,4,8
+  imm-scale evaluate --make-reference images/ --out ref.npz evaluation.extractor.kind=pixels
+  imm-scale evaluate samples/steps-2.npz --reference ref.npz evaluation.extractor.kind=pixels""",
     "export": """examples:
   imm-scale export runs/demo/imm --out digits.safetensors --ema 0.995
   imm-scale export digits.safetensors --out digits --format diffusers""",
@@ -214,12 +228,31 @@ def _add_sampling_flags(parser: argparse.ArgumentParser, section: str) -> None:
     parser.add_argument("--steps", help="step counts, as in 1,2,4,8")
     parser.add_argument("--num", type=int, help="samples per step count")
     parser.add_argument("--seed", type=int, help="seed of the starting noise")
-    parser.add_argument("--guidance", type=float, help="guidance scale w; 1 is off")
-    parser.add_argument("--labels", help="classes: all, 0-9 or 3,7")
+    parser.add_argument("--guidance", metavar="W[,W...]", help="guidance scales w, as in 1,1.5,2; 1 is off")
+    parser.add_argument("--labels", help="classes in turn: all, 0-9 or 3,7; or counts of each: 0:500,3-4:100")
     parser.add_argument("--grid", help="time grid: auto, uniform, edm, eta_1.4 or times as in 0.994,0.5,0")
     parser.add_argument("--sampler", help="pushforward, restart, pushforward_restart or heun")
     parser.add_argument("--ema", type=float, help="decay of the average to use; 0 for the raw weights")
-    parser.add_argument("--batch-size", type=int, help="images run at once")
+    parser.add_argument("--batch-size", type=int, help="images held at once; sample i is the same whatever it is")
+
+
+def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--vae", help="folder of the AutoencoderKL that decodes vae latents")
+    parser.add_argument("--repeats", type=int, help="sampling seeds; their spread is the error bar")
+    parser.add_argument("--reference", help=".npz to compare with; default the training data")
+    parser.add_argument("--watch", action="store_true", help="measure checkpoints as they come, until the run ends")
+    parser.add_argument("--poll", type=float, default=30.0, metavar="SECONDS", help="how often --watch looks")
+    parser.add_argument("--search", nargs="+", metavar="guidance=LOW:HIGH", help="find the best guidance; steps=1,2,4")
+    parser.add_argument(
+        "--make-reference", metavar="MANIFEST | FOLDER | FILE.npz", help="write the statistics of these images to --out"
+    )
+    parser.add_argument("--out", help=".npz that --make-reference writes, or folder for evaluations of exports")
+    parser.add_argument(
+        "--gallery",
+        nargs="*",
+        metavar="RUN",
+        help="draw the same noises at all steps, and by other runs; see the report",
+    )
 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:
@@ -263,16 +296,24 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--compare", action="store_true", help="add a table over ZeRO stages and micro-batches")
     plan.add_argument("--json", action="store_true", help="print the numbers alone, in bytes and seconds")
 
-    sample = add("sample", _sample, "Draw images: PNG grids (a row a class, a column a sample) and .npz files.")
-    sample.add_argument("source", metavar="RUN | FILE.safetensors | FOLDER")
+    sample = add(
+        "sample", _sample, "Draw images, under nothing or any launcher; the same command goes on when stopped."
+    )
+    sample.add_argument("source", metavar="RUN | CHECKPOINT | FILE.safetensors | FOLDER")
     _add_sampling_flags(sample, "sampling")
     sample.add_argument("--vae", help="folder of the AutoencoderKL that decodes vae latents")
-    sample.add_argument("--out", help="folder to write to; default RUN/samples/step-N")
+    sample.add_argument("--out", help="folder to write to, any fsspec URL; default RUN/samples/step-N")
+    sample.add_argument(
+        "--format",
+        default="grid,npz",
+        help="one or more of grid (a PNG, a row a class), folder (PNG files), npz (as ADM reads it), webdataset (tars)",
+    )
+    sample.add_argument("--latents", action="store_true", help="keep the latents too, in npz and webdataset")
 
-    evaluate = add("evaluate", _evaluate, "Measure the Frechet distance of samples to the training images.")
-    evaluate.add_argument("source", metavar="RUN")
+    evaluate = add("evaluate", _evaluate, "Measure samples, or a set of images, against a reference.")
+    evaluate.add_argument("source", nargs="?", metavar="RUN | CHECKPOINT | FILE.safetensors | IMAGES")
     _add_sampling_flags(evaluate, "evaluation")
-    evaluate.add_argument("--repeats", type=int, help="sampling seeds; their spread is the error bar")
+    _add_evaluation_flags(evaluate)
 
     export = add("export", _export, "Write weights and model spec to one .safetensors file, or to a folder.")
     export.add_argument("run", metavar="RUN | FILE.safetensors | FOLDER")

@@ -219,8 +219,12 @@ class SamplingConfig:
     num: int = _opt(64, "Images per step count.")
     seed: int = _opt(0, "Seed of the starting noise; image i depends on it and on i alone.")
     guidance_scale: float = _opt(1.0, "w of w G(label) + (1 - w) G(null); 1 is off, 1.5 is best at ImageNet XL.")
-    labels: str = _opt("all", "Classes to draw: all, a range (0-9) or a list (3,7); image i has label labels[i mod n].")
-    batch_size: int = _opt(256, "Images run at once.")
+    labels: str = _opt(
+        "all", "Classes in turn: all, a range (0-9) or a list (3,7); or how many of each, as in 0:500,3-4:100."
+    )
+    batch_size: int = _opt(
+        256, "Images held at once and kept as one part when stopped; rounded up to 64s. Image i is the same whatever."
+    )
     sampler: Literal["pushforward", "restart", "pushforward_restart", "heun"] = _opt(
         "pushforward", "pushforward (Euler for flow matching), restart (noise added between jumps), both, or heun."
     )
@@ -239,10 +243,43 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class ExtractorConfig:
+    kind: Literal["latents", "pixels", "torchscript", "onnx"] = _opt(
+        "latents", "What samples are compared by: latents, pixels, or a network's features (torchscript, onnx)."
+    )
+    file: str | None = _opt(None, "File of the network, as the Inception network used for FID; nothing is downloaded.")
+    sha256: str | None = _opt(None, "sha256 the network's file must have.")
+    features: str = _opt("0", "Features among the outputs: a number, or a name of an ONNX output.")
+    logits: str | None = _opt(None, "Class logits among the outputs, for the Inception score.")
+    arguments: dict[str, Any] = _opt({}, "Keyword arguments of the TorchScript network beside the images.")
+    resize: int | None = _opt(None, "Side that images are resized to before the network; null leaves them.")
+    filter: Literal["bilinear", "bicubic", "bilinear_antialias", "bicubic_antialias"] = _opt(
+        "bicubic_antialias", "How they are resized; without antialiasing other numbers come out."
+    )
+    round: bool = _opt(True, "Round resized images to whole values of 0..255, as a saved image would be.")
+    range: list[float] = _opt([0.0, 255.0], "What 0 and 255 become at the network's input.")
+    mean: list[float] = _opt([], "Per channel, subtracted after that.")
+    std: list[float] = _opt([], "Per channel, divided by after that.")
+    channels: int | None = _opt(None, "Channels of the input: 3 repeats grey images; null leaves them.")
+    layout: Literal["nchw", "nhwc"] = _opt("nchw", "Order of the input's axes.")
+    order: Literal["rgb", "bgr"] = _opt("rgb", "Order of the input's channels.")
+    dtype: Literal["float32", "uint8"] = _opt("float32", "Type of the input; uint8 needs a range of 0..255.")
+    max_dim: int = _opt(2048, "Longer features of latents and pixels go through a fixed random projection to this.")
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     steps: list[int] = _opt([1, 2, 4, 8], "Step counts to measure.")
     repeats: int = _opt(5, "Sampling seeds per step count; the spread over them is the error bar.")
     num: int | None = _opt(None, "Samples per repeat; null means as many as the training set has.")
+    metrics: list[Literal["frechet", "kernel", "precision_recall", "density_coverage", "inception_score"]] = _opt(
+        ["frechet"], "What is measured; the first is frechet."
+    )
+    reference: str | None = _opt(
+        None, "Reference statistics (.npz of --make-reference, ADM or EDM); null: the training data."
+    )
+    compared: int = _opt(10_000, "Most samples, of either side, that kernel and neighbour metrics compare.")
+    extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
 
 
 @dataclass(frozen=True)
@@ -446,7 +483,8 @@ def _positive(config: Config) -> None:
         "train.max_steps train.log_every train.checkpoint_every train.keep_last train.keep_every optimizer.lr "
         "train.holdout_every train.max_consecutive_skips train.step_timeout train.peak_flops "
         "optimizer.reference_images ema.images flow_map.sigma_data flow_map.time_scale train.grad_clip sampling.num "
-        "sampling.batch_size evaluation.repeats evaluation.num"
+        "sampling.batch_size evaluation.repeats evaluation.num evaluation.compared evaluation.extractor.max_dim "
+        "evaluation.extractor.resize"
     )
     for key in keys.split():
         if values[key] is not None and values[key] <= 0:

@@ -107,7 +107,12 @@ def barrier() -> None:
 def all_sum(values: Tensor) -> Tensor:
     """The sum over ranks, in place."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
+        if dist.get_backend() == "nccl" and values.device.type == "cpu":  # NCCL sums on GPUs only
+            there = values.cuda()
+            dist.all_reduce(there)
+            values.copy_(there)
+        else:
+            dist.all_reduce(values)
     return values
 
 

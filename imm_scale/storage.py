@@ -50,6 +50,7 @@ class Patience:
 
 PATIENCE = Patience()
 _SIGNED_SECONDS = 300  # temporary credentials, which end a signature too, are renewed longer than that before they end
+_COPY_BYTES = 1 << 20
 OnRetry = Callable[[Exception], None]
 
 
@@ -316,6 +317,16 @@ def write_chunks(url: str, chunks: Iterable[bytes | memoryview], staging: str) -
         else:
             filesystem, remote = _locate(url)
             patiently(url, lambda: filesystem.put_file(temporary, remote))
+
+
+def write_file(url: str, path: str) -> None:
+    """Copies a local file of any size to `url`, whole or not at all, through little memory."""
+    if is_local(url):
+        with open(path, "rb") as source:
+            write_chunks(url, iter(lambda: source.read(_COPY_BYTES), b""), staging="")
+    else:
+        filesystem, remote = _locate(url)
+        patiently(url, lambda: filesystem.put_file(path, remote))
 
 
 def create_bytes(url: str, data: bytes) -> bool:

@@ -4,6 +4,7 @@ An export is one .safetensors file with the spec in its header, or a folder as d
 diffusion_pytorch_model.safetensors. A folder with a config.json is an export; a run folder has a config.yaml instead.
 """
 
+import hashlib
 import json
 import os
 import tempfile
@@ -17,7 +18,7 @@ from imm_scale.build import ModelSpec
 from imm_scale.config import from_yaml
 from imm_scale.errors import UserError
 from imm_scale.flow_map import FlowMap
-from imm_scale.training.checkpoint import Checkpoint
+from imm_scale.training.checkpoint import COMMITTED, Checkpoint
 from imm_scale.training.ema import state_name
 
 RAW_WEIGHTS = 0.0
@@ -35,6 +36,11 @@ def is_file(source: str) -> bool:
 def is_export(source: str) -> bool:
     """Whether `source` is an exported file or folder, rather than a run folder."""
     return is_file(source) or _is_folder(source)
+
+
+def is_checkpoint(source: str) -> bool:
+    """Whether `source` is the folder of one committed checkpoint."""
+    return not is_file(source) and storage.exists(storage.join(source, COMMITTED))
 
 
 def _is_folder(source: str) -> bool:
@@ -57,7 +63,7 @@ def ema_state(checkpoint: Checkpoint, ema: float | None) -> str:
 
 
 def read(source: str, ema: float | None = None, step: int | None = None) -> tuple[ModelSpec, dict[str, Tensor]]:
-    """Spec and fp32 weights of a run folder (its newest checkpoint, or that of `step`) or of an export.
+    """Spec and fp32 weights of a run folder (its newest checkpoint, or that of `step`), a checkpoint, or an export.
 
     Raises:
         UserError: nothing there, an export that imm-scale did not write, or an average that is not held.
@@ -66,7 +72,10 @@ def read(source: str, ema: float | None = None, step: int | None = None) -> tupl
         return _read_file(source)
     if _is_folder(source):
         return _read_folder(source)
-    checkpoint = Checkpoint.latest(source) if step is None else Checkpoint.of_step(source, step)
+    if is_checkpoint(source):
+        checkpoint = Checkpoint(source)
+    else:
+        checkpoint = Checkpoint.latest(source) if step is None else Checkpoint.of_step(source, step)
     return ModelSpec.from_json(checkpoint.meta.spec), checkpoint.weights(ema_state(checkpoint, ema))
 
 
@@ -113,6 +122,15 @@ def load_flow_map(source: str, ema: float | None = None, step: int | None = None
     flow_map = build.flow_map(spec)
     put(flow_map, weights, source)
     return spec, flow_map.eval().requires_grad_(False)
+
+
+def identity(spec: ModelSpec, flow_map: FlowMap) -> str:
+    """sha256 of the spec and of every weight: equal for an export and the run it came from."""
+    digest = hashlib.sha256(spec.to_json().encode())
+    for name, value in sorted(flow_map.model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def put(flow_map: FlowMap, weights: dict[str, Tensor], source: str) -> None:

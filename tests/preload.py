@@ -3,6 +3,6 @@
 import webdataset  # noqa: F401
 
 import imm_scale.cli
-import imm_scale.evaluation.run
+import imm_scale.evaluation.command
 import imm_scale.report
 import imm_scale.training.trainer  # noqa: F401

@@ -83,23 +83,31 @@ class Dataset:
 def read_all(
     manifest_url: str, chunk_samples: int = 256, seed: int = 0, sigma_data: float = 0.5
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every sample once, in the manifest's order: the reference of an evaluation.
+    """Every sample once, in the manifest's order: x and label as `read_indexed` yields them."""
+    for _, x, label in read_indexed(Dataset(manifest_url), chunk_samples, seed, sigma_data):
+        yield x, label
+
+
+def read_indexed(
+    dataset: Dataset, chunk_samples: int = 256, seed: int = 0, sigma_data: float = 0.5, part: int = 0, parts: int = 1
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Samples in order, chunk by chunk; every `parts`-th chunk from the `part`-th on: the reference of an evaluation.
 
     Yields:
-        x (n, C, H, W) fp32 normalized and label (n,) int64, n at most `chunk_samples`. A `vae` latent is one draw of
-        its posterior, named by the seed and the sample's index, so it is the same in every pass.
+        index (n,) int64, x (n, C, H, W) fp32 normalized and label (n,) int64, n at most `chunk_samples`. A `vae` latent
+        is one draw of its posterior, named by the seed and the sample's index, so it is the same in every pass.
 
     Raises:
-        UserError: as `Dataset` does.
+        UserError: a shard that is short or damaged.
     """
-    dataset = Dataset(manifest_url)
     codec = dataset.manifest.codec
     table = plan.block_table(dataset.shard_samples, chunk_samples)
-    for start, size in zip(table.start.tolist(), table.size.tolist(), strict=True):
+    for start, size in list(zip(table.start.tolist(), table.size.tolist(), strict=True))[part::parts]:
         stored = torch.from_numpy(dataset.read(start, start + size))
         index = torch.arange(start, start + size)
         raw = codecs.draw_raw(stored, codec.kind, seed, "reference_posterior", index)
         yield (
+            index,
             codecs.normalize(raw, codec.mean, codec.std, sigma_data),
             torch.from_numpy(dataset.labels[start : start + size]),
         )

@@ -38,6 +38,7 @@ DOORS = {
     "wandb": {"imm_scale/training/run_log.py"},
     "xformers": {"imm_scale/models/layers.py"},
     "diffusers": {"imm_scale/data/codec.py"},
+    "onnxruntime": {"imm_scale/evaluation/networks.py"},
 }
 
 

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from imm_scale.distributed import World
 from imm_scale.evaluation.features import LATENTS
+from imm_scale.evaluation.files import read_evaluations
 from imm_scale.evaluation.frechet import Moments, frechet_distance
-from imm_scale.evaluation.run import reference_moments
+from imm_scale.evaluation.reference import Reference, of_manifest
 from tests import ranks
 from tests.conftest import TINY
 
@@ -22,8 +24,9 @@ def evaluated(trained: str) -> list[dict]:
     argv = ["evaluate", trained, "--steps", "1,2", "--repeats", "2", "--num", "100"]
     assert ranks.run(ranks.command, 2, *argv) == [0, 0]
     files = list(Path(trained, "evaluations").glob("step-00000002-*.json"))
-    assert len(files) == 1
-    return json.loads(files[0].read_text())["results"]
+    assert len(files) == 2, "one per step count"
+    found = [json.loads(file.read_text())["results"] for file in files]
+    return sorted((result for (result,) in found), key=lambda result: result["steps"])
 
 
 def test_an_evaluation_says_how_to_get_it_again(evaluated):
@@ -38,19 +41,23 @@ def test_an_evaluation_says_how_to_get_it_again(evaluated):
         assert result["values"][0] != result["values"][1]
 
 
+def _of_digits(manifest: str) -> Reference:
+    return of_manifest(manifest, LATENTS, 100, World(), seed=0, sigma_data=0.5, decode=None)
+
+
 def test_the_value_is_the_distance_of_the_sampled_latents_to_the_digits(evaluated, trained, digits, tmp_path):
-    argv = ["sample", trained, "--steps", "2", "--num", "100", "--seed", "1", "--out", str(tmp_path)]
+    argv = ["sample", trained, "--steps", "2", "--num", "100", "--seed", "1", "--latents", "--out", str(tmp_path)]
     assert ranks.run(ranks.command, 1, *argv) == [0]
     moments = Moments(64)
-    moments.add(LATENTS.features(torch.from_numpy(np.load(tmp_path / "steps-2.npz")["latents"])))
-    reference = reference_moments(digits, 0, 0.5, LATENTS)
+    moments.add(LATENTS(torch.from_numpy(np.load(tmp_path / "steps-2.npz")["latents"])).features)
+    reference = _of_digits(digits)
     assert reference.count == 1797
     # The file holds fp32, the evaluation saw fp64.
     assert evaluated[1]["values"][1] == pytest.approx(frechet_distance(moments, reference), rel=1e-5)
 
 
 def test_the_reference_has_the_scale_the_model_works_on(digits):
-    moments = reference_moments(digits, 0, 0.5, LATENTS)
+    moments = _of_digits(digits)
     # Normalized over all pixels of all images, up to the fp16 of the shards: mean 0, mean square 0.25.
     assert moments.mean.mean().item() == pytest.approx(0.0, abs=1e-3)
     total = moments.covariance.diagonal().mean() + moments.mean.square().mean()
@@ -91,9 +98,8 @@ def test_the_report_is_one_file_with_everything(evaluated, trained, digits, tmp_
     out = tmp_path / "report.html"
     code, words = ranks.run(ranks.command_and_words, 1, "report", trained, other, "--out", str(out))[0]
     assert code == 0
-    ratio = (
-        evaluated[0]["mean"] / json.loads(next(Path(other, "evaluations").iterdir()).read_text())["results"][0]["mean"]
-    )
+    (theirs,) = (e["results"][0] for e in read_evaluations(other) if e["results"][0]["steps"] == 10)
+    ratio = evaluated[0]["mean"] / theirs["mean"]
     assert f"IMM with 1 against flow matching with 10 steps: {evaluated[0]['mean']:.4f}" in words
     assert f"= {ratio:.2f}" in words
     page = _Page()

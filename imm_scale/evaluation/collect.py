@@ -1,0 +1,104 @@
+"""What is kept of many samples' features: moments by random groups, class sums, and the vectors of a random subset."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from imm_scale import distributed, rng
+from imm_scale.errors import UserError
+from imm_scale.evaluation.features import Output
+from imm_scale.evaluation.frechet import Moments
+from imm_scale.evaluation.inception_score import ClassSums
+
+# Random groups, for error bars. Not index mod 10: labels go round in steps, and a group would be a class.
+GROUPS = 10
+
+
+def group_of(index: Tensor) -> Tensor:
+    """Which of the GROUPS a sample belongs to: a function of its number alone."""
+    return rng.random_bits(0, "group", index) % GROUPS
+
+
+def chosen(num: int, most: int) -> Tensor:
+    """Ascending numbers of the samples whose features are kept: all of `num`, or `most` of them at random."""
+    if num <= most:
+        return torch.arange(num)
+    return rng.random_bits(0, "kept_features", torch.arange(num)).argsort(stable=True)[:most].sort().values
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of all samples of all ranks.
+
+    Attributes:
+        groups: moments of each random group.
+        kept: (K, F) fp32 features of the chosen samples.
+        classes: class sums of each random group, or none.
+    """
+
+    groups: list[Moments]
+    kept: Tensor
+    classes: list[ClassSums]
+
+    @property
+    def moments(self) -> Moments:
+        return Moments.merged(self.groups)
+
+
+class Collector:
+    """Takes this rank's samples in any order and batches.
+
+    Args:
+        num: samples of all ranks together.
+        most: most vectors kept.
+        what: named in messages, such as "sample" or "training image".
+    """
+
+    def __init__(self, num: int, most: int, what: str = "sample"):
+        self._what = what
+        self._chosen = chosen(num, most)
+        self._groups: list[Moments] = []
+        self._classes: list[ClassSums] = []
+        self._kept = torch.zeros(0, 0)
+
+    def _start(self, dim: int, classes: int) -> None:
+        self._groups = [Moments(dim) for _ in range(GROUPS)]
+        self._classes = [ClassSums(classes) for _ in range(GROUPS if classes else 0)]
+        self._kept = torch.zeros(len(self._chosen), dim)
+
+    def add(self, index: Tensor, output: Output) -> None:
+        """Raises UserError for features that are not finite, naming the sample."""
+        finite = torch.isfinite(output.features).all(dim=1)
+        if not finite.all():
+            raise UserError(
+                f"features of {self._what} {int(index[~finite][0])} are not finite: look at that image, and at the "
+                "extractor's input range"
+            )
+        if not self._groups:
+            self._start(output.features.shape[1], 0 if output.probabilities is None else output.probabilities.shape[1])
+        group = group_of(index)
+        for number in range(GROUPS):
+            self._groups[number].add(output.features[group == number])
+            if output.probabilities is not None:
+                self._classes[number].add(output.probabilities[group == number])
+        wanted = torch.isin(index, self._chosen)
+        self._kept[torch.searchsorted(self._chosen, index[wanted])] = output.features[wanted].float()
+
+    def merge_ranks(self) -> Features:
+        """Of all ranks, on every rank; some ranks may have had no samples."""
+        shape = torch.tensor([self._kept.shape[1], len(self._classes) and len(self._classes[0]._probability)])
+        dim, classes = _most(shape).tolist()
+        if not self._groups:
+            self._start(dim, classes)
+        return Features(
+            groups=[group.merge_ranks() for group in self._groups],
+            kept=distributed.all_sum(self._kept),
+            classes=[sums.merge_ranks() for sums in self._classes],
+        )
+
+
+def _most(values: Tensor) -> Tensor:
+    """Greatest over ranks, of values that are alike or 0."""
+    nonzero = distributed.all_sum((values > 0).long())
+    return distributed.all_sum(values.clone()) // nonzero.clamp_min(1)

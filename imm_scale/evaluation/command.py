@@ -1,0 +1,165 @@
+"""`imm-scale evaluate`: a checkpoint, all of a run's as they come, a search, a reference to make, a set of images."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from imm_scale import distributed, storage, weights
+from imm_scale.config import Config
+from imm_scale.data import codec as codecs
+from imm_scale.data.manifest import Manifest
+from imm_scale.distributed import World
+from imm_scale.errors import UserError
+from imm_scale.evaluation import features as extractors
+from imm_scale.evaluation import gallery, images, reference, search, watch
+from imm_scale.evaluation.files import FOLDER
+from imm_scale.evaluation.run import Evaluator
+from imm_scale.evaluation.sets import measure_images
+from imm_scale.sampling import source as sources
+from imm_scale.sampling.job import decoded
+from imm_scale.sampling.source import Source
+
+Announce = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Words:
+    """The command's own flags.
+
+    Attributes:
+        source: run, checkpoint, export, or set of images; None with make_reference.
+        guidance: scales, each evaluated; none takes the config's.
+        watch, poll: evaluate checkpoints as they come, looking every so many seconds.
+        search: words such as guidance=1.0:3.0 steps=1,2.
+        make_reference: what to make a reference of.
+        out: the reference to write, or the folder for evaluations of exports.
+        gallery: other sources to draw beside this one, or None for no gallery.
+    """
+
+    source: str | None
+    guidance: tuple[float, ...]
+    watch: bool
+    poll: float
+    search: tuple[str, ...]
+    make_reference: str | None
+    out: str | None
+    gallery: tuple[str, ...] | None
+
+
+def run(words: Words, overrides: Sequence[str], world: World, announce: Announce) -> None:
+    """Raises UserError for flags that do not go together, and whatever else the user can mend."""
+    if words.poll <= 0:
+        raise UserError(f"--poll {words.poll} must be above 0")
+    if words.make_reference is not None:
+        _make_reference(words, overrides, world, announce)
+        return
+    if words.source is None:
+        raise UserError("name a run, a checkpoint, exported weights or a set of images to evaluate")
+    if words.watch:
+        watch.wait_for_run(words.source, announce if world.is_main else lambda line: None, words.poll)
+    elif not weights.is_export(words.source) and images.is_image_set(words.source):
+        config = sources.config_of(Source(""), overrides)
+        distributed.init(world)
+        measure_images(images.find(words.source), config, world, announce)
+        return
+    source = sources.find(words.source)
+    if words.out is not None and source.run_dir is not None:
+        raise UserError(f"--out {words.out}: evaluations of a run lie in its folder, leave --out away")
+    config = sources.config_of(source, overrides)
+    distributed.init(world)
+    _evaluate(words, source, config, world, announce)
+
+
+def _evaluate(words: Words, source: Source, config: Config, world: World, announce: Announce) -> None:
+    scales = words.guidance or (config.sampling.guidance_scale,)
+
+    def at_all_scales(evaluator: Evaluator) -> None:
+        for scale in scales:
+            sampling = dataclasses.replace(config.sampling, guidance_scale=scale)
+            evaluator.evaluate(sampling, config.evaluation)
+
+    def prepare(found: Source) -> Callable[[], object]:
+        evaluator = Evaluator(found, config, world, announce)
+        if world.is_main:
+            announce(f"step {found.step}")
+        assert evaluator.model is not None  # read now, before the run removes it
+        return lambda: at_all_scales(evaluator)
+
+    if words.watch:
+        watch.watch(config, world, prepare, announce, words.poll)
+    elif words.search:
+        _search(words, Evaluator(source, config, world, announce), announce)
+    elif words.gallery is not None:
+        others = [sources.find(url) for url in words.gallery]
+        gallery.write(source, others, config, world, announce)
+    else:
+        at_all_scales(Evaluator(source, config, world, announce, words.out or FOLDER))
+
+
+# --- search ---
+
+_TOLERANCE = 0.05  # of w; the distance is flat around its minimum
+_MOST_POINTS = 10
+
+
+def _search(words: Words, evaluator: Evaluator, announce: Announce) -> None:
+    config = evaluator.config
+    wanted = search.parse(words.search, config.evaluation.steps)
+    found = []
+    for steps in wanted.steps:
+        evaluation = dataclasses.replace(config.evaluation, steps=[steps])
+
+        def measure(guidance: float, evaluation=evaluation) -> tuple[float, ...]:  # type: ignore[no-untyped-def]
+            sampling = dataclasses.replace(config.sampling, guidance_scale=guidance)
+            return tuple(evaluator.evaluate(sampling, evaluation)["results"][0]["values"])
+
+        found.append(search.minimize(steps, measure, wanted.low, wanted.high, _TOLERANCE, _MOST_POINTS))
+    lines = [best.describe() for best in found]
+    if evaluator.world.is_main:
+        announce("\n".join(lines))
+        _write_search(words, evaluator, found)
+
+
+def _write_search(words: Words, evaluator: Evaluator, found: Sequence[search.Best]) -> None:
+    """RUN/searches/step-NNNNNNNN-ID.json; the points themselves are ordinary evaluation files."""
+    if evaluator.source.run_dir is None:
+        return
+    key = hashlib.sha256(json.dumps([*words.search, *map(str, found)]).encode()).hexdigest()[:12]
+    url = storage.join(evaluator.source.run_dir, "searches", f"step-{evaluator.source.step:08d}-{key}.json")
+    storage.write_text(url, json.dumps({"asked": words.search, "best": [best.as_dict() for best in found]}, indent=1))
+
+
+# --- reference ---
+
+
+def _make_reference(words: Words, overrides: Sequence[str], world: World, announce: Announce) -> None:
+    asked = words.make_reference
+    assert asked is not None
+    if words.out is None or not words.out.endswith(".npz"):
+        raise UserError(f"--make-reference {asked} needs --out FILE.npz")
+    config = sources.config_of(Source(""), overrides)
+    distributed.init(world)
+    device = distributed.device(world)
+    extractor = extractors.open_extractor(config.evaluation.extractor, device)
+    most = config.evaluation.compared
+    if asked.endswith(".json"):
+        sigma_data = config.flow_map.sigma_data
+        decode = _decoder(asked, config, str(device)) if extractor.takes == "images" else None
+        arguments = (config.seed, sigma_data, decode)
+        made = reference.of_manifest(asked, extractor, most, world, *arguments)
+    else:
+        made = reference.of_images(images.find(asked), extractor, most, world)
+    if world.is_main:
+        made.save(words.out)
+        announce(f"{words.out}: {made.count} images, {len(made.mean)} features of {extractor.name}, id {made.id[:12]}")
+
+
+def _decoder(manifest_url: str, config: Config, device: str) -> Callable[[Tensor], Tensor]:
+    """Latents of a data set to images."""
+    codec = Manifest.load(manifest_url).codec
+    image_codec = codecs.open_codec(codec, config.sampling.vae, device)
+    return lambda z: decoded(z, codec, image_codec, config.flow_map.sigma_data)

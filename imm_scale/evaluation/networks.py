@@ -1,0 +1,172 @@
+"""Networks as feature extractors: a TorchScript or ONNX file, named by its sha256."""
+
+import hashlib
+import os
+import tempfile
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imm_scale import storage
+from imm_scale.config import ExtractorConfig
+from imm_scale.errors import UserError
+from imm_scale.evaluation.features import Output, Preprocessing, identity_hash, identity_of
+
+# The Inception network of published FIDs (Heusel et al., arXiv 1706.08500), 2015-12-05, as TorchScript: the file
+# inception-2015-12-05.pt that StyleGAN2-ADA and EDM measure with. It resizes inside and takes 0..255.
+INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+_INCEPTION_FEATURES = {"return_features": True}
+_INCEPTION_PROBABILITIES = {"no_output_bias": True}
+_INCEPTION_INPUT = Preprocessing(channels=3, dtype="uint8")
+INCEPTION_IDENTITY = identity_of(
+    _INCEPTION_INPUT, kind="torchscript", sha256=INCEPTION_SHA256, arguments=_INCEPTION_FEATURES
+)
+STANDARD_ID = identity_hash(INCEPTION_IDENTITY)  # of the one extractor whose Frechet distance is called FID
+
+
+def open_network(config: ExtractorConfig, preprocess: Preprocessing, device: torch.device) -> "Network":
+    """Raises UserError for a missing file or sha256, another sha256, or a missing package."""
+    if config.file is None or config.sha256 is None:
+        raise UserError(
+            f"evaluation.extractor.kind={config.kind} needs evaluation.extractor.file and .sha256 (of that file)"
+        )
+    try:
+        data = storage.read_bytes(config.file)
+    except FileNotFoundError as error:
+        raise UserError(f"evaluation.extractor.file={config.file} does not exist; nothing is downloaded") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != config.sha256.lower():
+        raise UserError(
+            f"evaluation.extractor.file={config.file} has sha256 {found}, not {config.sha256}: it is another network"
+        )
+    if config.kind == "torchscript" and found == INCEPTION_SHA256:
+        return Inception(data, config, device)
+    return {"torchscript": TorchScript, "onnx": Onnx}[config.kind](data, config, preprocess, device)
+
+
+class Network:
+    """What both kinds share: preprocessing, checking outputs, and the identity."""
+
+    takes: Literal["latents", "images"] = "images"
+
+    def __init__(self, config: ExtractorConfig, preprocess: Preprocessing, device: torch.device):
+        self._preprocess, self._device = preprocess, device
+        self._features, self._logits = config.features, config.logits
+        self.name = os.path.basename(config.file or "").partition(".")[0]
+        self.identity = identity_of(
+            preprocess,
+            kind=config.kind,
+            sha256=config.sha256,
+            features=config.features,
+            logits=config.logits,
+            arguments=dict(config.arguments),
+        )
+
+    def _run(self, images: Tensor) -> Any:
+        raise NotImplementedError
+
+    def _pick(self, outputs: Any, name: str) -> Tensor:
+        """One of a network's outputs, by name or number."""
+        chosen: Any = None
+        if isinstance(outputs, dict):
+            chosen = outputs.get(name)
+        elif isinstance(outputs, Tensor):
+            chosen = outputs if name == "0" else None
+        elif name.isdigit() and int(name) < len(outputs):
+            chosen = outputs[int(name)]
+        if not isinstance(chosen, Tensor):
+            have = (
+                ", ".join(outputs) if isinstance(outputs, dict) else 1 if isinstance(outputs, Tensor) else len(outputs)
+            )
+            raise UserError(f"{self.name} has no output {name!r} (it has {have}): see evaluation.extractor.features")
+        return chosen
+
+    def __call__(self, samples: Tensor) -> Output:
+        outputs = self._run(self._preprocess(samples))
+        features = self._pick(outputs, self._features).flatten(1).double().cpu()
+        if self._logits is None:
+            return Output(features)
+        logits = self._pick(outputs, self._logits).double().cpu()
+        return Output(features, logits.softmax(dim=1))
+
+
+class TorchScript(Network):
+    """A scripted or traced module of images, whose output is a tensor, a tuple, a list or a dict of tensors."""
+
+    def __init__(self, data: bytes, config: ExtractorConfig, preprocess: Preprocessing, device: torch.device):
+        super().__init__(config, preprocess, device)
+        self._arguments = dict(config.arguments)
+        self._module = _load_torchscript(data, config.file or "", device)
+
+    @torch.no_grad()
+    def _run(self, images: Tensor) -> Any:
+        try:
+            return self._module(images.to(self._device), **self._arguments)
+        except RuntimeError as error:
+            shape = "x".join(str(n) for n in images.shape)
+            first = str(error).strip().splitlines()[-1]
+            raise UserError(
+                f"{self.name} does not take a {images.dtype} input of {shape} ({first}): see "
+                "evaluation.extractor.{resize,channels,layout,dtype,arguments}"
+            ) from error
+
+
+def _load_torchscript(data: bytes, name: str, device: torch.device) -> Any:
+    """Code inside the file runs in TorchScript's interpreter, not in Python's: nothing is unpickled."""
+    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+        file.write(data)
+        file.flush()
+        try:
+            return torch.jit.load(file.name, map_location=device).eval()
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{name} is no TorchScript file ({str(error).splitlines()[0]})") from error
+
+
+class Inception(TorchScript):
+    """The network of published FIDs and Inception scores, fed and asked as they were."""
+
+    def __init__(self, data: bytes, config: ExtractorConfig, device: torch.device):
+        super().__init__(data, config, _INCEPTION_INPUT, device)
+        self.name = "inception"
+        self.identity = INCEPTION_IDENTITY
+
+    @torch.no_grad()
+    def __call__(self, samples: Tensor) -> Output:
+        images = self._preprocess(samples).to(self._device)
+        features = self._module(images, **_INCEPTION_FEATURES).double().cpu()
+        return Output(features, self._module(images, **_INCEPTION_PROBABILITIES).double().cpu())
+
+
+class Onnx(Network):
+    """An ONNX graph with one input of images, run by onnxruntime."""
+
+    def __init__(self, data: bytes, config: ExtractorConfig, preprocess: Preprocessing, device: torch.device):
+        super().__init__(config, preprocess, device)
+        try:
+            import onnxruntime
+            from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, InvalidProtobuf
+        except ImportError as error:
+            raise UserError(f"an ONNX extractor needs onnxruntime ({error}): pip install 'imm-scale[onnx]'") from error
+        available = onnxruntime.get_available_providers()
+        wanted = ["CUDAExecutionProvider"] if device.type == "cuda" and "CUDAExecutionProvider" in available else []
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        try:
+            self._session = onnxruntime.InferenceSession(data, options, providers=[*wanted, "CPUExecutionProvider"])
+        except (Fail, InvalidGraph, InvalidProtobuf) as error:
+            raise UserError(f"{config.file} is no ONNX network: {error}") from error
+        self._input = self._session.get_inputs()[0].name
+        self._names = [output.name for output in self._session.get_outputs()]
+
+    def _run(self, images: Tensor) -> Any:
+        from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument
+
+        try:
+            outputs = self._session.run(None, {self._input: images.numpy()})
+        except (Fail, InvalidArgument) as error:
+            raise UserError(f"{self.name} does not take images of {tuple(images.shape)}: {error}") from error
+        tensors = [torch.from_numpy(np.asarray(output)) for output in outputs]
+        named = dict(zip(self._names, tensors, strict=True))
+        return {**named, **{str(i): tensor for i, tensor in enumerate(tensors)}}

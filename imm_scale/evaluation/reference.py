@@ -1,0 +1,201 @@
+"""What samples are compared with: moments of a reference set's features, and a random subset of them.
+
+The .npz file has the keys `mu` and `sigma` of the ADM and EDM evaluators, and reads in theirs; theirs read here. Its
+further keys say which extractor made it: `count`, `features` (K, F) fp32, and `imm_scale`, a JSON text.
+"""
+
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from imm_scale import storage
+from imm_scale.data.dataset import Dataset, read_indexed
+from imm_scale.distributed import World
+from imm_scale.errors import UserError
+from imm_scale.evaluation import features as extractors
+from imm_scale.evaluation.collect import Collector, Features
+from imm_scale.evaluation.features import Extractor
+from imm_scale.evaluation.frechet import Root, square_root
+from imm_scale.evaluation.images import CHUNK, ImageSet
+
+FORMAT_VERSION = 1
+log = logging.getLogger("imm_scale")
+_Batch = TypeVar("_Batch")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference set.
+
+    Attributes:
+        mean, covariance: (F,) and (F, F) fp64 moments of its features.
+        count: images behind them, None where the file does not say.
+        kept: (K, F) fp32 features of a random subset, None where the file has none.
+        extractor: name, id and identity of what made the features, None where the file does not say.
+        source: what it was made from, and how.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    count: int | None
+    kept: Tensor | None
+    extractor: dict[str, Any] | None
+    source: dict[str, Any]
+
+    @cached_property
+    def id(self) -> str:
+        """sha256 of the moments."""
+        digest = hashlib.sha256(self.mean.numpy().tobytes())
+        digest.update(self.covariance.numpy().tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def root(self) -> Root:
+        return square_root(self.covariance)
+
+    def check(self, extractor: Extractor, image_size: tuple[int, int] | None = None) -> None:
+        """Refuses a reference of another extractor; one that does not say is taken at its user's word, with a warning.
+
+        Args:
+            image_size: height and width of the images to be measured, None for latents.
+
+        Raises:
+            UserError: naming both extractors, or both sizes.
+        """
+        size = self.source.get("image_size")
+        if size is not None and image_size is not None and tuple(size) != image_size:
+            raise UserError(
+                f"the images have {image_size[1]}x{image_size[0]} pixels, those of the reference {size[1]}x{size[0]}: "
+                "make a reference of images of that size"
+            )
+        ours = extractors.describe(extractor)
+        if self.extractor is None:
+            log.warning("the reference does not say which extractor made it: it is taken to be %s", ours["name"])
+        elif self.extractor["id"] != ours["id"]:
+            theirs = self.extractor
+            raise UserError(
+                f"the reference was made with the extractor {theirs['name']} ({theirs['id'][:12]}), the samples are to "
+                f"be measured with {ours['name']} ({ours['id'][:12]}): use one for both "
+                f"(reference: {_identity(theirs)}; samples: {_identity(ours)})"
+            )
+
+    def save(self, url: str) -> None:
+        arrays: dict[str, Any] = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy()}
+        if self.count is not None:
+            arrays["count"] = np.int64(self.count)
+        if self.kept is not None:
+            arrays["features"] = self.kept.numpy()
+        about = {"format_version": FORMAT_VERSION, "extractor": self.extractor, "source": self.source}
+        stream = io.BytesIO()
+        np.savez(stream, **arrays, imm_scale=np.array(json.dumps(about, sort_keys=True)))
+        storage.write_bytes(url, stream.getvalue())
+
+    @classmethod
+    def load(cls, url: str) -> "Reference":
+        """Reads a file of ours, of ADM's or of EDM's (keys mu and sigma).
+
+        Raises:
+            UserError: no such file, no .npz, no mu and sigma, or a newer format.
+        """
+        try:
+            with np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False) as file:
+                arrays = {
+                    name: file[name] for name in ("mu", "sigma", "count", "features", "imm_scale") if name in file
+                }
+        except FileNotFoundError as error:
+            raise UserError(
+                f"the reference {url} does not exist: write it with imm-scale evaluate --make-reference"
+            ) from error
+        except (ValueError, OSError) as error:
+            raise UserError(f"the reference {url} is no .npz file ({error})") from error
+        mean, covariance = arrays.get("mu"), arrays.get("sigma")
+        if mean is None or covariance is None or covariance.shape != (len(mean), len(mean)):
+            raise UserError(f"the reference {url} has no mu (F,) and sigma (F, F): write it with --make-reference")
+        about: dict[str, Any] = {"format_version": 0}
+        if "imm_scale" in arrays:
+            about = json.loads(str(arrays["imm_scale"]))
+        if about["format_version"] > FORMAT_VERSION:
+            raise UserError(f"{url} was written by a newer imm-scale (format {about['format_version']}); update it")
+        return cls(
+            torch.from_numpy(mean.astype(np.float64)),
+            torch.from_numpy(covariance.astype(np.float64)),
+            int(arrays["count"]) if "count" in arrays else None,
+            torch.from_numpy(arrays["features"]).float() if "features" in arrays else None,
+            about.get("extractor"),
+            about.get("source", {"file": storage.shown(url)}),
+        )
+
+
+def _identity(extractor: dict[str, Any]) -> str:
+    return json.dumps({key: value for key, value in extractor.items() if key not in ("name", "id")}, sort_keys=True)
+
+
+def _reference(features: Features, extractor: Extractor, source: dict[str, Any]) -> Reference:
+    moments = features.moments
+    return Reference(
+        moments.mean, moments.covariance, moments.count, features.kept, extractors.describe(extractor), source
+    )
+
+
+def of_images(images: ImageSet, extractor: Extractor, most: int, world: World) -> Reference:
+    """Of a set of images, ranks sharing the work.
+
+    Args:
+        most: feature vectors kept.
+
+    Raises:
+        UserError: an extractor that takes latents, or images that cannot be read.
+    """
+    if extractor.takes != "images":
+        raise UserError(
+            f"{images.url} holds images, the extractor {extractor.name} takes latents: "
+            "set evaluation.extractor.kind=pixels, torchscript or onnx, or give a manifest.json of latents"
+        )
+    collector = Collector(len(images), most, "reference image")
+    size = next(images.read())[1].shape[1:3]
+    for index, batch in shown(images.read(world.rank, world.size), len(images), world):
+        collector.add(index, extractor(batch))
+    source = {"images": storage.shown(images.url), "image_size": list(size)}
+    return _reference(collector.merge_ranks(), extractor, source)
+
+
+def shown(batches: Iterable[_Batch], num: int, world: World) -> Iterable[_Batch]:
+    """Batches of CHUNK of `num` samples on these ranks, with a progress bar on rank 0's terminal."""
+    hidden = None if world.is_main else True
+    total = -(-num // (CHUNK * world.size))
+    return tqdm(batches, desc="measuring", total=total, unit="batch", disable=hidden, leave=False)
+
+
+def of_manifest(
+    manifest_url: str, extractor: Extractor, most: int, world: World, seed: int, sigma_data: float, decode: Any
+) -> Reference:
+    """Of a data set of latents: themselves, or the images the codec makes of them.
+
+    Args:
+        seed, sigma_data: of the latents' posterior noise and scale.
+        decode: latents to uint8 images; called only where the extractor takes images.
+    """
+    dataset = Dataset(manifest_url)
+    collector = Collector(len(dataset), most, "training image")
+    batches = read_indexed(dataset, CHUNK, seed, sigma_data, world.rank, world.size)
+    for index, z, _ in shown(batches, len(dataset), world):
+        collector.add(index, extractor(z if extractor.takes == "latents" else decode(z)))
+    source: dict[str, Any] = {
+        "manifest": storage.shown(manifest_url),
+        "manifest_hash": dataset.manifest.hash,
+        "codec": dataset.manifest.codec.weights_hash or dataset.manifest.codec.kind,
+        "posterior_seed": seed,
+    }
+    if extractor.takes == "images":
+        source["image_size"] = [dataset.manifest.codec.image_size] * 2
+    return _reference(collector.merge_ranks(), extractor, source)

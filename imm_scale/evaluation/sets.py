@@ -1,0 +1,45 @@
+"""Metrics of a set of images that lies somewhere, whoever drew it."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from imm_scale import distributed
+from imm_scale.config import Config
+from imm_scale.distributed import World
+from imm_scale.errors import UserError
+from imm_scale.evaluation import features as extractors
+from imm_scale.evaluation import measures
+from imm_scale.evaluation.collect import Collector
+from imm_scale.evaluation.images import ImageSet
+from imm_scale.evaluation.reference import Reference, shown
+
+
+def measure_images(images: ImageSet, config: Config, world: World, announce: Callable[[str], None]) -> dict[str, Any]:
+    """Measures all images of a set against `evaluation.reference` and says the results.
+
+    Returns:
+        {name: {value, error, numerical_error}}.
+
+    Raises:
+        UserError: no reference, one of another extractor, or an extractor that takes latents.
+    """
+    evaluation = config.evaluation
+    if evaluation.reference is None:
+        raise UserError(f"{images.url} needs something to compare with: set evaluation.reference=FILE.npz")
+    extractor = extractors.open_extractor(evaluation.extractor, distributed.device(world))
+    if extractor.takes != "images":
+        raise UserError(f"{images.url} holds images: set evaluation.extractor.kind=pixels, torchscript or onnx")
+    reference = Reference.load(evaluation.reference)
+    height, width = next(images.read())[1].shape[1:3]
+    reference.check(extractor, (height, width))
+    collector = Collector(len(images), evaluation.compared, "image")
+    for index, batch in shown(images.read(world.rank, world.size), len(images), world):
+        collector.add(index, extractor(batch))
+    found = measures.measure(evaluation.metrics, collector.merge_ranks(), reference, extractor)
+    if world.is_main:
+        for line in measures.warnings(len(images), len(reference.mean), reference):
+            announce(f"warning: {line}")
+        for name, one in found.items():
+            announce(f"{name}  {one.value:.4f} +- {one.error:.4f}  ({len(images)} images)")
+    return {name: asdict(one) for name, one in found.items()}

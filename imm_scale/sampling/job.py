@@ -1,0 +1,244 @@
+"""The job of `imm-scale sample`: many samples on many ranks, kept part by part, then written as asked for."""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from imm_scale import distributed, storage, weights
+from imm_scale.build import ModelSpec
+from imm_scale.config import SamplingConfig
+from imm_scale.data import codec as codecs
+from imm_scale.data.codec import ImageCodec
+from imm_scale.data.manifest import Codec
+from imm_scale.distributed import World
+from imm_scale.errors import UserError
+from imm_scale.flow_map import FlowMap
+from imm_scale.sampling import outputs
+from imm_scale.sampling.parts import Parts
+from imm_scale.sampling.run import SAMPLES_PER_CALL, Drawer, SamplingPlan, plan_of
+from imm_scale.sampling.source import Source
+from imm_scale.training import metrics
+
+Announce = Callable[[str], None]
+FORMAT_VERSION = 1
+TELL_SECONDS = 60.0
+DECODED_AT_ONCE = 8  # images; fixed, because convolutions of other batches round differently
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for beside the samples themselves.
+
+    Attributes:
+        out: folder to write to.
+        formats: of `outputs.FORMATS`.
+        latents: whether the normalized latents are kept in npz and WebDataset.
+        guidance: scales, each with all step counts.
+    """
+
+    out: str
+    formats: tuple[str, ...]
+    latents: bool
+    guidance: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.formats if name not in outputs.FORMATS]
+        if unknown or not self.formats:
+            raise UserError(f"--format {','.join(self.formats)}: choose of {', '.join(outputs.FORMATS)}")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Weights ready to draw images with, or latents alone where there is no codec."""
+
+    spec: ModelSpec
+    flow_map: FlowMap
+    codec: ImageCodec | None
+    weights_id: str
+
+    @classmethod
+    def load(
+        cls, source: Source, ema: float | None, vae: str | None, device: torch.device, decoding: bool = True
+    ) -> "Model":
+        """Raises UserError for weights or a codec that are not there."""
+        spec, flow_map = weights.load_flow_map(source.weights_url, ema)
+        image_codec = codecs.open_codec(spec.codec, vae, str(device)) if decoding else None
+        return cls(spec, flow_map.to(device), image_codec, weights.identity(spec, flow_map))
+
+    def decode(self, z_NCHW: Tensor) -> Tensor:
+        """uint8 (N, H, W, channels) images, a few at a time."""
+        assert self.codec is not None, "loaded for latents alone"
+        return decoded(z_NCHW, self.spec.codec, self.codec, self.spec.sigma_data)
+
+
+def decoded(z_NCHW: Tensor, codec: Codec, image_codec: ImageCodec, sigma_data: float) -> Tensor:
+    """uint8 (N, H, W, channels) images of latents, DECODED_AT_ONCE at a time."""
+    return torch.cat([codecs.decode(z, codec, image_codec, sigma_data) for z in z_NCHW.split(DECODED_AT_ONCE)])
+
+
+def run(source: Source, config: SamplingConfig, request: Request, world: World, announce: Announce) -> None:
+    """Draws and writes every (guidance, steps) of the request; what a stopped job finished is kept.
+
+    Args:
+        announce: is told on rank 0 what was written, and how fast.
+
+    Raises:
+        UserError: whatever the user can mend.
+    """
+    model = Model.load(source.at_newest(), config.ema, config.vae, distributed.device(world))
+    for scale in request.guidance:
+        for steps in config.steps:
+            chosen = dataclasses.replace(config, guidance_scale=scale)
+            plan = plan_of(chosen, model.spec, steps, config.num, config.seed)
+            _SetOfSamples(model, plan, request, source, world, announce if world.is_main else _silent).finish()
+
+
+def _silent(line: str) -> None:
+    """What the other ranks announce."""
+
+
+def stem(plan: SamplingPlan) -> str:
+    """Name of a set of samples."""
+    return f"steps-{plan.steps}" + ("" if plan.guidance_scale == 1.0 else f"-guidance-{plan.guidance_scale:g}")
+
+
+class _SetOfSamples:
+    """All samples of one plan."""
+
+    def __init__(
+        self, model: Model, plan: SamplingPlan, request: Request, source: Source, world: World, announce: Announce
+    ):
+        self.model, self.plan, self.request, self.world = model, plan, request, world
+        self.source, self.announce = source, announce
+        self.drawer = Drawer(model.flow_map, model.spec, plan)
+        self.settings = self._settings()
+        self.identity = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+        self.stem = storage.join(request.out, stem(plan))
+        self.parts = Parts(f"{self.stem}.shards", self.identity, plan.batches)
+
+    def _settings(self) -> dict[str, Any]:
+        """All that decides the bits of a sample."""
+        plan, spec = self.plan, self.model.spec
+        labels = hashlib.sha256(json.dumps(plan.labels).encode()).hexdigest()
+        return {
+            "weights": self.model.weights_id,
+            "steps": plan.steps,
+            "times": self.drawer.times.tolist(),
+            "sampler": plan.sampler,
+            "seed": plan.seed,
+            "guidance_scale": plan.guidance_scale,
+            "guidance_interval": list(plan.guidance_interval),
+            "labels": f"sha256 {labels}" if len(plan.labels) > 1000 else list(plan.labels),
+            "codec": dataclasses.asdict(spec.codec),
+            "latents": self.request.latents,
+            "samples_per_call": SAMPLES_PER_CALL,
+            "device": next(self.model.flow_map.parameters()).device.type,
+            "torch": torch.__version__,
+        }
+
+    # --- drawing ---
+
+    def finish(self) -> None:
+        """Draws what is missing, writes what was asked for, and says so."""
+        if self._is_finished():
+            self.announce("\n".join(f"{self._output(name)} is there already" for name in self.request.formats))
+            return
+        began = time.perf_counter()
+        missing = self._missing()
+        self._draw(missing)
+        distributed.barrier()
+        seconds = time.perf_counter() - began
+        written = self._write_outputs()
+        drawn = sum(stop - start for start, stop in (self.parts.ranges[part] for part in missing))
+        kept = self.plan.num - drawn
+        speed = f"{drawn} samples in {seconds:.1f} s, {drawn / seconds:.1f} a second on {self.world.size} ranks"
+        self._close(written, {"seconds": seconds, "samples_drawn": drawn, "samples_kept": kept})
+        was_kept = f"; {kept} were there already" if kept else ""
+        self.announce("\n".join([*written, f"{stem(self.plan)}: {speed}{was_kept}"]))
+
+    def _missing(self) -> list[int]:
+        """Parts yet to be drawn, the same list on every rank; ranks share the checking."""
+        if self.world.is_main:
+            storage.remove(f"{self.stem}.json")  # it speaks of whole outputs
+            self.parts.clear()
+        distributed.barrier()
+        missing = torch.zeros(len(self.parts.ranges), dtype=torch.int64)
+        for part in range(self.world.rank, len(missing), self.world.size):
+            missing[part] = not self.parts.is_kept(part)
+        return distributed.all_sum(missing).nonzero()[:, 0].tolist()
+
+    def _draw(self, missing: Sequence[int]) -> None:
+        mine = missing[self.world.rank :: self.world.size]
+        total = sum(stop - start for start, stop in (self.parts.ranges[part] for part in mine))
+        hidden = None if self.world.is_main else True  # None: shown on a terminal only
+        name = stem(self.plan) + (f", rank 0 of {self.world.size}" if self.world.size > 1 else "")
+        told = began = time.monotonic()
+        with tqdm(total=total, desc=name, unit="image", disable=hidden) as bar:
+            for done, part in enumerate(mine):
+                if bar.disable and time.monotonic() - told > TELL_SECONDS:  # no terminal: a line in the job's log
+                    told = time.monotonic()
+                    self.announce(f"{name}: {done} of {len(mine)} parts after {told - began:.0f} s")
+                start, stop = self.parts.ranges[part]
+                _, label, z = self.drawer.draw(start, stop)
+                latents = z.float().numpy() if self.request.latents else None
+                self.parts.write(part, self.model.decode(z).numpy(), label.tolist(), latents)
+                bar.update(stop - start)
+
+    # --- outputs ---
+
+    @property
+    def _record_url(self) -> str:
+        return f"{self.stem}.json"
+
+    def _is_finished(self) -> bool:
+        """Whether an earlier job wrote all outputs of these samples; rank 0 looks. Shards are checked one by one."""
+        finished = False
+        if self.world.is_main and storage.exists(self._record_url) and "webdataset" not in self.request.formats:
+            record = json.loads(storage.read_text(self._record_url))
+            finished = record["identity"] == self.identity and record["num"] == self.plan.num
+            finished = finished and set(self.request.formats) <= set(record["formats"])
+            finished = finished and all(storage.exists(self._output(name)) for name in self.request.formats)
+        return bool(distributed.all_sum(torch.tensor(int(finished))))
+
+    def _output(self, name: str) -> str:
+        return self.stem + {"grid": ".png", "npz": ".npz", "folder": "", "webdataset": ".shards"}[name]
+
+    def _write_outputs(self) -> list[str]:
+        formats = self.request.formats
+        if self.world.is_main and "grid" in formats:
+            outputs.write_grid(self._output("grid"), self.parts)
+        if self.world.is_main and "npz" in formats:
+            outputs.write_npz(self._output("npz"), self.parts, {"num": self.plan.num, **self.settings})
+        if "folder" in formats:
+            outputs.write_folder(self._output("folder"), self.parts, self.world)
+        distributed.barrier()
+        return [self._output(name) for name in formats]
+
+    def _close(self, written: list[str], speed: dict[str, Any]) -> None:
+        """The record of the whole, last of all; then the parts go, unless they are wanted as they are."""
+        record = {
+            "format_version": FORMAT_VERSION,
+            "identity": self.identity,
+            "num": self.plan.num,
+            "formats": list(self.request.formats),
+            "outputs": written,
+            "source": storage.shown(self.source.url),
+            "function_evaluations": self.plan.function_evaluations(self.drawer.times),
+            "settings": self.settings,
+            "ranks": self.world.size,
+            "versions": metrics.versions(),
+            **speed,
+        }
+        if self.world.is_main:
+            storage.write_text(self._record_url, json.dumps(record, indent=1))
+            if "webdataset" not in self.request.formats:
+                storage.remove(self.parts.folder)
+        distributed.barrier()

@@ -1,0 +1,72 @@
+"""What `sample` and `evaluate` are pointed at: a run, one of its checkpoints, or exported weights."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from imm_scale import config as configs
+from imm_scale import storage, weights
+from imm_scale.config import Config
+from imm_scale.errors import UserError
+from imm_scale.training import checkpoint as checkpoints
+from imm_scale.training.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights come from.
+
+    Attributes:
+        url: as the user gave it.
+        run_dir: folder of the run, None for exports and for checkpoints that lie outside of one.
+        step: of the checkpoint, None for exports and for a run as such.
+    """
+
+    url: str
+    run_dir: str | None = None
+    step: int | None = None
+
+    def at_newest(self) -> "Source":
+        """The newest checkpoint of a run; all else as it is. Raises UserError where there is none."""
+        if self.run_dir is None or self.step is not None:
+            return self
+        return Source(self.url, self.run_dir, Checkpoint.latest(self.run_dir).meta.step)
+
+    @property
+    def weights_url(self) -> str:
+        """What `weights.load_flow_map` reads: a checkpoint's folder or an export."""
+        if self.run_dir is None or self.step is None:
+            return self.url
+        return checkpoints.folder(self.run_dir, self.step)
+
+
+def find(url: str) -> Source:
+    """Raises UserError for what is none of the three."""
+    url = url.rstrip("/")
+    if weights.is_checkpoint(url):
+        run_dir, step = storage.parent(storage.parent(url)), Checkpoint(url).meta.step
+        inside = storage.exists(storage.join(run_dir, "config.yaml")) and checkpoints.folder(run_dir, step) == url
+        return Source(url, run_dir if inside else None, step)
+    if weights.is_export(url):
+        return Source(url)
+    if not storage.exists(storage.join(url, "config.yaml")):
+        raise UserError(
+            f"{url} is not a run folder (it has no config.yaml), nor a checkpoint's folder, nor exported weights"
+        )
+    return Source(url, url)
+
+
+def config_of(source: Source, overrides: Sequence[str]) -> Config:
+    """The config the weights were trained with (defaults for exports), changed by key=value overrides."""
+    if source.run_dir is not None:
+        text = storage.read_text(storage.join(source.run_dir, "config.yaml"))
+        overrides = [f"run.dir={source.run_dir}", *overrides]
+    elif weights.is_checkpoint(source.url):
+        text = Checkpoint(source.url).meta.config
+    else:
+        return configs.load([], overrides).config
+    with tempfile.TemporaryDirectory() as temporary:
+        path = os.path.join(temporary, "config.yaml")
+        storage.write_text(path, text)
+        return configs.load([path], overrides).config
