@@ -116,12 +116,6 @@ def all_sum(values: Tensor) -> Tensor:
     return values
 
 
-def sum_counts(counts: dict[str, int], where: torch.device) -> dict[str, int]:
-    """The counts of all ranks together; a collective with the same names on every rank."""
-    total = all_sum(torch.tensor(list(counts.values()), dtype=torch.int64, device=where))
-    return dict(zip(counts, total.tolist(), strict=True))
-
-
 def gather_objects(mine: Any, world: World) -> list[Any]:
     """What every rank gives, rank by rank: small Python values, exchanged once at start."""
     everyone: list[Any] = [mine] * world.size

@@ -62,10 +62,6 @@ class Meter:
     def is_empty(self) -> bool:
         return not self._seconds
 
-    def step_seconds(self) -> float:
-        """The longest of the steps since the last record, 0 before there is one."""
-        return max(self._seconds, default=0.0)
-
     def record(self, optimizer_steps: int, data_seconds: float, data: Mapping[str, int]) -> dict[str, Any]:
         """Means over the steps since the last record; a collective, so every rank calls it.
 

@@ -52,7 +52,7 @@ def _has_wandb_key() -> bool:
     return bool(wandb.login(prompt=False))
 
 
-def _automatic_mode() -> Any:
+def _automatic_mode() -> Any:  # one of wandb's modes; it checks the environment's word itself
     return os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
 
 

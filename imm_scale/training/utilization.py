@@ -1,5 +1,6 @@
 """How much of the hardware's arithmetic a step uses."""
 
+import logging
 import time
 
 import torch
@@ -9,6 +10,7 @@ from imm_scale.build import ModelSpec
 from imm_scale.config import Config
 from imm_scale.scaling import cost
 
+log = logging.getLogger("imm_scale")
 _TRIES = 4
 
 
@@ -36,10 +38,11 @@ class Utilization:
     def __init__(self, config: Config, spec: ModelSpec, device: torch.device, world_size: int):
         multiply_adds = cost.training_multiply_adds(spec.net, config.objective.name, config.train.global_batch_size)
         self._flops_per_step = 2.0 * multiply_adds
-        self.is_measured = config.train.peak_flops is None
         peak = config.train.peak_flops or measured_peak(device, config.precision)
         total = torch.tensor(peak, dtype=torch.float64, device=device)
         self.peak = float(distributed.all_sum(total))
+        whose = "measured by a matrix product" if config.train.peak_flops is None else "train.peak_flops"
+        log.info("utilization is told against %.4g FLOP/s over %d ranks (%s)", self.peak, world_size, whose)
 
     def of(self, step_seconds: float) -> float:
         return self._flops_per_step / step_seconds / self.peak
