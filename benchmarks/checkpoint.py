@@ -1,4 +1,4 @@
-"""What a checkpoint costs training: `python benchmarks/checkpoint.py` (one rank; more under torchrun).
+"""What a checkpoint costs training: `python -m benchmarks.checkpoint` (one rank; more under torchrun).
 
 Peer: DeepSpeed's own `save_checkpoint`, synchronous, of the same engine in the same run, in turn with ours. Prints the
 time the loop stands still for a save (ours: the call, and what the next optimizer step waits for its copy) over a
