@@ -20,7 +20,7 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}                 # its errors name the host
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}   # a failed collective ends the process
 export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}         # 17 s per retry: a rerouting fabric is no failure
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}             # which collective hung, on which rank
-export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}      # what the dump is made of
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}                      # what the dump is made of
 
 # --- the step: a command in front of which nothing else is needed ---
 # --kill-on-bad-exit  a dead rank ends the step at once, instead of leaving its peers in a collective

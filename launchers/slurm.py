@@ -1,11 +1,17 @@
 """SLURM's own commands, one function each. All raise UserError with SLURM's words where it refuses."""
 
 import re
+import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from imm_scale.errors import UserError
+
+
+def available() -> bool:
+    """Whether this machine submits to SLURM at all."""
+    return shutil.which("sbatch") is not None
 
 
 def _run(command: Sequence[str], text: str | None = None) -> str:
