@@ -182,10 +182,8 @@ def outcome(run: Run, task: Task, ended: Ended, began: float) -> tuple[Outcome, 
     status = run.status()
     ours = status.get("time", 0.0) >= began
     if ended.code == EXIT_REFUSED:
-        reason = (
-            status["reason"] if ours and status.get("state") == "failed" else "the command refused what it was given"
-        )
-        return "refused", f"{reason} (see the log above; nothing a restart would mend)"
+        reason = status["reason"] if ours and status["state"] == "failed" else "see the message above"
+        return "refused", f"a mistake that no restart would mend: {reason}"
     if fate(task) == "taken":
         return "interrupted", "SLURM ended the job or put it back"
     if ours and status["state"] == "preempted":
