@@ -50,15 +50,12 @@ def ranks_of(job: int, module: str = "imm_scale") -> list[Process]:
             env = dict(pair.split(b"=", 1) for pair in (folder / "environ").read_bytes().split(b"\0") if b"=" in pair)
         except OSError:
             continue  # it has ended
-        of_job = {env.get(name, b"").decode() for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID")}
-        if str(job) in of_job and b"python" in words[0] and module.encode() in words and b"SLURM_PROCID" in env:
-            rank = int(env.get(b"RANK", env[b"SLURM_PROCID"]))
-            found.append(Process(int(folder.name), env[b"SLURMD_NODENAME"].decode(), rank, _task(env)))
+        of_job = {env.get(name, b"").decode() for name in (b"SLURM_JOB_ID", b"SLURM_ARRAY_JOB_ID")}
+        if str(job) in of_job and words[:3] == [b"python", b"-m", module.encode()]:
+            names = (b"SLURMD_NODENAME", b"SLURM_PROCID", b"SLURM_ARRAY_TASK_ID")
+            node, rank, task = (env.get(name, b"").decode() for name in names)
+            found.append(Process(int(folder.name), node, int(rank), task))
     return found
-
-
-def _task(env: dict[bytes, bytes]) -> str:
-    return env.get(b"SLURM_ARRAY_TASK_ID", b"").decode()
 
 
 class Cluster:

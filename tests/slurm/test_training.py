@@ -73,7 +73,7 @@ def _newest(run_dir: Path) -> int:
 
 
 def test_a_run_with_hostile_values_trains_to_its_end(cluster, settings, tmp_path, undisturbed):
-    run_dir = tmp_path / 'a b\'; $(touch pwned) "é`touch pwned`" & 50% | #'
+    run_dir = tmp_path / 'a b\'; $(touch pwned) "é`touch pwned`" & 50%|#'
     name = "run.name=\"two\nlines; $(touch pwned) 'single' `touch pwned` é | > pwned\""
     job = _submit(run_dir, [*settings, name])
     cluster.wait(job)
