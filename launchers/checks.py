@@ -1,5 +1,6 @@
 """What can be said of a job before SLURM has it. All raise UserError with the remedy."""
 
+import math
 import os
 import re
 
@@ -9,7 +10,7 @@ from launchers import slurm
 from launchers.cluster import Cluster
 from launchers.script import Job
 
-_TIME = re.compile(r"\d+(:[0-5]?\d){0,2}|\d+-\d+(:[0-5]?\d){0,2}|infinite|unlimited", re.IGNORECASE)
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::([0-5]?\d))?(?::([0-5]?\d))?")
 _ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%[1-9]\d*)?")
 
 
@@ -22,15 +23,31 @@ def node_range(nodes: str) -> tuple[int, int]:
     return least, most
 
 
+def limit_seconds(time: str) -> float:
+    """A time limit as sbatch takes it: minutes[:seconds], hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    if time.lower() in ("infinite", "unlimited"):
+        return math.inf
+    found = _TIME.fullmatch(time)
+    if found is None:
+        raise UserError(f"--time {time}: give minutes, HH:MM:SS or DAYS-HH:MM:SS, as in 90, 12:00:00 or 2-00:00:00")
+    days, *parts = found.groups()
+    given = [int(part) for part in parts if part is not None]
+    # Without days one number is minutes and two are minutes and seconds; else the first is hours.
+    units = (3600, 60, 1) if days is not None or len(given) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(count * unit for count, unit in zip(given, units, strict=False))
+
+
 def check(job: Job, cluster: Cluster, ask: bool) -> None:
     """Options that cannot work.
 
     Args:
         ask: whether sinfo can be asked what there is.
     """
-    time = job.time or cluster.time
-    if time is not None and not _TIME.fullmatch(time):
-        raise UserError(f"--time {time}: give minutes, HH:MM:SS or DAYS-HH:MM:SS, as in 90, 12:00:00 or 2-00:00:00")
+    time, grace = job.time or cluster.time, job.grace_seconds or cluster.grace_seconds
+    if time is not None and limit_seconds(time) <= grace:
+        raise UserError(
+            f"--time {time} is over before --grace-seconds {grace} are: give more of the one or less of the other"
+        )
     if job.array is not None and not _ARRAY.fullmatch(job.array):
         raise UserError(f"--array {job.array}: give indices and the most at a time, as in 0-63%8 or 3,7%2")
     least, _ = node_range(job.nodes)

@@ -63,7 +63,7 @@ def _assert_came_back(cluster: Cluster, run_dir: Path, job: int, curve: list[flo
     history = _history(run_dir, job)
     first, second = history.of_this_job
     assert (first.restart, second.restart) == (0, 1)
-    assert second.step == first.end_step >= committed > 0
+    assert second.step == first.end_step >= committed > 0  # ranks that hear of it commit once more
     assert second.outcome == "completed"
     return history
 
@@ -138,6 +138,16 @@ def test_requeued_by_the_administrator(cluster, settings, tmp_path, undisturbed)
     run("scontrol", "requeue", str(job))
     history = _assert_came_back(cluster, tmp_path / "run", job, undisturbed, committed)
     assert history.starts[0].culprits == []
+
+
+@soak
+def test_preempted_by_an_urgent_job(cluster, settings, tmp_path, undisturbed):
+    run_dir = tmp_path / "run"
+    job = _submit(run_dir, [*settings, "train.checkpoint_every=1000000"])
+    _training(run_dir, 15)
+    run("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
+    history = _assert_came_back(cluster, run_dir, job, undisturbed, 15)
+    assert history.starts[0].outcome in ("preempted", "interrupted")  # by whoever puts it back first
 
 
 @soak

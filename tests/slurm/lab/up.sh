@@ -97,6 +97,9 @@ TCPTimeout=2
 MinJobAge=3600
 UnkillableStepTimeout=20
 JobRequeue=1
+# jobs of the partition urgent take the nodes of main, whose jobs get TERM and a minute
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 # a node that was lost comes back by itself, one that was set down stays down
 ReturnToService=1
 DebugFlags=NO_CONF_HASH
@@ -104,7 +107,8 @@ CONF
 for i in $(seq "$NODES"); do
   echo "NodeName=node$i NodeAddr=$NET.$i Port=16818 CPUs=$CPUS RealMemory=4000 Gres=gpu:$GPUS State=UNKNOWN"
 done
-echo "PartitionName=main Nodes=node[1-$NODES] Default=YES MaxTime=INFINITE DefaultTime=30 State=UP"
+echo "PartitionName=main Nodes=node[1-$NODES] Default=YES MaxTime=INFINITE DefaultTime=30 State=UP PriorityTier=1 GraceTime=60"
+echo "PartitionName=urgent Nodes=node[1-$NODES] MaxTime=INFINITE DefaultTime=30 State=UP PriorityTier=2"
 } >"$SLURM_CONF"
 
 # 5. daemons

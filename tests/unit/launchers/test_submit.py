@@ -31,6 +31,7 @@ def _refused(capsys, words, *argv):
     [
         (["--time", "tomorrow"], ["tomorrow", "12:00:00"]),
         (["--time", "1:99:00"], ["1:99:00"]),
+        (["--time", "5", "--grace-seconds", "300"], ["--time 5", "--grace-seconds 300"]),
         (["--nodes", "0"], ["--nodes 0", "4-8"]),
         (["--nodes", "8-4"], ["8-4"]),
         (["--nodes", "many"], ["many"]),
@@ -110,9 +111,19 @@ def test_what_sinfo_contradicts(changes, words, monkeypatch):
     assert all(word in str(caught.value) for word in words)
 
 
-@pytest.mark.parametrize("time", ["90", "90:00", "12:00:00", "2-0", "2-00:00:00", "UNLIMITED", None])
+# As the manual of sbatch has them.
+TIMES = {"90": 5400, "90:30": 5430, "12:00:00": 43200, "1:2:3": 3723, "2-1": 176400, "1-0:30": 88200, "1-0:0:1": 86401}
+
+
+@pytest.mark.parametrize("time", TIMES)
 def test_times_slurm_takes(time):
+    assert checks.limit_seconds(time) == TIMES[time]
     checks.check(dataclasses.replace(JOB, time=time), cluster.Cluster(), ask=False)
+
+
+def test_no_time_limit():
+    for time in ("UNLIMITED", None):
+        checks.check(dataclasses.replace(JOB, time=time), cluster.Cluster(), ask=False)
 
 
 @pytest.mark.parametrize("array", ["0", "0-63", "0-63%8", "1,3,7%2", "0-30:3", "1-3,7-9%2"])
