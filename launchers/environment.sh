@@ -4,10 +4,10 @@
 # --- how ranks find each other ---
 LAUNCH=${LAUNCH:-srun}                                # srun: a task per rank; torchrun, deepspeed: a task per node
 RANKS_PER_NODE=${RANKS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-1}}
-hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-MASTER_ADDR=${hosts%%$'\n'*}                          # rank 0 is on the first node; containers have no scontrol to ask
+HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST")   # here, for a container has no scontrol to ask
+MASTER_ADDR=${HOSTS%%$'\n'*}                          # rank 0 is on the first node
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 40000))         # jobs that share a node differ in it
-export LAUNCH RANKS_PER_NODE MASTER_ADDR MASTER_PORT
+export LAUNCH RANKS_PER_NODE HOSTS MASTER_ADDR MASTER_PORT
 
 # --- threads ---
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}   # srun does not inherit --cpus-per-task of sbatch since SLURM 22.05

@@ -22,7 +22,7 @@ case ${LAUNCH:-srun} in
       --log-dir="$LOGS/torchrun" --redirects=3 --tee=0:3 -m) ;;
   deepspeed)
     hostfile=$LOGS/hostfile.$SLURM_JOB_ID.$SLURM_NODEID
-    scontrol show hostnames "$SLURM_STEP_NODELIST" | sed "s/\$/ slots=$RANKS_PER_NODE/" >"$hostfile"
+    printf "%s slots=$RANKS_PER_NODE\n" $HOSTS >"$hostfile"
     start=(deepspeed --hostfile "$hostfile" --no_ssh --node_rank "$SLURM_NODEID"
       --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" --module) ;;
   *)
