@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from imm_scale import config as configs
 from imm_scale import storage
@@ -41,6 +42,8 @@ def submit(job: Job, cluster: Cluster) -> int:
 
 
 def _train(args: argparse.Namespace, cluster: Cluster) -> int:
+    if args.array is not None:
+        raise UserError(f"--array {args.array}: a run is one job; python -m launchers.sweep submits arrays of runs")
     config = configs.load_words(args.words).config
     run_dir = config.run_dir
     output = _pattern(storage.join(storage.local_path(run_dir), "logs")) if storage.is_local(run_dir) else "logs"
@@ -136,29 +139,24 @@ def _watch(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_job_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "words", nargs="*", metavar="WORD", help="what the program itself gets; flags of its own after --"
-    )
-    parser.add_argument(
-        "--cluster", default=os.environ.get("IMM_CLUSTER", "default"), help="configs/cluster/NAME.yaml, or a YAML file"
-    )
-    parser.add_argument("--name", help="job name; default the run's")
-    parser.add_argument("--nodes", default="1", help="number of nodes, or least and most as in 4-8")
-    parser.add_argument("--gpus-per-node", type=int)
-    parser.add_argument("--ranks-per-node", type=int, help="processes per node; default one per GPU")
-    parser.add_argument("--cpus-per-task", type=int, help="CPUs of each rank")
-    parser.add_argument("--time", help="limit of one start, as in 12:00:00; the run goes on in the next")
-    parser.add_argument("--partition")
-    parser.add_argument("--account")
-    parser.add_argument("--qos")
-    parser.add_argument("--array", help="indices and most at a time, as in 0-63%%8")
-    parser.add_argument("--dependency", help="as sbatch takes it, as in afterok:123")
-    parser.add_argument("--exclude", help="nodes to keep off, as in node[3,7]")
-    parser.add_argument("--launch", choices=("srun", "torchrun", "deepspeed"), help="who starts the ranks")
-    parser.add_argument("--grace-seconds", type=int, help="time to commit in, before the limit")
-    parser.add_argument("--max-restarts", type=int, default=10, help="restarts after failures (default 10)")
-    parser.add_argument("--dry-run", action="store_true", help="check, print the text for sbatch, and stop")
+_JOB_OPTIONS: dict[str, dict[str, Any]] = {
+    "--cluster": {"help": "configs/cluster/NAME.yaml, or a YAML file; default IMM_CLUSTER, else default"},
+    "--name": {"help": "job name; default the run's"},
+    "--nodes": {"help": "number of nodes, or least and most as in 4-8", "default": "1"},
+    "--gpus-per-node": {"help": "default the cluster's", "type": int},
+    "--ranks-per-node": {"help": "processes per node; default one per GPU", "type": int},
+    "--cpus-per-task": {"help": "CPUs of each rank; default the cluster's", "type": int},
+    "--time": {"help": "limit of one start, as in 12:00:00; the run goes on in the next"},
+    "--partition": {"help": "default the cluster's, else SLURM's"},
+    "--account": {"help": "whom the hours are charged to"},
+    "--qos": {"help": "quality of service"},
+    "--array": {"help": "indices and the most at a time, as in 0-63%%8"},
+    "--dependency": {"help": "as sbatch takes it, as in afterok:123"},
+    "--exclude": {"help": "nodes to keep off, as in node[3,7]"},
+    "--launch": {"help": "who starts the ranks; default the cluster's", "choices": ("srun", "torchrun", "deepspeed")},
+    "--grace-seconds": {"help": "time to commit in before the limit; default the cluster's", "type": int},
+    "--max-restarts": {"help": "restarts after failures (default 10)", "type": int, "default": 10},
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -166,21 +164,28 @@ def _parser() -> argparse.ArgumentParser:
         "launchers.submit", description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    _add_job_options(commands.add_parser("train", help="CONFIG... [key=value...]: train a run, or go on with it"))
-    _add_job_options(commands.add_parser("encode", help="-- OPTIONS of data_tools.encode: images to latents"))
-    _add_job_options(commands.add_parser("evaluate", help="RUN [key=value...] [-- OPTIONS]: measure a run"))
-    for name, help in (
-        ("status", "say how a run is doing"),
-        ("cancel", "end a run's job, its ranks committing first"),
-        ("logs", "show what rank 0 prints"),
+
+    def add(name: str, help: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, description=help)
+
+    for name, words, help in (
+        ("train", "CONFIG | key=value", "Train a run, or go on with it, through whatever happens to its nodes."),
+        ("encode", "-- OPTION", "Encode images to latents; options of data_tools.encode stand after --."),
+        ("evaluate", "RUN | key=value", "Measure a run; options of imm-scale evaluate stand after --."),
     ):
-        command = commands.add_parser(name, help=help)
+        command = add(name, help)
+        command.add_argument("words", nargs="*", metavar=words)
+        for flag, how in _JOB_OPTIONS.items():
+            command.add_argument(flag, **how)
+        command.add_argument("--dry-run", action="store_true", help="check, print the text for sbatch, and stop")
+    status = add("status", "Say how a run is doing: its job, its last step, its starts and why they ended.")
+    cancel = add("cancel", "End a run's job; its ranks commit a checkpoint first.")
+    cancel.add_argument("--now", action="store_true", help="without a checkpoint")
+    logs = add("logs", "Show what the launcher and rank 0 print.")
+    logs.add_argument("--rank", type=int, help="messages of another rank")
+    logs.add_argument("--follow", action="store_true", help="wait for more")
+    for command in (status, cancel, logs):
         command.add_argument("run", metavar="RUN", help="folder of the run")
-        if name == "cancel":
-            command.add_argument("--now", action="store_true", help="without a checkpoint")
-        if name == "logs":
-            command.add_argument("--rank", type=int, help="another rank's log")
-            command.add_argument("--follow", action="store_true", help="wait for more")
     return parser
 
 
@@ -207,7 +212,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _watch(args)
         if os.path.realpath(os.getcwd()) != os.path.realpath(CHECKOUT):
             raise UserError(f"this runs from the checkout, as the job will: cd {CHECKOUT}")
-        return actions[args.command](args, clusters.load(args.cluster))
+        site = args.cluster or os.environ.get("IMM_CLUSTER", "default")
+        return actions[args.command](args, clusters.load(site))
     except UserError as error:
         print(f"launchers.submit {args.command}: {error}", file=sys.stderr)
         return 2

@@ -35,7 +35,7 @@ def _refused(capsys, words, *argv):
         (["--nodes", "0"], ["--nodes 0", "4-8"]),
         (["--nodes", "8-4"], ["8-4"]),
         (["--nodes", "many"], ["many"]),
-        (["--array", "a-b"], ["a-b", "0-63%8"]),
+        (["--array", "0-3"], ["0-3", "launchers.sweep"]),
         (["--gpus-per-node", "16"], ["--gpus-per-node 16", "has 2", "--nodes"]),
         (["--cluster", "nowhere"], ["nowhere", "lab", "pyxis"]),
         (["--nodes", "40"], ["80 ranks"]),
@@ -99,6 +99,7 @@ PARTITIONS = [slurm.Partition("gpu", 4, 8), slurm.Partition("small", 64, 1)]
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"array": "a-b"}, ["a-b", "0-63%8"]),
         ({"partition": "gpus"}, ["--partition gpus", "gpu, small"]),
         ({"partition": "gpu", "nodes": "5-9"}, ["--nodes 5", "has 4"]),
         ({"partition": "small", "gpus_per_node": 2}, ["--gpus-per-node 2", "at most 1"]),
