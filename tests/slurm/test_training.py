@@ -155,10 +155,12 @@ def test_the_time_limit(cluster, settings, tmp_path, undisturbed):
     # Far more steps than fit, so that the limit comes first; then as many as the curve has.
     run_dir = tmp_path / "run"
     endless = [*settings, "train.max_steps=1000000", "train.checkpoint_every=1000000"]
-    job = _submit(run_dir, endless, "--time", "00:02:00", "--grace-seconds", "60")
+    # SLURM may send the signal up to a minute early, and ranks must be listening by then.
+    job = _submit(run_dir, endless, "--time", "00:03:00", "--grace-seconds", "60")
     until("a second start", lambda: len(_history(run_dir, job).of_this_job) == 2)
     first, second = _history(run_dir, job).of_this_job
     assert first.outcome == "preempted"
+    assert "DUE TO TIME LIMIT" not in (run_dir / f"logs/slurm-{job}.out").read_text()  # it was gone before
     assert second.step == first.end_step == _newest(run_dir) > 0
     run("scancel", str(job))
     kept = losses(run_dir)[:STEPS]
