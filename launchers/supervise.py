@@ -96,8 +96,16 @@ def _pass_on(stream: IO[bytes]) -> tuple[str | None, str]:
         found = _FIRST_FAILURE.match(line)
         if found and node is None:
             node = (found[1] or found[3]).decode()
-            how = (found[2] or b"node failure").decode(errors="replace").strip()
+            how = _in_words((found[2] or b"node failure").decode(errors="replace").strip())
     return node, how
+
+
+def _in_words(how: str) -> str:
+    """rank.sh reports a rank killed by signal N as a shell does, with exit code 128 + N."""
+    code = re.fullmatch(r"Exited with exit code (\d+)", how)
+    if code and int(code[1]) - 128 in signal.valid_signals():
+        return f"killed by {signal.Signals(int(code[1]) - 128).name}"
+    return how
 
 
 Fate = Literal["ours", "timeout", "taken"]
@@ -189,8 +197,10 @@ def outcome(run: Run, task: Task, ended: Ended, began: float) -> tuple[Outcome, 
     if ours and status["state"] == "preempted":
         return "preempted", status.get("reason", "")
     where = f" on {ended.node}" if ended.node else ""
-    what = status.get("reason") if ours and status["state"] == "failed" else None
-    return "failed", f"{ended.how or f'the step ended with {ended.code}'}{where}" + (f": {what}" if what else "")
+    # Of a killed rank only its peers can write, and they know no more than that it is gone.
+    told = ours and status["state"] == "failed" and not ended.how.startswith("killed")
+    what = f": {status['reason']}" if told else ""
+    return "failed", f"{ended.how or f'the step ended with {ended.code}'}{where}{what}"
 
 
 def supervise_run(run: Run, task: Task, command: Sequence[str]) -> int:

@@ -188,6 +188,20 @@ def test_a_controller_that_does_not_answer_is_asked_again(fake, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("Exited with exit code 137", "killed by SIGKILL"),
+        ("Exited with exit code 139", "killed by SIGSEGV"),
+        ("Exited with exit code 1", "Exited with exit code 1"),
+        ("Exited with exit code 255", "Exited with exit code 255"),
+        ("Killed", "Killed"),
+    ],
+)
+def test_srun_in_words(how, words):
+    assert supervise._in_words(how) == words
+
+
+@pytest.mark.parametrize(
     ("code", "restart", "asked"), [(0, 0, 0), (2, 0, 0), (1, 0, 1), (137, 2, 1), (137, 3, 0)],
 )  # fmt: skip
 def test_other_commands_go_by_their_exit_code(code, restart, asked, fake, tmp_path, monkeypatch):
