@@ -103,7 +103,7 @@ def _pass_on(stream: IO[bytes]) -> tuple[str | None, str]:
 def _in_words(how: str) -> str:
     """rank.sh reports a rank killed by signal N as a shell does, with exit code 128 + N."""
     code = re.fullmatch(r"Exited with exit code (\d+)", how)
-    if code and int(code[1]) - 128 in signal.valid_signals():
+    if code and int(code[1]) - 128 in set(signal.Signals):
         return f"killed by {signal.Signals(int(code[1]) - 128).name}"
     return how
 
