@@ -85,7 +85,15 @@ def run_step(command: Sequence[str], env: Mapping[str, str]) -> Ended:
     # SLURM ends the job; the ranks get this signal too and may still commit, so wait for them.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     node, how = _pass_on(process.stderr)
-    return Ended(process.wait(), node, how)
+    code = process.wait()
+    _ignore_sigterm()
+    return Ended(code, node, how)
+
+
+def _ignore_sigterm() -> None:
+    """When SLURM ends a job it signals all of its processes. Those started from now on inherit that they ignore it, so
+    that there are KillWait seconds to ask SLURM things and write down the answers."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _pass_on(stream: IO[bytes]) -> tuple[str | None, str]:
@@ -121,11 +129,9 @@ def fate(task: Task) -> Fate:
 
 def put_back(task: Task, excluded: Sequence[str]) -> None:
     """Requeues this job and waits for the end. Raises UserError where SLURM refuses."""
-    # SLURM kills everything in the job, these commands too: they inherit that SIGTERM is ignored, and have KillWait
-    # seconds. Only now, waiting, may the job be told which nodes to keep off.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _ignore_sigterm()
     _patiently(lambda: slurm.requeue(task.id))
-    if excluded:
+    if excluded:  # SLURM takes this only now that the job waits
         before = [node for state in slurm.jobs([task.id]) for node in slurm.hostnames(state.excluded)]
         _patiently(lambda: slurm.exclude(task.id, sorted({*before, *excluded})))
     time.sleep(600)
