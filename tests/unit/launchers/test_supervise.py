@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import signal
 import time
 from pathlib import Path
 
@@ -47,7 +48,10 @@ def fake(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     for name, value in ENV.items():
         monkeypatch.setenv(name, value)
-    return fake
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield fake
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def _commit(run_dir: Path, step: int) -> str:
