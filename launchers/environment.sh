@@ -10,7 +10,8 @@ MASTER_PORT=$((20000 + SLURM_JOB_ID % 40000))         # jobs that share a node d
 export LAUNCH RANKS_PER_NODE HOSTS MASTER_ADDR MASTER_PORT
 
 # --- threads ---
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}   # srun does not inherit --cpus-per-task of sbatch since SLURM 22.05
+# srun does not inherit --cpus-per-task of sbatch since SLURM 22.05
+export SRUN_CPUS_PER_TASK=${CPUS_PER_RANK:-${SLURM_CPUS_PER_TASK:-1}}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}          # the default, all cores for every rank, makes ranks fight
 export PYTHONUNBUFFERED=1                             # what a rank printed before it died is in the log
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}     # the checkout's code, whichever one is installed

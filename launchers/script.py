@@ -103,9 +103,8 @@ def _options(job: Job, cluster: Cluster) -> Iterator[str]:
     values = {
         "job-name": job_name(job.name),
         "nodes": job.nodes,
-        "ntasks-per-node": str(ranks_per_node(job, cluster)),
         "gpus-per-node": f"{cluster.gpu_type}:{gpus}" if cluster.gpu_type else str(gpus),
-        "cpus-per-task": _text(job.cpus_per_task or cluster.cpus_per_task),
+        **_tasks_and_cpus(job, cluster),
         "mem": cluster.memory,
         "time": job.time or cluster.time,
         "partition": job.partition or cluster.partition,
@@ -127,8 +126,13 @@ def _options(job: Job, cluster: Cluster) -> Iterator[str]:
     yield from cluster.sbatch
 
 
-def _text(number: int | None) -> str | None:
-    return None if number is None else str(number)
+def _tasks_and_cpus(job: Job, cluster: Cluster) -> dict[str, str]:
+    """Of a range of nodes SLURM takes only as many as the tasks fill that it counts for the least of them; so there a node
+    is one task with the CPUs of all its ranks. environment.sh starts the ranks either way."""
+    ranks, cpus = ranks_per_node(job, cluster), job.cpus_per_task or cluster.cpus_per_task
+    if "-" in job.nodes:
+        return {"cpus-per-task": str(ranks * (cpus or 1))}
+    return {"ntasks-per-node": str(ranks), **({"cpus-per-task": str(cpus)} if cpus else {})}
 
 
 def _in_header(name: str, value: str) -> str:
@@ -142,6 +146,7 @@ def _environment(job: Job, cluster: Cluster) -> dict[str, str]:
         **cluster.environment,
         "LAUNCH": job.launch or cluster.launch,
         "RANKS_PER_NODE": str(ranks_per_node(job, cluster)),
+        "CPUS_PER_RANK": str(job.cpus_per_task or cluster.cpus_per_task or 1),
         "MAX_RESTARTS": str(job.max_restarts),
     }
 

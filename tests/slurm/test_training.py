@@ -206,7 +206,7 @@ def test_a_run_without_progress_stops_and_says_why(cluster, settings, tmp_path):
 def test_fewer_nodes_than_before(cluster, settings, tmp_path, undisturbed):
     run_dir = tmp_path / "run"
     cluster.set_down("node4")
-    job = _submit(run_dir, settings, "--nodes", "2-3", "--gpus-per-node", "1")
+    job = _submit(run_dir, settings, "--nodes", "2-3", "--gpus-per-node", "2")
     _training(run_dir, 25)
     committed = _newest(run_dir)
     cluster.set_down("node3")
