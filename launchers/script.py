@@ -127,8 +127,8 @@ def _options(job: Job, cluster: Cluster) -> Iterator[str]:
 
 
 def _tasks_and_cpus(job: Job, cluster: Cluster) -> dict[str, str]:
-    """Of a range of nodes SLURM takes only as many as the tasks fill that it counts for the least of them; so there a node
-    is one task with the CPUs of all its ranks. environment.sh starts the ranks either way."""
+    """Of a range of nodes SLURM takes no more than the tasks fill that it counts for the least of them; so there a
+    node is one task with the CPUs of all its ranks. environment.sh starts the ranks either way."""
     ranks, cpus = ranks_per_node(job, cluster), job.cpus_per_task or cluster.cpus_per_task
     if "-" in job.nodes:
         return {"cpus-per-task": str(ranks * (cpus or 1))}
