@@ -6,6 +6,7 @@ and the launcher's (a dead rank).
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -247,10 +248,11 @@ def test_a_run_cancelled_commits_and_a_finished_one_is_not_started_again(cluster
 
 
 @soak
-def test_the_script_by_hand(cluster, settings, tmp_path, undisturbed):
+def test_the_script_by_hand(cluster, settings, tmp_path, undisturbed, monkeypatch):
     run_dir = tmp_path / "run"
-    env = "ALL,DS_ACCELERATOR=cpu,GLOO_SOCKET_IFNAME=eth0,PATH"
-    flags = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", f"--export={env}"]
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # the environment is active
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    flags = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1"]
     words = [*settings, f"run.dir={run_dir}"]
     output = f"--output={tmp_path}/%j.out"
     job = int(run("sbatch", "--parsable", *flags, output, "launchers/train.sbatch", *words))
