@@ -45,10 +45,11 @@ demo-seed-%: demo-data
 	$(TWO_RANKS) evaluate runs/$@/flow_matching --steps 20,100
 	$(ONE) report runs/$@/imm runs/$@/flow_matching --out runs/$@/report.html
 
-soak: demo demo-seed-1 demo-seed-2 ## what is too long for every change: three seeds of the demo, storms of faults
+soak: demo demo-seed-1 demo-seed-2 ## what is too long for every change: three seeds, storms of faults, every way a job can break
 	IMM_SOAK=10 $(BIN)/python -m pytest tests/storage tests/resume tests/unit/data_tools/test_encode.py \
 		tests/unit/sampling/test_job.py -k "storm or network or kills"
 	IMM_SOAK=10 $(BIN)/python -m pytest tests/resume/test_elastic.py tests/distributed/test_equal_losses.py
+	IMM_SOAK=1 $(BIN)/python -m pytest tests/slurm
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest

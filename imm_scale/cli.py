@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 
 from imm_scale import config as configs
 from imm_scale import distributed, storage
-from imm_scale.config import Loaded
 from imm_scale.errors import RunError, UserError
 from imm_scale.scaling import hardware
 
@@ -21,22 +20,8 @@ EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75
 
 
-def _split_words(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """(config files, key=value overrides, other words)."""
-    files = [word for word in words if word.endswith((".yaml", ".yml"))]
-    overrides = [word for word in words if word not in files and "=" in word]
-    return files, overrides, [word for word in words if word not in files and word not in overrides]
-
-
-def _load(words: Sequence[str]) -> Loaded:
-    files, overrides, others = _split_words(words)
-    if others:
-        raise UserError(f"{others[0]!r} is neither a config file (*.yaml) nor an override (key=value)")
-    return configs.load(files, overrides)
-
-
 def _train(args: argparse.Namespace) -> int:
-    loaded = _load(args.words)
+    loaded = configs.load_words(args.words)
     from imm_scale.training import setup, trainer
 
     if args.dry_run:
@@ -50,7 +35,7 @@ def _train(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     from imm_scale.scaling import page, plan
 
-    config = _load(args.words).config
+    config = configs.load_words(args.words).config
     found = plan.estimate(config, args.nodes, args.gpus_per_node, args.gpu, args.link)
     if args.json:
         print(json.dumps(plan.as_dict(found), indent=2))
@@ -175,7 +160,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    files, overrides, keys = _split_words(args.words)
+    files, overrides, keys = configs.split_words(args.words)
     loaded = configs.load(files, overrides)
     print("\n\n".join(configs.explain(key, loaded) for key in keys) if keys else configs.overview(loaded))
     return 0

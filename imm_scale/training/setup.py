@@ -16,7 +16,7 @@ from imm_scale.data.plan import Layout, holdout_count, steps_per_epoch
 from imm_scale.errors import UserError
 from imm_scale.models.dit import DiT, parameter_count
 from imm_scale.scaling import cost
-from imm_scale.training.zero import block_numel, deepspeed_config
+from imm_scale.training.zero import block_numel, check_extra, deepspeed_config
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ def plan(config: Config, world_size: int) -> Plan:
     """Raises UserError for whatever can be known to be wrong before training."""
     if config.data.manifest is None:
         raise UserError("data.manifest is not set: give the manifest.json that data_tools.encode wrote")
+    check_extra(config)
     # Opens every index and compares every shard's size: a short shard is found now and not after days.
     dataset = Dataset(config.data.manifest)
     manifest = dataset.manifest

@@ -36,9 +36,6 @@ def deepspeed_config(
         accumulation: micro-batches per step.
         samples_per_micro_batch: samples a rank runs at once.
         block_numel: of `block_numel`.
-
-    Raises:
-        UserError: `zero.extra` sets what another key of the config decides.
     """
     zero: dict[str, Any] = {"stage": config.zero.stage}
     if config.zero.offload != "none":
@@ -68,10 +65,14 @@ def deepspeed_config(
             "enabled": True,
             "dtype": {"bf16": "bfloat16", "fp16": "float16"}[config.precision],
         }
-    for key in _OWN_SETTINGS:
-        if _has(config.zero.extra, key):
-            raise UserError(f"zero.extra.{key} is not for zero.extra: set {_OWN_SETTINGS[key]}")
     return _merge(settings, config.zero.extra)
+
+
+def check_extra(config: Config) -> None:
+    """Raises UserError where `zero.extra` sets what another key of the config decides."""
+    for key, decided_by in _OWN_SETTINGS.items():
+        if _has(config.zero.extra, key):
+            raise UserError(f"zero.extra.{key} is not for zero.extra: set {decided_by}")
 
 
 def _has(settings: Mapping[str, Any], key: str) -> bool:

@@ -5,7 +5,7 @@ import yaml
 
 from imm_scale import config as configs
 from imm_scale.errors import UserError
-from imm_scale.training.zero import deepspeed_config
+from imm_scale.training.zero import check_extra
 from tests import ranks
 from tests.conftest import TINY
 
@@ -53,7 +53,7 @@ def test_offload_goes_where_it_is_told(capsys, digits):
 def test_extra_settings_may_not_contradict_the_config(key, instead):
     config = configs.load([], [f"zero.extra.{key}=x"]).config
     with pytest.raises(UserError, match=instead):
-        deepspeed_config(config, 1, 16, 1000)
+        check_extra(config)
 
 
 def test_averages_may_count_in_images():
