@@ -105,9 +105,10 @@ def _step(form: Form, u_nV: Array, y_Sn: Array, theta: Array, damping: Array, de
     weighted = jacobian * weight[..., None]
     normal = np.einsum("snp,snq->spq", weighted, jacobian)
     diagonal = np.einsum("spp->sp", normal)
-    normal = normal + np.eye(form.parameters) * (damping[:, None] * (diagonal + 1e-9 * diagonal.max(1, keepdims=True)))[
-        :, None, :
-    ]
+    normal = (
+        normal
+        + np.eye(form.parameters) * (damping[:, None] * (diagonal + 1e-9 * diagonal.max(1, keepdims=True)))[:, None, :]
+    )
     gradient = np.einsum("snp,sn->sp", weighted, residual)
     move = np.linalg.solve(normal + 1e-300 * np.eye(form.parameters), gradient[..., None])[..., 0]
     trial = theta + np.clip(move, -2.0, 2.0)

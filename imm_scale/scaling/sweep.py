@@ -1,4 +1,4 @@
-"""A sweep file and the cells it means: sizes x budgets x grid x variants x seeds over any config keys. Nothing runs here."""
+"""A sweep file and the cells it means: sizes x budgets x grid x variants x seeds over any config keys."""
 
 import dataclasses
 import difflib
