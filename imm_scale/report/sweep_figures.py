@@ -145,14 +145,14 @@ def curve_figure(found: Sequence[Outcome], key: str, labels: Mapping[str, str]) 
     return svg(figure)
 
 
-def sample_matrix(pictures: Mapping[str, Mapping[int, np.ndarray]], classes: int, columns: int = 4) -> bytes:
-    """A PNG: a row a cell, a column a step count; in each place a row a class, as the paper's Figure 8 has a sample.
+def sample_matrix(pictures: Mapping[str, Mapping[int, np.ndarray]], rows: int = 3, columns: int = 10) -> bytes:
+    """A PNG: a row a cell, a column a step count, in each place the first samples (as the paper's Figure 8 has one).
 
     Args:
-        pictures: {row's name: {steps: images (N, H, W, C) uint8, image i of class i mod classes}}.
+        pictures: {row's name: {steps: images (N, H, W, C) uint8}}; with ten classes a column of samples is a class.
     """
     steps = sorted({count for row in pictures.values() for count in row})
-    figure = Figure(figsize=(1.9 * len(steps) + 1.2, 4.0 * len(pictures) + 0.4), layout="constrained")
+    figure = Figure(figsize=(2.8 * len(steps) + 0.6, 0.95 * len(pictures) + 0.5), layout="constrained")
     grid = figure.subplots(len(pictures), len(steps), squeeze=False)
     for row, (name, by_steps) in enumerate(pictures.items()):
         for place, count in zip(grid[row], steps, strict=True):
@@ -160,12 +160,19 @@ def sample_matrix(pictures: Mapping[str, Mapping[int, np.ndarray]], classes: int
             place.set_yticks([])
             place.spines[:].set_visible(False)
             if count in by_steps:
-                images = by_steps[count][: classes * columns]
-                sheet = image_grid(images, range(classes))
-                place.imshow(np.asarray(sheet), cmap="gray", interpolation="nearest")
+                place.imshow(_first(by_steps[count], rows, columns), cmap="gray", interpolation="nearest")
             if row == 0:
-                place.set_title(_steps(count), fontsize=13)
-        grid[row][0].set_ylabel(name, fontsize=13)
+                place.set_title(_steps(count), fontsize=11)
+        grid[row][0].set_ylabel(name.replace(", ", "\n"), fontsize=10)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=80)
+    figure.savefig(buffer, format="png", dpi=90)
     return buffer.getvalue()
+
+
+def _first(images: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """The first samples as one picture, read like text."""
+    columns = min(columns, len(images))
+    rows = min(rows, len(images) // columns)
+    # image_grid goes down each column first.
+    order = [row * columns + column for column in range(columns) for row in range(rows)]
+    return np.asarray(image_grid(images[order], range(rows)))

@@ -57,9 +57,9 @@ def draw(findings: Findings) -> dict[str, bytes]:
     """{file name: SVG or PNG} of every figure of the page."""
     study, usable = findings.study, findings.usable
     drawn: dict[str, bytes] = {}
-    pictures, classes = _pictures(findings)
+    pictures = _pictures(findings)
     if pictures:
-        drawn["samples.png"] = figures.sample_matrix(pictures, classes)
+        drawn["samples.png"] = figures.sample_matrix(pictures)
     if "size" in usable[0]:
         for steps in study.steps:
             drawn[f"training-{steps}.svg"] = figures.training_figure(study, usable, steps)
@@ -76,8 +76,8 @@ def draw(findings: Findings) -> dict[str, bytes]:
     return drawn
 
 
-def _pictures(findings: Findings) -> tuple[dict[str, dict[int, np.ndarray]], int]:
-    """{row: {steps: images}} of the first seed's largest finished run of each row, and the number of classes."""
+def _pictures(findings: Findings) -> dict[str, dict[int, np.ndarray]]:
+    """{row: {steps: images}} of the first seed's largest finished run of each row."""
     chosen: dict[str, Outcome] = {}
     for one in findings.outcomes:
         if one.state == "finished":
@@ -85,7 +85,7 @@ def _pictures(findings: Findings) -> tuple[dict[str, dict[int, np.ndarray]], int
             best = chosen.get(row)
             if best is None or one.cell.training_flops > best.cell.training_flops * 1.01:
                 chosen[row] = one
-    pictures, classes = {}, 1
+    pictures = {}
     for row, one in chosen.items():
         folder = storage.join(one.cell.run_dir, "samples", f"step-{one.cell.config.train.max_steps:08d}")
         by_steps = {}
@@ -93,10 +93,9 @@ def _pictures(findings: Findings) -> tuple[dict[str, dict[int, np.ndarray]], int
             if name.endswith(".npz"):
                 with np.load(io.BytesIO(storage.read_bytes(storage.join(folder, name)))) as arrays:
                     by_steps[int(arrays["steps"])] = arrays["images"]
-                    classes = len(set(arrays["labels"].tolist()))
         if by_steps:
             pictures[row] = by_steps
-    return pictures, classes
+    return pictures
 
 
 def _row_name(findings: Findings, one: Outcome) -> str:
@@ -235,7 +234,7 @@ def _sections(findings: Findings, drawn: Mapping[str, bytes]) -> list[tuple[str,
     sections = []
     if "samples.png" in drawn:
         matrix = f'<div class="wide">{_picture("samples.png", drawn["samples.png"])}</div>'
-        words = "<p>The largest budget, the first seed, the same noise everywhere; in each place a row a class.</p>"
+        words = "<p>The largest budget, the first seed, the same noise everywhere.</p>"
         sections.append(("Samples", words + matrix))
     if any(name.startswith("training-") for name in drawn):
         sections += _scaling_sections(findings, drawn)

@@ -2,7 +2,7 @@
 
 L(x) = E + sum_k A_k / x_k^p_k, one power (of training compute, say) or two (parameters N and images D: Hoffmann et al.,
 arXiv 2203.15556, eq 2). The fit minimizes Huber losses of log residuals, the logarithm of L being a log-sum-exp, from
-many starting points. Intervals come from a wild bootstrap: residuals, widened by sqrt(n / (n - parameters)), go back
+many starting points. Intervals come from a wild bootstrap: residuals, widened for the freedom the fit has used, go back
 to their points with random signs, so the design stays as it was and the noise may differ from point to point.
 
 S resamples or starts, n points, V variables, P parameters.
@@ -13,11 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import nnls
+from scipy.stats import norm, t
 
 from imm_scale.errors import UserError
 
 Array = np.ndarray
-HUBER_DELTA = 1e-3  # of log residuals, as Hoffmann et al.; nearly a median fit where noise is larger
+HUBER_DELTA = 1e-3  # of log residuals, as Hoffmann et al.: a median fit where the noise is larger
+_EFFICIENT = 1.345  # delta over the noise: 95 % as efficient as least squares where the noise is normal
+_MEDIAN_TO_STD = 1.4826
 LEVEL = 0.9
 RESAMPLES = 400
 _EXPONENTS = (0.1, 0.25, 0.5, 0.8, 1.2, 2.0)  # of starting points
@@ -165,6 +168,13 @@ def interval_of(value: float, samples_S: Array, level: float = LEVEL) -> Interva
     return Interval(float(value), float(low), float(high))
 
 
+def widening(points: int, parameters: int) -> float:
+    """By how much residuals of a fit are smaller than the noise, and Student's intervals wider than the normal's."""
+    free = max(1, points - parameters)
+    upper = (1 + LEVEL) / 2
+    return float(np.sqrt(points / free) * t.ppf(upper, free) / norm.ppf(upper))
+
+
 @dataclass(frozen=True)
 class Law:
     """A fitted law.
@@ -231,18 +241,24 @@ class Law:
         return np.stack([np.log(np.ravel(value)) for value in x], axis=-1) - self.centre_V
 
 
-def power_law(x: Array, loss: Array, name: str = "C", delta: float = HUBER_DELTA, seed: int = 0) -> Law:
-    """L = E + A / x^p. Raises UserError as `fit`."""
-    return fit(POWER, (name,), np.asarray(x, float)[:, None], loss, delta, seed)
+def power_law(x: Array, loss: Array, delta: float | None = None, resamples: int = RESAMPLES) -> Law:
+    """L = E + A / x^p of compute x; constants E, A_C, exponent_C. Raises UserError as `fit`."""
+    return fit(POWER, ("C",), np.asarray(x, float)[:, None], loss, delta, resamples)
 
 
-def joint_law(N: Array, D: Array, loss: Array, delta: float = HUBER_DELTA, seed: int = 0) -> Law:
+def joint_law(N: Array, D: Array, loss: Array, delta: float | None = None, resamples: int = RESAMPLES) -> Law:
     """L = E + A / N^alpha + B / D^beta; constants A_N, exponent_N (alpha), A_D (B), exponent_D (beta)."""
-    return fit(JOINT, ("N", "D"), np.stack([N, D], axis=1).astype(float), loss, delta, seed)
+    return fit(JOINT, ("N", "D"), np.stack([N, D], axis=1).astype(float), loss, delta, resamples)
 
 
-def fit(form: Form, names: tuple[str, ...], x_nV: Array, loss_n: Array, delta: float, seed: int = 0) -> Law:
+def fit(form: Form, names: tuple[str, ...], x_nV: Array, loss_n: Array, delta: float | None, resamples: int) -> Law:
     """Fits a law and its resamples, and says what the data cannot tell.
+
+    Args:
+        x_nV, loss_n: values of the variables, and the losses there.
+        delta: log residuals up to this count by their square, larger ones by their size. None: 1.345 times the noise
+            that a median fit (HUBER_DELTA) leaves, so that outliers count little and the intervals hold; those of a
+            median fit are too narrow.
 
     Raises:
         UserError: fewer points than parameters, a variable with too few values, or losses and variables that are not
@@ -252,10 +268,11 @@ def fit(form: Form, names: tuple[str, ...], x_nV: Array, loss_n: Array, delta: f
     _check(form, names, x_nV, loss_n)
     centre = np.log(x_nV).mean(axis=0)
     u, y = np.log(x_nV) - centre, np.log(loss_n)
+    delta = _delta(form, u, y) if delta is None else delta
     theta, agreeing = best_of_starts(form, u, y, delta)
     residuals = y - form.log_loss(theta[None], u)[0]
-    noise = residuals * np.sqrt(len(y) / max(1, len(y) - form.parameters))
-    samples = _resample(form, u, y - residuals, noise, theta, delta, seed)
+    noise = residuals * widening(len(y), form.parameters)
+    samples = _resample(form, u, y - residuals, noise, theta, delta, resamples)
     law = Law(form, names, centre, theta, samples, residuals, noise, _aicc(form, residuals, delta), agreeing)
     return Law(**{**law.__dict__, "warnings": tuple(_doubts(law, u, y, delta))})
 
@@ -283,20 +300,26 @@ def best_of_starts(form: Form, u_nV: Array, y_n: Array, delta: float) -> tuple[A
     return ends[losses.argmin()], float(close.mean())
 
 
-def _resample(form: Form, u: Array, fitted: Array, noise: Array, theta: Array, delta: float, seed: int) -> Array:
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (RESAMPLES, len(noise)))
-    return minimize(form, u, fitted + signs * noise, np.tile(theta, (RESAMPLES, 1)), delta)
+def _delta(form: Form, u_nV: Array, y_n: Array) -> float:
+    theta, _ = best_of_starts(form, u_nV, y_n, HUBER_DELTA)
+    sizes = np.abs(y_n - form.log_loss(theta[None], u_nV)[0])
+    # The median fit passes through as many points as it has parameters.
+    noise = _MEDIAN_TO_STD * np.median(np.sort(sizes)[min(form.parameters, len(sizes) - 1) :])
+    return max(HUBER_DELTA, _EFFICIENT * float(noise))
+
+
+def _resample(form: Form, u: Array, fitted: Array, noise: Array, theta: Array, delta: float, count: int) -> Array:
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (count, len(noise)))
+    return minimize(form, u, fitted + signs * noise, np.tile(theta, (count, 1)), delta)
 
 
 def _aicc(form: Form, residuals: Array, delta: float) -> float:
-    """From the Huber loss: twice it is the sum of squares where no residual exceeds delta."""
+    """Twice the Huber loss stands for the sum of squares, which it is where no residual exceeds delta."""
     n, k = len(residuals), form.parameters + 1  # the noise's size is a parameter as well
     if n <= k + 1:
         return float("inf")
-    scale = 2.0 * huber(residuals, delta).sum()
-    if np.median(np.abs(residuals)) > delta:  # the median fit: residuals of a Laplace distribution
-        return float(2 * n * np.log(np.abs(residuals).mean()) + 2 * k + 2 * k * (k + 1) / (n - k - 1))
-    return float(n * np.log(max(scale / n, 1e-300)) + 2 * k + 2 * k * (k + 1) / (n - k - 1))
+    scale = 2.0 * huber(residuals, delta).sum() / n
+    return float(n * np.log(max(scale, 1e-300)) + 2 * k + 2 * k * (k + 1) / (n - k - 1))
 
 
 def _doubts(law: Law, u_nV: Array, y_n: Array, delta: float) -> list[str]:

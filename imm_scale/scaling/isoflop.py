@@ -15,7 +15,7 @@ import numpy as np
 from scipy.optimize import minimize, nnls
 
 from imm_scale.errors import UserError
-from imm_scale.scaling.fit import LEVEL, Interval, interval_of
+from imm_scale.scaling.fit import LEVEL, Interval, interval_of, widening
 
 Array = np.ndarray
 RESAMPLES = 200
@@ -124,7 +124,7 @@ def _vertex(log_N: Array, log_loss_Sn: Array) -> tuple[Array, Array]:
     return x + centre, c + b * x + a * x**2
 
 
-def parabola(C_n: Array, N_n: Array, loss_n: Array, seed: int = 0) -> Optimum:
+def parabola(C_n: Array, N_n: Array, loss_n: Array) -> Optimum:
     """A parabola in log N per budget, through log losses.
 
     Raises:
@@ -134,13 +134,13 @@ def parabola(C_n: Array, N_n: Array, loss_n: Array, seed: int = 0) -> Optimum:
     budgets = [C for C in np.unique(C_n) if len(np.unique(N_n[C_n == C])) >= 3]
     if len(budgets) < 2:
         raise UserError("isoFLOP parabolas need at least two budgets with three sizes each")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     minima, samples = [], []
     for C in budgets:
         at = C_n == C
         x, y = np.log(N_n[at]), np.log(loss_n[at])
         fitted = np.polyval(np.polyfit(x - x.mean(), y, 2), x - x.mean())
-        noise = (y - fitted) * np.sqrt(len(y) / max(1, len(y) - 3))
+        noise = (y - fitted) * widening(len(y), 3)
         resampled = fitted + rng.choice([-1.0, 1.0], (RESAMPLES, len(y))) * noise
         place, value = (float(v[0]) for v in _vertex(x, y[None]))
         samples.append(np.exp(_vertex(x, resampled)[0]))
@@ -194,7 +194,7 @@ def _search(u_n2: Array, loss_n: Array, weight_n: Array, start: Array | None = N
     return np.array([E, A, alpha, B, beta])
 
 
-def variable_projection(C_n: Array, N_n: Array, D_n: Array, loss_n: Array, cost: Cost, seed: int = 0) -> Optimum:
+def variable_projection(C_n: Array, N_n: Array, D_n: Array, loss_n: Array, cost: Cost) -> Optimum:
     """The minima of the surface L(N, D), least squares of relative errors.
 
     Raises:
@@ -209,8 +209,8 @@ def variable_projection(C_n: Array, N_n: Array, D_n: Array, loss_n: Array, cost:
     u = logs - centre
     best = _search(u, loss_n, 1.0 / loss_n)
     fitted = _surface(best, u)
-    noise = np.log(loss_n / fitted) * np.sqrt(len(loss_n) / max(1, len(loss_n) - 5))
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (RESAMPLES, len(loss_n)))
+    noise = np.log(loss_n / fitted) * widening(len(loss_n), 5)
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (RESAMPLES, len(loss_n)))
     start = np.log(best[[2, 4]])
     resampled = fitted * np.exp(signs * noise)
     thetas = np.stack([best, *(_search(u, row, 1.0 / fitted, start) for row in resampled)])

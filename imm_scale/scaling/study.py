@@ -17,7 +17,6 @@ from imm_scale.scaling.fit import Interval, Law
 from imm_scale.scaling.isoflop import Cost, Optimum
 
 Row = Mapping[str, Any]
-_EFFICIENT = 1.345  # Huber's delta over the noise: 95 % as efficient as least squares where the noise is normal
 
 
 @dataclass(frozen=True)
@@ -109,13 +108,12 @@ def analyse(rows: Sequence[Row]) -> Study:
     if "size" not in usable[0]:
         study.notes.append("the sweep has no sizes: no law is fitted")
         return study
-    delta = _EFFICIENT * noise(usable)
     fitted = [row for row in usable if not row["held_out"]]
     _try(study, "FLOPs by parameters", lambda: _add_cost(study, usable))
     for steps in study.steps:
         here = [row for row in fitted if row["steps"] == steps]
-        _add_powers(study, steps, here, delta)
-        _add_joint(study, steps, here, delta)
+        _add_powers(study, steps, here)
+        _add_joint(study, steps, here)
         _add_optima(study, steps, here)
         _add_checks(study, steps, [row for row in usable if row["steps"] == steps and row["held_out"]])
         _add_forecast(study, steps, usable)
@@ -131,38 +129,25 @@ def _try(study: Study, what: str, action: Callable[[], None]) -> None:
         study.notes.append(f"{what}: {error}")
 
 
-def noise(rows: Sequence[Row]) -> float:
-    """Standard deviation of the log distance between cells that differ in their seed alone; 0.05 without such cells."""
-    groups: dict[tuple[Any, ...], list[float]] = {}
-    for row in rows:
-        key = (row["parameters"], row["training_flops"], row["steps"], row["guidance_scale"])
-        groups.setdefault(key, []).append(float(np.log(row["mean"])))
-    squares = [(len(group) - 1, np.var(group, ddof=1)) for group in groups.values() if len(group) > 1]
-    if not squares:
-        return 0.05
-    freedom, variances = np.array(squares).T
-    return float(max(np.sqrt((freedom * variances).sum() / freedom.sum()), 1e-3))
-
-
 def _add_cost(study: Study, rows: Sequence[Row]) -> None:
     study.cost = isoflop.cost_of(column(rows, "parameters"), column(rows, "training_flops") / column(rows, "images"))
 
 
-def _add_powers(study: Study, steps: int, rows: Sequence[Row], delta: float) -> None:
+def _add_powers(study: Study, steps: int, rows: Sequence[Row]) -> None:
     for size in dict.fromkeys(row["size"] for row in rows):
         own = [row for row in rows if row["size"] == size]
 
         def add(size: str = size, own: Sequence[Row] = own) -> None:
-            law = fit.power_law(column(own, "training_flops"), column(own, "mean"), delta=delta)
+            law = fit.power_law(column(own, "training_flops"), column(own, "mean"))
             study.powers[size, steps] = law
             study.notes.extend(f"power law, {size}, {steps} steps: {doubt}" for doubt in law.warnings)
 
         _try(study, f"power law, {size}, {steps} steps", add)
 
 
-def _add_joint(study: Study, steps: int, rows: Sequence[Row], delta: float) -> None:
+def _add_joint(study: Study, steps: int, rows: Sequence[Row]) -> None:
     def add() -> None:
-        law = fit.joint_law(column(rows, "parameters"), column(rows, "images"), column(rows, "mean"), delta)
+        law = fit.joint_law(column(rows, "parameters"), column(rows, "images"), column(rows, "mean"))
         study.joints[steps] = law
         study.notes.extend(f"joint law, {steps} steps: {doubt}" for doubt in law.warnings)
 

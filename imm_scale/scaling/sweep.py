@@ -168,7 +168,7 @@ def _check_shapes(written: SweepFile, path: str) -> None:
             wanted = dict if axis in ("sizes", "variants") else list
             if not isinstance(values, wanted):
                 raise UserError(f"{path}: {axis}.{key}={values!r} must be a {_WORDS[wanted]}")
-            if not values:
+            if values == []:
                 raise UserError(f"{path}: {axis}.{key} is empty: give it at least one value or leave it out")
     if not written.seeds:
         raise UserError(f"{path}: seeds is empty: give at least one seed or leave it out")
