@@ -11,29 +11,15 @@ from collections.abc import Callable, Sequence
 
 from imm_scale import config as configs
 from imm_scale import distributed, storage
-from imm_scale.config import Config, Loaded
+from imm_scale.config import Config
 from imm_scale.errors import UserError
 
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75
 
 
-def _split_words(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """(config files, key=value overrides, other words)."""
-    files = [word for word in words if word.endswith((".yaml", ".yml"))]
-    overrides = [word for word in words if word not in files and "=" in word]
-    return files, overrides, [word for word in words if word not in files and word not in overrides]
-
-
-def _load(words: Sequence[str]) -> Loaded:
-    files, overrides, others = _split_words(words)
-    if others:
-        raise UserError(f"{others[0]!r} is neither a config file (*.yaml) nor an override (key=value)")
-    return configs.load(files, overrides)
-
-
 def _train(args: argparse.Namespace) -> int:
-    loaded = _load(args.words)
+    loaded = configs.load_words(args.words)
     from imm_scale.training import setup, trainer
 
     if args.dry_run:
@@ -143,7 +129,7 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    files, overrides, keys = _split_words(args.words)
+    files, overrides, keys = configs.split_words(args.words)
     loaded = configs.load(files, overrides)
     print("\n\n".join(configs.explain(key, loaded) for key in keys) if keys else configs.overview(loaded))
     return 0

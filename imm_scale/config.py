@@ -361,6 +361,21 @@ def load(files: Sequence[str] = (), overrides: Sequence[str] = ()) -> Loaded:
     return Loaded(config, origins)
 
 
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """(config files, key=value overrides, other words) of a command line."""
+    files = [word for word in words if word.endswith((".yaml", ".yml"))]
+    overrides = [word for word in words if word not in files and "=" in word]
+    return files, overrides, [word for word in words if word not in files and word not in overrides]
+
+
+def load_words(words: Sequence[str]) -> Loaded:
+    """The config of `imm-scale train WORD...`. Raises UserError."""
+    files, overrides, others = split_words(words)
+    if others:
+        raise UserError(f"{others[0]!r} is neither a config file (*.yaml) nor an override (key=value)")
+    return load(files, overrides)
+
+
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML that `load` reads back."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

@@ -1,0 +1,91 @@
+"""What can be said of a job before SLURM has it. All raise UserError with the remedy."""
+
+import math
+import os
+import re
+
+from imm_scale import storage
+from imm_scale.errors import UserError
+from launchers import slurm
+from launchers.cluster import Cluster
+from launchers.script import Job
+
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::([0-5]?\d))?(?::([0-5]?\d))?")
+_ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%[1-9]\d*)?")
+
+
+def node_range(nodes: str) -> tuple[int, int]:
+    """(least, most) of "4" or "4-8"."""
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", nodes)
+    least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= least <= most:
+        raise UserError(f"--nodes {nodes}: give a number of nodes, or the least and the most as in 4-8")
+    return least, most
+
+
+def limit_seconds(time: str) -> float:
+    """A time limit as sbatch takes it: minutes[:seconds], hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    if time.lower() in ("infinite", "unlimited"):
+        return math.inf
+    found = _TIME.fullmatch(time)
+    if found is None:
+        raise UserError(f"--time {time}: give minutes, HH:MM:SS or DAYS-HH:MM:SS, as in 90, 12:00:00 or 2-00:00:00")
+    days, *parts = found.groups()
+    given = [int(part) for part in parts if part is not None]
+    # Without days one number is minutes and two are minutes and seconds; else the first is hours.
+    units = (3600, 60, 1) if days is not None or len(given) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(count * unit for count, unit in zip(given, units, strict=False))
+
+
+def check(job: Job, cluster: Cluster, ask: bool) -> None:
+    """Options that cannot work.
+
+    Args:
+        ask: whether sinfo can be asked what there is.
+    """
+    time, grace = job.time or cluster.time, job.grace_seconds or cluster.grace_seconds
+    if time is not None and limit_seconds(time) <= grace:
+        raise UserError(
+            f"--time {time} is over before --grace-seconds {grace} are: give more of the one or less of the other"
+        )
+    if job.array is not None and not _ARRAY.fullmatch(job.array):
+        raise UserError(f"--array {job.array}: give indices and the most at a time, as in 0-63%8 or 3,7%2")
+    least, _ = node_range(job.nodes)
+    gpus = cluster.gpus_per_node if job.gpus_per_node is None else job.gpus_per_node
+    if gpus > cluster.gpus_per_node:
+        raise UserError(_too_many_gpus(gpus, f"a node of this cluster has {cluster.gpus_per_node}", cluster))
+    if ask:
+        _check_partition(job.partition or cluster.partition, least, gpus, cluster)
+
+
+def _check_partition(name: str | None, least: int, gpus: int, cluster: Cluster) -> None:
+    known = slurm.partitions()
+    fitting = [partition for partition in known if name in (None, partition.name)]
+    if not fitting:
+        raise UserError(
+            f"--partition {name}: there is none of this name; sinfo knows {', '.join(p.name for p in known)}"
+        )
+    most = max(partition.nodes for partition in fitting)
+    if least > most:
+        raise UserError(f"--nodes {least}: partition {name or 'with the most'} has {most}; ask for at most that many")
+    most_gpus = max(partition.most_gpus for partition in fitting)
+    if gpus > most_gpus:
+        raise UserError(_too_many_gpus(gpus, f"sinfo knows nodes of at most {most_gpus}", cluster))
+
+
+def _too_many_gpus(asked: int, why: str, cluster: Cluster) -> str:
+    remedy = "on a cluster of CPUs give --ranks-per-node" if cluster.gpus_per_node == 0 else "ask for more --nodes"
+    return f"--gpus-per-node {asked}: {why}; {remedy}, or set gpus_per_node in its configs/cluster/*.yaml"
+
+
+def check_shared(folder: str, cluster: Cluster) -> None:
+    """Refuses a folder that other nodes do not see."""
+    if not storage.is_local(folder):
+        return
+    path = os.path.realpath(storage.local_path(folder))
+    for local in cluster.local_paths:
+        if os.path.commonpath([path, os.path.realpath(local)]) == os.path.realpath(local):
+            raise UserError(
+                f"run.dir={folder} is below {local}, which every node has for itself: choose a shared folder, or take "
+                f"{local} out of local_paths in configs/cluster/*.yaml"
+            )

@@ -1,0 +1,36 @@
+# Sourced by the *.sbatch files on the first node: what all ranks inherit, and how srun starts them.
+# Every value can be set before, by the site (configs/cluster/*.yaml: environment) or by the user.
+
+# --- how ranks find each other ---
+LAUNCH=${LAUNCH:-srun}                                # srun: a task per rank; torchrun, deepspeed: a task per node
+RANKS_PER_NODE=${RANKS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-1}}
+HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST")   # here, for a container has no scontrol to ask
+MASTER_ADDR=${HOSTS%%$'\n'*}                          # rank 0 is on the first node
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 40000))         # jobs that share a node differ in it
+export LAUNCH RANKS_PER_NODE HOSTS MASTER_ADDR MASTER_PORT
+
+# --- threads ---
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}   # srun does not inherit --cpus-per-task of sbatch since SLURM 22.05
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}          # the default, all cores for every rank, makes ranks fight
+export PYTHONUNBUFFERED=1                             # what a rank printed before it died is in the log
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}     # the checkout's code, whichever one is installed
+
+# --- NCCL ---
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}                 # its errors name the host and the link
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}   # a failed collective ends the process
+export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}         # 17 s per retry: a rerouting fabric is no failure
+export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}             # which collective hung, on which rank
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}                      # what the dump is made of
+
+# --- the step: a command in front of which nothing else is needed ---
+# --kill-on-bad-exit  a dead rank ends the step at once, instead of leaving its peers in a collective
+# --wait              so does a rank that is still there when its peers have gone
+# --mpi=none          nothing here speaks MPI; a site's default may wait for one
+STEP=(srun --nodes="$SLURM_JOB_NUM_NODES" --kill-on-bad-exit=1 --wait=300 --mpi=none --unbuffered)
+if [ "$LAUNCH" = srun ]; then
+  STEP+=(--ntasks="$((SLURM_JOB_NUM_NODES * RANKS_PER_NODE))" --ntasks-per-node="$RANKS_PER_NODE")
+else
+  # One task gets the CPUs of all the ranks it starts.
+  STEP+=(--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$((SRUN_CPUS_PER_TASK * RANKS_PER_NODE))")
+fi
+STEP+=(${SRUN_OPTIONS+"${SRUN_OPTIONS[@]}"} ${WRAP+"${WRAP[@]}"})

@@ -1,0 +1,159 @@
+"""`launchers.submit` on a machine without SLURM: what it refuses, and what it would submit."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from imm_scale.errors import UserError
+from launchers import checks, cluster, slurm, submit
+from launchers.script import Job
+
+ROOT = Path(__file__).parents[3]
+JOB = Job("train", (("c.yaml",),), "n", "/logs/%j.out", "2")
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(slurm, "available", lambda: False)
+
+
+def _refused(capsys, words, *argv):
+    assert submit.main(argv) == 2
+    message = capsys.readouterr().err
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--time", "tomorrow"], ["tomorrow", "12:00:00"]),
+        (["--time", "1:99:00"], ["1:99:00"]),
+        (["--time", "5", "--grace-seconds", "300"], ["--time 5", "--grace-seconds 300"]),
+        (["--nodes", "0"], ["--nodes 0", "4-8"]),
+        (["--nodes", "8-4"], ["8-4"]),
+        (["--nodes", "many"], ["many"]),
+        (["--array", "a-b"], ["a-b", "0-63%8"]),
+        (["--gpus-per-node", "16"], ["--gpus-per-node 16", "has 2", "--nodes"]),
+        (["--cluster", "nowhere"], ["nowhere", "lab", "pyxis"]),
+        (["--nodes", "40"], ["80 ranks"]),
+        (["trane.max_steps=5"], ["trane.max_steps", "train.max_steps"]),
+        (["data.manifest=/nowhere.json"], ["/nowhere.json"]),
+        (["loss"], ["'loss'"]),
+    ],
+)
+def test_a_job_that_cannot_run(flags, words, tiny, capsys):
+    _refused(capsys, words, "train", *tiny, "--cluster", "lab", *flags)
+
+
+@pytest.mark.parametrize("argv", [["status", "RUN"], ["cancel", "RUN"], ["logs", "RUN"]])
+def test_a_run_that_was_never_submitted(argv, trained, capsys):
+    _refused(capsys, [trained, "not submitted"], *(trained if word == "RUN" else word for word in argv))
+
+
+def test_evaluate_wants_a_run(capsys):
+    _refused(capsys, ["runs/my_run"], "evaluate", "--cluster", "lab")
+
+
+def test_it_runs_from_the_checkout_only(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _refused(capsys, [str(ROOT)], "train", *tiny)
+
+
+def test_a_folder_other_nodes_do_not_see(tiny, capsys, tmp_path):
+    site = tmp_path / "site.yaml"
+    site.write_text(f"local_paths: [{tmp_path}]\ngpus_per_node: 2\n")
+    _refused(capsys, [str(tmp_path), "shared"], "train", *tiny, "--cluster", str(site))
+
+
+def test_a_dry_run_prints_the_text_and_writes_nothing(tiny, tmp_path, capsys):
+    assert submit.main(["train", "--cluster", "lab", "--nodes", "2", *tiny, "--dry-run", "seed=3"]) == 0
+    text = capsys.readouterr().out
+    assert "#SBATCH --nodes=2" in text
+    assert text.rstrip().endswith("source launchers/train.sbatch")
+    assert "seed=3" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_of_the_program_go_after_two_dashes(capsys):
+    words = ["--images", "a b", "--out", "o", "--codec", "pixels"]
+    assert submit.main(["encode", "--cluster", "lab", "--array", "0-3%2", "--dry-run", "--", *words]) == 0
+    text = capsys.readouterr().out
+    assert "set -- --images 'a b' --out o --codec pixels" in text
+    assert "#SBATCH --array=0-3%2" in text
+
+
+def test_a_complete_run_is_not_submitted(trained, digits, capsys):
+    from tests.conftest import TINY
+
+    words = [*TINY, f"data.manifest={digits}", f"run.dir={trained}", "train.max_steps=2"]
+    assert submit.main(["train", *words, "--cluster", "lab"]) == 0
+    assert "nothing to submit" in capsys.readouterr().out
+
+
+PARTITIONS = [slurm.Partition("gpu", 4, 8), slurm.Partition("small", 64, 1)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"partition": "gpus"}, ["--partition gpus", "gpu, small"]),
+        ({"partition": "gpu", "nodes": "5-9"}, ["--nodes 5", "has 4"]),
+        ({"partition": "small", "gpus_per_node": 2}, ["--gpus-per-node 2", "at most 1"]),
+    ],
+)
+def test_what_sinfo_contradicts(changes, words, monkeypatch):
+    monkeypatch.setattr(slurm, "partitions", lambda: PARTITIONS)
+    with pytest.raises(UserError) as caught:
+        checks.check(dataclasses.replace(JOB, **changes), cluster.Cluster(), ask=True)
+    assert all(word in str(caught.value) for word in words)
+
+
+# As the manual of sbatch has them.
+TIMES = {"90": 5400, "90:30": 5430, "12:00:00": 43200, "1:2:3": 3723, "2-1": 176400, "1-0:30": 88200, "1-0:0:1": 86401}
+
+
+@pytest.mark.parametrize("time", TIMES)
+def test_times_slurm_takes(time):
+    assert checks.limit_seconds(time) == TIMES[time]
+    checks.check(dataclasses.replace(JOB, time=time), cluster.Cluster(), ask=False)
+
+
+def test_no_time_limit():
+    for time in ("UNLIMITED", None):
+        checks.check(dataclasses.replace(JOB, time=time), cluster.Cluster(), ask=False)
+
+
+@pytest.mark.parametrize("array", ["0", "0-63", "0-63%8", "1,3,7%2", "0-30:3", "1-3,7-9%2"])
+def test_arrays_slurm_takes(array):
+    checks.check(dataclasses.replace(JOB, array=array), cluster.Cluster(), ask=False)
+
+
+@pytest.mark.parametrize("name", cluster.names())
+def test_the_sites_that_come_along_can_be_read(name):
+    assert cluster.load(name).launch == "srun"
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("gpu_per_node: 8", "gpus_per_node"),
+        ("time: 12:00:00", "quotes"),
+        ("gpus_per_node: eight", "eight"),
+        ("launch: mpirun", "torchrun"),
+        ("srun: --mpi=pmix", "srun"),
+        ("- a", "mapping"),
+        ("a: [", "YAML"),
+    ],
+)
+def test_a_site_file_with_a_mistake(text, word, tmp_path):
+    (tmp_path / "site.yaml").write_text(text)
+    with pytest.raises(UserError, match=word):
+        cluster.load(str(tmp_path / "site.yaml"))
+
+
+def test_gpus_as_sinfo_writes_them(monkeypatch):
+    monkeypatch.setattr(slurm, "_run", lambda command: "gpu|2|gpu:h100:8(S:0-1)\ngpu|2|gpu:4,shard:16\ncpu|3|(null)")
+    assert slurm.partitions() == [slurm.Partition("gpu", 4, 8), slurm.Partition("cpu", 3, 0)]
