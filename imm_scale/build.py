@@ -75,15 +75,16 @@ def model_spec(config: Config, manifest: Manifest) -> ModelSpec:
         t_min=objective.t_min,
         t_max=resolved_t_max(config),
         label_drop=objective.label_drop,
-        net=net_config(config, manifest),
+        net=net_config(config, manifest.latent_shape, manifest.num_classes),
         codec=manifest.codec,
         class_names=tuple(manifest.class_names),
     )
 
 
-def net_config(config: Config, manifest: Manifest) -> DiTConfig:
+def net_config(config: Config, latent_shape: tuple[int, int, int], num_classes: int) -> DiTConfig:
+    """The net for latents of (C, H, W). Raises UserError where it does not fit them."""
     model = config.model
-    channels, height, width = manifest.latent_shape
+    channels, height, width = latent_shape
     given = {key: getattr(model, key) for key in ("width", "depth", "heads", "patch_size")}
     return size_config(
         model.size,
@@ -91,7 +92,7 @@ def net_config(config: Config, manifest: Manifest) -> DiTConfig:
         channels=channels,
         height=height,
         image_width=width,
-        num_classes=manifest.num_classes,
+        num_classes=num_classes,
         mlp_ratio=model.mlp_ratio,
         qk_norm=model.qk_norm,
         dropout=model.dropout,

@@ -1,9 +1,10 @@
-"""`imm-scale`: train, sample, evaluate, export, import, report, explain.
+"""`imm-scale`: train, plan, sample, evaluate, export, import, report, explain.
 
 Exit codes: 0 done, 2 the user's mistake (a message, no traceback), 75 preempted and resumable, 1 anything else.
 """
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ from imm_scale import config as configs
 from imm_scale import distributed, storage
 from imm_scale.config import Config
 from imm_scale.errors import UserError
+from imm_scale.scaling import hardware
 
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75
@@ -28,6 +30,20 @@ def _train(args: argparse.Namespace) -> int:
     outcome = trainer.train(loaded.config)
     distributed.shutdown()
     return EXIT_PREEMPTED if outcome == "preempted" else 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from imm_scale.scaling import page, plan
+
+    config = _load(args.words).config
+    found = plan.estimate(config, args.nodes, args.gpus_per_node, args.gpu, args.link)
+    if args.json:
+        print(json.dumps(plan.as_dict(found), indent=2))
+        return 0
+    print(page.render(config, found, [] if found.fits else plan.suggest(config, found)))
+    if args.compare:
+        print("\n" + page.compare(config, found))
+    return 0
 
 
 def _run_config(run_dir: str, args: argparse.Namespace) -> Config:
@@ -140,6 +156,13 @@ _EXAMPLES = {
   imm-scale train configs/demo.yaml
   imm-scale train configs/demo.yaml run.name=wide model.width=128 --dry-run
   torchrun --nproc-per-node 2 -m imm_scale train configs/demo.yaml zero.stage=2""",
+    "plan": """examples:
+  imm-scale plan configs/imagenet256_dit_xl2.yaml --nodes 64 --gpus-per-node 8 --gpu h100-80gb --link ib-ndr
+  imm-scale plan configs/imagenet256_dit_xl2.yaml precision=bf16 --gpus-per-node 8 --gpu a100-40gb --compare
+  imm-scale plan configs/demo.yaml data.latent_shape=[1,8,8] data.num_classes=10 --gpu l4-24gb --json
+
+Memory, FLOPs and bytes on the wire follow from the code and are tested against real engines on CPU; times are a model.
+No GPU is needed, and no data where data.latent_shape and data.num_classes are set. See docs/planning.md.""",
     "sample": """examples:
   imm-scale sample runs/demo/imm --steps 1,2,4,8 --num 64 --labels 0-9
   imm-scale sample digits.safetensors --steps 2 --guidance 1.5 --out pictures""",
@@ -202,6 +225,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("words", nargs="*", metavar="CONFIG | key=value", help="YAML files, then dotted overrides")
     train.add_argument("--dry-run", action="store_true", help="print the resolved config and what it means, then stop")
     train.add_argument("--world-size", type=int, help="ranks to assume for --dry-run")
+
+    plan = add(
+        "plan", _plan, "Say what a run needs on given machines: memory, traffic, time, and what would make it fit."
+    )
+    plan.add_argument("words", nargs="*", metavar="CONFIG | key=value", help="YAML files, then dotted overrides")
+    plan.add_argument("--nodes", type=int, default=1, help="default 1")
+    plan.add_argument("--gpus-per-node", type=int, default=1, help="default 1")
+    plan.add_argument("--gpu", required=True, help=f"one of {', '.join(hardware.GPUS)}")
+    plan.add_argument(
+        "--link", help=f"between nodes, one of {', '.join(hardware.LINKS)}; default {hardware.DEFAULT_LINK}"
+    )
+    plan.add_argument("--compare", action="store_true", help="add a table over ZeRO stages and micro-batches")
+    plan.add_argument("--json", action="store_true", help="print the numbers alone, in bytes and seconds")
 
     sample = add("sample", _sample, "Draw images: PNG grids (a row a class, a column a sample) and .npz files.")
     sample.add_argument("source", metavar="RUN | FILE.safetensors | FOLDER")

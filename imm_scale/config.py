@@ -338,15 +338,15 @@ def _first_leaf(section: str) -> str:
     return next(key for key in SCHEMA if key.startswith(f"{section}.")).removeprefix(f"{section}.")
 
 
-def load(files: Sequence[str] = (), overrides: Sequence[str] = ()) -> Loaded:
-    """Merges files from left to right, then overrides, and validates the result.
+def load(files: Sequence[str] = (), overrides: Sequence[str] = (), start: Config | None = None) -> Loaded:
+    """Merges files from left to right, then overrides, over the defaults or `start`, and validates the result.
 
     Raises:
         UserError: unreadable file, unknown key (with its file, line and nearest valid key), wrong type or value.
     """
     settings = [setting for path in files for setting in _read_yaml(path)]
     settings += [_parse_override(text) for text in overrides]
-    node: Any = OmegaConf.structured(Config)
+    node: Any = OmegaConf.structured(Config if start is None else start)
     origins: dict[str, str] = {}
     for key, value, origin in settings:
         _check_key(key, origin)

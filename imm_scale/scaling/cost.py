@@ -1,6 +1,12 @@
-"""What a net costs, by closed forms. A multiply-add counts once, as in the DiT and IMM papers' GFLOPs."""
+"""What a step costs in work and on the wire. A multiply-add counts once, as in the DiT and IMM papers' GFLOPs."""
 
-from imm_scale.models.dit import DiTConfig
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import nn
+
+from imm_scale.models.dit import DiT, DiTConfig
 
 # One forward without gradient, one forward with, one backward (two forwards' worth).
 IMM_FORWARDS_PER_STEP = 4
@@ -23,5 +29,131 @@ def forward_multiply_adds(net: DiTConfig) -> int:
 
 def training_multiply_adds(net: DiTConfig, objective: str, global_batch_size: int) -> int:
     """Multiply-adds of one optimizer step."""
+    return executed_forwards(objective, False) * forward_multiply_adds(net) * global_batch_size
+
+
+def executed_forwards(objective: str, checkpointing: bool) -> int:
+    """Forward passes' worth of work per image; recomputing the branch with gradient is one more."""
     forwards = FLOW_MATCHING_FORWARDS_PER_STEP if objective == "flow_matching" else IMM_FORWARDS_PER_STEP
-    return forwards * forward_multiply_adds(net) * global_batch_size
+    return forwards + checkpointing
+
+
+def elementwise_bytes(net: DiTConfig, half: bool) -> float:
+    """Bytes that the kernels around the matrix products move in one eager forward pass of one image.
+
+    Per block and element of (T, D), reads and writes: two norms 4, two modulations 8, two gates 2 written, two
+    residual sums 6, all in fp32; two gates 2 read, attention 4 and GELU 2 r in the type of the matrix products;
+    under autocast two casts from fp32.
+    """
+    size = 2 if half else 4
+    hidden = int(net.width * net.mlp_ratio) / net.width
+    per_element = 20 * 4 + (6 + 2 * hidden) * size + (2 * (4 + 2) if half else 0)
+    return net.depth * per_element * net.tokens * net.width
+
+
+def kernels(net: DiTConfig, objective: str, half: bool, checkpointing: bool) -> int:
+    """Tensor operations of one micro-batch, views aside: what an eager program launches one by one.
+
+    Counted with a dispatch mode: a block takes 20 forward (26 under autocast with its casts), 39 (51) backward, and 18
+    (28) more where it is recomputed; what is around the blocks takes some 440.
+    """
+    forward, backward, again = (26, 51, 28) if half else (20, 39, 18)
+    branches = 1 if objective == "flow_matching" else 2
+    return net.depth * (branches * forward + backward + again * checkpointing) + 440
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Trainable elements of a net, counted on the meta device.
+
+    Attributes:
+        total: all of them.
+        half: those that 16-bit autocast casts, and DeepSpeed then sends in 16 bits (plain linear and conv layers).
+        block, block_half: the same of one block.
+        tensors: how many parameters there are.
+    """
+
+    total: int
+    half: int
+    block: int
+    block_half: int
+    tensors: int
+
+
+# As DeepSpeed's torch_autocast.LOWER_PRECISION_SAFE_MODULES: the exact class, so that Fp32Linear stays in fp32.
+_CAST = (nn.Linear, nn.Conv2d)
+
+
+def _numel(module: nn.Module, only_cast: bool) -> int:
+    parts = (part for part in module.modules() if not only_cast or type(part) in _CAST)
+    return sum(p.numel() for part in parts for p in part.parameters(recurse=False))
+
+
+@cache
+def parameters(net: DiTConfig) -> Parameters:
+    with torch.device("meta"):
+        model = DiT(net)
+    block = model.blocks[0]
+    return Parameters(
+        total=_numel(model, False),
+        half=_numel(model, True),
+        block=_numel(block, False),
+        block_half=_numel(block, True),
+        tensors=len(list(model.parameters())),
+    )
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One kind of collective in one optimizer step.
+
+    Attributes:
+        collective: all_reduce, all_gather or reduce_scatter.
+        what: gradients or weights.
+        payload: bytes of the whole tensors, summed over the step.
+        overlaps: whether DeepSpeed runs it beside the computation (stage 3) or after it.
+    """
+
+    collective: str
+    what: str
+    payload: float
+    overlaps: bool
+
+    def sent(self, world_size: int) -> float:
+        """Bytes a rank sends by a ring: S (W - 1) / W, twice that for an all-reduce."""
+        passes = 2 if self.collective == "all_reduce" else 1
+        return passes * self.payload * (world_size - 1) / world_size
+
+
+def wire(p: Parameters, stage: int, half: bool, accumulation: int, world_size: int) -> tuple[Traffic, ...]:
+    """What a step sends at a ZeRO stage, as DeepSpeed 0.19 does it (stages 1 and 2 all-reduce whole buckets).
+
+    Args:
+        p: of the net.
+        half: 16-bit autocast: its layers are sent in 16 bits, but weights at stages 1 and 2 in fp32.
+        accumulation: micro-batches per step. Stages 2 and 3 reduce after each, stages 0 and 1 once.
+    """
+    if world_size == 1:
+        return ()
+    mixed = 4.0 * p.total - (2.0 * p.half if half else 0.0)
+    if stage == 0:  # DeepSpeed's plain engine: in fp32 whatever autocast does
+        return (Traffic("all_reduce", "gradients", 4.0 * p.total, False),)
+    if stage < 3:
+        times = accumulation if stage == 2 else 1
+        return (
+            Traffic("all_reduce", "gradients", mixed * times, False),
+            Traffic("all_gather", "weights", 4.0 * p.total, False),
+        )
+    return (
+        Traffic("all_gather", "weights", _gathered(p, mixed, half) * accumulation, True),
+        Traffic("reduce_scatter", "gradients", mixed * accumulation, True),
+    )
+
+
+def _gathered(p: Parameters, mixed: float, half: bool) -> float:
+    """Stage 3, one micro-batch: every weight for the forward passes (both branches at once) and again for the backward.
+
+    The last blocks are still there when the backward pass begins, up to the limit of live parameters (two blocks).
+    """
+    kept = min(2 * (4.0 * p.block - (2.0 * p.block_half if half else 0.0)), mixed)
+    return 2.0 * mixed - kept

@@ -16,11 +16,11 @@ import yaml
 
 from imm_scale import build, storage
 from imm_scale import config as configs
-from imm_scale.config import Config
-from imm_scale.data.manifest import Manifest
+from imm_scale.config import Config, DataConfig
 from imm_scale.errors import UserError
 from imm_scale.models.dit import DiTConfig, parameter_count
 from imm_scale.scaling import cost
+from imm_scale.scaling.plan import Data, describe_data
 
 DESCRIPTION = "sweep.json"
 _BUDGET_UNITS = ("flops", "images")
@@ -306,29 +306,17 @@ def _steps(config: Config, net: DiTConfig, unit: str, budget: float | None) -> i
     return steps
 
 
-@dataclass(frozen=True)
-class _Latents:
-    """What of a data set shapes the net."""
-
-    latent_shape: tuple[int, ...]
-    num_classes: int
-
-
 @lru_cache(maxsize=16)
-def _latents(url: str) -> _Latents:
-    manifest = Manifest.load(url)
-    return _Latents(manifest.latent_shape, manifest.num_classes)
+def _data(manifest: str | None, shape: tuple[int, ...] | None, classes: int | None) -> Data:
+    """Read once for all cells."""
+    return describe_data(Config(data=DataConfig(manifest, latent_shape=list(shape or []) or None, num_classes=classes)))
 
 
 def net_of(config: Config) -> DiTConfig:
-    """The net a config means. The data set's shape is read from its manifest, or from data.latent_shape and
-    data.num_classes where both are set, so that a sweep can be planned where the data are not."""
-    shape, classes = config.data.latent_shape, config.data.num_classes
-    if shape is not None and classes is not None:
-        return build.net_config(config, _Latents(tuple(shape), classes))  # type: ignore[arg-type]
-    if config.data.manifest is None:
-        raise UserError("data.manifest is not set: give it, or data.latent_shape and data.num_classes, to know the net")
-    return build.net_config(config, _latents(config.data.manifest))  # type: ignore[arg-type]
+    """The net a config means, by data.latent_shape and data.num_classes or by the manifest. Raises UserError."""
+    shape = config.data.latent_shape
+    data = _data(config.data.manifest, None if shape is None else tuple(shape), config.data.num_classes)
+    return build.net_config(config, data.shape, data.num_classes)
 
 
 def _hold_out(written: SweepFile, cells: Sequence[Cell]) -> list[Cell]:

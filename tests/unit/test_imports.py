@@ -16,7 +16,7 @@ LAYERS = [
     {"flow_map"},
     {"models"},
     {"objectives"},
-    {"scaling.cost"},
+    {"scaling.cost", "scaling.hardware", "scaling.memory"},
     {"build"},
     {"training.shard", "training.checkpoint", "training.ema"},
     {"weights"},

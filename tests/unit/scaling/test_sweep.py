@@ -10,6 +10,7 @@ from imm_scale import config as configs
 from imm_scale.errors import UserError
 from imm_scale.models.dit import DiTConfig
 from imm_scale.scaling import cost, sweep
+from imm_scale.scaling.plan import Data
 from launchers.sweep import main, plan_table
 
 ROOT = Path(__file__).parents[3]
@@ -154,7 +155,7 @@ def test_a_mistake_ends_with_2_and_one_line(write, capsys):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_sweep_files_that_ship_are_valid(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweep, "_latents", lambda url: sweep._Latents((1, 8, 8), 10))
+    monkeypatch.setattr(sweep, "_data", lambda *known: Data((1, 8, 8), 10, 640.0, None))
     found = sweep.load(str(path))
     assert found.description
     assert all(configs.validate(cell.config) is None for cell in found.cells)

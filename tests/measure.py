@@ -1,0 +1,145 @@
+"""What a real engine holds, sends and computes: the other side of the planner's figures."""
+
+import contextlib
+import gc
+import inspect
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from imm_scale.build import ModelSpec
+    from imm_scale.config import Config
+
+
+@contextlib.contextmanager
+def collectives() -> Iterator[Counter[str]]:
+    """Bytes of the whole tensor of each collective of this rank (the gathered or the reduced one), by its name."""
+    import torch.distributed as dist
+
+    sent: Counter[str] = Counter()
+
+    def wrap(function: Any, name: str, whole: str) -> Any:
+        signature = inspect.signature(function)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            tensor = signature.bind(*args, **kwargs).arguments[whole]
+            tensors = tensor if isinstance(tensor, list) else [tensor]
+            sent[name] += sum(t.numel() * t.element_size() for t in tensors)
+            return function(*args, **kwargs)
+
+        return call
+
+    # (function, name, the argument that all ranks have or get)
+    table = [
+        ("all_reduce", "all_reduce", "tensor"),
+        ("reduce", "reduce", "tensor"),
+        ("broadcast", "broadcast", "tensor"),
+        ("all_gather", "all_gather", "tensor_list"),
+        ("all_gather_into_tensor", "all_gather", "output_tensor"),
+        ("reduce_scatter", "reduce_scatter", "input_list"),
+        ("reduce_scatter_tensor", "reduce_scatter", "input"),
+    ]
+    kept = {function: getattr(dist, function) for function, _, _ in table}
+    try:
+        for function, name, whole in table:
+            setattr(dist, function, wrap(kept[function], name, whole))
+        yield sent
+    finally:
+        for function, original in kept.items():
+            setattr(dist, function, original)
+
+
+class Allocations:
+    """Bytes that torch's CPU allocator holds, from its own events: now and at most, since entering."""
+
+    def __enter__(self) -> "Allocations":
+        self._profiler = torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        )
+        self._profiler.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._profiler.__exit__(*error)
+        held = 0
+        self.peak = 0
+        self.trace = []
+        events = [e for e in self._profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            self.peak = max(self.peak, held)
+            self.trace.append(event.nbytes())
+        self.held = held
+
+
+SHAPE = (4, 16, 16)
+LATENTS = ["data.codec=pixels", "data.latent_shape=[4,16,16]", "data.num_classes=10"]
+
+
+def spec_of(config: "Config") -> "ModelSpec":
+    """The spec of a config whose data are LATENTS, without any shards."""
+    from imm_scale import build
+    from imm_scale.data.manifest import Codec, Manifest
+
+    codec = Codec("pixels", "", 16, 4, 1, (0.0,) * 4, (1.0,) * 4)
+    return build.model_spec(config, Manifest(codec, SHAPE, 10, (), ()))
+
+
+def engines(cases: list[list[str]], steps: int = 3) -> list[dict[str, Any]]:
+    """Builds and steps a real engine for each list of key=value words, on this rank; see `_engine` for what comes back.
+
+    One process may serve several: DeepSpeed remembers autocast, so 16-bit cases keep to themselves.
+    """
+    with collectives() as sent:  # before DeepSpeed takes the functions for its own
+        from imm_scale import distributed
+
+        distributed.init(distributed.detect())
+        return [_engine(words, sent, steps) for words in cases]
+
+
+def _engine(words: list[str], sent: Counter[str], steps: int) -> dict[str, Any]:
+    """{held: bytes after construction, peak: most bytes in the last step, sent: bytes by collective in it, flops}."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from imm_scale import build, distributed
+    from imm_scale import config as configs
+    from imm_scale.data.loader import Batch
+    from imm_scale.data.plan import Layout
+    from imm_scale.training.ema import ShardedEma
+    from imm_scale.training.engine import Engine
+
+    config = configs.load([], [*LATENTS, *words]).config
+    layout = Layout(
+        config.train.global_batch_size,
+        config.objective.particles,
+        distributed.detect().size,
+        config.train.micro_batch_size,
+    )
+    samples = layout.slots_per_micro_batch * layout.particles
+    gc.collect()
+    with Allocations() as construction:
+        flow_map = build.flow_map(spec_of(config))
+        objective = build.objective(config)
+        engine = Engine(config, flow_map, objective, layout.num_groups, layout.accumulation, samples)
+        ema = ShardedEma(engine.master_shards(), config.ema.decays)
+        gc.collect()
+    held = construction.held
+    n = samples * layout.accumulation
+    batch = Batch(
+        0, torch.randn(n, *SHAPE), torch.zeros(n, dtype=torch.long), torch.arange(n), torch.ones(layout.slots)
+    )
+    for _ in range(steps):
+        sent.clear()
+        with Allocations() as step:
+            engine.step(batch.micro_batches(layout.accumulation), 1e-4)
+            ema.update()
+        peak, held = held + step.peak, held + step.held
+    wire = dict(sent)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        engine.step(batch.micro_batches(layout.accumulation), 1e-4)
+    engine.close()
+    return {"held": construction.held, "peak": peak, "sent": wire, "flops": counter.get_total_flops()}
