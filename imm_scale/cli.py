@@ -35,7 +35,7 @@ def _train(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     from imm_scale.scaling import page, plan
 
-    config = _load(args.words).config
+    config = configs.load_words(args.words).config
     found = plan.estimate(config, args.nodes, args.gpus_per_node, args.gpu, args.link)
     if args.json:
         print(json.dumps(plan.as_dict(found), indent=2))

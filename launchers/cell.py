@@ -5,30 +5,16 @@ torchrun --nproc-per-node 2 -m launchers.cell sweeps/digits_scaling --index 3
 """
 
 import argparse
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from imm_scale import cli, distributed
 from imm_scale.errors import UserError
 from imm_scale.scaling import results, sweep
 from imm_scale.scaling.sweep import Cell, Sweep
 from imm_scale.training import metrics
-
-_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-def code_version() -> dict[str, Any]:
-    """{"commit", "dirty"} of the checkout this runs from; commit is "unknown" outside of git."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", _ROOT, *words], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    return {"commit": git("rev-parse", "--short=12", "HEAD") or "unknown", "dirty": bool(git("status", "-s", "-uno"))}
+from launchers import snapshot
 
 
 def run(found: Sweep, cell: Cell) -> int:
@@ -37,7 +23,7 @@ def run(found: Sweep, cell: Cell) -> int:
     Its state is written by rank 0: running, then finished, preempted, diverged (not measured then) or failed.
     """
     main = distributed.detect().is_main
-    began, code = time.time(), code_version()
+    began, code = time.time(), snapshot.read().version
 
     def say(state: str, reason: str = "") -> None:
         if main:

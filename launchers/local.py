@@ -122,7 +122,7 @@ def _settle(found: Sweep, cell: Cell, process: BaseProcess, bar: tqdm) -> bool:
     """Says what became of a cell whose process has ended; whether it is finished."""
     written = results.read_state(found.folder, cell.name)
     if process.exitcode == 1 and written.get("state") == "running":
-        results.write_state(found.folder, cell.name, "failed", "an error: see its log", code=written.get("code", {}))
+        results.write_state(found.folder, cell.name, "failed", "an error: see its log", code=written.get("code", ""))
         written = results.read_state(found.folder, cell.name)
     one = results.outcome(found, cell)
     bar.update()

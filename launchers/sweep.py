@@ -1,6 +1,8 @@
 """A whole study: many runs of one sweep file, on SLURM or on this machine, and one table of what they found.
 
 python -m launchers.sweep plan    configs/sweep/digits_scaling.yaml
+python -m launchers.sweep plan    configs/sweep/my_sweep.yaml --nodes 2 --gpu h100-80gb
+python -m launchers.sweep submit  configs/sweep/my_sweep.yaml --nodes 2 --at-once 8 --cluster my_site
 python -m launchers.sweep submit  configs/sweep/digits_scaling.yaml --local 2
 python -m launchers.sweep status  configs/sweep/digits_scaling.yaml
 python -m launchers.sweep retry   configs/sweep/digits_scaling.yaml --local 2
@@ -18,12 +20,16 @@ from imm_scale.errors import UserError
 from imm_scale.scaling import results, sweep
 from imm_scale.scaling.results import Outcome
 from imm_scale.scaling.sweep import Cell, Sweep
-from launchers import local
+from launchers import array, checks, local
+from launchers import cluster as clusters
+from launchers.cluster import Cluster
+from launchers.script import ranks_per_node
 
 
 def activity(found: Sweep) -> dict[str, str]:
     """{cell: "running" or "queued"} of the cells that a process or the queue has now."""
-    return {cell.name: "running" for cell in found.cells if local.is_running(found.folder, cell.name)}
+    here = {cell.name: "running" for cell in found.cells if local.is_running(found.folder, cell.name)}
+    return array.activity(found) | here
 
 
 def _outcomes(found: Sweep) -> list[Outcome]:
@@ -53,7 +59,20 @@ def _plan(args: argparse.Namespace) -> int:
     found = sweep.load(args.sweep)
     print(plan_table(found))
     print(f"folder {found.folder}")
+    hours = _gpu_hours(found, found.cells, args)
+    print(hours or "give --gpu (and --nodes, --gpus-per-node) for GPU-hours and a check of memory")
     return 0
+
+
+def _gpu_hours(found: Sweep, cells: Sequence[Cell], args: argparse.Namespace) -> str:
+    """The planner's estimate in words, "" where no GPU is named. Raises UserError for cells that do not fit."""
+    if args.gpu is None:
+        return ""
+    cluster = clusters.load(args.cluster)
+    most = checks.node_range(args.nodes)[1]
+    gpus = args.gpus_per_node or cluster.gpus_per_node
+    hours = array.gpu_hours(cells, most, gpus, args.gpu, args.link)
+    return f"{hours.low:.3g} to {hours.high:.3g} GPU-hours of training on {most} x {gpus} {args.gpu} a cell (model)"
 
 
 # --- submit, retry ---
@@ -72,11 +91,24 @@ def _start(found: Sweep, states: Sequence[str], args: argparse.Namespace) -> int
 
 def _run(found: Sweep, cells: Sequence[Cell], args: argparse.Namespace) -> int:
     if args.local is None:
-        raise UserError("give --local N to run N cells at a time on this machine")
+        return _queue(found, cells, args)
     unfinished = local.run(found, cells, args.local)
     if unfinished:
         print(f"{unfinished} cells did not finish: `status` says why, `retry` runs them again", file=sys.stderr)
     return 1 if unfinished else 0
+
+
+def _queue(found: Sweep, cells: Sequence[Cell], args: argparse.Namespace) -> int:
+    cluster: Cluster = clusters.load(args.cluster)
+    names = ("nodes", "gpus_per_node", "time", "partition", "account", "qos", "exclude")
+    job = array.job_of(found, cells, args.at_once, **{name: getattr(args, name) for name in names})
+    array.check(found, job, cluster)
+    hours = _gpu_hours(found, cells, args)
+    print(hours or "no --gpu: whether the cells fit in memory is not checked", file=sys.stderr)
+    number = array.submit(found, cells, job, cluster)
+    ranks = f"{job.nodes} nodes x {ranks_per_node(job, cluster)} ranks"
+    print(f"job {number}: {len(cells)} cells of {ranks}, {args.at_once} at a time")
+    return 0
 
 
 def _submit(args: argparse.Namespace) -> int:
@@ -160,10 +192,23 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("sweep", metavar="SWEEP", help="a sweep file (*.yaml), or the folder it went to")
         command.set_defaults(action=action)
         if name in ("submit", "retry"):
-            command.add_argument("--local", type=int, metavar="N", help="run N cells at a time on this machine")
+            command.add_argument("--local", type=int, metavar="N", help="run N cells at a time here, without SLURM")
+            command.add_argument("--at-once", type=int, default=8, metavar="N", help="most cells SLURM runs at a time")
+            for option in ("time", "partition", "account", "qos", "exclude"):
+                command.add_argument(f"--{option}", help="for sbatch, in place of the site's")
+        if name in ("plan", "submit", "retry"):
+            _add_machine(command)
         if name == "status":
             command.add_argument("--watch", type=float, metavar="SECONDS", help="print it again and again until done")
     return parser
+
+
+def _add_machine(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--cluster", default="default", help="site: a name in configs/cluster, or a YAML file")
+    command.add_argument("--nodes", default="1", help="of each cell, a number or a range as in 2-4")
+    command.add_argument("--gpus-per-node", type=int, help="of each cell, in place of the site's")
+    command.add_argument("--gpu", help="kind of GPU, as `imm-scale plan` knows it: checks memory, estimates GPU-hours")
+    command.add_argument("--link", help="network between nodes, as `imm-scale plan` knows it")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 import html
 import io
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -250,11 +249,10 @@ def _sections(findings: Findings, drawn: Mapping[str, bytes]) -> list[tuple[str,
 
 
 def _config_section(findings: Findings) -> str:
-    versions = {one.code["commit"]: one.code.get("dirty") for one in findings.outcomes if one.code}
-    code = html.escape(json.dumps(versions))
+    code = html.escape(", ".join(sorted({one.code for one in findings.outcomes if one.code})))
     first = findings.outcomes[0].cell
     return (
-        f"<p>Code (commit, with uncommitted changes): {code}</p>"
+        f"<p>Code: {code}</p>"
         f"<details><summary>{html.escape(first.name)}: whole config</summary>"
         f"<pre>{html.escape(configs.to_yaml(first.config))}</pre></details>"
     )

@@ -27,7 +27,7 @@ class Outcome:
         state: one of STATES.
         reason: of a failure or divergence, "" otherwise.
         step: of the newest record.
-        code: {"commit", "dirty"} of the code that ran it last, {} if it never ran.
+        code: commit (and hash of what was changed since) of the code that ran it last, "" if it never ran.
         records: of metrics.jsonl.
         results: one mapping per evaluation result of the last step.
     """
@@ -36,7 +36,7 @@ class Outcome:
     state: str
     reason: str = ""
     step: int = 0
-    code: dict[str, Any] = field(default_factory=dict)
+    code: str = ""
     records: list[dict[str, Any]] = field(default_factory=list)
     results: list[dict[str, Any]] = field(default_factory=list)
 
@@ -65,26 +65,31 @@ def outcome(sweep: Sweep, cell: Cell, activity: str | None = None) -> Outcome:
     """
     written = read_state(sweep.folder, cell.name)
     records = metrics.read_metrics(cell.run_dir)
-    state = activity or _settled(written)
+    status = metrics.read_status(cell.run_dir)
+    state = activity or _settled(written, status)
     results = list(_results(cell)) if state == "finished" else []
     if state == "finished" and not results:
         state = "interrupted"  # its evaluations were removed: they are made again
     return Outcome(
         cell=cell,
         state=state,
-        reason=written.get("reason", ""),
+        reason=_reason(written, status, state),
         step=records[-1]["step"] if records else 0,
-        code=written.get("code", {}),
+        code=written.get("code", ""),
         records=records,
         results=results,
     )
 
 
-def _settled(written: dict[str, Any]) -> str:
-    """The state of a cell that nothing works on."""
-    if not written:
-        return "missing"
-    return "interrupted" if written["state"] in ("running", "preempted") else str(written["state"])
+def _settled(written: dict[str, Any], status: dict[str, Any]) -> str:
+    """The state of a cell that nothing works on, by what it wrote itself, or else by its run's status."""
+    state = str((written or status).get("state", "missing"))
+    # A run that is complete still has to be measured; one that was refused or gave up has failed.
+    return "interrupted" if state in ("running", "preempted", "completed") else state
+
+
+def _reason(written: dict[str, Any], status: dict[str, Any], state: str) -> str:
+    return str((written or status).get("reason", "")) if state in ("failed", "diverged") else ""
 
 
 def outcomes(sweep: Sweep, activity: Callable[[Cell], str | None] = lambda cell: None) -> list[Outcome]:
@@ -138,8 +143,7 @@ def _cell_columns(sweep: Sweep, one: Outcome) -> dict[str, Any]:
         "train_step_reached": one.step,
         "last_loss": last.get("loss"),
         "train_seconds": _train_seconds(one.records),
-        "commit": one.code.get("commit"),
-        "dirty": one.code.get("dirty"),
+        "code": one.code or None,
     }
 
 
@@ -176,8 +180,7 @@ def mixed_code(found: Sequence[Outcome]) -> str:
     versions: dict[str, list[str]] = {}
     for one in found:
         if one.code:
-            label = one.code["commit"] + (" with uncommitted changes" if one.code.get("dirty") else "")
-            versions.setdefault(label, []).append(one.cell.name)
+            versions.setdefault(one.code, []).append(one.cell.name)
     if len(versions) < 2:
         return ""
     parts = [f"{label} ({len(cells)} cells, as {cells[0]})" for label, cells in versions.items()]
