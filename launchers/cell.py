@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 -m launchers.cell sweeps/digits_scaling --index 3
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -27,7 +28,8 @@ def run(found: Sweep, cell: Cell) -> int:
 
     def say(state: str, reason: str = "") -> None:
         if main:
-            results.write_state(found.folder, cell.name, state, reason, code=code, seconds=time.time() - began)
+            here = {"host": distributed.hostname(), "pid": os.getpid(), "seconds": time.time() - began}
+            results.write_state(found.folder, cell.name, state, reason, code=code, **here)
 
     say("running")
     try:

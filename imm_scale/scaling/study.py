@@ -193,8 +193,8 @@ def _add_forecast(study: Study, steps: int, rows: Sequence[Row]) -> None:
     C = float(known[-1] * (known[-1] / known[0]) ** (1 / (len(known) - 1)))
 
     def sizes(constants: Mapping[str, np.ndarray]) -> np.ndarray:
-        names = ("A_N", "exponent_N", "A_D", "exponent_D")
-        return isoflop.optimal_size(*(constants[name] for name in names), cost, C)
+        A, alpha, B, beta = (constants[name] for name in ("A_N", "exponent_N", "A_D", "exponent_D"))
+        return isoflop.optimal_size(A, alpha, B, beta, cost, C)
 
     best = float(sizes(law.constants())[0])
     if not np.isfinite(best):

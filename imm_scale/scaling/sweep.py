@@ -58,6 +58,11 @@ class SweepFile:
     hold_out: dict[str, int] = field(default_factory=dict)
 
 
+@lru_cache(maxsize=256)
+def _parameters(net: DiTConfig) -> int:
+    return parameter_count(net)
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run of a sweep.
@@ -89,7 +94,7 @@ class Cell:
 
     @property
     def parameters(self) -> int:
-        return parameter_count(self.net)
+        return _parameters(self.net)
 
 
 @dataclass(frozen=True)
@@ -205,7 +210,13 @@ def _levels(written: SweepFile, axis: str) -> list[Any]:
 def expand(written: SweepFile, base: Sequence[str], source: str) -> Sweep:
     """All cells of a sweep file. Raises UserError as `load`."""
     folder = written.folder or f"sweeps/{written.name}"
-    cells = [_cell(written, folder, choice, base, source) for choice in _choices(written, source)]
+    common = _flat(written.settings, f"{source}: settings")
+    try:
+        start = configs.load(base).config
+    except UserError as error:
+        raise UserError(f"{source}: configs: {error}") from error
+    choices = [_Choice(c.factors, {**common, **c.settings}) for c in _choices(written, source)]
+    cells = [_cell(written, folder, choice, start, source) for choice in choices]
     cells = _hold_out(written, cells)
     _refuse_duplicates(cells, source)
     return Sweep(written.name, written.description, folder, tuple(cells), tuple(cells[0].factors))
@@ -249,22 +260,22 @@ def _flat(settings: Mapping[str, Any], where: str, prefix: str = "") -> dict[str
     return flat
 
 
-def _cell(written: SweepFile, folder: str, choice: _Choice, base: Sequence[str], source: str) -> Cell:
+def _cell(written: SweepFile, folder: str, choice: _Choice, base: Config, source: str) -> Cell:
     name = "-".join(_word(key, value) for key, value in choice.factors.items())
-    settings = {**_flat(written.settings, f"{source}: settings"), **choice.settings}
-    settings |= {"run.name": f"{written.name}/{name}", "run.dir": _run_dir(folder, name)}
-    settings |= {"wandb.group": written.name}
-    budget = next(((unit, choice.factors.get(f"budget_{unit}")) for unit in written.budgets), None)
-    if budget is not None and "train.max_steps" in settings:
+    where = f"{source}: cell {name}"
+    place = {"run.name": f"{written.name}/{name}", "run.dir": _run_dir(folder, name), "wandb.group": written.name}
+    budget = next(((unit, choice.factors[f"budget_{unit}"]) for unit in written.budgets), None)
+    if budget is not None and "train.max_steps" in choice.settings:
         raise UserError(f"{source}: train.max_steps follows from budgets; leave one of them out")
+    config = configs.changed(base, {**choice.settings, **place}, where)
     try:
-        config = _config(base, settings)
         net = net_of(config)
         if budget is not None:
-            settings["train.max_steps"] = _steps(config, net, *budget)
-            config = _config(base, settings)
+            config = dataclasses.replace(
+                config, train=dataclasses.replace(config.train, max_steps=_steps(config, net, *budget))
+            )
     except UserError as error:
-        raise UserError(f"{source}: cell {name}: {error}") from error
+        raise UserError(f"{where}: {error}") from error
     return _priced(name, choice.factors, config, net)
 
 
@@ -272,15 +283,6 @@ def _priced(name: str, factors: dict[str, Any], config: Config, net: DiTConfig, 
     step = cost.training_multiply_adds(net, config.objective.name, config.train.global_batch_size)
     forward = cost.forward_multiply_adds(net)
     return Cell(name, factors, held_out, config, net, forward, step * config.train.max_steps)
-
-
-def _config(base: Sequence[str], settings: Mapping[str, Any]) -> Config:
-    return configs.load(base, [f"{key}={_yaml(value)}" for key, value in settings.items()]).config
-
-
-def _yaml(value: Any) -> str:
-    """A value as one line of YAML."""
-    return yaml.safe_dump([value], default_flow_style=True, width=1 << 20).strip()[1:-1]
 
 
 def _word(key: str, value: Any) -> str:
@@ -296,8 +298,7 @@ def _word(key: str, value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9._=]+", "_", text).strip("_") or "_"
 
 
-def _steps(config: Config, net: DiTConfig, unit: str, budget: float | None) -> int:
-    assert budget is not None
+def _steps(config: Config, net: DiTConfig, unit: str, budget: float) -> int:
     batch = config.train.global_batch_size
     per_step = cost.training_multiply_adds(net, config.objective.name, batch) if unit == "flops" else batch
     steps = round(budget / per_step)

@@ -92,7 +92,7 @@ def test_the_largest_budgets_and_sizes_are_held_out(write):
         ({"budgets": {"flops": [1.0e9], "images": [1000]}}, "must be in one unit"),
         ({"budgets": {"images": [640]}, "settings": {"train.max_steps": 3}}, "follows from budgets"),
         ({"budgets": {"images": [640]}, "hold_out": {"budgets": 1}}, "must leave some of 1"),
-        ({"grid": {"objective.particles": [3]}}, "cell particles=3-seed0"),
+        ({"grid": {"objective.particles": [3]}}, "objective.particles=3"),
         ({"configs": ["nowhere.yaml"]}, "cannot read config"),
     ],
 )
