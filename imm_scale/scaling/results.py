@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from imm_scale import storage
+from imm_scale.errors import UserError
 from imm_scale.evaluation.run import read_evaluations
 from imm_scale.scaling.sweep import Cell, Sweep
 from imm_scale.training import metrics
@@ -188,9 +189,12 @@ def mixed_code(found: Sequence[Outcome]) -> str:
 
 
 def collect(sweep: Sweep, found: Sequence[Outcome]) -> str:
-    """Writes results.parquet into the sweep's folder and returns its place."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    """Writes results.parquet into the sweep's folder and returns its place. Raises UserError without pyarrow."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise UserError(f"{RESULTS} is written by pyarrow ({error}): pip install 'imm-scale[sweep]'") from error
 
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows(sweep, found)), buffer)
