@@ -65,8 +65,8 @@ def activity(found: Sweep) -> dict[str, str]:
     active = {}
     for job in arrays:
         for state in slurm.jobs([job]):
-            task = state.id.partition("_")[2]
-            if task.isdigit() and not submissions.is_over(state):
+            number, _, task = state.id.partition("_")
+            if number == job and task.isdigit() and not submissions.is_over(state):
                 active[arrays[job][int(task)]] = "queued" if state.state == "PENDING" else "running"
     return active
 
