@@ -22,8 +22,7 @@ from imm_scale.scaling.results import Outcome
 from imm_scale.scaling.sweep import Cell, Sweep
 from launchers import array, checks, local
 from launchers import cluster as clusters
-from launchers.cluster import Cluster
-from launchers.script import ranks_per_node
+from launchers.script import Job, ranks_per_node
 
 
 def activity(found: Sweep) -> dict[str, str]:
@@ -59,12 +58,12 @@ def _plan(args: argparse.Namespace) -> int:
     found = sweep.load(args.sweep)
     print(plan_table(found))
     print(f"folder {found.folder}")
-    hours = _gpu_hours(found, found.cells, args)
+    hours = _gpu_hours(found.cells, args)
     print(hours or "give --gpu (and --nodes, --gpus-per-node) for GPU-hours and a check of memory")
     return 0
 
 
-def _gpu_hours(found: Sweep, cells: Sequence[Cell], args: argparse.Namespace) -> str:
+def _gpu_hours(cells: Sequence[Cell], args: argparse.Namespace) -> str:
     """The planner's estimate in words, "" where no GPU is named. Raises UserError for cells that do not fit."""
     if args.gpu is None:
         return ""
@@ -98,13 +97,21 @@ def _run(found: Sweep, cells: Sequence[Cell], args: argparse.Namespace) -> int:
     return 1 if unfinished else 0
 
 
-def _queue(found: Sweep, cells: Sequence[Cell], args: argparse.Namespace) -> int:
-    cluster: Cluster = clusters.load(args.cluster)
+def _job(found: Sweep, cells: Sequence[Cell], args: argparse.Namespace) -> Job:
     names = ("nodes", "gpus_per_node", "time", "partition", "account", "qos", "exclude")
-    job = array.job_of(found, cells, args.at_once, **{name: getattr(args, name) for name in names})
-    array.check(found, job, cluster)
-    hours = _gpu_hours(found, cells, args)
+    return array.job_of(found, cells, args.at_once, **{name: getattr(args, name) for name in names})
+
+
+def _check(found: Sweep, args: argparse.Namespace) -> None:
+    """What would fail in the queue, before anything is written. Raises UserError."""
+    hours = _gpu_hours(found.cells, args)
     print(hours or "no --gpu: whether the cells fit in memory is not checked", file=sys.stderr)
+    array.check(found, _job(found, found.cells, args), clusters.load(args.cluster))
+
+
+def _queue(found: Sweep, cells: Sequence[Cell], args: argparse.Namespace) -> int:
+    cluster = clusters.load(args.cluster)
+    job = _job(found, cells, args)
     number = array.submit(found, cells, job, cluster)
     ranks = f"{job.nodes} nodes x {ranks_per_node(job, cluster)} ranks"
     print(f"job {number}: {len(cells)} cells of {ranks}, {args.at_once} at a time")
@@ -113,12 +120,17 @@ def _queue(found: Sweep, cells: Sequence[Cell], args: argparse.Namespace) -> int
 
 def _submit(args: argparse.Namespace) -> int:
     found = sweep.load(args.sweep)
+    if args.local is None:
+        _check(found, args)
     sweep.write(found)
     return _start(found, results.STARTED_BY_SUBMIT, args)
 
 
 def _retry(args: argparse.Namespace) -> int:
-    return _start(_submitted(args.sweep), results.RETRIED, args)
+    found = _submitted(args.sweep)
+    if args.local is None:
+        _check(found, args)
+    return _start(found, results.RETRIED, args)
 
 
 def _submitted(path: str) -> Sweep:

@@ -57,7 +57,8 @@ class Browser:
         options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage"]
         command = [find(), *options, f"--user-data-dir={self._profile.name}", "--remote-debugging-pipe", "about:blank"]
         # The debugging pipe is file descriptors 3 and 4 of the browser.
-        words = ["sh", "-c", f'exec "$@" 3<&{to_read} 4>&{to_write}', "sh", *command]
+        moves = f"60<&{to_read} 61>&{to_write} 3<&60 4>&61"  # by way of numbers that neither end of a pipe has
+        words = ["bash", "-c", f'exec "$@" {moves}', "bash", *command]
         with open(os.devnull, "w") as nowhere:
             self._process = subprocess.Popen(words, pass_fds=(to_read, to_write), stdout=nowhere, stderr=nowhere)
         os.close(to_read)
