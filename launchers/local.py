@@ -90,7 +90,8 @@ def run(found: Sweep, cells: Sequence[Cell], slots: int) -> int:
         raise UserError(f"folder={found.folder}: cells run on this machine need a folder on it")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
-    waiting, running = list(cells), {}
+    waiting = list(cells)
+    running: dict[int, tuple[Cell, BaseProcess]] = {}
     unfinished = 0
     with tqdm(total=len(cells), unit="cell", desc=found.name, disable=not sys.stderr.isatty()) as bar:
         try:
@@ -109,7 +110,9 @@ def run(found: Sweep, cells: Sequence[Cell], slots: int) -> int:
     return unfinished
 
 
-def _start(context: multiprocessing.context.BaseContext, found: Sweep, cell: Cell, slot: int, slots: int) -> tuple:
+def _start(
+    context: multiprocessing.context.BaseContext, found: Sweep, cell: Cell, slot: int, slots: int
+) -> tuple[Cell, BaseProcess]:
     folder = os.path.join(storage.local_path(found.folder), "logs")
     os.makedirs(folder, exist_ok=True)
     args = (found.folder, cell.name, slot, slots, os.path.join(folder, f"{cell.name}.log"))

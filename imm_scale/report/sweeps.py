@@ -45,7 +45,7 @@ def read(path: str) -> Findings:
 def _label(found: Sweep) -> str:
     """The factor whose values the figures tell apart: the size, or what varies instead."""
     varying = [key for key in found.factors if len({str(cell.factors[key]) for cell in found.cells}) > 1]
-    choices = [key for key in ("size", "variant") if key in varying] or [key for key in varying if key != "seed"]
+    choices = [key for key in varying if key in ("size", "variant")] or [key for key in varying if key != "seed"]
     return choices[0] if choices else "cell"
 
 

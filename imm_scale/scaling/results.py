@@ -122,7 +122,8 @@ def rows(sweep: Sweep, found: Sequence[Outcome]) -> list[dict[str, Any]]:
     table = []
     for one in found:
         common = _cell_columns(sweep, one)
-        for result in one.results or [None]:
+        found_results: list[dict[str, Any] | None] = [*one.results] or [None]
+        for result in found_results:
             table.append({**common, **_result_columns(one.cell, result)})
     return table
 
