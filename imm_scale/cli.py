@@ -142,10 +142,13 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from imm_scale.report import table, write_report
+    from imm_scale.report import runs, sweeps
 
-    write_report(args.runs, args.out)
-    print(table(args.runs))
+    if sweeps.check_single(args.runs):
+        print("\n".join(sweeps.write_report(args.runs[0], args.out, args.figures)))
+    else:
+        runs.write_report(args.runs, args.out)
+        print(runs.table(args.runs))
     print(f"\n{args.out}")
     return 0
 
@@ -195,7 +198,8 @@ No GPU is needed, and no data where data.latent_shape and data.num_classes are s
   imm-scale import imagenet256_ts_a2.pkl --out ts_a2.safetensors --vae /models/sd-vae-ft-ema
   imm-scale import imagenet256_s_a1.pkl --out s_a1.safetensors --second-time s""",
     "report": """examples:
-  imm-scale report runs/demo/imm runs/demo/flow_matching --out runs/demo/report.html""",
+  imm-scale report runs/demo/imm runs/demo/flow_matching --out runs/demo/report.html
+  imm-scale report sweeps/digits_scaling --out digits_scaling.html --figures docs/images/digits_scaling""",
     "doctor": """examples:
   imm-scale doctor --dir runs
   imm-scale doctor --dir /scratch/me/runs --url s3://bucket/latents
@@ -313,9 +317,10 @@ def _parser() -> argparse.ArgumentParser:
     released.add_argument("--vae", help="folder of the AutoencoderKL that decodes its latents")
     _add_format(released)
 
-    report = add("report", _report, "Write one self-contained HTML page about runs, and print their distances.")
-    report.add_argument("runs", nargs="+", metavar="RUN")
+    report = add("report", _report, "Write one self-contained HTML page about runs, or about a sweep and its laws.")
+    report.add_argument("runs", nargs="+", metavar="RUN | SWEEP", help="run folders, or one sweep's folder or file")
     report.add_argument("--out", default="report.html", help="page to write")
+    report.add_argument("--figures", metavar="FOLDER", help="of a sweep: write its figures as files too")
 
     doctor = add("doctor", _doctor, "Check what training needs, on this machine or these ranks; exit 1 if it cannot.")
     doctor.add_argument("--dir", default="runs", help="folder that run folders lie in")

@@ -8,7 +8,7 @@ import difflib
 import os
 import signal
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
@@ -464,6 +464,38 @@ def load_words(words: Sequence[str]) -> Loaded:
     if others:
         raise UserError(f"{others[0]!r} is neither a config file (*.yaml) nor an override (key=value)")
     return load(files, overrides)
+
+
+def changed(config: Config, settings: Mapping[str, Any], origin: str) -> Config:
+    """A config with other values under some keys, validated; for many variants of one config much faster than `load`.
+
+    Args:
+        settings: {dotted key: value}.
+        origin: where they stand, for messages.
+
+    Raises:
+        UserError: unknown key, wrong type or value.
+    """
+    nested: dict[str, Any] = {}
+    for key, value in settings.items():
+        _check_key(key, origin)
+        *sections, leaf = key.split(".")
+        inner = nested
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[leaf] = value
+    try:
+        node = OmegaConf.merge(OmegaConf.structured(config), nested)
+    except OmegaConfBaseException as error:
+        key = str(error.full_key)
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{origin}: {key}={settings.get(key)!r} does not fit {_expected(key)}: {reason}") from error
+    made: Config = OmegaConf.to_object(node)  # type: ignore[assignment]
+    try:
+        validate(made)
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from error
+    return made
 
 
 def to_yaml(config: Config) -> str:

@@ -13,7 +13,7 @@ from typing import Literal
 from imm_scale.errors import UserError
 from launchers.cluster import Cluster
 
-Kind = Literal["train", "encode", "evaluate"]
+Kind = Literal["train", "encode", "evaluate", "cell"]
 
 
 @dataclass(frozen=True)

@@ -4,5 +4,5 @@ import webdataset  # noqa: F401
 
 import imm_scale.cli
 import imm_scale.evaluation.command
-import imm_scale.report
+import imm_scale.report.runs
 import imm_scale.training.trainer  # noqa: F401

@@ -1,39 +1,19 @@
-"""One self-contained HTML page about runs: distances, curves, samples, configs, environment."""
+"""The page about runs: distances, curves, samples, configs, environment."""
 
-import base64
 import html
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
 from imm_scale import config as configs
 from imm_scale import storage
 from imm_scale.errors import UserError
-from imm_scale.evaluation.run import read_evaluations
+from imm_scale.evaluation.files import read_evaluations
+from imm_scale.report.page import COLOURS, axes, image, page, svg
 from imm_scale.training import metrics
-
-# Okabe and Ito's palette: told apart by colour-blind readers and in grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1180px; margin: 0 auto;
-       padding: 1rem; }
-h1 { font-size: 1.7rem; margin: 0.5rem 0; } h2 { font-size: 1.25rem; margin: 2rem 0 0.5rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; }
-th, td { padding: 0.25rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-.samples { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; }
-.samples figure { flex: 0 1 auto; max-width: 260px; } figcaption { font-size: 0.9rem; color: #444; }
-img { max-width: 100%; height: auto; } .samples img { image-rendering: pixelated; width: 260px; }
-pre { background: #f6f6f6; padding: 0.7rem; overflow-x: auto; font-size: 0.8rem; }
-.lead { font-size: 1.1rem; }
-"""
 
 
 @dataclass(frozen=True)
@@ -114,31 +94,14 @@ def table(run_dirs: Sequence[str]) -> str:
 # --- figures ---
 
 
-def _svg(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    return _image("image/svg+xml", buffer.getvalue())
-
-
-def _image(kind: str, data: bytes, alt: str = "") -> str:
-    return f'<img alt="{html.escape(alt)}" src="data:{kind};base64,{base64.b64encode(data).decode()}">'
-
-
-def _axes(figure: Figure, *place: int) -> Any:
-    axes = figure.add_subplot(*place)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    return axes
-
-
 def distance_figure(runs: Sequence[Run]) -> str:
     """Distance against function evaluations of all runs, error bars over sampling seeds."""
     figure = Figure(figsize=(8, 4.5))
-    axes = _axes(figure, 1, 1, 1)
-    for colour, run in zip(_COLOURS * len(runs), runs, strict=False):
+    plot = axes(figure, 1, 1, 1)
+    for colour, run in zip(COLOURS * len(runs), runs, strict=False):
         points = sorted(run.distances, key=lambda d: d["function_evaluations"])
         if points:
-            axes.errorbar(
+            plot.errorbar(
                 [d["function_evaluations"] for d in points],
                 [d["mean"] for d in points],
                 yerr=[d["std"] for d in points],
@@ -147,29 +110,29 @@ def distance_figure(runs: Sequence[Run]) -> str:
                 color=colour,
                 label=run.name,
             )
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    plot.set_xscale("log")
+    plot.set_yscale("log")
     ticks = sorted({d["function_evaluations"] for run in runs for d in run.distances})
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
+    plot.set_xticks(ticks, [str(tick) for tick in ticks])
+    plot.minorticks_off()
     metrics_named = sorted({d["metric"] for run in runs for d in run.distances})
-    axes.set_xlabel("function evaluations per image")
-    axes.set_ylabel(f"distance to the training images ({', '.join(metrics_named)})")
-    axes.legend(frameon=False)
-    return _svg(figure)
+    plot.set_xlabel("function evaluations per image")
+    plot.set_ylabel(f"distance to the training images ({', '.join(metrics_named)})")
+    plot.legend(frameon=False)
+    return image("image/svg+xml", svg(figure))
 
 
 def curve_figure(runs: Sequence[Run]) -> str:
     """Loss and gradient norm of each run; losses of different objectives are not comparable, so each has its axes."""
     figure = Figure(figsize=(8, 2.4 * len(runs)), layout="constrained")
-    for row, (colour, run) in enumerate(zip(_COLOURS * len(runs), runs, strict=False)):
+    for row, (colour, run) in enumerate(zip(COLOURS * len(runs), runs, strict=False)):
         steps = [record["step"] for record in run.records]
         for column, key in enumerate(("loss", "grad_norm")):
-            axes = _axes(figure, len(runs), 2, 2 * row + column + 1)
-            axes.plot(steps, [record[key] for record in run.records], color=colour, linewidth=1)
-            axes.set_title(f"{run.name}: {key.replace('_', ' ')}", fontsize=10, loc="left")
-            axes.set_xlabel("step")
-    return _svg(figure)
+            plot = axes(figure, len(runs), 2, 2 * row + column + 1)
+            plot.plot(steps, [record[key] for record in run.records], color=colour, linewidth=1)
+            plot.set_title(f"{run.name}: {key.replace('_', ' ')}", fontsize=10, loc="left")
+            plot.set_xlabel("step")
+    return image("image/svg+xml", svg(figure))
 
 
 # --- page ---
@@ -192,7 +155,7 @@ def _sample_section(run: Run) -> str:
     if not run.samples:
         return ""
     figures = "".join(
-        f"<figure>{_image('image/png', data, name)}<figcaption>{html.escape(_caption(name))}</figcaption></figure>"
+        f"<figure>{image('image/png', data, name)}<figcaption>{html.escape(_caption(name))}</figcaption></figure>"
         for name, data in run.samples.items()
     )
     return f'<h3>{html.escape(run.name)}</h3><div class="samples">{figures}</div>'
@@ -233,11 +196,7 @@ def write_report(run_dirs: Sequence[str], out: str) -> None:
         samples = "".join(_sample_section(run) for run in runs)
         sample_section = f"<h2>Samples</h2><p>A row a class; the same noise at every step count.</p>{samples}"
     environment = html.escape(json.dumps({run.name: run.environment for run in runs}, indent=1))
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>imm-scale: {html.escape(", ".join(run.name for run in runs))}</title><style>{_STYLE}</style></head><body>
-<h1>{html.escape(" and ".join(run.name for run in runs))}</h1>
-{lead_section}
+    body = f"""{lead_section}
 {distance_section}
 {sample_section}
 <h2>Training</h2>
@@ -247,7 +206,5 @@ samples say more than it does.</p>
 <h2>Configs</h2>
 {_config_section(runs)}
 <h2>Environment</h2>
-<pre>{environment}</pre>
-</body></html>
-"""
-    storage.write_text(out, page)
+<pre>{environment}</pre>"""
+    storage.write_text(out, page(" and ".join(run.name for run in runs), body))

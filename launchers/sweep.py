@@ -1,0 +1,240 @@
+"""A whole study: many runs of one sweep file, on SLURM or on this machine, and one table of what they found.
+
+python -m launchers.sweep plan    configs/sweep/digits_scaling.yaml
+python -m launchers.sweep plan    configs/sweep/my_sweep.yaml --nodes 2 --gpu h100-80gb
+python -m launchers.sweep submit  configs/sweep/my_sweep.yaml --nodes 2 --at-once 8 --cluster my_site
+python -m launchers.sweep submit  configs/sweep/digits_scaling.yaml --local 2
+python -m launchers.sweep status  configs/sweep/digits_scaling.yaml
+python -m launchers.sweep retry   configs/sweep/digits_scaling.yaml --local 2
+python -m launchers.sweep collect configs/sweep/digits_scaling.yaml
+imm-scale report sweeps/digits_scaling --out digits_scaling.html
+"""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+from imm_scale.errors import UserError
+from imm_scale.scaling import results, sweep
+from imm_scale.scaling.results import Outcome
+from imm_scale.scaling.sweep import Cell, Sweep
+from launchers import array, checks, local
+from launchers import cluster as clusters
+from launchers.script import Job, ranks_per_node
+
+
+def activity(found: Sweep) -> dict[str, str]:
+    """{cell: "running" or "queued"} of the cells that a process or the queue has now."""
+    here = {cell.name: "running" for cell in found.cells if local.is_running(found.folder, cell.name)}
+    return array.activity(found) | here
+
+
+def _outcomes(found: Sweep) -> list[Outcome]:
+    active = activity(found)
+    return results.outcomes(found, lambda cell: active.get(cell.name))
+
+
+# --- plan ---
+
+
+def plan_table(found: Sweep) -> str:
+    """A line per cell: steps, images, parameters, multiply-adds; and the sums."""
+    width = max(len(cell.name) for cell in found.cells)
+    lines = [f"{'cell':<{width}} {'parameters':>12} {'steps':>9} {'images':>13} {'FLOPs':>10}"]
+    for cell in found.cells:
+        held = "  held out" if cell.held_out else ""
+        lines.append(
+            f"{cell.name:<{width}} {cell.parameters:>12,} {cell.config.train.max_steps:>9,} {cell.images:>13,} "
+            f"{cell.training_flops:>10.3g}{held}"
+        )
+    total = sum(cell.training_flops for cell in found.cells)
+    lines += ["", f"{len(found.cells)} cells, {total:.3g} training FLOPs in all (a multiply-add counted once)"]
+    return "\n".join(lines)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    found = sweep.load(args.sweep)
+    print(plan_table(found))
+    print(f"folder {found.folder}")
+    hours = _gpu_hours(found.cells, args)
+    print(hours or "give --gpu (and --nodes, --gpus-per-node) for GPU-hours and a check of memory")
+    return 0
+
+
+def _gpu_hours(cells: Sequence[Cell], args: argparse.Namespace) -> str:
+    """The planner's estimate in words, "" where no GPU is named. Raises UserError for cells that do not fit."""
+    if args.gpu is None:
+        return ""
+    cluster = clusters.load(args.cluster)
+    most = checks.node_range(args.nodes)[1]
+    gpus = args.gpus_per_node or cluster.gpus_per_node
+    hours = array.gpu_hours(cells, most, gpus, args.gpu, args.link)
+    return f"{hours.low:.3g} to {hours.high:.3g} GPU-hours of training on {most} x {gpus} {args.gpu} a cell (model)"
+
+
+# --- submit, retry ---
+
+
+def _start(found: Sweep, states: Sequence[str], args: argparse.Namespace) -> int:
+    known = _outcomes(found)
+    cells = [one.cell for one in known if one.state in states]
+    kept = Counter(one.state for one in known if one.state not in states)
+    note = ", ".join(f"{count} {state}" for state, count in kept.items())
+    print(f"{len(cells)} of {len(known)} cells to run" + (f" ({note})" if note else ""), file=sys.stderr)
+    if not cells:
+        return 0
+    return _run(found, cells, args)
+
+
+def _run(found: Sweep, cells: Sequence[Cell], args: argparse.Namespace) -> int:
+    if args.local is None:
+        return _queue(found, cells, args)
+    unfinished = local.run(found, cells, args.local)
+    if unfinished:
+        print(f"{unfinished} cells did not finish: `status` says why, `retry` runs them again", file=sys.stderr)
+    return 1 if unfinished else 0
+
+
+def _job(found: Sweep, cells: Sequence[Cell], args: argparse.Namespace) -> Job:
+    names = ("nodes", "gpus_per_node", "time", "partition", "account", "qos", "exclude")
+    return array.job_of(found, cells, args.at_once, **{name: getattr(args, name) for name in names})
+
+
+def _check(found: Sweep, args: argparse.Namespace) -> None:
+    """What would fail in the queue, before anything is written. Raises UserError."""
+    hours = _gpu_hours(found.cells, args)
+    print(hours or "no --gpu: whether the cells fit in memory is not checked", file=sys.stderr)
+    array.check(found, _job(found, found.cells, args), clusters.load(args.cluster))
+
+
+def _queue(found: Sweep, cells: Sequence[Cell], args: argparse.Namespace) -> int:
+    cluster = clusters.load(args.cluster)
+    job = _job(found, cells, args)
+    number = array.submit(found, cells, job, cluster)
+    ranks = f"{job.nodes} nodes x {ranks_per_node(job, cluster)} ranks"
+    print(f"job {number}: {len(cells)} cells of {ranks}, {args.at_once} at a time")
+    return 0
+
+
+def _submit(args: argparse.Namespace) -> int:
+    found = sweep.load(args.sweep)
+    if args.local is None:
+        _check(found, args)
+    sweep.write(found)
+    return _start(found, results.STARTED_BY_SUBMIT, args)
+
+
+def _retry(args: argparse.Namespace) -> int:
+    found = _submitted(args.sweep)
+    if args.local is None:
+        _check(found, args)
+    return _start(found, results.RETRIED, args)
+
+
+def _submitted(path: str) -> Sweep:
+    """The sweep as its folder has it. Raises UserError if it was never submitted."""
+    found = sweep.load(path)
+    if not sweep.is_folder(found.folder):
+        raise UserError(f"{found.folder} holds no sweep yet: submit {path} first")
+    return sweep.load(found.folder)
+
+
+# --- status, collect ---
+
+
+def status_table(found: Sweep, known: Sequence[Outcome]) -> str:
+    """A line per cell that is not simply finished, and how many are in which state."""
+    width = max(len(one.cell.name) for one in known)
+    lines = []
+    for one in known:
+        progress = f"{one.step:>9,} / {one.cell.config.train.max_steps:<9,}"
+        lines.append(f"{one.cell.name:<{width}}  {one.state:<11} {progress} {one.reason}".rstrip())
+    counts = Counter(one.state for one in known)
+    lines += ["", "  ".join(f"{state} {counts[state]}" for state in results.STATES if counts[state])]
+    return "\n".join(lines)
+
+
+def _status(args: argparse.Namespace) -> int:
+    found = _submitted(args.sweep)
+    while True:
+        known = _outcomes(found)
+        print(("\033[H\033[2J" if args.watch else "") + status_table(found, known), flush=True)
+        if not args.watch or all(one.state not in ("queued", "running") for one in known):
+            return 0
+        time.sleep(args.watch)
+
+
+def _collect(args: argparse.Namespace) -> int:
+    found = _submitted(args.sweep)
+    known = _outcomes(found)
+    url = results.collect(found, known)
+    for one in known:
+        if one.state != "finished":
+            print(f"{one.cell.name}: {one.state}" + (f": {one.reason}" if one.reason else ""))
+    warning = results.mixed_code(known)
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
+    finished = sum(one.state == "finished" for one in known)
+    print(f"{url}: {finished} of {len(known)} cells have results")
+    return 0
+
+
+# --- command line ---
+
+
+def _parser() -> argparse.ArgumentParser:
+    summary, _, examples = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        "python -m launchers.sweep",
+        description=summary,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, action, help in (
+        ("plan", _plan, "print the cells and what they cost; nothing is written"),
+        ("submit", _submit, "start the cells that are missing or were interrupted; again and again, if you like"),
+        ("status", _status, "print the state of every cell"),
+        ("retry", _retry, "start the cells that failed or were interrupted, and no others"),
+        ("collect", _collect, "write results.parquet, with the cells that have no results listed"),
+    ):
+        command = commands.add_parser(name, help=help, description=help)
+        command.add_argument("sweep", metavar="SWEEP", help="a sweep file (*.yaml), or the folder it went to")
+        command.set_defaults(action=action)
+        if name in ("submit", "retry"):
+            command.add_argument("--local", type=int, metavar="N", help="run N cells at a time here, without SLURM")
+            command.add_argument("--at-once", type=int, default=8, metavar="N", help="most cells SLURM runs at a time")
+            for option in ("time", "partition", "account", "qos", "exclude"):
+                command.add_argument(f"--{option}", help="for sbatch, in place of the site's")
+        if name in ("plan", "submit", "retry"):
+            _add_machine(command)
+        if name == "status":
+            command.add_argument("--watch", type=float, metavar="SECONDS", help="print it again and again until done")
+    return parser
+
+
+def _add_machine(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--cluster", default="default", help="site: a name in configs/cluster, or a YAML file")
+    command.add_argument("--nodes", default="1", help="of each cell, a number or a range as in 2-4")
+    command.add_argument("--gpus-per-node", type=int, help="of each cell, in place of the site's")
+    command.add_argument("--gpu", help="kind of GPU, as `imm-scale plan` knows it: checks memory, estimates GPU-hours")
+    command.add_argument("--link", help="network between nodes, as `imm-scale plan` knows it")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0 done, 1 cells did not finish, 2 the user's mistake, 130 Ctrl-C."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.action(args)
+    except UserError as error:
+        print(f"launchers.sweep: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("launchers.sweep: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
