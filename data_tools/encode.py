@@ -174,7 +174,7 @@ def encode_shards(
     stored: list[tuple[NDArray[np.float16], NDArray[np.float16] | None]] = []
     total = sum(pack.shards[i].samples for i in todo)
     with ThreadPoolExecutor(1) as writer, tqdm(total=total, unit="image", disable=None) as progress:
-        ahead = Prefetcher(_read_batches(images, pack, todo, batch_size), _BATCHES_AHEAD)
+        ahead = Prefetcher(read_batches(images, pack, todo, batch_size), _BATCHES_AHEAD)
         try:
             for batch in ahead:
                 start = time.perf_counter()
@@ -231,7 +231,7 @@ def _write(
     Record(identity, source.sha256, info, sums).save(out, i)
 
 
-def _read_batches(images: str, pack: Pack, todo: Sequence[int], batch_size: int) -> Iterator[_Images]:
+def read_batches(images: str, pack: Pack, todo: Sequence[int], batch_size: int) -> Iterator[_Images]:
     """All images of these shards; a batch never crosses a shard, so that each shard's bytes follow from it alone."""
     with ThreadPoolExecutor(_DECODERS) as pool:
         for i in todo:

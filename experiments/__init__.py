@@ -1,0 +1,1 @@
+"""Experiments of the documentation, one command each; every figure they print comes from the runs they make."""

@@ -1,0 +1,49 @@
+"""What the experiments share: calling the project's own commands as a person would, reading runs, Markdown tables."""
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from imm_scale import config as configs
+from imm_scale import storage
+from imm_scale.config import Config
+from imm_scale.evaluation.files import read_evaluations
+from imm_scale.training import metrics
+
+
+def run(*words: str) -> None:
+    """`python -m WORDS`, shown before it runs. Raises CalledProcessError when it fails."""
+    print("+ python -m " + shlex.join(words), flush=True)
+    subprocess.run([sys.executable, "-m", *words], check=True)
+
+
+def config_of(run_dir: str) -> Config:
+    """The config a run was started with."""
+    return configs.from_yaml(storage.read_text(storage.join(run_dir, "config.yaml")))
+
+
+def distances(run_dir: str) -> dict[int, dict[str, Any]]:
+    """{steps: result} of the newest checkpoint's evaluations."""
+    evaluations = read_evaluations(run_dir)
+    newest = max(e["step"] for e in evaluations)
+    return {r["steps"]: r for e in evaluations if e["step"] == newest for r in e["results"]}
+
+
+def training_minutes(run_dir: str) -> float:
+    """The steps' times of a run added up, without starts and stops."""
+    seconds, before = 0.0, 0
+    for record in metrics.read_metrics(run_dir):
+        seconds += record["step_seconds"] * (record["step"] - before)
+        before = record["step"]
+    return seconds / 60
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def plural(count: int, word: str) -> str:
+    return f"{count} {word}" + ("" if count == 1 else "s")
