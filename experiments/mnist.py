@@ -115,6 +115,7 @@ def page(runs: Path, seeds: int, found: dict[str, dict[int, list[float]]]) -> st
         took=", ".join(minutes),
         findings="\n".join(_findings(found)),
         steps=AUTOENCODER_STEPS,
+        training_steps=common.config_of(f"{runs}/imm-seed-0").train.max_steps,
     )
 
 
@@ -138,7 +139,7 @@ Written by `python -m experiments.mnist`; every figure is read from the runs it 
 
 5,000 MNIST digits, enlarged to 32 x 32, encoded to 4 x 8 x 8 latents by an AutoencoderKL of three levels that the
 same command trains ({steps} steps) and saves by `save_pretrained`. Both methods train the same DiT (width 64, depth
-3) for 5,000 steps of 128 images from {seeds} seeds: `configs/mnist_latents.yaml` and
+3) for {training_steps:,} steps of 128 images from {seeds} seeds: `configs/mnist_latents.yaml` and
 `configs/mnist_latents_flow_matching.yaml`.
 
 ![Distance against steps; samples of both methods from the same noise](images/mnist.png)
