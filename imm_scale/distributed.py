@@ -53,7 +53,10 @@ def detect(env: Mapping[str, str] = os.environ) -> World:
 
 
 def device(world: World) -> torch.device:
-    return torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    """This rank's GPU, the only one it sees or the one of its number on the node; the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", 0 if torch.cuda.device_count() == 1 else world.local_rank)
 
 
 def _rendezvous(env: Mapping[str, str]) -> tuple[str, int]:
@@ -81,10 +84,12 @@ def init(world: World, env: Mapping[str, str] = os.environ, patience: float = PA
         return
     os.environ.setdefault(_FLIGHT_RECORDER, "2000")
     timeout = timedelta(seconds=patience)
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # deepspeed insists on it
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(world.local_rank)
+        backend = "nccl"
+        torch.cuda.set_device(device(world))
+        os.environ["LOCAL_RANK"] = str(device(world).index)  # deepspeed takes its GPU from there
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # and insists on it everywhere
     if world.size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from imm_scale import config as configs
 from imm_scale import storage
 from imm_scale.errors import UserError
+from imm_scale.evaluation import gallery, quality
 from imm_scale.evaluation.files import read_evaluations
 from imm_scale.report.page import COLOURS, axes, image, page, svg
 from imm_scale.training import metrics
@@ -95,16 +96,23 @@ def table(run_dirs: Sequence[str]) -> str:
 
 
 def distance_figure(runs: Sequence[Run]) -> str:
-    """Distance against function evaluations of all runs, error bars over sampling seeds."""
+    """Distance against function evaluations of all runs, with its error bars.
+
+    Where runs were measured in several ways, the first of them is shown; at each cost, the best guidance.
+    """
     figure = Figure(figsize=(8, 4.5))
     plot = axes(figure, 1, 1, 1)
+    metric = next(d["metric"] for run in runs for d in run.distances)
+    ticks: set[int] = set()
     for colour, run in zip(COLOURS * len(runs), runs, strict=False):
-        points = sorted(run.distances, key=lambda d: d["function_evaluations"])
+        points = quality.curves([{"results": run.distances}]).get(metric, [])
+        cost = [point.function_evaluations for point in points]
+        ticks |= set(cost)
         if points:
             plot.errorbar(
-                [d["function_evaluations"] for d in points],
-                [d["mean"] for d in points],
-                yerr=[d["std"] for d in points],
+                cost,
+                [point.value for point in points],
+                yerr=[point.error for point in points],
                 marker="o",
                 capsize=3,
                 color=colour,
@@ -112,12 +120,10 @@ def distance_figure(runs: Sequence[Run]) -> str:
             )
     plot.set_xscale("log")
     plot.set_yscale("log")
-    ticks = sorted({d["function_evaluations"] for run in runs for d in run.distances})
-    plot.set_xticks(ticks, [str(tick) for tick in ticks])
+    plot.set_xticks(sorted(ticks), [str(tick) for tick in sorted(ticks)])
     plot.minorticks_off()
-    metrics_named = sorted({d["metric"] for run in runs for d in run.distances})
     plot.set_xlabel("function evaluations per image")
-    plot.set_ylabel(f"distance to the training images ({', '.join(metrics_named)})")
+    plot.set_ylabel(f"distance to the training images ({metric})")
     plot.legend(frameon=False)
     return image("image/svg+xml", svg(figure))
 
@@ -195,10 +201,14 @@ def write_report(run_dirs: Sequence[str], out: str) -> None:
     if any(run.samples for run in runs):
         samples = "".join(_sample_section(run) for run in runs)
         sample_section = f"<h2>Samples</h2><p>A row a class; the same noise at every step count.</p>{samples}"
+    pictures = "".join(
+        f"<h2>Gallery of {html.escape(r.name)}</h2>{part}" for r in runs if (part := gallery.section(r.dir))
+    )
     environment = html.escape(json.dumps({run.name: run.environment for run in runs}, indent=1))
     body = f"""{lead_section}
 {distance_section}
 {sample_section}
+{pictures}
 <h2>Training</h2>
 <p>The IMM loss starts small and need not fall to 0: at the optimum the particles of a group still differ. Distances of
 samples say more than it does.</p>

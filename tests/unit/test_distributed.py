@@ -1,7 +1,9 @@
 """Where ranks come from."""
 
 import pytest
+import torch
 
+from imm_scale import distributed
 from imm_scale.distributed import World, detect
 from imm_scale.errors import UserError
 
@@ -29,3 +31,12 @@ def test_ranks_are_found(env, world):
 def test_nonsense_is_refused():
     with pytest.raises(UserError, match="must be numbers"):
         detect({"RANK": "first", "WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(("visible", "local_rank", "index"), [(8, 5, 5), (1, 5, 0), (1, 0, 0)])
+def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_it_sees(visible, local_rank, index, monkeypatch):
+    """srun --gpus-per-task 1 shows each rank one GPU, torchrun shows it all of them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    world = distributed.World(rank=local_rank, size=8, local_rank=local_rank)
+    assert distributed.device(world) == torch.device("cuda", index)
