@@ -11,6 +11,7 @@ import pytest
 
 from imm_scale.data import plan
 from imm_scale.data.plan import Layout
+from tests.unit.data.order import batch_indices
 
 PARTICLES, BATCH = 4, 4096
 SECONDS = 120  # for the four stages of one rank, start of the process included; 25 s on a quiet core
@@ -96,7 +97,7 @@ def test_groups_and_positions_are_shared_out_without_gap_or_overlap(world_size, 
     steps = plan.steps_per_epoch(layout.global_batch_size, sum(shards))
     for step in (0, steps - 1):
         taken = [
-            plan.batch_indices(order, layout.global_batch_size, step, np.arange(span.start * 4, span.stop * 4))
+            batch_indices(order, layout.global_batch_size, step, np.arange(span.start * 4, span.stop * 4))
             for span in ranges
         ]
         expected = order.reshape(-1)[: steps * layout.global_batch_size].reshape(-1, steps)[:, step]
