@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from imm_scale.training.checkpoint import committed_steps
@@ -50,6 +51,11 @@ def test_a_launcher_trains_the_same_curve(launch, tiny, tmp_path, alone):
     np.testing.assert_allclose(losses(tmp_path / "run"), alone, rtol=1e-4)
 
 
+def _told(running: subprocess.Popen[str], launch: list[str]) -> subprocess.Popen[str] | psutil.Process:
+    """Whom to signal: the command itself, but of `deepspeed`, which would die and leave its launcher behind, that."""
+    return psutil.Process(running.pid).children()[0] if launch[0].endswith("deepspeed") else running
+
+
 @pytest.mark.parametrize(
     ("launch", "code"),
     [
@@ -68,7 +74,7 @@ def test_a_launcher_that_is_told_to_stop_leaves_a_commit(launch, code, tiny, tmp
         while not metrics.exists() or metrics.read_text().count("\n") < 2:
             assert time.monotonic() < deadline and running.poll() is None
             time.sleep(0.05)
-        running.send_signal(signal.SIGTERM)
+        _told(running, launch).send_signal(signal.SIGTERM)
         _, words = running.communicate(timeout=100)
     finally:
         running.kill()
