@@ -8,10 +8,12 @@ import torch
 
 from imm_scale import config as configs
 from imm_scale import distributed, storage, weights
+from imm_scale.build import ModelSpec
 from imm_scale.config import Config
 from imm_scale.distributed import World
 from imm_scale.errors import UserError
 from imm_scale.flow_map import FlowMap
+from imm_scale.models.dit import DiT
 from imm_scale.training import checkpoint as checkpoints
 from imm_scale.training.checkpoint import Checkpoint, DamagedCheckpointError
 from imm_scale.training.ema import ShardedEma, state_name
@@ -19,7 +21,7 @@ from imm_scale.training.engine import Engine
 from imm_scale.training.identity import check_identity
 from imm_scale.training.loss_scale import LossScale
 from imm_scale.training.setup import Plan
-from imm_scale.training.shard import MOMENTS, Shard
+from imm_scale.training.shard import MOMENTS
 
 log = logging.getLogger("imm_scale")
 
@@ -112,10 +114,9 @@ def restore(checkpoint: Checkpoint, engine: Engine, ema: ShardedEma) -> None:
     Every rank reads its own slices and no more. An average that the checkpoint lacks starts at its weights.
 
     Raises:
-        UserError: it holds another net, or what arrived is not what was saved.
+        UserError: what arrived is not what was saved.
     """
     meta, shards = checkpoint.meta, list(engine.held_shards())
-    _check_shapes(checkpoint, shards)
     held = [(state, shard, tensor) for shard in shards for state, tensor in shard.states.items()]
     checkpoints.load_into([(state, shard.name, shard.offset, tensor) for state, shard, tensor in held], checkpoint)
     engine.publish_weights()
@@ -133,13 +134,17 @@ def restore(checkpoint: Checkpoint, engine: Engine, ema: ShardedEma) -> None:
     log.info("resumed from %s at step %d (%d images seen)", checkpoint.url, meta.step, meta.images_seen)
 
 
-def _check_shapes(checkpoint: Checkpoint, shards: Sequence[Shard]) -> None:
-    for shard in shards:
-        saved = checkpoint.shapes.get(shard.name)
-        if saved != shard.shape:
+def check_net(checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    """Raises UserError where a checkpoint holds another net than the config's, before anything is built or written."""
+    with torch.device("meta"):
+        net = DiT(spec.net)
+    for name, parameter in net.named_parameters():
+        saved, here = checkpoint.shapes.get(name), tuple(parameter.shape)
+        if saved != here:
+            there = "missing" if saved is None else list(saved)
             raise UserError(
-                f"{checkpoint.url} holds another net: {shard.name} is "
-                f"{'missing' if saved is None else list(saved)} there and {list(shard.shape)} here"
+                f"{checkpoint.url} holds another net: {name} is {there} there and {list(here)} here. Use the net it was "
+                "trained with, or choose another run.dir"
             )
 
 

@@ -35,6 +35,8 @@ def train(config: Config, world: World | None = None) -> Outcome:
     # The watchdog comes first, however long a step may take.
     distributed.init(world, patience=max(distributed.PATIENCE_SECONDS, 2 * (config.train.step_timeout or 0.0)))
     found = resume.find(config, world)
+    if found.checkpoint is not None:
+        resume.check_net(found.checkpoint, prepared.spec)
     if found.step >= config.train.max_steps:
         if world.is_main:
             print(f"{config.run_dir} is complete: step {config.train.max_steps} is committed")

@@ -62,7 +62,7 @@ def _finish(found: Sweep, cell: sweep.Cell, distance: float, code: str = "c0ffee
         }
         for steps in STEPS
     ]
-    evaluation = {"step": last, "ema": "ema_0.99", "seconds": 1.0, "results": entries}
+    evaluation = {"schema_version": 2, "step": last, "ema": "ema_0.99", "seconds": 1.0, "results": entries}
     (run / "evaluations" / f"step-{last:08d}-x.json").write_text(json.dumps(evaluation))
     results.write_state(found.folder, cell.name, "finished", code=code)
 
