@@ -95,7 +95,10 @@ def engines(cases: list[list[str]]) -> list[dict[str, Any]]:
     """
     with collectives() as sent:  # before DeepSpeed takes the functions for its own
         from imm_scale import distributed
+        from imm_scale.training import engine
 
+        # As on GPUs, and other than what training takes on CPU: torch's plain AdamW makes copies of what it steps.
+        engine._optimizer = lambda config, parameters: torch.optim.AdamW(parameters, lr=0.0, fused=True)
         distributed.init(distributed.detect())
         return [_engine(words, sent) for words in cases]
 

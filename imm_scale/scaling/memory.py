@@ -45,7 +45,6 @@ class Setting:
     offload: bool
     bucket: int
     decays: tuple[float, ...]
-    fused_optimizer: bool = True
 
 
 @dataclass(frozen=True)
@@ -241,7 +240,7 @@ def _moments(s: Setting, p: Parameters) -> Iterator[Memory]:
         0.0,
         lasting + (_flattened(s, p) if s.world_size > 1 else 0.0),
     )
-    yield at("optimizer step", *_step(s, p), 0.0)
+    yield at("optimizer step", _step(s, p), 0.0, 0.0, 0.0)
 
 
 def _gradients_after(s: Setting, p: Parameters) -> float:
@@ -254,18 +253,15 @@ def _gradients_after(s: Setting, p: Parameters) -> float:
     return size / s.world_size * (2 if s.accumulation > 1 else 1)
 
 
-def _step(s: Setting, p: Parameters) -> tuple[float, float, float]:
-    """(gradients, activations, buffers): above stage 0 the gradients of the part once more as one flat tensor."""
+def _step(s: Setting, p: Parameters) -> float:
+    """Gradients when the fused optimizer steps: above stage 0 those of the part once more as one flat tensor."""
     size = _FP32 * p.total
-    part = size / (1 if s.stage == 0 else s.world_size)
-    workspace = 0.0 if s.fused_optimizer else 2 * part
     if s.stage == 0:
-        return size, 0.0, workspace
+        return size
+    part = size / s.world_size
     if s.offload:
-        return 0.0, 0.0, 0.0
-    if s.stage == 3:
-        return min(part, _FP32 * _MAX_SUBGROUP), 0.0, workspace
-    return 2 * part, 0.0, workspace
+        return 0.0
+    return min(part, _FP32 * _MAX_SUBGROUP) if s.stage == 3 else 2 * part
 
 
 def peak(s: Setting, p: Parameters) -> Memory:

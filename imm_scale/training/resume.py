@@ -143,8 +143,8 @@ def check_net(checkpoint: Checkpoint, spec: ModelSpec) -> None:
         if saved != here:
             there = "missing" if saved is None else list(saved)
             raise UserError(
-                f"{checkpoint.url} holds another net: {name} is {there} there and {list(here)} here. Use the net it was "
-                "trained with, or choose another run.dir"
+                f"{checkpoint.url} holds another net: {name} is {there} there and {list(here)} here. Use the net it "
+                "was trained with, or choose another run.dir"
             )
 
 

@@ -1,6 +1,6 @@
 """The planner against real engines: memory, FLOPs and bytes on the wire of every ZeRO stage at one and two ranks."""
 
-from dataclasses import replace
+import os
 from typing import Any
 
 import pytest
@@ -23,30 +23,34 @@ NETS = {
         "ema.decays=[0.9,0.99]",
     ],
 }
-WORLDS = [(size, precision) for size in (1, 2) for precision in ("fp32", "bf16")]
-TOLERANCE = 0.1
-
-
-def _cases(precision: str) -> list[list[str]]:
-    """bf16 does not run at stage 0 on CPU."""
-    stages = (0, 1, 2, 3) if precision == "fp32" else (1, 2, 3)
-    return [
-        [*COMMON, *net, f"precision={precision}", f"zero.stage={stage}"] for net in NETS.values() for stage in stages
-    ]
+# (ranks, precision, net, stages); bf16 does not run at stage 0 on CPU.
+COVERING = [
+    (2, "fp32", "gradients", (0, 1, 2)),
+    (2, "bf16", "activations", (1, 3)),
+    (1, "fp32", "activations", (0, 3)),
+]
+# At stage 3 a net that is all weights holds a fifth more than predicted (docs/planning.md): not claimed, so not here.
+ALL = [
+    (size, precision, net, tuple(s for s in range(4) if s < 3 or net == "activations")[precision == "bf16" :])
+    for size in (1, 2)
+    for precision in ("fp32", "bf16")
+    for net in NETS
+]
+CASES = ALL if int(os.environ.get("IMM_SOAK", "1")) > 1 else COVERING  # as `make soak` sets it
+TOLERANCE = 0.1  # what the planner claims
 
 
 def _predicted(words: list[str], size: int) -> tuple[Estimate, memory.Setting]:
     config = configs.load([], [*measure.LATENTS, *words]).config
     found = plan.estimate(config, 1, size, "a100-40gb")
-    # torch's plain AdamW, not the fused one of GPUs
-    return found, replace(plan.setting(config, found.net, found.layout), fused_optimizer=False)
+    return found, plan.setting(config, found.net, found.layout)
 
 
-@pytest.fixture(scope="module", params=WORLDS, ids=lambda world: f"{world[0]}-{world[1]}")
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}-{case[2]}")
 def measured(request) -> list[tuple[list[str], int, list[dict[str, Any]]]]:
-    """(words, ranks, what each rank measured) of every net and stage."""
-    size, precision = request.param
-    cases = _cases(precision)
+    """(words, ranks, what each rank measured) of every stage."""
+    size, precision, net, stages = request.param
+    cases = [[*COMMON, *NETS[net], f"precision={precision}", f"zero.stage={stage}"] for stage in stages]
     by_rank = ranks.run(measure.engines, size, cases)
     return [(case, size, [rank[index] for rank in by_rank]) for index, case in enumerate(cases)]
 
