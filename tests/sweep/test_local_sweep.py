@@ -107,8 +107,8 @@ def _check_collected(found: sweep.Sweep) -> None:
     table = pq.read_table(Path(found.folder) / results.RESULTS).to_pylist()
     assert len(table) == 4 * 2, "a row a cell and step count"
     for row in table:
-        (file,) = (Path(found.folder) / "runs" / row["cell"] / "evaluations").glob("*.json")
-        measured = {result["steps"]: result["mean"] for result in json.loads(file.read_text())["results"]}
+        files = (Path(found.folder) / "runs" / row["cell"] / "evaluations").glob("*.json")
+        measured = {r["steps"]: r["mean"] for file in files for r in json.loads(file.read_text())["results"]}
         assert row["mean"] == measured[row["steps"]]
         assert row["code"]
 
