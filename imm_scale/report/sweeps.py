@@ -2,6 +2,7 @@
 
 import html
 import io
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def _pictures(findings: Findings) -> dict[str, dict[int, np.ndarray]]:
         for name in storage.list_names(folder):
             if name.endswith(".npz"):
                 with np.load(io.BytesIO(storage.read_bytes(storage.join(folder, name)))) as arrays:
-                    by_steps[int(arrays["steps"])] = arrays["images"]
+                    by_steps[json.loads(str(arrays["settings"]))["steps"]] = arrays["arr_0"]
         if by_steps:
             pictures[row] = by_steps
     return pictures
