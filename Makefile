@@ -48,11 +48,13 @@ demo-seed-%: demo-data
 soak: demo demo-seed-1 demo-seed-2 ## what is too long for every change: three seeds, storms of faults, every way a job can break
 	IMM_SOAK=10 $(BIN)/python -m pytest tests/storage tests/resume tests/unit/data_tools/test_encode.py \
 		tests/unit/sampling/test_job.py -k "storm or network or kills"
-	IMM_SOAK=10 $(BIN)/python -m pytest tests/resume/test_elastic.py tests/distributed/test_equal_losses.py
+	IMM_SOAK=10 $(BIN)/python -m pytest tests/resume/test_elastic.py tests/distributed/test_equal_losses.py \
+		tests/distributed/test_plan.py
 	IMM_SOAK=1 $(BIN)/python -m pytest tests/slurm
 
 test: setup ## run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/unit
 
 check: setup ## lint, format and types
 	$(BIN)/ruff check .
