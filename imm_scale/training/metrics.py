@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from imm_scale import distributed, storage
@@ -60,11 +61,15 @@ def read_metrics(run_dir: str) -> list[Record]:
     ]
 
 
+def _lines(records: Iterable[Record]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
 class MetricsLog:
     """metrics.jsonl of a run: appended to as it goes, and cut back to the last commit on resume.
 
     Object stores cannot append: with a remote run folder the records wait in memory and go up as a numbered segment
-    at each commit.
+    at each commit. On a disk that takes nothing more they wait too, until it does.
 
     Args:
         run_dir: the run's folder.
@@ -76,8 +81,9 @@ class MetricsLog:
         self._local = storage.is_local(run_dir)
         self._unwritten: list[Record] = []
         if self._local:
-            kept = [record for record in read_metrics(run_dir) if record["step"] <= step]
-            storage.write_text(storage.join(run_dir, METRICS), "".join(json.dumps(r) + "\n" for r in kept))
+            kept = _lines(record for record in read_metrics(run_dir) if record["step"] <= step)
+            storage.write_text(storage.join(run_dir, METRICS), kept)
+            self._size, self._told = len(kept.encode()), False
         else:
             segments = storage.join(run_dir, _SEGMENTS)
             for name in storage.list_names(segments):
@@ -85,11 +91,24 @@ class MetricsLog:
                     storage.remove(storage.join(segments, name))
 
     def append(self, record: Record) -> None:
+        self._unwritten.append(record)
         if self._local:
-            with open(storage.local_path(storage.join(self._run_dir, METRICS)), "a") as file:
-                file.write(json.dumps(record) + "\n")
-        else:
-            self._unwritten.append(record)
+            self._write()
+
+    def _write(self) -> None:
+        """Appends what waits, over whatever half of it a full disk took before."""
+        data = _lines(self._unwritten).encode()
+        try:
+            with open(storage.local_path(storage.join(self._run_dir, METRICS)), "r+b") as file:
+                file.seek(self._size)
+                file.truncate()
+                file.write(data)
+        except OSError as error:
+            if not self._told:
+                log.warning("%s cannot be written, its records wait in memory: %s", METRICS, error)
+            self._told = True
+            return
+        self._size, self._unwritten, self._told = self._size + len(data), [], False
 
     def commit(self, step: int) -> None:
         """Call after the checkpoint of that step is committed; the records up to it are kept from then on.
@@ -97,9 +116,8 @@ class MetricsLog:
         Another thread may append later records meanwhile.
         """
         ready = [record for record in self._unwritten if record["step"] <= step]
-        if ready:
-            url = storage.join(self._run_dir, _SEGMENTS, f"{step:08d}.jsonl")
-            storage.write_text(url, "".join(json.dumps(record) + "\n" for record in ready))
+        if ready and not self._local:
+            storage.write_text(storage.join(self._run_dir, _SEGMENTS, f"{step:08d}.jsonl"), _lines(ready))
             del self._unwritten[: len(ready)]
 
 

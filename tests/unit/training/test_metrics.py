@@ -1,6 +1,9 @@
 """metrics.jsonl over kills and resumes, on a disk and in an object store; logs without wandb's or a terminal's help."""
 
 import json
+import logging
+import resource
+import signal
 import uuid
 
 import pytest
@@ -27,6 +30,25 @@ def test_records_past_the_commit_are_dropped_and_a_torn_line_is_tolerated(tmp_pa
         {"step": 2},
         {"step": 3, "again": True},
     ]
+
+
+def test_records_wait_while_the_disk_is_full(tmp_path, monkeypatch, caplog):
+    """The kernel lets no file grow past 100 bytes for a while; half a record that it took is written over."""
+    monkeypatch.setattr(logging.getLogger("imm_scale"), "propagate", True)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    log = MetricsLog(str(tmp_path), 0)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        for step in range(10):
+            log.append({"step": step, "loss": 0.25})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert len(_steps(str(tmp_path))) < 10
+    assert caplog.text.count("wait in memory") == 1
+    log.append({"step": 10})
+    assert _steps(str(tmp_path)) == list(range(11))
 
 
 def test_a_broken_line_in_the_middle_is_not_hidden(tmp_path):
