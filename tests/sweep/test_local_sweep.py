@@ -50,7 +50,16 @@ def interrupted(path: str) -> str:
     found = sweep.load(path)
     command = [sys.executable, "-m", "launchers.sweep", "submit", path, "--local", "1"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A shell that runs the tests in the background lets them, and what they start, ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     first, second = found.cells[:2]
 
     def trains(cell: sweep.Cell, steps: int) -> bool:
