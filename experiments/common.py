@@ -8,8 +8,8 @@ from typing import Any
 
 from imm_scale import config as configs
 from imm_scale import storage
-from imm_scale.config import Config
 from imm_scale.evaluation.files import read_evaluations
+from imm_scale.schema import Config
 from imm_scale.training import metrics
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from imm_scale import interpolant
-from imm_scale.config import Config
 from imm_scale.data.manifest import Codec, Manifest
 from imm_scale.errors import UserError
 from imm_scale.flow_map import FlowMap
@@ -17,6 +16,7 @@ from imm_scale.objectives.base import Objective
 from imm_scale.objectives.flow_matching import FlowMatching
 from imm_scale.objectives.imm import InductiveMomentMatching
 from imm_scale.objectives.special_cases import ConsistencyTraining, GenerativeMomentMatching
+from imm_scale.schema import Config
 
 SPEC_VERSION = 1
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from imm_scale import config as configs
 from imm_scale import storage
-from imm_scale.config import Config
 from imm_scale.errors import UserError
+from imm_scale.schema import Config
 from launchers import checks, slurm, snapshot, submissions, watch
 from launchers import cluster as clusters
 from launchers.cluster import CHECKOUT, Cluster

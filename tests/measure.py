@@ -11,7 +11,7 @@ import torch
 
 if TYPE_CHECKING:
     from imm_scale.build import ModelSpec
-    from imm_scale.config import Config
+    from imm_scale.schema import Config
 
 
 @contextlib.contextmanager

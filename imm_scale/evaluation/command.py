@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from imm_scale import distributed, storage, weights
-from imm_scale.config import Config
 from imm_scale.data import codec as codecs
 from imm_scale.data.manifest import Manifest
 from imm_scale.distributed import World
@@ -22,6 +21,7 @@ from imm_scale.evaluation.sets import measure_images
 from imm_scale.sampling import source as sources
 from imm_scale.sampling.job import decoded
 from imm_scale.sampling.source import Source
+from imm_scale.schema import Config
 
 Announce = Callable[[str], None]
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from imm_scale import rng
-from imm_scale.config import ExtractorConfig
 from imm_scale.errors import UserError
+from imm_scale.schema import ExtractorConfig
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 
 from imm_scale import distributed, storage
-from imm_scale.config import Config, SamplingConfig
 from imm_scale.data import codec as codecs
 from imm_scale.data.dataset import Dataset, read_indexed
 from imm_scale.distributed import World
@@ -29,6 +28,7 @@ from imm_scale.evaluation.features import Extractor
 from imm_scale.sampling.job import Model
 from imm_scale.sampling.run import Drawer, plan_of
 from imm_scale.sampling.source import Source
+from imm_scale.schema import Config, SamplingConfig
 from imm_scale.training.checkpoint import committed_steps
 
 COLUMNS = 10  # samples of a strip

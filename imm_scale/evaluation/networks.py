@@ -3,6 +3,7 @@
 import hashlib
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 import numpy as np
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 from imm_scale import storage
-from imm_scale.config import ExtractorConfig
 from imm_scale.errors import UserError
 from imm_scale.evaluation.features import Output, Preprocessing, identity_hash, identity_of
+from imm_scale.schema import ExtractorConfig
 
 # The Inception network of published FIDs (Heusel et al., arXiv 1706.08500), 2015-12-05, as TorchScript: the file
 # inception-2015-12-05.pt that StyleGAN2-ADA and EDM measure with. It resizes inside and takes 0..255.
@@ -46,7 +47,7 @@ def open_network(config: ExtractorConfig, preprocess: Preprocessing, device: tor
     return {"torchscript": TorchScript, "onnx": Onnx}[config.kind](data, config, preprocess, device)
 
 
-class Network:
+class Network(ABC):
     """What both kinds share: preprocessing, checking outputs, and the identity."""
 
     takes: Literal["latents", "images"] = "images"
@@ -64,8 +65,9 @@ class Network:
             arguments=dict(config.arguments),
         )
 
+    @abstractmethod
     def _run(self, images: Tensor) -> Any:
-        raise NotImplementedError
+        """The network's outputs: a tensor, several, or several by name."""
 
     def _pick(self, outputs: Any, name: str) -> Tensor:
         """One of a network's outputs, by name or number."""

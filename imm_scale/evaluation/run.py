@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from imm_scale import distributed, storage, weights
-from imm_scale.config import Config, EvaluationConfig, SamplingConfig
 from imm_scale.data.manifest import Manifest
 from imm_scale.distributed import World
 from imm_scale.errors import UserError
@@ -29,6 +28,7 @@ from imm_scale.sampling.job import Model
 from imm_scale.sampling.run import SAMPLES_PER_CALL, SamplingPlan, plan_of, sample, times_of
 from imm_scale.sampling.source import Source
 from imm_scale.scaling.cost import forward_multiply_adds
+from imm_scale.schema import Config, EvaluationConfig, SamplingConfig
 from imm_scale.training import metrics
 from imm_scale.training.checkpoint import Checkpoint
 

@@ -5,7 +5,6 @@ from dataclasses import asdict
 from typing import Any
 
 from imm_scale import distributed
-from imm_scale.config import Config
 from imm_scale.distributed import World
 from imm_scale.errors import UserError
 from imm_scale.evaluation import features as extractors
@@ -13,6 +12,7 @@ from imm_scale.evaluation import measures
 from imm_scale.evaluation.collect import Collector
 from imm_scale.evaluation.images import ImageSet
 from imm_scale.evaluation.reference import Reference, shown
+from imm_scale.schema import Config
 
 
 def measure_images(images: ImageSet, config: Config, world: World, announce: Callable[[str], None]) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import torch
 
 from imm_scale import distributed, storage
-from imm_scale.config import Config
 from imm_scale.distributed import World
 from imm_scale.sampling.source import Source
+from imm_scale.schema import Config
 from imm_scale.training import checkpoint as checkpoints
 from imm_scale.training import metrics
 

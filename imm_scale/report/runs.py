@@ -14,6 +14,7 @@ from imm_scale.errors import UserError
 from imm_scale.evaluation import gallery, quality
 from imm_scale.evaluation.files import read_evaluations
 from imm_scale.report.page import COLOURS, axes, image, page, svg
+from imm_scale.schema import Config
 from imm_scale.training import metrics
 
 
@@ -22,7 +23,7 @@ class Run:
     """What a run folder holds, read once."""
 
     dir: str
-    config: configs.Config
+    config: Config
     records: list[dict[str, Any]]
     distances: list[dict[str, Any]]
     samples: dict[str, bytes]

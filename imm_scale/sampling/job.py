@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from imm_scale import distributed, storage, weights
 from imm_scale.build import ModelSpec
-from imm_scale.config import SamplingConfig
 from imm_scale.data import codec as codecs
 from imm_scale.data.codec import ImageCodec
 from imm_scale.data.manifest import Codec
@@ -25,6 +24,7 @@ from imm_scale.sampling import outputs
 from imm_scale.sampling.parts import Parts
 from imm_scale.sampling.run import SAMPLES_PER_CALL, Drawer, SamplingPlan, plan_of
 from imm_scale.sampling.source import Source
+from imm_scale.schema import SamplingConfig
 from imm_scale.training import metrics
 
 Announce = Callable[[str], None]

@@ -9,12 +9,12 @@ from tqdm import tqdm
 
 from imm_scale import distributed
 from imm_scale.build import ModelSpec
-from imm_scale.config import SamplingConfig
 from imm_scale.distributed import World
 from imm_scale.errors import UserError
 from imm_scale.flow_map import FlowMap
 from imm_scale.sampling.grids import default_grid, time_grid
 from imm_scale.sampling.samplers import SAMPLERS, Guidance, fresh_noise, starting_noise
+from imm_scale.schema import SamplingConfig
 
 ALONE = World()
 # Matrix products of other shapes round differently. So the net always sees this many samples, those whose index has

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from imm_scale import config as configs
 from imm_scale import storage, weights
-from imm_scale.config import Config
 from imm_scale.errors import UserError
+from imm_scale.schema import Config
 from imm_scale.training import checkpoint as checkpoints
 from imm_scale.training.checkpoint import Checkpoint
 

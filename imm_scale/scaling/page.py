@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from imm_scale.config import Config
 from imm_scale.errors import UserError
 from imm_scale.scaling import plan
 from imm_scale.scaling.plan import Change, Estimate, Range
+from imm_scale.schema import Config
 
 _GIB = 1 << 30
 

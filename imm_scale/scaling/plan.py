@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from imm_scale import build, storage
 from imm_scale import config as configs
-from imm_scale.config import Config
 from imm_scale.data.manifest import Manifest
 from imm_scale.data.plan import Layout
 from imm_scale.errors import UserError
@@ -20,6 +19,7 @@ from imm_scale.scaling import cost, hardware, memory
 from imm_scale.scaling.cost import Parameters, Traffic
 from imm_scale.scaling.hardware import Gpu, Link
 from imm_scale.scaling.memory import Memory, Setting
+from imm_scale.schema import Config
 
 
 class Range(NamedTuple):
@@ -296,7 +296,7 @@ class Change:
 
 def again(config: Config, found: Estimate, words: tuple[str, ...]) -> Estimate:
     """The plan of a config with key=value words laid over it, on the same machines."""
-    changed = configs.load([], words, start=config).config
+    changed = configs.changed(config, configs.settings_of(words), "a change of the plan")
     return estimate(changed, found.nodes, found.gpus_per_node, found.gpu.name, found.link.name)
 
 

@@ -16,11 +16,11 @@ import yaml
 
 from imm_scale import build, storage
 from imm_scale import config as configs
-from imm_scale.config import Config, DataConfig
 from imm_scale.errors import UserError
 from imm_scale.models.dit import DiTConfig, parameter_count
 from imm_scale.scaling import cost
 from imm_scale.scaling.plan import Data, describe_data
+from imm_scale.schema import Config, DataConfig
 
 DESCRIPTION = "sweep.json"
 _BUDGET_UNITS = ("flops", "images")

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from imm_scale.config import Config
 from imm_scale.data.loader import Batch
 from imm_scale.errors import UserError
 from imm_scale.flow_map import FlowMap
 from imm_scale.models.dit import DiT
 from imm_scale.objectives.base import GroupLosses, Objective
+from imm_scale.schema import Config
 from imm_scale.training.loss_scale import LossScale
 from imm_scale.training.shard import MOMENTS, Shard
 from imm_scale.training.zero import block_numel, deepspeed_config

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 import torch
 
 from imm_scale import distributed
-from imm_scale.config import Config
 from imm_scale.data import codec as codecs
 from imm_scale.data import plan
 from imm_scale.data.dataset import Dataset
 from imm_scale.data.loader import Batch
 from imm_scale.data.plan import Layout
 from imm_scale.errors import UserError
+from imm_scale.schema import Config
 from imm_scale.training.engine import Engine
 
 # Ordinals of held-out samples begin here, out of reach of training's clock, so their draws are their own.

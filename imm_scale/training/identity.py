@@ -4,8 +4,8 @@ from typing import Any
 
 from imm_scale import build
 from imm_scale import config as configs
-from imm_scale.config import Config
 from imm_scale.errors import UserError
+from imm_scale.schema import Config
 
 # Sections and keys that make a run what it is; every other key may change when it goes on.
 IDENTITY = (

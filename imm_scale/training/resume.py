@@ -9,11 +9,11 @@ import torch
 from imm_scale import config as configs
 from imm_scale import distributed, storage, weights
 from imm_scale.build import ModelSpec
-from imm_scale.config import Config
 from imm_scale.distributed import World
 from imm_scale.errors import UserError
 from imm_scale.flow_map import FlowMap
 from imm_scale.models.dit import DiT
+from imm_scale.schema import Config
 from imm_scale.training import checkpoint as checkpoints
 from imm_scale.training.checkpoint import Checkpoint, DamagedCheckpointError
 from imm_scale.training.ema import ShardedEma, state_name

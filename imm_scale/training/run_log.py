@@ -11,9 +11,10 @@ from typing import Any
 from tqdm import tqdm
 
 from imm_scale import distributed, storage
-from imm_scale.config import Config, to_yaml
+from imm_scale.config import to_yaml
 from imm_scale.distributed import World
 from imm_scale.errors import UserError
+from imm_scale.schema import Config
 from imm_scale.training.metrics import MetricsLog, Record
 
 log = logging.getLogger("imm_scale")

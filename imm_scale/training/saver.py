@@ -24,9 +24,9 @@ import torch.distributed as dist
 
 from imm_scale import config as configs
 from imm_scale import distributed, storage
-from imm_scale.config import Config
 from imm_scale.distributed import World
 from imm_scale.errors import UserError
+from imm_scale.schema import Config
 from imm_scale.training import checkpoint as checkpoints
 from imm_scale.training import metrics
 from imm_scale.training.checkpoint import Meta, Piece

@@ -2,7 +2,7 @@
 
 import math
 
-from imm_scale.config import Config
+from imm_scale.schema import Config
 
 
 def learning_rate(config: Config, images_seen: int) -> float:

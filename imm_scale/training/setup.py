@@ -9,13 +9,13 @@ import yaml
 from imm_scale import build
 from imm_scale import config as configs
 from imm_scale.build import ModelSpec
-from imm_scale.config import Config
 from imm_scale.data.dataset import Dataset
 from imm_scale.data.manifest import Manifest, check_expectations
 from imm_scale.data.plan import Layout, holdout_count, steps_per_epoch
 from imm_scale.errors import UserError
 from imm_scale.models.dit import DiT, parameter_count
 from imm_scale.scaling import cost
+from imm_scale.schema import Config
 from imm_scale.training.zero import block_numel, check_extra, deepspeed_config
 
 

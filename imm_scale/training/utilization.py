@@ -7,8 +7,8 @@ import torch
 
 from imm_scale import distributed
 from imm_scale.build import ModelSpec
-from imm_scale.config import Config
 from imm_scale.scaling import cost
+from imm_scale.schema import Config
 
 log = logging.getLogger("imm_scale")
 _TRIES = 4

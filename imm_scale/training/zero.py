@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from imm_scale.config import Config
 from imm_scale.errors import UserError
 from imm_scale.models.dit import DiT
+from imm_scale.schema import Config
 
 # What the program builds on and therefore sets itself, and the config keys that decide it.
 _OWN_SETTINGS = {

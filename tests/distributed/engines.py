@@ -8,8 +8,8 @@ from torch import Tensor
 
 from imm_scale import build, distributed
 from imm_scale import config as configs
-from imm_scale.config import Config
 from imm_scale.data.loader import Batch, Loader
+from imm_scale.schema import Config
 from imm_scale.training.engine import Engine
 from imm_scale.training.setup import plan
 

@@ -11,6 +11,7 @@ PACKAGE = ROOT / "imm_scale"
 LAYERS = [
     {"errors"},
     {"ranged_get"},
+    {"schema"},
     {"config"},
     {"rng", "storage", "distributed", "interpolant"},
     {"data"},

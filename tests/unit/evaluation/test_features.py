@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from imm_scale.config import ExtractorConfig
 from imm_scale.errors import UserError
 from imm_scale.evaluation import networks
 from imm_scale.evaluation.features import Flat, Preprocessing, describe, identity_hash, open_extractor
 from imm_scale.evaluation.measures import frechet_name
+from imm_scale.schema import ExtractorConfig
 
 CPU = torch.device("cpu")
 

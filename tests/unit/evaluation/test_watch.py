@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from imm_scale.config import Config, RunConfig
 from imm_scale.distributed import World
 from imm_scale.evaluation.files import read_evaluations
 from imm_scale.evaluation.watch import watch
 from imm_scale.sampling.source import Source
+from imm_scale.schema import Config, RunConfig
 from imm_scale.training import checkpoint as checkpoints
 from imm_scale.training import metrics
 from tests import ranks

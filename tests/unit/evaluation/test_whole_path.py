@@ -14,7 +14,6 @@ import webdataset as wds
 from sklearn.datasets import load_digits
 from torch import nn
 
-from imm_scale.config import SamplingConfig
 from imm_scale.data import codec as codecs
 from imm_scale.evaluation import gallery, quality
 from imm_scale.evaluation.collect import GROUPS, group_of
@@ -23,6 +22,7 @@ from imm_scale.evaluation.frechet import Moments, frechet_distance
 from imm_scale.sampling.job import Model
 from imm_scale.sampling.source import find
 from imm_scale.scaling.cost import forward_multiply_adds
+from imm_scale.schema import SamplingConfig
 from imm_scale.weights import load_flow_map
 from tests import ranks
 from tests.conftest import TINY

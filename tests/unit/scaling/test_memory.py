@@ -8,9 +8,9 @@ import torch
 
 from imm_scale import build
 from imm_scale import config as configs
-from imm_scale.config import Config
 from imm_scale.data.plan import Layout
 from imm_scale.scaling import cost, memory, plan
+from imm_scale.schema import Config
 from imm_scale.training.engine import LossModule
 from tests.measure import LATENTS, Allocations, spec_of
 

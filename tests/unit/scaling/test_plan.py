@@ -8,9 +8,9 @@ import pytest
 
 from imm_scale import config as configs
 from imm_scale.cli import main
-from imm_scale.config import Config
 from imm_scale.errors import UserError
 from imm_scale.scaling import cost, hardware, page, plan
+from imm_scale.schema import Config
 
 XL = "configs/imagenet256_dit_xl2.yaml"
 ROOT = Path(__file__).parents[3]
@@ -27,7 +27,7 @@ def _xl() -> Config:
 
 
 def _estimate(*words: str, nodes: int = 1, gpus: int = 8, gpu: str = "h100-80gb", link: str | None = None):
-    config = configs.load([], words, start=_xl()).config
+    config = configs.changed(_xl(), configs.settings_of(words), "a test")
     return config, plan.estimate(config, nodes, gpus, gpu, link)
 
 

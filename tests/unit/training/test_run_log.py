@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from imm_scale import config as configs
+from imm_scale.schema import Config
 from imm_scale.training.run_log import Progress, Wandb
 from tests import ranks
 
@@ -64,7 +65,7 @@ def fake_wandb(monkeypatch):
     return module
 
 
-def _config(run_dir: Path, *overrides: str) -> configs.Config:
+def _config(run_dir: Path, *overrides: str) -> Config:
     return configs.load([], [f"run.dir={run_dir}", "wandb.mode=auto", *overrides]).config
 
 
