@@ -1,6 +1,7 @@
 """The batches of one rank, step after step, read ahead in the background."""
 
 import itertools
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ _BATCHES_AHEAD = 2
 _REMOTE_THREADS = 16  # a remote store answers late, but many at once
 _LOCAL_THREADS = min(2, max(1, (os.cpu_count() or 1) - 1))  # a file costs work, not waiting: leave the batch its core
 _LEAST_BLOCKS_AHEAD = 16
+_PIECE = 1 << 17  # stored values finished at once on CPU: between the window and the batch they stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,16 @@ class Reading:
     cache_dir: str | None = None
     cache_bytes: int = 1 << 36
     on_bad_block: OnBadBlock = "stop"
+
+
+@dataclass(frozen=True)
+class _Located:
+    """Where one step's samples are in memory."""
+
+    images_seen: int
+    rows: NDArray[np.int64]
+    mirrored: Tensor | None
+    label: Tensor
 
 
 @dataclass(frozen=True)
@@ -158,12 +170,16 @@ class Loader:
         )
         self.memory_bound_bytes = self._window.bound_bytes(threads) + self._batch_bytes()
         self._x_shape = (layout.slots * layout.particles, *self.manifest.latent_shape)
-        self._recycler = Recycler(self._x_shape)
+        stored_shape = self.manifest.stored_shape
+        self._piece = max(1, _PIECE // math.prod(stored_shape))
+        self._scratch = torch.empty(self._piece, *stored_shape, dtype=torch.float16)
+        self._x_memory = Recycler(self._x_shape, np.float32)
+        self._stored_memory = Recycler((len(self._positions), *stored_shape), np.float16)
         self.data_seconds = 0.0
-        stored = self._stored_batches(first_step)
         # A GPU draws and normalizes in the consumer's stream; on CPU that is done ahead, in the background.
+        ready = self._finish_here if self._device.type == "cpu" else self._gather
         self._prefetcher: Prefetcher[Batch | _Stored] = Prefetcher(
-            map(self._finish, stored) if self._device.type == "cpu" else stored, _BATCHES_AHEAD
+            map(ready, self._located(first_step)), _BATCHES_AHEAD
         )
 
     @property
@@ -199,7 +215,7 @@ class Loader:
     def __next__(self) -> Batch:
         began = time.perf_counter()
         item = next(self._prefetcher)
-        batch = item if isinstance(item, Batch) else self._finish(item)
+        batch = item if isinstance(item, Batch) else self._finish_on_device(item)
         self.data_seconds += time.perf_counter() - began
         return batch
 
@@ -220,41 +236,67 @@ class Loader:
             for first, last, block in zip(visits.first, visits.last, visits.block, strict=True):
                 yield Visit(begin + int(first), begin + int(last), int(block))
 
-    def _stored_batches(self, first_step: int) -> Iterator[_Stored]:
-        """On CPU the latents of a step share memory with those of the next one."""
+    def _located(self, first_step: int) -> Iterator[_Located]:
+        """Each is good until the next one is asked for."""
         for begin, skipped, indices in self._epochs(first_step):
             for k in range(skipped, indices.shape[1]):
                 images_seen = (begin + k) * self._layout.global_batch_size
-                ordinal = images_seen + torch.from_numpy(self._positions)
-                mirrored = self._mirrored(ordinal) if self._flip else None
-                variant = None if mirrored is None or not self._mirrors_latents else mirrored.to(torch.int64)
-                latents, label = self._window.gather(begin + k, indices[:, k], variant)
-                if mirrored is not None and variant is None:
-                    latents[mirrored] = latents[mirrored].flip(-1)
-                if self._device.type == "cuda":
-                    latents, label = latents.pin_memory(), label.pin_memory()
-                yield _Stored(images_seen, latents, label)
+                mirrored = self._mirrored(self._ordinals(images_seen)) if self._flip else None
+                variant = mirrored.to(torch.int64) if mirrored is not None and self._mirrors_latents else None
+                rows, label = self._window.locate(begin + k, indices[:, k], variant)
+                yield _Located(images_seen, rows, None if self._mirrors_latents else mirrored, label)
 
-    def _finish(self, stored: _Stored) -> Batch:
-        """Draws and normalizes on the device, and pads to the layout's slots."""
-        slots, particles = self._layout.slots, self._layout.particles
-        ordinal = stored.images_seen + torch.from_numpy(self._positions).to(self._device)
+    def _take(self, located: _Located, part: slice, out: Tensor) -> None:
+        """Samples as stored, mirrored where that is done here."""
+        self._window.take(located.rows[part], out)
+        if located.mirrored is not None:
+            mirrored = located.mirrored[part]
+            out[mirrored] = out[mirrored].flip(-1)
+
+    def _gather(self, located: _Located) -> _Stored:
+        """In memory from which a device can fetch it."""
+        if self._device.type == "cuda":
+            shape = (len(located.rows), *self.manifest.stored_shape)
+            latents = torch.empty(shape, dtype=torch.float16, pin_memory=True)
+        else:
+            latents = self._stored_memory.take()
+        self._take(located, slice(None), latents)
+        label = located.label.pin_memory() if self._device.type == "cuda" else located.label
+        return _Stored(located.images_seen, latents, label)
+
+    def _finish_here(self, located: _Located) -> Batch:
+        """A few samples at a time."""
+        x = self._x_memory.take()
+        ordinal = self._ordinals(located.images_seen)
+        for begin in range(0, len(ordinal), self._piece):
+            part = slice(begin, begin + self._piece)
+            latents = self._scratch[: len(ordinal[part])]
+            self._take(located, part, latents)
+            self._finish(x[part][: len(latents)], latents, ordinal[part])
+        return self._batch(located.images_seen, x, located.label, ordinal)
+
+    def _finish_on_device(self, stored: _Stored) -> Batch:
         latents = stored.latents.to(self._device, non_blocking=True)
+        ordinal = self._ordinals(stored.images_seen).to(self._device)
+        x = torch.empty(self._x_shape, device=self._device)
+        self._finish(x[: len(latents)], latents, ordinal)
+        return self._batch(stored.images_seen, x, stored.label.to(self._device, non_blocking=True), ordinal)
+
+    def _finish(self, x: Tensor, latents: Tensor, ordinal: Tensor) -> None:
+        """Draws and normalizes into `x`."""
         codec = self.manifest.codec
         raw = codecs.draw_raw(latents, codec.kind, self._seed, "posterior", ordinal)
-        x = self._new_x()
-        codecs.normalize_into(x[: len(raw)], raw, codec.mean, codec.std, self._sigma_data)
-        x[len(raw) :].zero_()
-        weight = torch.zeros(slots, device=self._device)
-        weight[: len(raw) // particles] = 1.0
-        label = stored.label.to(self._device, non_blocking=True)
-        return Batch(stored.images_seen, x, _pad(label, len(x)), _pad(ordinal, len(x)), weight)
+        codecs.normalize_into(x, raw, codec.mean, codec.std, self._sigma_data)
 
-    def _new_x(self) -> Tensor:
-        """Memory for a batch."""
-        if self._device.type == "cpu":
-            return self._recycler.take()
-        return torch.empty(self._x_shape, device=self._device)
+    def _batch(self, images_seen: int, x: Tensor, label: Tensor, ordinal: Tensor) -> Batch:
+        """Padded to the layout's slots."""
+        x[len(label) :].zero_()
+        weight = torch.zeros(self._layout.slots, device=self._device)
+        weight[: len(label) // self._layout.particles] = 1.0
+        return Batch(images_seen, x, _pad(label, len(x)), _pad(ordinal, len(x)), weight)
+
+    def _ordinals(self, images_seen: int) -> Tensor:
+        return images_seen + torch.from_numpy(self._positions)
 
     def _mirrored(self, ordinal: Tensor) -> Tensor:
         return rng.uniform(self._seed, "flip", ordinal)[:, 0] < 0.5

@@ -39,7 +39,13 @@ class Visit(NamedTuple):
 class _Held:
     slot: int
     last: int
-    arrival: "Future[None] | None" = None
+
+
+class _Arrival(NamedTuple):
+    """A read under way, and the step that waits for it."""
+
+    needed: int
+    read: "Future[None]"
 
 
 class Window:
@@ -74,9 +80,10 @@ class Window:
         self._latents: NDArray[np.float16] = np.empty(shape, np.float16)
         self._labels = np.empty(shape[:2], np.int64)
         self._flat = self._latents.reshape(-1, *shape[3:])
-        self._gathered = self._flat[:0]
         self._free = deque(range(slots))
         self._held: dict[int, _Held] = {}
+        self._slot_of = np.full(len(table.start), -1)
+        self._arriving: deque[_Arrival] = deque()
         self._next = next(visits)
         self._bad: set[int] = set()
         self._bad_lock = threading.Lock()
@@ -90,11 +97,12 @@ class Window:
         self._reader.stop()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def gather(self, step: int, indices: NDArray[np.int64], variant: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Latents (P, C', H, W) fp16, good until the next call, and labels (P,) of global sample indices at a step.
+    def locate(self, step: int, indices: NDArray[np.int64], variant: Tensor | None) -> tuple[NDArray[np.int64], Tensor]:
+        """Waits for the samples of a step: rows for `take`, good until the next call, and labels (P,).
 
         Args:
             step: counted through all epochs, one more at each call.
+            indices: (P,) global sample indices.
             variant: (P,) which latent of each sample, or None where there is one.
 
         Raises:
@@ -102,50 +110,49 @@ class Window:
         """
         self._release(step)
         self._fetch_ahead(step + HORIZON)
+        while self._arriving and self._arriving[0].needed <= step:
+            self._arriving.popleft().read.result()
         blocks = self._table.block_of(indices)
-        slot_of = {}
-        for block in np.unique(blocks).tolist():
-            held = self._held[block]
-            assert held.arrival is not None and held.last >= step, (block, step)
-            held.arrival.result()
-            slot_of[block] = held.slot
-        slots = np.array([slot_of[block] for block in blocks.tolist()], np.int64)
-        rows = slots * self._longest + indices - self._table.start[blocks]
-        picked = rows * self._latents.shape[2] + (0 if variant is None else variant.numpy())
-        if len(self._gathered) != len(picked):
-            self._gathered = np.empty((len(picked), *self._flat.shape[1:]), np.float16)
-        self._flat.take(picked, axis=0, out=self._gathered, mode="clip")  # other modes copy once more
-        return torch.from_numpy(self._gathered), torch.from_numpy(self._labels.reshape(-1)[rows])
+        slots = self._slot_of[blocks]
+        assert (slots >= 0).all(), (step, blocks[slots < 0])
+        samples = slots * self._longest + indices - self._table.start[blocks]
+        rows = samples * self._latents.shape[2] + (0 if variant is None else variant.numpy())
+        return rows, torch.from_numpy(self._labels.reshape(-1)[samples])
+
+    def take(self, rows: NDArray[np.int64], out: Tensor) -> None:
+        """Copies rows of the last `locate` to (n, C', H, W) fp16 memory."""
+        self._flat.take(rows, axis=0, out=out.numpy(), mode="clip")  # other modes copy once more
 
     def _release(self, step: int) -> None:
         for block in [block for block, held in self._held.items() if held.last < step]:
             self._free.append(self._held.pop(block).slot)
+            self._slot_of[block] = -1
 
     def _fetch_ahead(self, until: int) -> None:
         """Starts reading the next visits while there are slots; neighbours in a shard are one read."""
         run: list[Target] = []
+        needed = 0
         while self._next.first <= until and (self._free or self._next.block in self._held):
             visit, self._next = self._next, next(self._visits)
             if visit.block in self._held:  # as the next epoch comes back to it: it simply stays
                 self._held[visit.block].last = visit.last
                 continue
             slot, size = self._free.popleft(), int(self._table.size[visit.block])
-            self._held[visit.block] = _Held(slot, visit.last)
+            self._held[visit.block], self._slot_of[visit.block] = _Held(slot, visit.last), slot
             target = Target(visit.block, self._latents[slot, :size], self._labels[slot, :size])
             if run and not self._follows(run, target):
-                self._start(run)
+                self._start(run, needed)
                 run = []
+            needed = needed if run else visit.first
             run.append(target)
         if run:
-            self._start(run)
+            self._start(run, needed)
 
     def _follows(self, run: list[Target], target: Target) -> bool:
         return target.block == run[-1].block + 1 and self._reader.can_join(run[0].block, target.block, LONGEST_READ)
 
-    def _start(self, run: list[Target]) -> None:
-        arrival = self._pool.submit(self._read, run)
-        for target in run:
-            self._held[target.block].arrival = arrival
+    def _start(self, run: list[Target], needed: int) -> None:
+        self._arriving.append(_Arrival(needed, self._pool.submit(self._read, run)))
 
     def _read(self, run: list[Target]) -> None:
         """In a thread of the pool; what it raises goes to the step that needs the blocks."""

@@ -26,10 +26,15 @@ def evaluation_url(folder: str, step: int | None, settings: Mapping[str, Any]) -
 
 
 def read_evaluations(run_dir: str) -> list[dict[str, Any]]:
-    """All evaluations of a run, in order of steps. Raises UserError for a file of a newer version."""
+    """All evaluations of a run, by step of training and then by sampling steps.
+
+    Raises:
+        UserError: a file of a newer version.
+    """
     folder = storage.join(run_dir, FOLDER)
     names = [name for name in storage.list_names(folder) if name.endswith(".json")]
-    return [read_evaluation(storage.join(folder, name)) for name in names]
+    found = [read_evaluation(storage.join(folder, name)) for name in names]
+    return sorted(found, key=lambda e: (e["step"] or 0, *(r["steps"] for r in e["results"])))
 
 
 def read_evaluation(url: str) -> dict[str, Any]:

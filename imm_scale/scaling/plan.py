@@ -20,6 +20,7 @@ from imm_scale.scaling.cost import Parameters, Traffic
 from imm_scale.scaling.hardware import Gpu, Link
 from imm_scale.scaling.memory import Memory, Setting
 from imm_scale.schema import Config
+from imm_scale.training.zero import REDUCE_BUCKET
 
 
 class Range(NamedTuple):
@@ -38,7 +39,6 @@ LAUNCH_SECONDS = (5e-6, 10e-6)  # for the CPU to launch a kernel (assumed); a st
 COMPILED_LAUNCHES = 0.3  # of the eager kernels, with train.compile (assumed)
 HOST_BANDWIDTH = (100e9, 50e9)  # bytes/s a node's CPUs step an offloaded optimizer with (assumed)
 STORAGE_BANDWIDTH = (2e9, 0.25e9)  # bytes/s a node writes a checkpoint with, hashing included (assumed)
-_REDUCE_BUCKET = 500_000_000  # DeepSpeed's default, elements
 _NPY_HEADER, _TAR_BLOCK = 128, 512
 
 
@@ -186,7 +186,7 @@ def setting(config: Config, net: DiTConfig, layout: Layout) -> Setting:
 
 def _reduce_bucket(config: Config) -> int:
     zero: Any = config.zero.extra.get("zero_optimization", {})
-    return int(zero.get("reduce_bucket_size", _REDUCE_BUCKET))
+    return int(zero.get("reduce_bucket_size", REDUCE_BUCKET))
 
 
 def _estimate(
@@ -303,8 +303,8 @@ def again(config: Config, found: Estimate, words: tuple[str, ...]) -> Estimate:
 def _steps_down(config: Config, layout: Layout) -> Iterator[tuple[str, ...]]:
     """Single changes: smaller buckets, smaller micro-batches, more shared, recomputation, the host's memory."""
     stage = config.zero.stage
-    if stage > 0 and _reduce_bucket(config) > 50_000_000:
-        yield ("zero.extra.zero_optimization.reduce_bucket_size=50000000",)
+    if stage > 0 and _reduce_bucket(config) > REDUCE_BUCKET:
+        yield (f"zero.extra.zero_optimization.reduce_bucket_size={REDUCE_BUCKET}",)
     samples = layout.slots_per_micro_batch * layout.particles
     while samples > layout.particles:
         samples = max(samples // 2 // layout.particles, 1) * layout.particles

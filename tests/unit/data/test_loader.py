@@ -325,7 +325,7 @@ def test_two_ranks_then_one_then_four(make_dataset: MakeDataset) -> None:
 
 
 def test_kept_batches_stay_and_dropped_ones_are_used_again() -> None:
-    recycler = Recycler((3, 2))
+    recycler = Recycler((3, 2), np.float32)
     first = recycler.take()
     part = first.fill_(1.0)[1:].split(1)[1]
     address = first.data_ptr()
