@@ -175,8 +175,9 @@ def page(runs: Path, jumps: dict[str, list[float]]) -> str:
         ["net", *(f"s = {s:g}" for s in LANDINGS)],
         [[title, *(f"{v:.3g}" for v in values)] for title, values in jumps.items()],
     )
-    took = ", ".join(f"{net.title} {common.training_minutes(str(runs / net.folder)):.0f} min" for net in NETS)
-    return _PAGE.format(sampled=sampled, landed=landed, start=START, took=took, fine=FINE_STEPS)
+    alone = common.distances(str(runs / NETS[1].folder))
+    best = min(EVALUATED, key=lambda n: alone[n]["mean"])
+    return _PAGE.format(sampled=sampled, landed=landed, start=START, fine=FINE_STEPS, best=common.plural(best, "step"))
 
 
 _PAGE = """# Decide how you will sample, then train for that
@@ -206,10 +207,11 @@ One jump from pure noise at t = {start} straight to s, and how far what it reach
 
 How to read the picture: in the last row flow matching takes {fine} small steps, so it shows where its path goes. In
 one jump it only moves along the first velocity: towards the mean of the class, ever more wrong the farther it goes.
-IMM with the second time lands on a digit from the same noise. IMM without it has the right loss and no way to
-express the answer.
 
-Training took: {took} (sum of the step times, on a shared two-core machine).
+IMM without the second time learns from the same loss what one vector can do for jumps of all lengths, and that is right
+for one length only. It is best in {best}; longer jumps fall short of the digit, and shorter ones do not add up to a
+path: more steps make it worse, not better. Where its one length fits it may even lead, since it need be right nowhere
+else. IMM with the second time is right at every length: one jump lands on a digit, and more steps do not hurt.
 """
 
 

@@ -48,7 +48,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _overrides(args: argparse.Namespace) -> list[str]:
     """What the flags and the key=value words of `sample` and `evaluate` set."""
-    wrong = [word for word in args.words if "=" not in word]
+    wrong = [word for word in args.words if not configs.is_override(word)]
     if wrong:
         raise UserError(f"{wrong[0]!r} is not an override (key=value)")
     flags = {
@@ -100,11 +100,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     from imm_scale.evaluation import command
 
     # Flags with several words, and argparse where a flag stands first, take words that are meant for others.
-    gallery = tuple(word for word in args.gallery or () if "=" not in word)
-    words = [args.source, *(args.search or ()), *(args.gallery or ()), *args.words]
-    settings = [word for word in words if word is not None and "=" in word]
+    gallery = tuple(word for word in args.gallery or () if not configs.is_override(word))
+    given = [args.source, *(args.search or ()), *(args.gallery or ()), *args.words]
+    words = [word for word in given if word is not None]
+    settings = [word for word in words if configs.is_override(word)]
     search = tuple(word for word in settings if args.search and word.partition("=")[0] in ("guidance", "steps"))
-    bare = [word for word in words if word is not None and "=" not in word and word not in gallery]
+    bare = [word for word in words if word not in settings and word not in gallery]
     source = bare[0] if bare else None
     args.words = [word for word in settings if word not in search] + bare[1:]
     asked = command.Words(

@@ -160,10 +160,16 @@ def load(files: Sequence[str] = (), overrides: Sequence[str] = ()) -> Loaded:
     return Loaded(config, origins)
 
 
+def is_override(word: str) -> bool:
+    """Whether a word is key=value: a path may hold = too, behind a slash."""
+    key, equals, _ = word.partition("=")
+    return bool(equals) and "/" not in key
+
+
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """(config files, key=value overrides, other words) of a command line."""
     files = [word for word in words if word.endswith((".yaml", ".yml"))]
-    overrides = [word for word in words if word not in files and "=" in word]
+    overrides = [word for word in words if word not in files and is_override(word)]
     return files, overrides, [word for word in words if word not in files and word not in overrides]
 
 

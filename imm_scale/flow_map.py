@@ -104,10 +104,9 @@ class ConditionalNet(nn.Module):
         dropout_key: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Both branches of IMM, the second without gradient. A sharded net overrides this to gather weights once."""
-        out_t = self(x_t, c_noise_t, second_t, label, dropout_key)
         with torch.no_grad():
             out_r = self(x_r, c_noise_r, second_r, label, dropout_key)
-        return out_t, out_r
+        return self(x_t, c_noise_t, second_t, label, dropout_key), out_r
 
 
 def per_sample(values_G: Tensor, x: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def trained(digits: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a tiny run of two steps, for tests that only read it."""
-    run_dir = str(tmp_path_factory.mktemp("trained") / "run")
+    run_dir = str(tmp_path_factory.mktemp("trained") / "k=11-seed0")  # as cells of sweeps are called
     ranks.train(1, *TINY, f"data.manifest={digits}", f"run.dir={run_dir}", "train.max_steps=2")
     return run_dir
 

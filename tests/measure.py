@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import inspect
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,9 @@ import torch
 if TYPE_CHECKING:
     from imm_scale.build import ModelSpec
     from imm_scale.schema import Config
+
+
+_LET_GO = 0.001  # seconds in which a thread of gloo drops what it holds
 
 
 @contextlib.contextmanager
@@ -25,10 +29,18 @@ def collectives() -> Iterator[Counter[str]]:
         signature = inspect.signature(function)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            tensor = signature.bind(*args, **kwargs).arguments[whole]
+            bound = signature.bind(*args, **kwargs)
+            tensor = bound.arguments[whole]
             tensors = tensor if isinstance(tensor, list) else [tensor]
             sent[name] += sum(t.numel() * t.element_size() for t in tensors)
-            return function(*args, **kwargs)
+            # What gloo copies through must be freed by this thread: `Allocations` sees no other. So its own goes first.
+            asked = bound.arguments.get("async_op", False)
+            bound.arguments["async_op"] = True
+            work = function(*bound.args, **bound.kwargs)
+            if work is not None:
+                work.wait()
+                time.sleep(_LET_GO)
+            return work if asked else None
 
         return call
 

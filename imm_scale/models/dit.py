@@ -173,17 +173,21 @@ class DiT(ConditionalNet):
         label: Tensor,
         dropout_key: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Both branches block by block, the second without gradient: sharded weights are gathered once for both."""
-        condition_t, x_t = self._condition(c_noise_t, second_t, label), self._tokens(x_t)
+        """Both branches block by block, the second without gradient: sharded weights are gathered once for both.
+
+        The branch without gradient goes first: DeepSpeed's hooks take a module's last call for the one that comes back
+        in the backward pass, and let go of its gathered weights then. After the other order they keep all to its end.
+        """
         with torch.no_grad():
             condition_r, x_r = self._condition(c_noise_r, second_r, label), self._tokens(x_r)
+        condition_t, x_t = self._condition(c_noise_t, second_t, label), self._tokens(x_t)
         for index in range(len(self.blocks)):
-            x_t = self._block(index, x_t, condition_t, dropout_key)
             with torch.no_grad():
                 x_r = self._block(index, x_r, condition_r, dropout_key)
-        out_t = self._image(self.final_layer(x_t, condition_t))
+            x_t = self._block(index, x_t, condition_t, dropout_key)
         with torch.no_grad():
-            return out_t, self._image(self.final_layer(x_r, condition_r))
+            out_r = self._image(self.final_layer(x_r, condition_r))
+        return self._image(self.final_layer(x_t, condition_t)), out_r
 
 
 def build(size: str, **overrides: Any) -> DiT:

@@ -238,7 +238,7 @@ def _moments(s: Setting, p: Parameters) -> Iterator[Memory]:
         _gradients_after(s, p),
         0.0,
         0.0,
-        lasting + (_flattened(s, p) if s.world_size > 1 else 0.0),
+        lasting + (_flattened(s, p) if s.world_size > 1 or s.stage == 0 else 0.0),  # stage 0 flattens for itself too
     )
     yield at("optimizer step", _step(s, p), 0.0, 0.0, 0.0)
 
