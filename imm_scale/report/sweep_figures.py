@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from imm_scale.report.page import COLOURS, axes, svg
 from imm_scale.sampling.outputs import image_grid
@@ -29,6 +30,10 @@ def _log_axes(figure: Figure, x: str, y: str) -> Any:
     plot = axes(figure, 1, 1, 1)
     plot.set_xscale("log")
     plot.set_yscale("log")
+    for axis in (plot.xaxis, plot.yaxis):  # matplotlib's own run into one another within a decade
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_locator(NullLocator())
     plot.set_xlabel(x)
     plot.set_ylabel(y)
     return plot

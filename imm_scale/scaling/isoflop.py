@@ -98,7 +98,7 @@ def _growth(budgets: Array, sizes_SK: Array) -> tuple[Array, Array]:
     """Slope and intercept of log N_opt against log C per row; nan where fewer than two minima exist."""
     slopes, intercepts = np.full(len(sizes_SK), np.nan), np.full(len(sizes_SK), np.nan)
     for row, sizes in enumerate(sizes_SK):
-        known = np.isfinite(sizes)
+        known = np.isfinite(sizes) & (sizes > 0)  # a steep parabola may reach sizes that are 0 in float64
         if known.sum() >= 2:
             slopes[row], intercepts[row] = np.polyfit(np.log(budgets[known]), np.log(sizes[known]), 1)
     return slopes, intercepts

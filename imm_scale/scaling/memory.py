@@ -202,7 +202,8 @@ def _casts(s: Setting, p: Parameters) -> float:
 # --- moments ---
 
 
-def _moments(s: Setting, p: Parameters) -> Iterator[Memory]:
+def moments(s: Setting, p: Parameters) -> Iterator[Memory]:
+    """What a rank holds at the points of a step where it may hold most, in their order."""
     held = _held(s, p)
     before, gathered = _gradients_before(s, p), _gathered_weights(s, p)
     lasting = 0.0 if s.stage == 3 else _buckets(s, p)  # `held` has those of stage 3
@@ -266,7 +267,7 @@ def _step(s: Setting, p: Parameters) -> float:
 
 def peak(s: Setting, p: Parameters) -> Memory:
     """The moment of a step when a rank holds most."""
-    return max(_moments(s, p), key=lambda memory: memory.total)
+    return max(moments(s, p), key=lambda memory: memory.total)
 
 
 def between_steps(s: Setting, p: Parameters) -> Memory:

@@ -172,8 +172,8 @@ def test_the_gallery_shows_one_noise_and_the_nearest_digits(flow, trained, digit
         "run at step 240, 1 step",
         "run at step 240, 4 steps",
         "run at step 2, 4 steps",
-        "run at step 2, 1 step",
-        "run at step 2, 4 steps",
+        "k=11-seed0 at step 2, 1 step",
+        "k=11-seed0 at step 2, 4 steps",
     ]
     assert len(document["nearest"]) == 10
     # The nearest of the first sample among all digits, as stock webdataset reads them.
