@@ -1,7 +1,6 @@
 """The batches of one rank, step after step, read ahead in the background."""
 
 import itertools
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -30,7 +29,6 @@ _BATCHES_AHEAD = 2
 _REMOTE_THREADS = 16  # a remote store answers late, but many at once
 _LOCAL_THREADS = min(2, max(1, (os.cpu_count() or 1) - 1))  # a file costs work, not waiting: leave the batch its core
 _LEAST_BLOCKS_AHEAD = 16
-_PIECE = 1 << 17  # stored values finished at once on CPU: between the window and the batch they stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -170,16 +168,14 @@ class Loader:
         )
         self.memory_bound_bytes = self._window.bound_bytes(threads) + self._batch_bytes()
         self._x_shape = (layout.slots * layout.particles, *self.manifest.latent_shape)
-        stored_shape = self.manifest.stored_shape
-        self._piece = max(1, _PIECE // math.prod(stored_shape))
-        self._scratch = torch.empty(self._piece, *stored_shape, dtype=torch.float16)
         self._x_memory = Recycler(self._x_shape, np.float32)
-        self._stored_memory = Recycler((len(self._positions), *stored_shape), np.float16)
+        self._stored_shape = (len(self._positions), *self.manifest.stored_shape)
+        self._stored_memory = Recycler(self._stored_shape, np.float16)
         self.data_seconds = 0.0
+        gathered = map(self._gather, self._located(first_step))
         # A GPU draws and normalizes in the consumer's stream; on CPU that is done ahead, in the background.
-        ready = self._finish_here if self._device.type == "cpu" else self._gather
         self._prefetcher: Prefetcher[Batch | _Stored] = Prefetcher(
-            map(ready, self._located(first_step)), _BATCHES_AHEAD
+            map(self._finish, gathered) if self._device.type == "cpu" else gathered, _BATCHES_AHEAD
         )
 
     @property
@@ -215,7 +211,7 @@ class Loader:
     def __next__(self) -> Batch:
         began = time.perf_counter()
         item = next(self._prefetcher)
-        batch = item if isinstance(item, Batch) else self._finish_on_device(item)
+        batch = item if isinstance(item, Batch) else self._finish(item)
         self.data_seconds += time.perf_counter() - began
         return batch
 
@@ -246,54 +242,42 @@ class Loader:
                 rows, label = self._window.locate(begin + k, indices[:, k], variant)
                 yield _Located(images_seen, rows, None if self._mirrors_latents else mirrored, label)
 
-    def _take(self, located: _Located, part: slice, out: Tensor) -> None:
-        """Samples as stored, mirrored where that is done here."""
-        self._window.take(located.rows[part], out)
-        if located.mirrored is not None:
-            mirrored = located.mirrored[part]
-            out[mirrored] = out[mirrored].flip(-1)
-
     def _gather(self, located: _Located) -> _Stored:
-        """In memory from which a device can fetch it."""
+        """Samples as stored, mirrored where that is done here, in memory from which the device can fetch them."""
+        latents, label = self._new_stored(), located.label
+        self._window.take(located.rows, latents)
+        if located.mirrored is not None:
+            latents[located.mirrored] = latents[located.mirrored].flip(-1)
         if self._device.type == "cuda":
-            shape = (len(located.rows), *self.manifest.stored_shape)
-            latents = torch.empty(shape, dtype=torch.float16, pin_memory=True)
-        else:
-            latents = self._stored_memory.take()
-        self._take(located, slice(None), latents)
-        label = located.label.pin_memory() if self._device.type == "cuda" else located.label
+            label = label.pin_memory()
         return _Stored(located.images_seen, latents, label)
 
-    def _finish_here(self, located: _Located) -> Batch:
-        """A few samples at a time."""
-        x = self._x_memory.take()
-        ordinal = self._ordinals(located.images_seen)
-        for begin in range(0, len(ordinal), self._piece):
-            part = slice(begin, begin + self._piece)
-            latents = self._scratch[: len(ordinal[part])]
-            self._take(located, part, latents)
-            self._finish(x[part][: len(latents)], latents, ordinal[part])
-        return self._batch(located.images_seen, x, located.label, ordinal)
-
-    def _finish_on_device(self, stored: _Stored) -> Batch:
-        latents = stored.latents.to(self._device, non_blocking=True)
+    def _finish(self, stored: _Stored) -> Batch:
+        """Draws and normalizes on the device, and pads to the layout's slots."""
+        slots, particles = self._layout.slots, self._layout.particles
         ordinal = self._ordinals(stored.images_seen).to(self._device)
-        x = torch.empty(self._x_shape, device=self._device)
-        self._finish(x[: len(latents)], latents, ordinal)
-        return self._batch(stored.images_seen, x, stored.label.to(self._device, non_blocking=True), ordinal)
-
-    def _finish(self, x: Tensor, latents: Tensor, ordinal: Tensor) -> None:
-        """Draws and normalizes into `x`."""
+        latents = stored.latents.to(self._device, non_blocking=True)
         codec = self.manifest.codec
         raw = codecs.draw_raw(latents, codec.kind, self._seed, "posterior", ordinal)
-        codecs.normalize_into(x, raw, codec.mean, codec.std, self._sigma_data)
+        x = self._new_x()
+        codecs.normalize_into(x[: len(raw)], raw, codec.mean, codec.std, self._sigma_data)
+        x[len(raw) :].zero_()
+        weight = torch.zeros(slots, device=self._device)
+        weight[: len(raw) // particles] = 1.0
+        label = stored.label.to(self._device, non_blocking=True)
+        return Batch(stored.images_seen, x, _pad(label, len(x)), _pad(ordinal, len(x)), weight)
 
-    def _batch(self, images_seen: int, x: Tensor, label: Tensor, ordinal: Tensor) -> Batch:
-        """Padded to the layout's slots."""
-        x[len(label) :].zero_()
-        weight = torch.zeros(self._layout.slots, device=self._device)
-        weight[: len(label) // self._layout.particles] = 1.0
-        return Batch(images_seen, x, _pad(label, len(x)), _pad(ordinal, len(x)), weight)
+    def _new_stored(self) -> Tensor:
+        """Memory for samples as stored; torch keeps pinned memory for later use itself."""
+        if self._device.type == "cuda":
+            return torch.empty(self._stored_shape, dtype=torch.float16, pin_memory=True)
+        return self._stored_memory.take()
+
+    def _new_x(self) -> Tensor:
+        """Memory for a batch."""
+        if self._device.type == "cpu":
+            return self._x_memory.take()
+        return torch.empty(self._x_shape, device=self._device)
 
     def _ordinals(self, images_seen: int) -> Tensor:
         return images_seen + torch.from_numpy(self._positions)
