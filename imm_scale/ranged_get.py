@@ -2,18 +2,22 @@
 
 A general client of an object store spends more time on a request than the network does on half a megabyte: it resolves,
 serializes and signs it anew, in one event loop, and copies what comes. A URL signed once serves every range of its
-object, and each thread keeps a connection of its own.
+object, from any thread, over urllib3's kept connections.
 """
 
-import contextlib
-import http.client
 import os
-import ssl
-import threading
 import urllib.request
-from urllib.parse import SplitResult, urlsplit
+from functools import cache
+from http import HTTPStatus
+from urllib.parse import urlsplit
 
-_local = threading.local()
+import urllib3
+from urllib3.exceptions import HTTPError
+
+_CONNECTIONS = 64  # kept at most; more threads than that open others for a while
+_PIECE = 1 << 17  # bytes: larger ones would each be given fresh pages by the allocator, which cost more than the copy
+# A kept connection may have been closed meanwhile: once more then. All else is for who knows how often and how long.
+_RETRIES = urllib3.Retry(1, connect=0, read=1, redirect=0, status=0, other=0, respect_retry_after_header=False)
 
 
 class RefusedError(Exception):
@@ -40,68 +44,49 @@ def get_into(signed_url: str, start: int, buffer: memoryview, timeout: float) ->
         BusyError: 429 or 5xx.
         OSError: the connection failed or was cut.
     """
-    parts = urlsplit(signed_url)
+    headers = {"Range": f"bytes={start}-{start + len(buffer) - 1}"}
     try:
-        response = _answer(parts, start, start + len(buffer), timeout)
-        if response.status != http.client.PARTIAL_CONTENT or response.length is None:
-            return _other(response)
-        expected = min(response.length, len(buffer))
-        filled = 0
-        while filled < expected and (count := response.readinto(buffer[filled:expected])):
-            filled += count
-    except (RefusedError, BusyError):
-        _close(parts)
-        raise
-    except (OSError, http.client.HTTPException) as error:
-        _close(parts)
-        raise ConnectionError(type(error).__name__) from None
+        response = _pool(os.getpid()).request(
+            "GET", signed_url, headers=headers, timeout=timeout, redirect=False, preload_content=False
+        )
+        try:
+            return _fill(response, buffer)
+        finally:
+            response.close()  # gives a connection back whose answer was read to its end, and ends any other
+    except HTTPError as error:
+        raise ConnectionError(type(_cause(error)).__name__) from None
+
+
+@cache
+def _pool(process: int) -> urllib3.PoolManager:
+    """The connections of a process: those of its parent are not to be shared."""
+    return urllib3.PoolManager(maxsize=_CONNECTIONS, retries=_RETRIES, ca_certs=os.environ.get("AWS_CA_BUNDLE"))
+
+
+def _fill(response: urllib3.BaseHTTPResponse, buffer: memoryview) -> int:
+    if response.status != HTTPStatus.PARTIAL_CONTENT or response.length_remaining is None:
+        return _other(response)
+    expected = min(response.length_remaining, len(buffer))
+    filled = 0
+    while filled < expected and (piece := response.read(min(_PIECE, expected - filled), decode_content=False)):
+        buffer[filled : filled + len(piece)] = piece
+        filled += len(piece)
     if filled < expected:
-        _close(parts)
         raise ConnectionError("the answer was cut short")
     return filled
 
 
-def _other(response: http.client.HTTPResponse) -> int:
+def _other(response: urllib3.BaseHTTPResponse) -> int:
     """What an answer without a range means."""
-    if response.status == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+    if response.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
         response.read()  # so that the connection can be used again
         return 0  # the object ends before it
-    if response.status == http.client.TOO_MANY_REQUESTS or response.status >= 500:
+    if response.status == HTTPStatus.TOO_MANY_REQUESTS or response.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         raise BusyError(f"HTTP status {response.status}")
     raise RefusedError(f"HTTP status {response.status}")
 
 
-def _answer(parts: SplitResult, start: int, stop: int, timeout: float) -> http.client.HTTPResponse:
-    """The head of the answer. A kept connection that the server has closed meanwhile is opened anew, once."""
-    kept = _connections().get((parts.scheme, parts.netloc))
-    target, headers = f"{parts.path}?{parts.query}", {"Range": f"bytes={start}-{stop - 1}"}
-    if kept is not None:
-        with contextlib.suppress(ConnectionError, http.client.CannotSendRequest):
-            kept.request("GET", target, headers=headers)
-            return kept.getresponse()
-        _close(parts)
-    connection = _connect(parts, timeout)
-    _connections()[parts.scheme, parts.netloc] = connection
-    connection.request("GET", target, headers=headers)
-    return connection.getresponse()
-
-
-def _connect(parts: SplitResult, timeout: float) -> http.client.HTTPConnection:
-    if parts.scheme == "https":
-        context = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE"))
-        return http.client.HTTPSConnection(parts.netloc, timeout=timeout, context=context)
-    return http.client.HTTPConnection(parts.netloc, timeout=timeout)
-
-
-def _connections() -> dict[tuple[str, str], http.client.HTTPConnection]:
-    """This thread's own."""
-    if not hasattr(_local, "connections"):
-        _local.connections = {}
-    found: dict[tuple[str, str], http.client.HTTPConnection] = _local.connections
-    return found
-
-
-def _close(parts: SplitResult) -> None:
-    connection = _connections().pop((parts.scheme, parts.netloc), None)
-    if connection is not None:
-        connection.close()
+def _cause(error: HTTPError) -> BaseException:
+    """What lies below urllib3's own errors, which name the URL."""
+    reason: object = getattr(error, "reason", None) or error.__cause__
+    return _cause(reason) if isinstance(reason, HTTPError) else reason if isinstance(reason, BaseException) else error

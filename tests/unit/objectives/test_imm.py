@@ -20,7 +20,7 @@ from tests.unit.objectives.small import BASE, COSINE, OT, SIGMA_D, Net, batch, c
 
 def loss_reference(net, calls, x, m, parameterization, kernel, a, b):
     """Equation 67 for `ot_fm`, a group and a pair at a time, from the times and inputs the net was called with."""
-    (in_t, c_t, second, label, _), (in_r, c_r, _, _, _) = calls
+    (in_r, c_r, _, _, _), (in_t, c_t, second, label, _) = calls
     losses = []
     for g in range(len(c_t)):
         t, r, s = (float(v[g]) / 1000 for v in (c_t, c_r, second))
@@ -67,12 +67,12 @@ def test_loss_is_equation_67(kernel, parameterization):
     x, label, ordinal = batch(objective, 7)
     got = objective(f, x, label, ordinal, seed=3)
     assert len(net.calls) == 2
-    assert 0 < (net.calls[1][1] == net.calls[1][2]).sum() < 7, "some groups have the exact target r = s, some have not"
+    assert 0 < (net.calls[0][1] == net.calls[0][2]).sum() < 7, "some groups have the exact target r = s, some have not"
     expected = loss_reference(net, net.calls[:2], x, 3, parameterization, kernel, 2.0, 5.0)
     # The reference sums terms of order 1 that cancel: 1e-15 each, times a weight up to 10.
     np.testing.assert_allclose(got.loss_G.detach().numpy(), expected, rtol=1e-9, atol=1e-12)
     assert got.loss_G.dtype == torch.float64
-    np.testing.assert_allclose(got.t_G.numpy(), net.calls[0][1].numpy() / 1000, rtol=1e-12)
+    np.testing.assert_allclose(got.t_G.numpy(), net.calls[1][1].numpy() / 1000, rtol=1e-12)
 
 
 @pytest.mark.parametrize("interp", [OT, COSINE], ids=lambda i: i.name)
@@ -83,7 +83,7 @@ def test_both_branches_see_the_same_noise_the_same_labels_and_their_own_times(in
     objective = replace(BASE, k=8)
     x, label, ordinal = batch(objective, 12)
     objective(f, x, label, ordinal, seed=1)
-    (in_t, c_t, second_t, label_t, _), (in_r, c_r, second_r, label_r, _) = net.calls
+    (in_r, c_r, second_r, label_r, _), (in_t, c_t, second_t, label_t, _) = net.calls
     t, r = c_t / 1000, c_r / 1000
     s, s_of_r = (second_t / 1000, second_r / 1000)
     if second_time == "t_minus_s":
@@ -114,8 +114,8 @@ def test_noise_is_normal_with_standard_deviation_sigma_d_and_differs_between_sam
     objective = replace(BASE, particles=2)
     x, label, ordinal = batch(objective, 500, shape=(40,))
     objective(flow_map_of(net), 0 * x, label, ordinal, seed=1)
-    t = (net.calls[0][1] / 1000).repeat_interleave(2)[:, None]
-    eps = SIGMA_D * OT.norm(t) * net.calls[0][0] / t
+    t = (net.calls[1][1] / 1000).repeat_interleave(2)[:, None]
+    eps = SIGMA_D * OT.norm(t) * net.calls[1][0] / t
     # 40,000 draws at 4.5 standard errors
     assert abs(eps.mean().item()) < 4.5 * 0.5 / 200
     assert abs(eps.std().item() - 0.5) < 4.5 * 0.5 / math.sqrt(80_000)
@@ -255,7 +255,7 @@ def test_one_particle_and_the_energy_kernel_is_consistency_training(kind, parame
     x, label, ordinal = batch(objective, 20)
     got, t = objective(f, x, label, ordinal, seed=0)
     s, r, _ = objective.draw_times(f, ordinal, seed=0)
-    (in_t, *_), (in_r, *_) = net.calls
+    (in_r, *_), (in_t, *_) = net.calls
     if kind is ConsistencyTraining:
         assert (s == 0.006).all()
         assert (r < t).all()
@@ -294,8 +294,8 @@ def test_the_moment_matching_objective_compares_one_jump_from_noise_with_the_dat
     x, label, ordinal = batch(objective, 6)
     got, t = objective(f, x, label, ordinal, seed=0)
     assert (t == 1.0).all()
-    eps = SIGMA_D * net.calls[0][0]  # c_in = 1 / sigma_d at t = 1
-    jumped = -SIGMA_D * net(net.calls[0][0], 1000 * t, 0 * t, label)  # c_skip = 0, c_out = -sigma_d
+    eps = SIGMA_D * net.calls[1][0]  # c_in = 1 / sigma_d at t = 1
+    jumped = -SIGMA_D * net(net.calls[1][0], 1000 * t, 0 * t, label)  # c_skip = 0, c_out = -sigma_d
     assert eps.std().item() == pytest.approx(SIGMA_D, rel=0.2)
     means = [y.view(6, 4, -1).mean(1) for y in (jumped, x)]
     weight = 1.0 if interp is OT else math.pi / 2

@@ -92,8 +92,8 @@ def test_the_target_branch_passes_no_gradient_on():
     x, label, ordinal = batch(objective, 6)
     (gradient,) = torch.autograd.grad(objective(f, x, label, ordinal, seed=2).loss_G.mean(), net.w)
     s, r, t = objective.draw_times(f, torch.arange(6), seed=2)
-    norms = [OT.norm(u.repeat_interleave(4)).view(-1, 1, 1, 1) for u in (t, r)]
-    x_t, x_r = (call[0] * SIGMA_D * norm for call, norm in zip(net.calls, norms, strict=True))
+    norms = [OT.norm(u.repeat_interleave(4)).view(-1, 1, 1, 1) for u in (r, t)]
+    x_r, x_t = (call[0] * SIGMA_D * norm for call, norm in zip(net.calls, norms, strict=True))
     y_t, y_r = f(x_t, s, t, label), f(x_r, s, r, label)
     (fixed,) = torch.autograd.grad(objective.discrepancy(f, y_t, y_r.detach(), s, t).mean(), net.w, retain_graph=True)
     (free,) = torch.autograd.grad(objective.discrepancy(f, y_t, y_r, s, t).mean(), net.w)
