@@ -76,11 +76,14 @@ def ours(manifest: str, device: str = "cpu") -> Iterator[int]:
             yield len(batch.x)
 
 
+def tars_of(url: str) -> list[str]:
+    return [f"{url}/{name}" for name in storage.list_names(url) if name.endswith(".tar")]
+
+
 def stock(url: str, decode: bool) -> Iterator[int]:
     """Stock webdataset over the same tars, batched: decoded and stacked to a tensor, or lists of bytes."""
     wds.gopen_schemes["s3"] = lambda url, mode="rb", bufsize=8192: fsspec.filesystem("s3").open(url, mode)
-    tars = [f"{url}/{name}" for name in storage.list_names(url) if name.endswith(".tar")]
-    data = wds.WebDataset(tars, shardshuffle=False)
+    data = wds.WebDataset(tars_of(url), shardshuffle=False)
     if decode:
         for batch in data.decode().to_tuple("latent.npy", "cls").batched(BATCH):
             yield len(torch.as_tensor(np.asarray(batch[0])))
@@ -90,7 +93,7 @@ def stock(url: str, decode: bool) -> Iterator[int]:
 
 
 def sequential(folder: str) -> Iterator[int]:
-    for path in sorted(Path(folder).glob("*.tar")):
+    for path in tars_of(folder):
         with open(path, "rb", buffering=0) as file:
             while file.read(8 << 20):
                 pass
@@ -99,7 +102,7 @@ def sequential(folder: str) -> Iterator[int]:
 
 def ranged(url: str) -> Iterator[int]:
     """The same tars in ranges of 4 MiB, 16 at once, thrown away: what the server gives on these cores."""
-    tars = [f"{url}/{name}" for name in storage.list_names(url) if name.endswith(".tar")]
+    tars = tars_of(url)
     ranges = [(tar, start) for tar in tars for start in range(0, storage.size(tar), 4 << 20)]
     with ThreadPoolExecutor(16) as pool:
         for _ in pool.map(lambda one: storage.read_into(*one, memoryview(bytearray(4 << 20))), ranges):

@@ -5,7 +5,6 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -33,12 +32,6 @@ class Visit(NamedTuple):
     first: int
     last: int
     block: int
-
-
-@dataclass
-class _Held:
-    slot: int
-    last: int
 
 
 class _Arrival(NamedTuple):
@@ -81,7 +74,7 @@ class Window:
         self._labels = np.empty(shape[:2], np.int64)
         self._flat = self._latents.reshape(-1, *shape[3:])
         self._free = deque(range(slots))
-        self._held: dict[int, _Held] = {}
+        self._last_use: dict[int, int] = {}  # of each block held: the last step that needs it
         self._slot_of = np.full(len(table.start), -1)
         self._arriving: deque[_Arrival] = deque()
         self._next = next(visits)
@@ -124,21 +117,23 @@ class Window:
         self._flat.take(rows, axis=0, out=out.numpy(), mode="clip")  # other modes copy once more
 
     def _release(self, step: int) -> None:
-        for block in [block for block, held in self._held.items() if held.last < step]:
-            self._free.append(self._held.pop(block).slot)
+        for block in [block for block, last in self._last_use.items() if last < step]:
+            del self._last_use[block]
+            self._free.append(int(self._slot_of[block]))
             self._slot_of[block] = -1
 
     def _fetch_ahead(self, until: int) -> None:
         """Starts reading the next visits while there are slots; neighbours in a shard are one read."""
         run: list[Target] = []
         needed = 0
-        while self._next.first <= until and (self._free or self._next.block in self._held):
+        while self._next.first <= until and (self._free or self._next.block in self._last_use):
             visit, self._next = self._next, next(self._visits)
-            if visit.block in self._held:  # as the next epoch comes back to it: it simply stays
-                self._held[visit.block].last = visit.last
+            held = visit.block in self._last_use
+            self._last_use[visit.block] = visit.last
+            if held:  # as the next epoch comes back to it: it simply stays
                 continue
             slot, size = self._free.popleft(), int(self._table.size[visit.block])
-            self._held[visit.block], self._slot_of[visit.block] = _Held(slot, visit.last), slot
+            self._slot_of[visit.block] = slot
             target = Target(visit.block, self._latents[slot, :size], self._labels[slot, :size])
             if run and not self._follows(run, target):
                 self._start(run, needed)
