@@ -30,8 +30,9 @@ def _log_axes(figure: Figure, x: str, y: str) -> Any:
     plot = axes(figure, 1, 1, 1)
     plot.set_xscale("log")
     plot.set_yscale("log")
-    for axis in (plot.xaxis, plot.yaxis):  # matplotlib's own run into one another within a decade
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    # matplotlib's own labels run into one another within a decade; upwards there is room for more than sideways
+    for axis, labelled in ((plot.xaxis, (1, 2, 5)), (plot.yaxis, (1, 1.5, 2, 3, 5, 7))):
+        axis.set_major_locator(LogLocator(subs=labelled))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_locator(NullLocator())
     plot.set_xlabel(x)
