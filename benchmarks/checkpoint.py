@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 
 from data_tools import encode, pack
-from imm_scale import build, distributed
+from imm_scale import build
 from imm_scale import config as configs
-from imm_scale.training.ema import ShardedEma
-from imm_scale.training.engine import Engine
+from imm_scale.checkpoint.async_saver import Saver
+from imm_scale.parallel import world
+from imm_scale.parallel.deepspeed_engine import Engine
+from imm_scale.parallel.ema import ShardedEma
+from imm_scale.preflight import plan
 from imm_scale.training.run_log import RunLog
-from imm_scale.training.saver import Saver
-from imm_scale.training.setup import plan
 
 
 def _manifest(folder: str) -> str:
@@ -40,14 +41,14 @@ class Run:
     """A run that steps on random images and saves in either way."""
 
     def __init__(self, folder: str, width: int, depth: int, stage: int):
-        self.world = distributed.detect()
-        distributed.init(self.world)
+        self.world = world.detect()
+        world.init(self.world)
         shared = [folder]
         if self.world.size > 1:
             dist.broadcast_object_list(shared)
         self.folder = Path(shared[0])
         manifest = _manifest(str(self.folder)) if self.world.is_main else f"{self.folder}/latents/manifest.json"
-        distributed.barrier()
+        world.barrier()
         batch = 16 * self.world.size
         words = [f"model.width={width}", f"model.depth={depth}", "model.heads=4", f"zero.stage={stage}"]
         words += [f"train.global_batch_size={batch}", "train.micro_batch_size=16", "wandb.mode=disabled"]
@@ -63,7 +64,7 @@ class Run:
         self.steps, self.held = 0, 0.0
         self._wait_for_copy, self.engine.before_update = self.engine.before_update, self._hold
         parameters = torch.tensor(sum(shard.numel for shard in self.engine.master_shards()))
-        self.state_bytes = 16 * int(distributed.all_sum(parameters))
+        self.state_bytes = 16 * int(world.all_sum(parameters))
 
     def step(self) -> None:
         from imm_scale.data.loader import Batch
@@ -86,7 +87,7 @@ class Run:
 
 
 def _seconds(action: Callable[[], None]) -> float:
-    distributed.barrier()
+    world.barrier()
     began = time.perf_counter()
     action()
     return time.perf_counter() - began
@@ -135,7 +136,7 @@ def main() -> None:
             print(f"bytes written / state         {_bytes(newest) / run.state_bytes:.3f}")
             print(f"DeepSpeed's bytes / its state {peer_bytes / (run.state_bytes * 12 / 16):.3f}")
         run.engine.close()
-    distributed.shutdown()
+    world.shutdown()
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import webdataset as wds
 from imm_scale import storage
 from imm_scale.data.loader import Loader
 from imm_scale.data.manifest import Codec, Manifest
-from imm_scale.data.plan import Layout
+from imm_scale.data.sample_order import Layout
 from imm_scale.data.shards import write_shard
 
 SHAPE, BATCH, SHARD, EPOCHS = (8, 32, 32), 256, 1024, 1

@@ -7,7 +7,7 @@ import argparse
 
 import numpy as np
 
-from imm_scale.data import plan, quality
+from imm_scale.data import mixing, sample_order
 
 SAMPLES, SHARDS = 1_281_167, 92
 
@@ -18,18 +18,18 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=32)
     args = parser.parse_args()
     shards = [len(part) for part in np.array_split(np.empty(SAMPLES), SHARDS)]
-    table = plan.block_table(shards, args.block)
-    first, second = (plan.epoch_order(shards, args.block, 0, epoch) for epoch in (0, 1))
+    table = sample_order.block_table(shards, args.block)
+    first, second = (sample_order.epoch_order(shards, args.block, 0, epoch) for epoch in (0, 1))
     for world in (8, 64, 1024):
-        amplification = quality.read_amplification(first, table, args.batch, world)
+        amplification = mixing.read_amplification(first, table, args.batch, world)
         print(f"{world:5d} ranks: {amplification:.4f} bytes fetched per byte used, in an epoch")
     shard_of = np.repeat(np.arange(SHARDS), shards)
     class_of = np.random.default_rng(0).integers(0, 1000, SAMPLES)
     for name, groups in (("shards", shard_of), ("classes", class_of)):
-        found = quality.mixture(first, args.batch, groups)
+        found = mixing.mixture(first, args.batch, groups)
         print(f"{name} in a batch: {found.groups:.1f}, full shuffle {found.groups_shuffled:.1f}")
     for window in (1, args.block):
-        again = quality.meeting_again(first, second, args.batch, window)
+        again = mixing.meeting_again(first, second, args.batch, window)
         print(f"samples that met within {window} steps meet again {again:.4f} times as often as under a full shuffle")
 
 

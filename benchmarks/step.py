@@ -12,11 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from imm_scale.flow_map import FlowMap
-from imm_scale.interpolant import OTFlowMatching
+from imm_scale.methods.flow_map import FlowMap
+from imm_scale.methods.imm import InductiveMomentMatching
+from imm_scale.methods.probability_path import OTFlowMatching
 from imm_scale.models.dit import DiT, size_config
-from imm_scale.objectives.imm import InductiveMomentMatching
-from imm_scale.scaling.cost import IMM_FORWARDS_PER_STEP, forward_multiply_adds
+from imm_scale.planner.flops import IMM_FORWARDS_PER_STEP, forward_multiply_adds
 
 SEED = 0
 

@@ -12,7 +12,7 @@ from PIL import Image
 from data_tools.common import run
 from data_tools.statistics import ChannelSums
 from imm_scale.data import codec as codecs
-from imm_scale.data import plan
+from imm_scale.data import sample_order
 from imm_scale.data.dataset import Dataset
 from imm_scale.errors import UserError
 
@@ -70,7 +70,7 @@ def _moments(dataset: Dataset) -> list[str]:
     codec = dataset.manifest.codec
     sums = ChannelSums.zero(codec.channels)
     norms: list[np.ndarray] = []
-    table = plan.block_table(dataset.shard_samples, _CHUNK)
+    table = sample_order.block_table(dataset.shard_samples, _CHUNK)
     for start, size in zip(table.start.tolist(), table.size.tolist(), strict=True):
         stored = dataset.read(start, start + size)
         sums = sums + ChannelSums.of(stored, codec.kind)

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from data_tools.common import read_json
-from imm_scale import distributed, storage
+from imm_scale import storage
 from imm_scale.errors import UserError
+from imm_scale.parallel import world as distributed
 
 TASKS_NAME = "tasks.json"
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from imm_scale import config as configs
 from imm_scale import storage
-from imm_scale.evaluation.files import read_evaluations
-from imm_scale.schema import Config
-from imm_scale.training import metrics
+from imm_scale.checkpoint import run_folder
+from imm_scale.config.schema import Config
+from imm_scale.evaluation.records import read_evaluations
 
 
 def run(*words: str) -> None:
@@ -34,7 +34,7 @@ def distances(run_dir: str) -> dict[int, dict[str, Any]]:
 def training_minutes(run_dir: str) -> float:
     """The steps' times of a run added up, without starts and stops."""
     seconds, before = 0.0, 0
-    for record in metrics.read_metrics(run_dir):
+    for record in run_folder.read_metrics(run_dir):
         seconds += record["step_seconds"] * (record["step"] - before)
         before = record["step"]
     return seconds / 60

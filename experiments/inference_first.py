@@ -22,13 +22,13 @@ from torch import Tensor
 
 from experiments import common
 from imm_scale.build import ModelSpec
+from imm_scale.checkpoint.export import load_flow_map
 from imm_scale.data import codec as codecs
 from imm_scale.data import dataset
-from imm_scale.evaluation.frechet import Moments, frechet_distance
-from imm_scale.flow_map import FlowMap
-from imm_scale.interpolant import OTFlowMatching, diffuse
-from imm_scale.sampling.samplers import starting_noise
-from imm_scale.weights import load_flow_map
+from imm_scale.evaluation.metrics.frechet import Moments, frechet_distance
+from imm_scale.methods.flow_map import FlowMap
+from imm_scale.methods.probability_path import OTFlowMatching, diffuse
+from imm_scale.methods.samplers import starting_noise
 
 SEED = 0
 START = 0.994  # where the jumps begin: the last time IMM is trained on

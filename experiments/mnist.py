@@ -20,10 +20,10 @@ import torch
 from matplotlib.figure import Figure
 
 from experiments import autoencoder, common
-from imm_scale import distributed
+from imm_scale.checkpoint.export import load_flow_map
 from imm_scale.data import codec as codecs
-from imm_scale.sampling.run import collect, plan_of
-from imm_scale.weights import load_flow_map
+from imm_scale.parallel import world
+from imm_scale.sampling.draw import collect, plan_of
 
 AUTOENCODER_STEPS = 1500
 RECIPES = {"imm": "configs/mnist_latents.yaml", "flow_matching": "configs/mnist_latents_flow_matching.yaml"}
@@ -87,7 +87,7 @@ def _strip(run_dir: str, steps: int, count: int = 10) -> np.ndarray:
     config = common.config_of(run_dir)
     spec, flow_map = load_flow_map(run_dir)
     plan = plan_of(config.sampling, spec, steps, count, seed=0)
-    z = collect(flow_map, spec, plan, distributed.World())
+    z = collect(flow_map, spec, plan, world.World())
     images = codecs.decode(z, spec.codec, codecs.open_codec(spec.codec, config.sampling.vae), spec.sigma_data)
     return torch.cat(list(images), dim=1).numpy()
 

@@ -6,17 +6,16 @@ from typing import Any
 
 import torch
 
-from imm_scale import interpolant
+from imm_scale.config.schema import Config
 from imm_scale.data.manifest import Codec, Manifest
 from imm_scale.errors import UserError
-from imm_scale.flow_map import FlowMap
+from imm_scale.methods import imm_times, probability_path
+from imm_scale.methods.base import Objective
+from imm_scale.methods.flow_map import FlowMap
+from imm_scale.methods.flow_matching import FlowMatching
+from imm_scale.methods.imm import InductiveMomentMatching
+from imm_scale.methods.special_cases import ConsistencyTraining, GenerativeMomentMatching
 from imm_scale.models.dit import DiT, DiTConfig, size_config
-from imm_scale.objectives import times
-from imm_scale.objectives.base import Objective
-from imm_scale.objectives.flow_matching import FlowMatching
-from imm_scale.objectives.imm import InductiveMomentMatching
-from imm_scale.objectives.special_cases import ConsistencyTraining, GenerativeMomentMatching
-from imm_scale.schema import Config
 
 SPEC_VERSION = 1
 
@@ -105,12 +104,12 @@ def net_config(config: Config, latent_shape: tuple[int, int, int], num_classes: 
 def resolved_t_max(config: Config) -> float:
     if config.objective.t_max is not None:
         return config.objective.t_max
-    return 1.0 if config.objective.name == "flow_matching" else times.T_MAX[config.flow_map.trajectory]
+    return 1.0 if config.objective.name == "flow_matching" else imm_times.T_MAX[config.flow_map.trajectory]
 
 
 def resolved_min_gap(config: Config) -> float:
     gap = config.objective.min_gap
-    return times.default_min_gap(config.precision) if gap is None else gap
+    return imm_times.default_min_gap(config.precision) if gap is None else gap
 
 
 def flow_map(spec: ModelSpec, seed: int = 0) -> FlowMap:
@@ -120,7 +119,7 @@ def flow_map(spec: ModelSpec, seed: int = 0) -> FlowMap:
         net = DiT(spec.net)
     return FlowMap(
         net,
-        interpolant.build(spec.trajectory),
+        probability_path.build(spec.trajectory),
         spec.parameterization,
         spec.second_time,
         spec.sigma_data,

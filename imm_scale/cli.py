@@ -11,9 +11,10 @@ import sys
 from collections.abc import Callable, Sequence
 
 from imm_scale import config as configs
-from imm_scale import distributed, storage
+from imm_scale import storage
 from imm_scale.errors import RunError, UserError
-from imm_scale.scaling import hardware
+from imm_scale.parallel import world as distributed
+from imm_scale.planner import hardware
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -22,10 +23,11 @@ EXIT_PREEMPTED = 75
 
 def _train(args: argparse.Namespace) -> int:
     loaded = configs.load_words(args.words)
-    from imm_scale.training import setup, trainer
+    from imm_scale import preflight
+    from imm_scale.training import trainer
 
     if args.dry_run:
-        print(setup.describe(loaded.config, args.world_size or distributed.detect().size))
+        print(preflight.describe(loaded.config, args.world_size or distributed.detect().size))
         return 0
     outcome = trainer.train(loaded.config)
     distributed.shutdown()
@@ -33,7 +35,8 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from imm_scale.scaling import page, plan
+    from imm_scale.planner import estimate as plan
+    from imm_scale.planner import text as page
 
     config = configs.load_words(args.words).config
     found = plan.estimate(config, args.nodes, args.gpus_per_node, args.gpu, args.link)
@@ -124,7 +127,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from imm_scale import weights
+    from imm_scale.checkpoint import export as weights
 
     weights.export(args.run, args.out, args.ema, format=args.format)
     print(args.out)
@@ -132,8 +135,8 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from imm_scale import weights
-    from imm_scale.released import mapping
+    from imm_scale.checkpoint import export as weights
+    from imm_scale.checkpoint.released import mapping
 
     weights.check_out(args.out, args.format)
     released = mapping.read(args.file, args.second_time, args.vae)

@@ -16,9 +16,10 @@ from typing import Literal
 
 import torch
 
-from imm_scale import distributed, storage
-from imm_scale.distributed import World
+from imm_scale import storage
 from imm_scale.errors import UserError
+from imm_scale.parallel import world as distributed
+from imm_scale.parallel.world import World
 
 Verdict = Literal["OK", "WARN", "FAIL"]
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from imm_scale import storage
 from imm_scale.errors import UserError
-from imm_scale.scaling import plan
-from imm_scale.scaling.sweep import Cell, Sweep
+from imm_scale.planner import estimate
+from imm_scale.sweeps.definition import Cell, Sweep
 from launchers import checks, slurm, snapshot, submissions
 from launchers.cluster import CHECKOUT, Cluster
 from launchers.script import Job, script
@@ -71,13 +71,13 @@ def activity(found: Sweep) -> dict[str, str]:
     return active
 
 
-def gpu_hours(cells: Sequence[Cell], nodes: int, gpus_per_node: int, gpu: str, link: str | None) -> plan.Range:
+def gpu_hours(cells: Sequence[Cell], nodes: int, gpus_per_node: int, gpu: str, link: str | None) -> estimate.Range:
     """GPU-hours of training all cells, each on so many nodes, by the planner.
 
     Raises:
         UserError: cells that do not fit in the GPU's memory, all of them named.
     """
-    estimates = {cell.name: plan.estimate(cell.config, nodes, gpus_per_node, gpu, link) for cell in cells}
+    estimates = {cell.name: estimate.estimate(cell.config, nodes, gpus_per_node, gpu, link) for cell in cells}
     large = [
         f"{name} ({(e.memory.total + e.memory.reserved) / 2**30:.1f} GiB)"
         for name, e in estimates.items()
@@ -89,4 +89,4 @@ def gpu_hours(cells: Sequence[Cell], nodes: int, gpus_per_node: int, gpu: str, l
             "smaller train.micro_batch_size (`imm-scale plan` says what helps)"
         )
     hours = [e.gpu_hours for e in estimates.values()]
-    return plan.Range(sum(h.low for h in hours), sum(h.high for h in hours))
+    return estimate.Range(sum(h.low for h in hours), sum(h.high for h in hours))

@@ -10,11 +10,12 @@ import sys
 import time
 from collections.abc import Sequence
 
-from imm_scale import cli, distributed
+from imm_scale import cli
+from imm_scale.checkpoint import run_folder
 from imm_scale.errors import UserError
-from imm_scale.scaling import results, sweep
-from imm_scale.scaling.sweep import Cell, Sweep
-from imm_scale.training import metrics
+from imm_scale.parallel import world
+from imm_scale.sweeps import definition, results
+from imm_scale.sweeps.definition import Cell, Sweep
 from launchers import snapshot
 
 
@@ -23,12 +24,12 @@ def run(found: Sweep, cell: Cell) -> int:
 
     Its state is written by rank 0: running, then finished, preempted, diverged (not measured then) or failed.
     """
-    main = distributed.detect().is_main
+    main = world.detect().is_main
     began, code = time.time(), snapshot.read().version
 
     def say(state: str, reason: str = "") -> None:
         if main:
-            here = {"host": distributed.hostname(), "pid": os.getpid(), "seconds": time.time() - began}
+            here = {"host": world.hostname(), "pid": os.getpid(), "seconds": time.time() - began}
             results.write_state(found.folder, cell.name, state, reason, code=code, **here)
 
     say("running")
@@ -44,12 +45,12 @@ def run(found: Sweep, cell: Cell) -> int:
 
 def _parts(found: Sweep, cell: Cell) -> tuple[str, str]:
     """(state, reason) after the last part that ran."""
-    exit_code = cli.main(["train", sweep.config_url(found.folder, cell.name), f"run.dir={cell.run_dir}"])
+    exit_code = cli.main(["train", definition.config_url(found.folder, cell.name), f"run.dir={cell.run_dir}"])
     if exit_code == cli.EXIT_PREEMPTED:
         return "preempted", "a signal asked the run to stop"
     if exit_code != 0:
-        return "failed", metrics.read_status(cell.run_dir).get("reason", "training was refused: see its log")
-    reason = results.divergence(metrics.read_metrics(cell.run_dir))
+        return "failed", run_folder.read_status(cell.run_dir).get("reason", "training was refused: see its log")
+    reason = results.divergence(run_folder.read_metrics(cell.run_dir))
     if reason:
         return "diverged", reason
     for part in ("evaluate", "sample"):
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--index", type=int, help="the cell's place in the sweep instead, for arrays")
     args = parser.parse_args(argv)
     try:
-        found = sweep.load(args.folder)
+        found = definition.load(args.folder)
         if (args.cell is None) == (args.index is None):
             raise UserError("give a cell by its name, or by --index, and not by both")
         if args.cell is None and not 0 <= args.index < len(found.cells):

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from imm_scale import storage
 from imm_scale.errors import UserError
-from imm_scale.scaling import results, sweep
-from imm_scale.scaling.sweep import Cell, Sweep
+from imm_scale.sweeps import definition, results
+from imm_scale.sweeps.definition import Cell, Sweep
 
-_PRELOAD = ["launchers.cell", "imm_scale.training.trainer", "imm_scale.evaluation.run", "imm_scale.sampling.run"]
+_PRELOAD = ["launchers.cell", "imm_scale.training.trainer", "imm_scale.evaluation.evaluator", "imm_scale.sampling.draw"]
 _POLL_SECONDS = 0.2
 
 
@@ -62,7 +62,7 @@ def _child(folder: str, name: str, slot: int, slots: int, log: str) -> None:
 
     with _locked(folder, name) as free:
         if free:
-            found = sweep.load(folder)
+            found = definition.load(folder)
             sys.exit(cells.run(found, found.cell(name)))
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from imm_scale import config as configs
 from imm_scale import storage
+from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
-from imm_scale.schema import Config
 from launchers import checks, slurm, snapshot, submissions, watch
 from launchers import cluster as clusters
 from launchers.cluster import CHECKOUT, Cluster
@@ -71,13 +71,13 @@ def _train(args: argparse.Namespace, cluster: Cluster) -> int:
 
 def _check_run(config: Config, job: Job, cluster: Cluster) -> None:
     """The manifest, and whether every rank gets a group, before hours in a queue."""
-    from imm_scale.training import setup
+    from imm_scale import preflight
 
-    setup.plan(config, checks.node_range(job.nodes)[1] * ranks_per_node(job, cluster))
+    preflight.plan(config, checks.node_range(job.nodes)[1] * ranks_per_node(job, cluster))
 
 
 def _complete(config: Config) -> bool:
-    from imm_scale.training.checkpoint import committed_steps
+    from imm_scale.checkpoint.format import committed_steps
 
     return max(committed_steps(config.run_dir), default=0) >= config.train.max_steps
 

@@ -165,12 +165,12 @@ class Run:
 
     def step(self) -> int:
         """The newest committed one, 0 if there is none."""
-        from imm_scale.training.checkpoint import committed_steps
+        from imm_scale.checkpoint.format import committed_steps
 
         return max(committed_steps(self.dir), default=0)
 
     def status(self) -> dict[str, Any]:
-        from imm_scale.training.metrics import read_status
+        from imm_scale.checkpoint.run_folder import read_status
 
         return read_status(self.dir)
 

@@ -17,9 +17,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from imm_scale.errors import UserError
-from imm_scale.scaling import results, sweep
-from imm_scale.scaling.results import Outcome
-from imm_scale.scaling.sweep import Cell, Sweep
+from imm_scale.sweeps import definition, results
+from imm_scale.sweeps.definition import Cell, Sweep
+from imm_scale.sweeps.results import Outcome
 from launchers import array, checks, local
 from launchers import cluster as clusters
 from launchers.script import Job, ranks_per_node
@@ -55,7 +55,7 @@ def plan_table(found: Sweep) -> str:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    found = sweep.load(args.sweep)
+    found = definition.load(args.sweep)
     print(plan_table(found))
     print(f"folder {found.folder}")
     hours = _gpu_hours(found.cells, args)
@@ -119,10 +119,10 @@ def _queue(found: Sweep, cells: Sequence[Cell], args: argparse.Namespace) -> int
 
 
 def _submit(args: argparse.Namespace) -> int:
-    found = sweep.load(args.sweep)
+    found = definition.load(args.sweep)
     if args.local is None:
         _check(found, args)
-    sweep.write(found)
+    definition.write(found)
     return _start(found, results.STARTED_BY_SUBMIT, args)
 
 
@@ -135,10 +135,10 @@ def _retry(args: argparse.Namespace) -> int:
 
 def _submitted(path: str) -> Sweep:
     """The sweep as its folder has it. Raises UserError if it was never submitted."""
-    found = sweep.load(path)
-    if not sweep.is_folder(found.folder):
+    found = definition.load(path)
+    if not definition.is_folder(found.folder):
         raise UserError(f"{found.folder} holds no sweep yet: submit {path} first")
-    return sweep.load(found.folder)
+    return definition.load(found.folder)
 
 
 # --- status, collect ---

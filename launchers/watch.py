@@ -13,8 +13,8 @@ from launchers.supervise import CANCEL
 
 def status(run_dir: str) -> str:
     """The job, the run and its starts in a few lines. Raises UserError."""
-    from imm_scale.training.checkpoint import committed_steps
-    from imm_scale.training.metrics import read_metrics, read_status
+    from imm_scale.checkpoint.format import committed_steps
+    from imm_scale.checkpoint.run_folder import read_metrics, read_status
 
     job = submissions.job_of(run_dir)
     run, history, state = read_status(run_dir), History.load(run_dir, str(job)), submissions.state_of(job)

@@ -12,7 +12,7 @@ import torch
 
 if TYPE_CHECKING:
     from imm_scale.build import ModelSpec
-    from imm_scale.schema import Config
+    from imm_scale.config.schema import Config
 
 
 _LET_GO = 0.001  # seconds in which a thread of gloo drops what it holds
@@ -106,12 +106,12 @@ def engines(cases: list[list[str]]) -> list[dict[str, Any]]:
     One process may serve several: DeepSpeed remembers autocast, so 16-bit cases keep to themselves.
     """
     with collectives() as sent:  # before DeepSpeed takes the functions for its own
-        from imm_scale import distributed
-        from imm_scale.training import engine
+        from imm_scale.parallel import deepspeed_engine as engine
+        from imm_scale.parallel import world
 
         # As on GPUs, and other than what training takes on CPU: torch's plain AdamW makes copies of what it steps.
         engine._optimizer = lambda config, parameters: torch.optim.AdamW(parameters, lr=0.0, fused=True)
-        distributed.init(distributed.detect())
+        world.init(world.detect())
         return [_engine(words, sent) for words in cases]
 
 
@@ -120,18 +120,19 @@ def _engine(words: list[str], sent: Counter[str]) -> dict[str, Any]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from imm_scale import build, distributed
+    from imm_scale import build
     from imm_scale import config as configs
     from imm_scale.data.loader import Batch
-    from imm_scale.data.plan import Layout
-    from imm_scale.training.ema import ShardedEma
-    from imm_scale.training.engine import Engine
+    from imm_scale.data.sample_order import Layout
+    from imm_scale.parallel import world
+    from imm_scale.parallel.deepspeed_engine import Engine
+    from imm_scale.parallel.ema import ShardedEma
 
     config = configs.load([], [*LATENTS, *words]).config
     layout = Layout(
         config.train.global_batch_size,
         config.objective.particles,
-        distributed.detect().size,
+        world.detect().size,
         config.train.micro_batch_size,
     )
     samples = layout.slots_per_micro_batch * layout.particles

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from imm_scale import storage
 from imm_scale.data import codec as codecs
-from imm_scale.data import plan
+from imm_scale.data import sample_order
 from imm_scale.data.manifest import Manifest, ShardInfo
 from imm_scale.data.shards import ShardReader, open_shard
 
@@ -101,7 +101,7 @@ def read_indexed(
         UserError: a shard that is short or damaged.
     """
     codec = dataset.manifest.codec
-    table = plan.block_table(dataset.shard_samples, chunk_samples)
+    table = sample_order.block_table(dataset.shard_samples, chunk_samples)
     for start, size in list(zip(table.start.tolist(), table.size.tolist(), strict=True))[part::parts]:
         stored = torch.from_numpy(dataset.read(start, start + size))
         index = torch.arange(start, start + size)

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from imm_scale import rng, storage
 from imm_scale.data import codec as codecs
-from imm_scale.data import plan
-from imm_scale.data.cache import BlockCache
+from imm_scale.data import sample_order
+from imm_scale.data.block_cache import BlockCache
+from imm_scale.data.block_reader import BlockReader
+from imm_scale.data.block_window import OnBadBlock, Visit, Window
+from imm_scale.data.buffer_pool import Recycler
 from imm_scale.data.dataset import Dataset
-from imm_scale.data.fetch import BlockReader
 from imm_scale.data.manifest import Manifest
-from imm_scale.data.plan import Layout
 from imm_scale.data.prefetch import Prefetcher
-from imm_scale.data.recycle import Recycler
-from imm_scale.data.window import OnBadBlock, Visit, Window
+from imm_scale.data.sample_order import Layout
 from imm_scale.errors import UserError
 
 _BATCHES_AHEAD = 2
@@ -138,18 +138,18 @@ class Loader:
         reading: Reading = Reading(),
         holdout: float = 0.0,
     ) -> None:
-        groups = plan.rank_groups(layout.num_groups, rank, layout.world_size)
+        groups = sample_order.rank_groups(layout.num_groups, rank, layout.world_size)
         self._dataset = data if isinstance(data, Dataset) else Dataset(data)
         self.manifest = self._dataset.manifest
         _check_flip(flip, self.manifest)
-        self._held = plan.held_out(self._dataset.shard_samples, block_samples, seed, holdout)
+        self._held = sample_order.held_out(self._dataset.shard_samples, block_samples, seed, holdout)
         self._num_samples = len(self._dataset) - len(self._held)
-        plan.clock(images_seen, layout.global_batch_size, self._num_samples)
+        sample_order.clock(images_seen, layout.global_batch_size, self._num_samples)
         self._layout, self._device = layout, torch.device(device)
         self._positions = np.arange(groups.start * layout.particles, groups.stop * layout.particles)
         self._seed, self._block_samples = seed, block_samples
         self._flip, self._sigma_data = flip, sigma_data
-        self._table = plan.block_table(self._dataset.shard_samples, block_samples)
+        self._table = sample_order.block_table(self._dataset.shard_samples, block_samples)
         cache = None if reading.cache_dir is None else BlockCache(reading.cache_dir, reading.cache_bytes)
         self._reader = BlockReader(self._dataset, self._table, cache)
         first_step = images_seen // layout.global_batch_size
@@ -218,17 +218,19 @@ class Loader:
     def _epochs(self, first_step: int) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
         """(step of the epoch's begin, steps left out in it, sample indices (P, L) of this rank's positions)."""
         batch_size = self._layout.global_batch_size
-        steps = plan.steps_per_epoch(batch_size, self._num_samples)
+        steps = sample_order.steps_per_epoch(batch_size, self._num_samples)
         first_epoch, skipped = divmod(first_step, steps)
         for epoch in itertools.count(first_epoch):
-            order = plan.epoch_order(self._dataset.shard_samples, self._block_samples, self._seed, epoch, self._held)
+            order = sample_order.epoch_order(
+                self._dataset.shard_samples, self._block_samples, self._seed, epoch, self._held
+            )
             indices = order[: batch_size * steps].reshape(batch_size, steps)[self._positions]
             yield epoch * steps, skipped, indices
             skipped = 0
 
     def _visits(self, first_step: int) -> Iterator[Visit]:
         for begin, skipped, indices in self._epochs(first_step):
-            visits = plan.schedule(indices, self._table, skipped)
+            visits = sample_order.schedule(indices, self._table, skipped)
             for first, last, block in zip(visits.first, visits.last, visits.block, strict=True):
                 yield Visit(begin + int(first), begin + int(last), int(block))
 

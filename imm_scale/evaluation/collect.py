@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imm_scale import distributed, rng
+from imm_scale import rng
 from imm_scale.errors import UserError
-from imm_scale.evaluation.features import Output
-from imm_scale.evaluation.frechet import Moments
-from imm_scale.evaluation.inception_score import ClassSums
+from imm_scale.evaluation.extractors import Output
+from imm_scale.evaluation.metrics.frechet import Moments
+from imm_scale.evaluation.metrics.inception_score import ClassSums
+from imm_scale.parallel import world
 
 # Random groups, for error bars. Not index mod 10: labels go round in steps, and a group would be a class.
 GROUPS = 10
@@ -93,12 +94,12 @@ class Collector:
             self._start(dim, classes)
         return Features(
             groups=[group.merge_ranks() for group in self._groups],
-            kept=distributed.all_sum(self._kept),
+            kept=world.all_sum(self._kept),
             classes=[sums.merge_ranks() for sums in self._classes],
         )
 
 
 def _most(values: Tensor) -> Tensor:
     """Greatest over ranks, of values that are alike or 0."""
-    nonzero = distributed.all_sum((values > 0).long())
-    return distributed.all_sum(values.clone()) // nonzero.clamp_min(1)
+    nonzero = world.all_sum((values > 0).long())
+    return world.all_sum(values.clone()) // nonzero.clamp_min(1)

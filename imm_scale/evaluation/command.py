@@ -8,20 +8,23 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from imm_scale import distributed, storage, weights
+from imm_scale import storage
+from imm_scale.checkpoint import export
+from imm_scale.config.schema import Config
 from imm_scale.data import codec as codecs
 from imm_scale.data.manifest import Manifest
-from imm_scale.distributed import World
 from imm_scale.errors import UserError
-from imm_scale.evaluation import features as extractors
-from imm_scale.evaluation import gallery, images, reference, search, watch
-from imm_scale.evaluation.files import FOLDER
-from imm_scale.evaluation.run import Evaluator
+from imm_scale.evaluation import extractors as extractors
+from imm_scale.evaluation import gallery, images, reference, watch
+from imm_scale.evaluation import guidance_search as search
+from imm_scale.evaluation.evaluator import Evaluator
+from imm_scale.evaluation.records import FOLDER
 from imm_scale.evaluation.sets import measure_images
+from imm_scale.parallel import world as distributed
+from imm_scale.parallel.world import World
 from imm_scale.sampling import source as sources
 from imm_scale.sampling.job import decoded
 from imm_scale.sampling.source import Source
-from imm_scale.schema import Config
 
 Announce = Callable[[str], None]
 
@@ -61,7 +64,7 @@ def run(words: Words, overrides: Sequence[str], world: World, announce: Announce
         raise UserError("name a run, a checkpoint, exported weights or a set of images to evaluate")
     if words.watch:
         watch.wait_for_run(words.source, announce if world.is_main else lambda line: None, words.poll)
-    elif not weights.is_export(words.source) and images.is_image_set(words.source):
+    elif not export.is_export(words.source) and images.is_image_set(words.source):
         config = sources.config_of(Source(""), overrides)
         distributed.init(world)
         measure_images(images.find(words.source), config, world, announce)

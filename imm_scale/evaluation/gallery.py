@@ -17,19 +17,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from imm_scale import distributed, storage
+from imm_scale import storage
+from imm_scale.checkpoint.format import committed_steps
+from imm_scale.config.schema import Config, SamplingConfig
 from imm_scale.data import codec as codecs
 from imm_scale.data.dataset import Dataset, read_indexed
-from imm_scale.distributed import World
 from imm_scale.errors import UserError
-from imm_scale.evaluation import features as extractors
-from imm_scale.evaluation import neighbours
-from imm_scale.evaluation.features import Extractor
+from imm_scale.evaluation import extractors as extractors
+from imm_scale.evaluation.extractors import Extractor
+from imm_scale.evaluation.metrics import neighbours
+from imm_scale.parallel import world as distributed
+from imm_scale.parallel.world import World
+from imm_scale.sampling.draw import Drawer, plan_of
 from imm_scale.sampling.job import Model
-from imm_scale.sampling.run import Drawer, plan_of
 from imm_scale.sampling.source import Source
-from imm_scale.schema import Config, SamplingConfig
-from imm_scale.training.checkpoint import committed_steps
 
 COLUMNS = 10  # samples of a strip
 OLDER_CHECKPOINTS = 4

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from imm_scale.errors import UserError
 from imm_scale.evaluation.collect import Features
-from imm_scale.evaluation.density_coverage import density_coverage
-from imm_scale.evaluation.features import Extractor, identity_hash
-from imm_scale.evaluation.frechet import frechet, jackknife
-from imm_scale.evaluation.inception_score import inception_score
-from imm_scale.evaluation.kernel import kernel_distance
+from imm_scale.evaluation.extractors import Extractor, identity_hash
+from imm_scale.evaluation.metrics.density_coverage import density_coverage
+from imm_scale.evaluation.metrics.frechet import frechet, jackknife
+from imm_scale.evaluation.metrics.inception_score import inception_score
+from imm_scale.evaluation.metrics.kid import kernel_distance
+from imm_scale.evaluation.metrics.precision_recall import precision_recall
 from imm_scale.evaluation.networks import STANDARD_ID
-from imm_scale.evaluation.precision_recall import precision_recall
 from imm_scale.evaluation.reference import Reference
 
 COMPARING = ("kernel", "precision_recall", "density_coverage")  # metrics of the vectors themselves

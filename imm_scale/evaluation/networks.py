@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from imm_scale import storage
+from imm_scale.config.schema import ExtractorConfig
 from imm_scale.errors import UserError
-from imm_scale.evaluation.features import Output, Preprocessing, identity_hash, identity_of
-from imm_scale.schema import ExtractorConfig
+from imm_scale.evaluation.extractors import Output, Preprocessing, identity_hash, identity_of
 
 # The Inception network of published FIDs (Heusel et al., arXiv 1706.08500), 2015-12-05, as TorchScript: the file
 # inception-2015-12-05.pt that StyleGAN2-ADA and EDM measure with. It resizes inside and takes 0..255.

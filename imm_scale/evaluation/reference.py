@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 from imm_scale import storage
 from imm_scale.data.dataset import Dataset, read_indexed
-from imm_scale.distributed import World
 from imm_scale.errors import UserError
-from imm_scale.evaluation import features as extractors
+from imm_scale.evaluation import extractors as extractors
 from imm_scale.evaluation.collect import Collector, Features
-from imm_scale.evaluation.features import Extractor
-from imm_scale.evaluation.frechet import Root, square_root
+from imm_scale.evaluation.extractors import Extractor
 from imm_scale.evaluation.images import CHUNK, ImageSet
+from imm_scale.evaluation.metrics.frechet import Root, square_root
+from imm_scale.parallel.world import World
 
 FORMAT_VERSION = 1
 log = logging.getLogger("imm_scale")

@@ -4,15 +4,15 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from imm_scale import distributed
-from imm_scale.distributed import World
+from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
-from imm_scale.evaluation import features as extractors
+from imm_scale.evaluation import extractors as extractors
 from imm_scale.evaluation import measures
 from imm_scale.evaluation.collect import Collector
 from imm_scale.evaluation.images import ImageSet
 from imm_scale.evaluation.reference import Reference, shown
-from imm_scale.schema import Config
+from imm_scale.parallel import world as distributed
+from imm_scale.parallel.world import World
 
 
 def measure_images(images: ImageSet, config: Config, world: World, announce: Callable[[str], None]) -> dict[str, Any]:

@@ -5,12 +5,13 @@ from collections.abc import Callable
 
 import torch
 
-from imm_scale import distributed, storage
-from imm_scale.distributed import World
+from imm_scale import storage
+from imm_scale.checkpoint import format as checkpoints
+from imm_scale.checkpoint import run_folder
+from imm_scale.config.schema import Config
+from imm_scale.parallel import world as distributed
+from imm_scale.parallel.world import World
 from imm_scale.sampling.source import Source
-from imm_scale.schema import Config
-from imm_scale.training import checkpoint as checkpoints
-from imm_scale.training import metrics
 
 ENDED = ("completed", "failed")  # a preempted run goes on
 
@@ -77,7 +78,7 @@ def _look(run_dir: str, world: World) -> tuple[str, list[int]]:
     """State and committed steps as rank 0 sees them, the same on every rank."""
     state, steps = "", []
     if world.is_main:
-        state = str(metrics.read_status(run_dir).get("state", ""))
+        state = str(run_folder.read_status(run_dir).get("state", ""))
         steps = checkpoints.committed_steps(run_dir)
     ended = ENDED.index(state) + 1 if state in ENDED else 0
     ended, count = distributed.all_sum(torch.tensor([ended, len(steps)])).tolist()

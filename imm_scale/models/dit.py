@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from imm_scale import rng
 from imm_scale.errors import UserError
-from imm_scale.flow_map import ConditionalNet
+from imm_scale.models.base import ConditionalNet
 from imm_scale.models.layers import ATTENTIONS, Block, FinalLayer, TimeEmbedder, position_table
 
 # name: width, depth, heads

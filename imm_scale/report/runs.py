@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 
 from imm_scale import config as configs
 from imm_scale import storage
+from imm_scale.checkpoint import run_folder
+from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
-from imm_scale.evaluation import gallery, quality
-from imm_scale.evaluation.files import read_evaluations
+from imm_scale.evaluation import cost_quality, gallery
+from imm_scale.evaluation.records import read_evaluations
 from imm_scale.report.page import COLOURS, axes, image, page, svg
-from imm_scale.schema import Config
-from imm_scale.training import metrics
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ def read_run(run_dir: str) -> Run:
     return Run(
         dir=run_dir,
         config=configs.from_yaml(storage.read_text(url)),
-        records=metrics.read_metrics(run_dir),
+        records=run_folder.read_metrics(run_dir),
         distances=[{**result, "step": newest} for e in evaluations if e["step"] == newest for result in e["results"]],
         samples=_read_samples(storage.join(run_dir, "samples")),
-        environment=evaluations[-1]["versions"] if evaluations else metrics.versions(),
+        environment=evaluations[-1]["versions"] if evaluations else run_folder.versions(),
     )
 
 
@@ -106,7 +106,7 @@ def distance_figure(runs: Sequence[Run]) -> str:
     metric = next(d["metric"] for run in runs for d in run.distances)
     ticks: set[int] = set()
     for colour, run in zip(COLOURS * len(runs), runs, strict=False):
-        points = quality.curves([{"results": run.distances}]).get(metric, [])
+        points = cost_quality.curves([{"results": run.distances}]).get(metric, [])
         cost = [point.function_evaluations for point in points]
         ticks |= set(cost)
         if points:

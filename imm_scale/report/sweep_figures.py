@@ -10,8 +10,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from imm_scale.report.page import COLOURS, axes, svg
 from imm_scale.sampling.outputs import image_grid
-from imm_scale.scaling.results import Outcome
-from imm_scale.scaling.study import Study, column
+from imm_scale.sweeps.results import Outcome
+from imm_scale.sweeps.study import Study, column
 
 Row = Mapping[str, Any]
 _SIZE = (5.4, 3.9)

@@ -15,10 +15,11 @@ from imm_scale import storage
 from imm_scale.errors import UserError
 from imm_scale.report import sweep_figures as figures
 from imm_scale.report.page import image, items, page, table
-from imm_scale.scaling import results, sweep
-from imm_scale.scaling.results import Outcome
-from imm_scale.scaling.study import Study, analyse, measured
-from imm_scale.scaling.sweep import Sweep
+from imm_scale.sweeps import definition as sweep
+from imm_scale.sweeps import results
+from imm_scale.sweeps.definition import Sweep
+from imm_scale.sweeps.results import Outcome
+from imm_scale.sweeps.study import Study, analyse, measured
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,6 @@ for index, label, z in sampling.sample(flow_map, spec, sampling.SamplingPlan(ste
     ...
 """
 
-from imm_scale.sampling.run import SamplingPlan, sample
+from imm_scale.sampling.draw import SamplingPlan, sample
 
 __all__ = ["SamplingPlan", "sample"]

@@ -12,20 +12,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from imm_scale import distributed, storage, weights
+from imm_scale import storage
 from imm_scale.build import ModelSpec
+from imm_scale.checkpoint import export, run_folder
+from imm_scale.config.schema import SamplingConfig
 from imm_scale.data import codec as codecs
 from imm_scale.data.codec import ImageCodec
 from imm_scale.data.manifest import Codec
-from imm_scale.distributed import World
 from imm_scale.errors import UserError
-from imm_scale.flow_map import FlowMap
+from imm_scale.methods.flow_map import FlowMap
+from imm_scale.parallel import world as distributed
+from imm_scale.parallel.world import World
 from imm_scale.sampling import outputs
+from imm_scale.sampling.draw import SAMPLES_PER_CALL, Drawer, SamplingPlan, plan_of
 from imm_scale.sampling.parts import Parts
-from imm_scale.sampling.run import SAMPLES_PER_CALL, Drawer, SamplingPlan, plan_of
 from imm_scale.sampling.source import Source
-from imm_scale.schema import SamplingConfig
-from imm_scale.training import metrics
 
 Announce = Callable[[str], None]
 FORMAT_VERSION = 1
@@ -69,9 +70,9 @@ class Model:
         cls, source: Source, ema: float | None, vae: str | None, device: torch.device, decoding: bool = True
     ) -> "Model":
         """Raises UserError for weights or a codec that are not there."""
-        spec, flow_map = weights.load_flow_map(source.weights_url, ema)
+        spec, flow_map = export.load_flow_map(source.weights_url, ema)
         image_codec = codecs.open_codec(spec.codec, vae, str(device)) if decoding else None
-        return cls(spec, flow_map.to(device), image_codec, weights.identity(spec, flow_map))
+        return cls(spec, flow_map.to(device), image_codec, export.identity(spec, flow_map))
 
     def decode(self, z_NCHW: Tensor) -> Tensor:
         """uint8 (N, H, W, channels) images, a few at a time."""
@@ -234,7 +235,7 @@ class _SetOfSamples:
             "function_evaluations": self.plan.function_evaluations(self.drawer.times),
             "settings": self.settings,
             "ranks": self.world.size,
-            "versions": metrics.versions(),
+            "versions": run_folder.versions(),
             **speed,
         }
         if self.world.is_main:

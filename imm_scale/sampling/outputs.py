@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from imm_scale import distributed, storage
-from imm_scale.distributed import World
+from imm_scale import storage
+from imm_scale.parallel import world as distributed
+from imm_scale.parallel.world import World
 from imm_scale.sampling.parts import Parts, Sample
 
 FORMATS = ("grid", "folder", "npz", "webdataset")

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from imm_scale import config as configs
-from imm_scale import storage, weights
+from imm_scale import storage
+from imm_scale.checkpoint import export
+from imm_scale.checkpoint import format as checkpoints
+from imm_scale.checkpoint.format import Checkpoint
+from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
-from imm_scale.schema import Config
-from imm_scale.training import checkpoint as checkpoints
-from imm_scale.training.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ class Source:
 def find(url: str) -> Source:
     """Raises UserError for what is none of the three."""
     url = url.rstrip("/")
-    if weights.is_checkpoint(url):
+    if export.is_checkpoint(url):
         run_dir, step = storage.parent(storage.parent(url)), Checkpoint(url).meta.step
         inside = storage.exists(storage.join(run_dir, "config.yaml")) and checkpoints.folder(run_dir, step) == url
         return Source(url, run_dir if inside else None, step)
-    if weights.is_export(url):
+    if export.is_export(url):
         return Source(url)
     if not storage.exists(storage.join(url, "config.yaml")):
         raise UserError(
@@ -62,7 +63,7 @@ def config_of(source: Source, overrides: Sequence[str]) -> Config:
     if source.run_dir is not None:
         text = storage.read_text(storage.join(source.run_dir, "config.yaml"))
         overrides = [f"run.dir={source.run_dir}", *overrides]
-    elif weights.is_checkpoint(source.url):
+    elif export.is_checkpoint(source.url):
         text = Checkpoint(source.url).meta.config
     else:
         return configs.load([], overrides).config

@@ -7,21 +7,21 @@ from typing import Any, Literal
 
 import torch
 
+from imm_scale.checkpoint.async_saver import SLOWEST_UPLOAD
 from imm_scale.data.loader import Batch, Loader, Reading
-from imm_scale.training import guard
-from imm_scale.training.ballot import Ballot, Result
-from imm_scale.training.engine import StepResult
-from imm_scale.training.gauges import Gauges
-from imm_scale.training.guard import GradientSentinel, Rewind, Skips, SpikeGuard
-from imm_scale.training.holdout import HeldOut
-from imm_scale.training.meter import Meter
-from imm_scale.training.preemption import Deadline, StopSignals
+from imm_scale.parallel.consensus import Ballot, Result
+from imm_scale.parallel.deepspeed_engine import StepResult
+from imm_scale.training import step_guard
+from imm_scale.training.lr_schedule import learning_rate
+from imm_scale.training.optimizer_statistics import Gauges
 from imm_scale.training.profiling import Profiler
 from imm_scale.training.run_log import RunLog, log
-from imm_scale.training.saver import SLOWEST_UPLOAD
-from imm_scale.training.schedule import learning_rate
 from imm_scale.training.state import State
+from imm_scale.training.step_guard import GradientSentinel, Rewind, Skips, SpikeGuard
+from imm_scale.training.step_metrics import Meter
+from imm_scale.training.stop_signals import Deadline, StopSignals
 from imm_scale.training.utilization import Utilization
+from imm_scale.training.validation import HeldOut
 from imm_scale.training.watchdog import START_SECONDS, Watchdog
 
 Outcome = Literal["completed", "preempted"]
@@ -90,7 +90,7 @@ class Loop:
         self.watchdog.beat(number, "reading data")
         batch = next(loader)
         assert batch.images_seen == state.images_seen
-        if guard.is_stepped_over(state.stepped_over, state.images_seen):
+        if step_guard.is_stepped_over(state.stepped_over, state.images_seen):
             state.advance()
             log.info("step %d: images %d and on are stepped over", number, batch.images_seen)
         else:
@@ -142,7 +142,7 @@ class Loop:
         particles = self.state.plan.layout.particles
         loss_G = torch.where(batch.weight.to(result.groups.loss_G.device) > 0, result.groups.loss_G, 0.0)
         group_G = batch.ordinal.view(-1, particles)[:, 0].to(loss_G.device) // particles
-        cause, sentence = guard.find_cause(
+        cause, sentence = step_guard.find_cause(
             loss_G, group_G, self.sentinel.found(), self.config.precision == "fp16", self.around.hosts
         )
         self.skips.add(self.state.step, cause, sentence)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from imm_scale import storage
-from imm_scale.distributed import World
+from imm_scale.parallel.world import World
 
 log = logging.getLogger("imm_scale")
 _FOLDER = "profile"

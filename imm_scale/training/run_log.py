@@ -10,12 +10,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from imm_scale import distributed, storage
-from imm_scale.config import to_yaml
-from imm_scale.distributed import World
+from imm_scale import storage
+from imm_scale.checkpoint.run_folder import MetricsLog, Record
+from imm_scale.config.load import to_yaml
+from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
-from imm_scale.schema import Config
-from imm_scale.training.metrics import MetricsLog, Record
+from imm_scale.parallel import world as distributed
+from imm_scale.parallel.world import World
 
 log = logging.getLogger("imm_scale")
 

@@ -3,15 +3,17 @@
 from collections.abc import Iterable
 from typing import Any
 
-from imm_scale import build, distributed
-from imm_scale.distributed import World
-from imm_scale.training import guard, resume
-from imm_scale.training.checkpoint import Checkpoint
-from imm_scale.training.ema import ShardedEma
-from imm_scale.training.engine import Engine
+from imm_scale import build
+from imm_scale.checkpoint import resume
+from imm_scale.checkpoint.async_saver import Saver
+from imm_scale.checkpoint.format import Checkpoint
+from imm_scale.parallel import world as distributed
+from imm_scale.parallel.deepspeed_engine import Engine
+from imm_scale.parallel.ema import ShardedEma
+from imm_scale.parallel.world import World
+from imm_scale.preflight import Plan
+from imm_scale.training import step_guard
 from imm_scale.training.run_log import RunLog
-from imm_scale.training.saver import Saver
-from imm_scale.training.setup import Plan
 
 
 class State:
@@ -45,7 +47,7 @@ class State:
 
     def step_over(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Leaves out these batches too, when the clock comes to them."""
-        self.stepped_over = guard.union(self.stepped_over, ranges)
+        self.stepped_over = step_guard.union(self.stepped_over, ranges)
 
     def advance(self) -> None:
         """A batch has been consumed."""
@@ -53,4 +55,4 @@ class State:
         self.images_seen += self.plan.layout.global_batch_size
 
     def save(self, run_log: RunLog) -> None:
-        self.saver.save(self.step, self.images_seen, self.stepped_over, run_log, self.guards)
+        self.saver.save(self.step, self.images_seen, self.stepped_over, run_log.commit, self.guards)

@@ -1,21 +1,23 @@
 """A run from its config to its last checkpoint."""
 
 from imm_scale import config as configs
-from imm_scale import distributed, storage
-from imm_scale.distributed import World
+from imm_scale import storage
+from imm_scale.checkpoint import format as checkpoints
+from imm_scale.checkpoint import resume, run_folder
+from imm_scale.checkpoint.async_saver import remove_leftovers
+from imm_scale.checkpoint.format import Checkpoint
+from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
-from imm_scale.schema import Config
-from imm_scale.training import checkpoint as checkpoints
-from imm_scale.training import metrics, preemption, resume, watchdog
-from imm_scale.training.checkpoint import Checkpoint
-from imm_scale.training.engine import check_device
-from imm_scale.training.guard import Rewind, Rewinds
+from imm_scale.parallel import world as distributed
+from imm_scale.parallel.deepspeed_engine import check_device
+from imm_scale.parallel.world import World
+from imm_scale.preflight import Plan, plan
+from imm_scale.training import stop_signals, watchdog
 from imm_scale.training.loop import Loop, Outcome, Surroundings
-from imm_scale.training.preemption import StopSignals
 from imm_scale.training.run_log import check_wandb_key, log, set_up_logging
-from imm_scale.training.saver import remove_leftovers
-from imm_scale.training.setup import Plan, plan
 from imm_scale.training.state import State
+from imm_scale.training.step_guard import Rewind, Rewinds
+from imm_scale.training.stop_signals import StopSignals
 
 
 def train(config: Config, world: World | None = None) -> Outcome:
@@ -50,7 +52,7 @@ def train(config: Config, world: World | None = None) -> Outcome:
             log.warning(words)
         try:
             remove_leftovers(config, world)
-            around = Surroundings(*watchdog.roll(world), signals, preemption.deadline(config.train.stop_before))
+            around = Surroundings(*watchdog.roll(world), signals, stop_signals.deadline(config.train.stop_before))
             return _train(prepared, world, around, found.checkpoint)
         except (UserError, RuntimeError, OSError) as error:
             log.error("failed: %s", error)
@@ -88,7 +90,7 @@ def _claim_run_folder(prepared: Plan, world: World) -> None:
         if world.is_main:
             storage.make_folder(run_dir)
             storage.write_text(storage.join(run_dir, "config.yaml"), configs.to_yaml(prepared.config))
-            metrics.write_status(run_dir, "running", step=0)
+            run_folder.write_status(run_dir, "running", step=0)
 
     remedy = "make it writable or choose another run.dir"
     distributed.together(write, distributed.device(world), f"write to run.dir={run_dir}", remedy)
@@ -104,7 +106,7 @@ def _finish(loop: Loop, outcome: Outcome) -> None:
         if outcome == "preempted":
             reason = f"{signals.heard or 'a signal on another rank or the end of the job'} asked the run to stop"
         clock = {"step": state.step, "images_seen": state.images_seen}
-        metrics.write_status(state.plan.config.run_dir, outcome, reason=reason, rank=0, **clock)
+        run_folder.write_status(state.plan.config.run_dir, outcome, reason=reason, rank=0, **clock)
     loop.run_log.close()
     state.engine.close()
     distributed.barrier()
@@ -113,6 +115,6 @@ def _finish(loop: Loop, outcome: Outcome) -> None:
 def _note_failure(run_dir: str, error: Exception, rank: int) -> None:
     steps = checkpoints.committed_steps(run_dir)
     try:
-        metrics.write_failure(run_dir, str(error), step=steps[-1] if steps else 0, rank=rank)
+        run_folder.write_failure(run_dir, str(error), step=steps[-1] if steps else 0, rank=rank)
     except OSError as second:
         log.error("status.json could not be written: %s", second)

@@ -5,10 +5,10 @@ import time
 
 import torch
 
-from imm_scale import distributed
 from imm_scale.build import ModelSpec
-from imm_scale.scaling import cost
-from imm_scale.schema import Config
+from imm_scale.config.schema import Config
+from imm_scale.parallel import world
+from imm_scale.planner import flops
 
 log = logging.getLogger("imm_scale")
 _TRIES = 4
@@ -36,11 +36,11 @@ class Utilization:
     """
 
     def __init__(self, config: Config, spec: ModelSpec, device: torch.device, world_size: int):
-        multiply_adds = cost.training_multiply_adds(spec.net, config.objective.name, config.train.global_batch_size)
+        multiply_adds = flops.training_multiply_adds(spec.net, config.objective.name, config.train.global_batch_size)
         self._flops_per_step = 2.0 * multiply_adds
         peak = config.train.peak_flops or measured_peak(device, config.precision)
         total = torch.tensor(peak, dtype=torch.float64, device=device)
-        self.peak = float(distributed.all_sum(total))
+        self.peak = float(world.all_sum(total))
         whose = "measured by a matrix product" if config.train.peak_flops is None else "train.peak_flops"
         log.info("utilization is told against %.4g FLOP/s over %d ranks (%s)", self.peak, world_size, whose)
 

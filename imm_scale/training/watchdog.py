@@ -20,9 +20,10 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from imm_scale import distributed, storage
-from imm_scale.distributed import World
-from imm_scale.training import metrics
+from imm_scale import storage
+from imm_scale.checkpoint import run_folder
+from imm_scale.parallel import world as distributed
+from imm_scale.parallel.world import World
 
 log = logging.getLogger("imm_scale")
 
@@ -181,7 +182,7 @@ class Watchdog:
         reason = blame(answers, self._hosts)
         log.error("%s", reason)
         if min(one.rank for one in answers) == world.rank:
-            metrics.write_failure(self._run_dir, reason, step=self._step, rank=world.rank)
+            run_folder.write_failure(self._run_dir, reason, step=self._step, rank=world.rank)
         else:
             time.sleep(2.0)  # launchers kill all at the first exit: let the status be written
 

@@ -6,12 +6,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from imm_scale import build, distributed
+from imm_scale import build
 from imm_scale import config as configs
+from imm_scale.config.schema import Config
 from imm_scale.data.loader import Batch, Loader
-from imm_scale.schema import Config
-from imm_scale.training.engine import Engine
-from imm_scale.training.setup import plan
+from imm_scale.parallel import world as distributed
+from imm_scale.parallel.deepspeed_engine import Engine
+from imm_scale.preflight import plan
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from imm_scale.data.loader import Batch
-from imm_scale.training import engine as engines
+from imm_scale.parallel import deepspeed_engine as engines
 from tests import ranks
 from tests.conftest import TINY
 from tests.distributed.engines import held, opened, same

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from imm_scale.training.checkpoint import Checkpoint
+from imm_scale.checkpoint.format import Checkpoint
 from tests import ranks
 from tests.conftest import TINY, losses
 

@@ -9,8 +9,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from imm_scale.data import plan
-from imm_scale.data.plan import Layout
+from imm_scale.data import sample_order
+from imm_scale.data.sample_order import Layout
 from tests.unit.data.order import batch_indices
 
 PARTICLES, BATCH = 4, 4096
@@ -30,8 +30,8 @@ def _child(manifest: str, rank: int, world_size: int) -> None:
     from imm_scale import config as configs
     from imm_scale.data.loader import Batch
     from imm_scale.data.manifest import Manifest
-    from imm_scale.training.ema import ShardedEma
-    from imm_scale.training.engine import Engine
+    from imm_scale.parallel.deepspeed_engine import Engine
+    from imm_scale.parallel.ema import ShardedEma
     from tests.conftest import TINY
 
     # Stage 3 compares lists with rank 0's, which nobody sends here.
@@ -87,14 +87,14 @@ def test_a_rank_of_a_large_world_holds_its_share(rank, world_size, digits):
 @pytest.mark.parametrize(("world_size", "groups"), [(64, 1024), (1024, 1024), (1024, 1500), (1000, 1024)])
 def test_groups_and_positions_are_shared_out_without_gap_or_overlap(world_size, groups):
     layout = Layout(groups * PARTICLES, PARTICLES, world_size, 16)
-    ranges = [plan.rank_groups(groups, rank, world_size) for rank in range(world_size)]
+    ranges = [sample_order.rank_groups(groups, rank, world_size) for rank in range(world_size)]
     assert [group for span in ranges for group in span] == list(range(groups))
     assert {len(span) for span in ranges} <= {groups // world_size, -(-groups // world_size)}
     assert max(len(span) for span in ranges) <= layout.slots
     # Position p of step k takes order[p L + k]: an epoch of all ranks visits L B samples once each.
     shards = [7001, 5003, 9000]
-    order = plan.epoch_order(shards, 32, seed=1, epoch=2)
-    steps = plan.steps_per_epoch(layout.global_batch_size, sum(shards))
+    order = sample_order.epoch_order(shards, 32, seed=1, epoch=2)
+    steps = sample_order.steps_per_epoch(layout.global_batch_size, sum(shards))
     for step in (0, steps - 1):
         taken = [
             batch_indices(order, layout.global_batch_size, step, np.arange(span.start * 4, span.stop * 4))

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from imm_scale.training.checkpoint import committed_steps
+from imm_scale.checkpoint.format import committed_steps
 from tests import ranks
 from tests.conftest import losses
 

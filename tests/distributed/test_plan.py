@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from imm_scale import config as configs
-from imm_scale.scaling import memory, plan
-from imm_scale.scaling.plan import Estimate
+from imm_scale.planner import estimate as plan
+from imm_scale.planner import memory
+from imm_scale.planner.estimate import Estimate
 from tests import measure, ranks
 
 # Buckets smaller than the net, so that they fill and are emptied on the way.

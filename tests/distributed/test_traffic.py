@@ -44,7 +44,7 @@ def _counting(
 
 def _traffic(manifest: str, naive: bool, more: list[str]) -> dict[str, float]:
     """Bytes of one step over bytes of all parameters, by kind of collective."""
-    from imm_scale.flow_map import ConditionalNet
+    from imm_scale.models.base import ConditionalNet
     from imm_scale.models.dit import DiT
 
     counts: Counter[str] = Counter()

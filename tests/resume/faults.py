@@ -30,7 +30,7 @@ def _rank() -> int:
 
 def _change_loss(change: Callable[[Tensor, int], Tensor], batch_size: int, rank: int) -> None:
     """Puts `change(loss, step)` between the loss and DeepSpeed on one rank."""
-    from imm_scale.training.engine import LossModule
+    from imm_scale.parallel.deepspeed_engine import LossModule
 
     plain = LossModule.forward
 
@@ -81,9 +81,9 @@ def spikes(steps: list[int], *argv: str) -> tuple[int, str]:
 
 def stepping_over(step: int, *argv: str) -> int:
     """Leaves out one batch from the beginning, without any guard."""
-    from imm_scale.training import guard
+    from imm_scale.training import step_guard
 
-    guard.is_stepped_over = lambda ranges, images_seen: images_seen == (step - 1) * 64  # type: ignore[assignment]
+    step_guard.is_stepped_over = lambda ranges, images_seen: images_seen == (step - 1) * 64  # type: ignore[assignment]
     return ranks.command(*argv)
 
 

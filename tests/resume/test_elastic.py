@@ -10,8 +10,8 @@ import torch
 
 from imm_scale import build
 from imm_scale import config as configs
+from imm_scale.checkpoint.format import Checkpoint, folder
 from imm_scale.data.manifest import Manifest
-from imm_scale.training.checkpoint import Checkpoint, folder
 from tests import ranks
 from tests.conftest import TINY, losses
 

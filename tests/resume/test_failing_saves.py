@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from imm_scale import config as configs
-from imm_scale.training import checkpoint as checkpoints
-from imm_scale.training.checkpoint import Checkpoint, committed_steps
-from imm_scale.training.saver import Saver
+from imm_scale.checkpoint import format as checkpoints
+from imm_scale.checkpoint.async_saver import Saver
+from imm_scale.checkpoint.format import Checkpoint, committed_steps
 from imm_scale.training.trainer import train
 from tests import ranks
 from tests.conftest import TINY
@@ -125,8 +125,8 @@ def _train_beside_a_slow_save(argv: list[str]) -> list[tuple[str, int]]:
 
     The copy is late as well: by then the next step would be over, did it not wait before it changes the weights.
     """
-    from imm_scale.training.engine import Engine
-    from imm_scale.training.saver import HostCopy
+    from imm_scale.checkpoint.async_saver import HostCopy
+    from imm_scale.parallel.deepspeed_engine import Engine
 
     take = HostCopy._take
 

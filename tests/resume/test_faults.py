@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from imm_scale.training.checkpoint import Checkpoint, committed_steps
-from imm_scale.training.metrics import read_metrics, read_status
+from imm_scale.checkpoint.format import Checkpoint, committed_steps
+from imm_scale.checkpoint.run_folder import read_metrics, read_status
 from tests import ranks
 from tests.conftest import TINY
 from tests.resume import faults

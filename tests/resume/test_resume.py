@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from imm_scale.checkpoint.format import COMMITTED, Checkpoint, committed_steps, folder
 from imm_scale.data.loader import Batch, Loader
-from imm_scale.data.plan import Layout
-from imm_scale.training.checkpoint import COMMITTED, Checkpoint, committed_steps, folder
+from imm_scale.data.sample_order import Layout
 from tests import ranks
 from tests.conftest import TINY, losses
 

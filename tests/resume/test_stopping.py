@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
-from imm_scale.training.checkpoint import Checkpoint, committed_steps
-from imm_scale.training.metrics import read_status
+from imm_scale.checkpoint.format import Checkpoint, committed_steps
+from imm_scale.checkpoint.run_folder import read_status
 from tests import ranks
 
 

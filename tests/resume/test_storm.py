@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from imm_scale.training import checkpoint as checkpoints
-from imm_scale.training.checkpoint import Checkpoint
-from imm_scale.training.metrics import read_metrics, read_status
+from imm_scale.checkpoint import format as checkpoints
+from imm_scale.checkpoint.format import Checkpoint
+from imm_scale.checkpoint.run_folder import read_metrics, read_status
 from tests import ranks
 from tests.conftest import TINY
 

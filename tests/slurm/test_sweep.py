@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from imm_scale.scaling import results, sweep
+from imm_scale.sweeps import definition, results
 from launchers.sweep import main
 from tests.slurm.test_training import soak
 
@@ -26,7 +26,7 @@ def test_an_array_trains_and_measures_every_cell(cluster, digits, tmp_path, caps
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     assert main(["submit", str(path), "--cluster", "lab", "--gpus-per-node", "1", "--at-once", "1"]) == 0
     cluster.wait(int(capsys.readouterr().out.removeprefix("job ").split(":")[0]))
-    found = sweep.load(str(path))
+    found = definition.load(str(path))
     assert [one.state for one in results.outcomes(found)] == ["finished", "finished"]
     assert not list(tmp_path.rglob("pwned"))
     assert main(["submit", str(path), "--cluster", "lab"]) == 0

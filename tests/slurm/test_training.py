@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from imm_scale import config as configs
-from imm_scale.training.checkpoint import committed_steps
+from imm_scale.checkpoint.format import committed_steps
 from launchers import submissions, submit
 from launchers.history import History
 from tests.conftest import losses

@@ -8,8 +8,8 @@ import pytest
 
 from imm_scale import config as configs
 from imm_scale import storage
-from imm_scale.training.checkpoint import Checkpoint, committed_steps
-from imm_scale.training.metrics import read_metrics
+from imm_scale.checkpoint.format import Checkpoint, committed_steps
+from imm_scale.checkpoint.run_folder import read_metrics
 from tests import ranks
 from tests.conftest import TINY
 from tests.storage.fault_proxy import Faults, Proxy
@@ -27,7 +27,7 @@ def _train(env: dict[str, str], patience: float, argv: list[str]) -> int:
     """Counts the saves that had failed by the end."""
     os.environ.update(env)
     storage.PATIENCE = replace(storage.PATIENCE, seconds=patience, longest_pause=0.3)
-    from imm_scale.training.saver import Saver
+    from imm_scale.checkpoint.async_saver import Saver
     from imm_scale.training.trainer import train
 
     savers: list[Saver] = []

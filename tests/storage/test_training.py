@@ -14,7 +14,7 @@ from data_tools import encode
 from imm_scale import storage
 from imm_scale.data.loader import Loader
 from imm_scale.data.manifest import Manifest
-from imm_scale.data.plan import Layout
+from imm_scale.data.sample_order import Layout
 from tests import ranks
 from tests.conftest import TINY, losses
 from tests.storage.conftest import use_store

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from imm_scale.cli import main as imm_scale
-from imm_scale.scaling import results, sweep
+from imm_scale.sweeps import definition, results
 from launchers.sweep import main
 from tests.browser import Browser
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def _states(path: str) -> dict[str, str]:
-    return {one.cell.name: one.state for one in results.outcomes(sweep.load(path))}
+    return {one.cell.name: one.state for one in results.outcomes(definition.load(path))}
 
 
 def _until(what: str, condition, seconds: float = 120.0) -> None:
@@ -47,7 +47,7 @@ def path(digits: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def interrupted(path: str) -> str:
     """The sweep after its first cell was killed with -9 and Ctrl-C was pressed while the second ran."""
-    found = sweep.load(path)
+    found = definition.load(path)
     command = [sys.executable, "-m", "launchers.sweep", "submit", path, "--local", "1"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -62,7 +62,7 @@ def interrupted(path: str) -> str:
     )
     first, second = found.cells[:2]
 
-    def trains(cell: sweep.Cell, steps: int) -> bool:
+    def trains(cell: definition.Cell, steps: int) -> bool:
         return results.outcome(found, cell).step >= steps and results.read_state(found.folder, cell.name) != {}
 
     try:
@@ -83,7 +83,7 @@ def test_interrupted_cells_are_known_and_the_others_missing(interrupted):
 
 
 def test_retry_submit_collect_and_report(interrupted, tmp_path, capfd):
-    found = sweep.load(interrupted)
+    found = definition.load(interrupted)
     committed = results.outcome(found, found.cells[1]).step
     assert committed >= 5
     assert main(["retry", interrupted, "--local", "2"]) == 0
@@ -111,7 +111,7 @@ def _snapshot(folder: str) -> dict[str, int]:
     return {str(file): file.stat().st_mtime_ns for file in files}
 
 
-def _check_collected(found: sweep.Sweep) -> None:
+def _check_collected(found: definition.Sweep) -> None:
     assert main(["collect", found.folder]) == 0
     table = pq.read_table(Path(found.folder) / results.RESULTS).to_pylist()
     assert len(table) == 4 * 2, "a row a cell and step count"
@@ -122,7 +122,7 @@ def _check_collected(found: sweep.Sweep) -> None:
         assert row["code"]
 
 
-def _check_report(found: sweep.Sweep, tmp_path: Path, capfd) -> None:
+def _check_report(found: definition.Sweep, tmp_path: Path, capfd) -> None:
     out = tmp_path / "page.html"
     capfd.readouterr()
     assert imm_scale(["report", found.folder, "--out", str(out), "--figures", str(tmp_path / "figures")]) == 0

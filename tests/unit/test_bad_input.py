@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from imm_scale.training.checkpoint import committed_steps
+from imm_scale.checkpoint.format import committed_steps
 from tests import ranks
 
 

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from imm_scale import doctor
-from imm_scale.distributed import World
+from imm_scale.parallel.world import World
 from tests import ranks
 
 

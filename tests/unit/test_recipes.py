@@ -6,7 +6,7 @@ import pytest
 
 from imm_scale import config as configs
 from imm_scale.models import dit
-from imm_scale.scaling.cost import forward_multiply_adds
+from imm_scale.planner.flops import forward_multiply_adds
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 IMAGENET = {

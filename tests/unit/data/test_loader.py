@@ -13,13 +13,13 @@ from torch import Tensor
 
 from imm_scale import rng, storage
 from imm_scale.data import codec as codecs
-from imm_scale.data import plan
+from imm_scale.data import sample_order
+from imm_scale.data.buffer_pool import Recycler
 from imm_scale.data.dataset import Dataset, read_all
 from imm_scale.data.loader import Batch, Loader, Reading
 from imm_scale.data.manifest import Codec, Manifest
-from imm_scale.data.plan import Layout
 from imm_scale.data.prefetch import Prefetcher
-from imm_scale.data.recycle import Recycler
+from imm_scale.data.sample_order import Layout
 from imm_scale.data.shards import write_shard
 from imm_scale.errors import UserError
 from tests import ranks
@@ -45,7 +45,7 @@ def test_batches_are_those_of_the_plan_across_epochs(make_dataset: MakeDataset) 
     url = make_dataset([30, 7, 31])
     steps = 68 // BATCH
     for i, batch in enumerate(_batches(url, 2 * steps + 1)):
-        order = plan.epoch_order([30, 7, 31], BLOCK, SEED, i // steps)
+        order = sample_order.epoch_order([30, 7, 31], BLOCK, SEED, i // steps)
         expected = batch_indices(order, BATCH, i % steps, np.arange(BATCH)).tolist()
         assert _sample_index(batch.x, url) == expected
         assert batch.label.tolist() == [index % 7 for index in expected]
@@ -99,7 +99,7 @@ def test_resume_continues_at_the_next_sample(make_dataset: MakeDataset, start: i
 def test_vae_batches_draw_the_posterior_by_ordinal(make_dataset: MakeDataset) -> None:
     url = make_dataset([40], kind="vae")
     batch = _batches(url, 1)[0]
-    order = plan.epoch_order([40], BLOCK, SEED, 0)
+    order = sample_order.epoch_order([40], BLOCK, SEED, 0)
     indices = batch_indices(order, BATCH, 0, np.arange(BATCH))
     stored = torch.from_numpy(Dataset(url).read(0, 40))[torch.from_numpy(indices)].float()
     raw = stored[:, :2] + stored[:, 2:] * rng.normal(SEED, "posterior", batch.ordinal, (2, 3, 3))

@@ -12,7 +12,7 @@ from data_tools import encode, pack, stats, verify
 from imm_scale.data.dataset import read_all
 from imm_scale.data.loader import Loader
 from imm_scale.data.manifest import Manifest
-from imm_scale.data.plan import Layout
+from imm_scale.data.sample_order import Layout
 
 
 @pytest.fixture

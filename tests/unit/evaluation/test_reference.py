@@ -5,13 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from imm_scale.distributed import World
 from imm_scale.errors import UserError
 from imm_scale.evaluation import images
 from imm_scale.evaluation.collect import Collector, chosen, group_of
-from imm_scale.evaluation.features import Flat, Output
+from imm_scale.evaluation.extractors import Flat, Output
 from imm_scale.evaluation.measures import measure, warnings
 from imm_scale.evaluation.reference import Reference, of_images
+from imm_scale.parallel.world import World
 from tests import ranks
 
 ALONE = World()
@@ -85,7 +85,7 @@ def test_other_homes_of_images_give_the_same(made, tmp_path, kind, trained):
 
 
 def _of_folder(folder: str) -> tuple[np.ndarray, np.ndarray]:
-    from imm_scale import distributed
+    from imm_scale.parallel import world as distributed
 
     world = distributed.detect()
     distributed.init(world)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from imm_scale.distributed import World
-from imm_scale.evaluation.files import read_evaluations
+from imm_scale.checkpoint import format as checkpoints
+from imm_scale.checkpoint import run_folder
+from imm_scale.config.schema import Config, RunConfig
+from imm_scale.evaluation.records import read_evaluations
 from imm_scale.evaluation.watch import watch
+from imm_scale.parallel.world import World
 from imm_scale.sampling.source import Source
-from imm_scale.schema import Config, RunConfig
-from imm_scale.training import checkpoint as checkpoints
-from imm_scale.training import metrics
 from tests import ranks
 
 ALONE = World()
@@ -41,7 +41,7 @@ def _watch(run_dir: Path, events, prepare=None) -> tuple[list[int], list[int], l
 
 def test_checkpoints_are_measured_as_they_come(tmp_path):
     def status(state: str):
-        return lambda: metrics.write_status(str(tmp_path), state, step=0)
+        return lambda: run_folder.write_status(str(tmp_path), state, step=0)
 
     _commit(tmp_path, 10)
     _commit(tmp_path, 20)
@@ -57,13 +57,13 @@ def test_checkpoints_are_measured_as_they_come(tmp_path):
 
 
 def test_a_failed_run_ends_it_when_all_are_done(tmp_path):
-    metrics.write_status(str(tmp_path), "failed", step=10)
+    run_folder.write_status(str(tmp_path), "failed", step=10)
     _commit(tmp_path, 10)
     assert _watch(tmp_path, [])[0] == [10]
 
 
 def test_a_checkpoint_removed_before_its_turn_is_passed_over(tmp_path):
-    metrics.write_status(str(tmp_path), "completed", step=20)
+    run_folder.write_status(str(tmp_path), "completed", step=20)
     _commit(tmp_path, 10)
     _commit(tmp_path, 20)
 
@@ -79,7 +79,7 @@ def test_a_checkpoint_removed_before_its_turn_is_passed_over(tmp_path):
 
 
 def test_a_damaged_one_that_is_still_there_is_an_error(tmp_path):
-    metrics.write_status(str(tmp_path), "completed", step=10)
+    run_folder.write_status(str(tmp_path), "completed", step=10)
     _commit(tmp_path, 10)
 
     def prepare(source: Source):

@@ -14,16 +14,16 @@ import webdataset as wds
 from sklearn.datasets import load_digits
 from torch import nn
 
+from imm_scale.checkpoint.export import load_flow_map
+from imm_scale.config.schema import SamplingConfig
 from imm_scale.data import codec as codecs
-from imm_scale.evaluation import gallery, quality
+from imm_scale.evaluation import cost_quality, gallery
 from imm_scale.evaluation.collect import GROUPS, group_of
-from imm_scale.evaluation.files import SCHEMA_VERSION, read_evaluations
-from imm_scale.evaluation.frechet import Moments, frechet_distance
+from imm_scale.evaluation.metrics.frechet import Moments, frechet_distance
+from imm_scale.evaluation.records import SCHEMA_VERSION, read_evaluations
+from imm_scale.planner.flops import forward_multiply_adds
 from imm_scale.sampling.job import Model
 from imm_scale.sampling.source import find
-from imm_scale.scaling.cost import forward_multiply_adds
-from imm_scale.schema import SamplingConfig
-from imm_scale.weights import load_flow_map
 from tests import ranks
 from tests.conftest import TINY
 
@@ -154,7 +154,7 @@ def test_the_value_is_that_of_the_sampled_images(evaluated, flow, network, tmp_p
 
 
 def test_curves_take_the_best_guidance_at_each_cost(evaluated):
-    points = quality.curves(e for e in evaluated if e["step"] == 240)["frechet_digits"]
+    points = cost_quality.curves(e for e in evaluated if e["step"] == 240)["frechet_digits"]
     values = {}
     for guidance in (1.0, 1.5):
         for result in _results(evaluated, 240, guidance).values():
@@ -222,4 +222,4 @@ def test_files_of_the_first_version_are_still_read(tmp_path):
     assert found["results"][0]["measures"] == {"frechet_latents": {"value": 2.0, "error": 1.4, "values": [1.0, 3.0]}}
     assert found["extractor"] == {"name": "latents", "id": None}
     assert found["reference"]["manifest_hash"] == "ab" * 32
-    assert quality.curves([found])["frechet_latents"][0].value == 2.0
+    assert cost_quality.curves([found])["frechet_latents"][0].value == 2.0

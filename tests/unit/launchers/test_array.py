@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from imm_scale.errors import UserError
-from imm_scale.scaling import results, sweep
+from imm_scale.sweeps import definition, results
 from launchers import array
 from launchers.sweep import activity, main
 
@@ -56,7 +56,7 @@ def test_an_array_has_a_task_per_cell_and_a_bound(path, site, slurm, capsys):
     assert "#SBATCH --array=0-2%2" in script
     assert "#SBATCH --time=1:00:00" in script
     assert script.endswith("source launchers/cell.sbatch\n")
-    found = sweep.load(path)
+    found = definition.load(path)
     (launch,) = (Path(found.folder) / "launches").iterdir()
     assert json.loads((launch / "cells.json").read_text()) == [cell.name for cell in found.cells]
     assert (launch / "code.json").exists()
@@ -65,7 +65,7 @@ def test_an_array_has_a_task_per_cell_and_a_bound(path, site, slurm, capsys):
 def test_what_the_queue_has_is_not_queued_again(path, site, slurm, capsys):
     assert main(["submit", path, *site]) == 0
     (slurm / "queue").write_text("7_0|RUNNING|None|n1|\n7_1|PENDING|Priority||\n7_2|FAILED|NonZeroExitCode|n1|\n")
-    found = sweep.load(sweep.load(path).folder)
+    found = definition.load(definition.load(path).folder)
     assert activity(found) == {"seed0": "running", "seed1": "queued"}
     results.write_state(found.folder, "seed2", "failed", "OSError: disk full", code="c0ffee")
     assert main(["submit", path, *site]) == 0
@@ -86,6 +86,6 @@ def test_a_folder_that_nodes_do_not_share_is_refused(path, slurm, tmp_path, caps
 
 
 def test_a_bound_of_nothing_is_refused(path):
-    found = sweep.load(path)
+    found = definition.load(path)
     with pytest.raises(UserError, match="--at-once 0"):
         array.job_of(found, found.cells, 0)

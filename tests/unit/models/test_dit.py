@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from imm_scale.errors import UserError
-from imm_scale.flow_map import ConditionalNet, FlowMap
-from imm_scale.interpolant import OTFlowMatching
+from imm_scale.methods.flow_map import FlowMap
+from imm_scale.methods.probability_path import OTFlowMatching
 from imm_scale.models import dit, layers
+from imm_scale.models.base import ConditionalNet
 from imm_scale.models.dit import DiT, DiTConfig, build, parameter_count, size_config
 
 # imm.md section 5: without the s-embedder, what it adds.

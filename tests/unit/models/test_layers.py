@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imm_scale.errors import UserError
-from imm_scale.interpolant import OTFlowMatching
+from imm_scale.methods.imm_times import map_r
+from imm_scale.methods.probability_path import OTFlowMatching
 from imm_scale.models import layers
 from imm_scale.models.layers import (
     Attention,
@@ -24,7 +25,6 @@ from imm_scale.models.layers import (
     position_table,
     time_frequencies,
 )
-from imm_scale.objectives.times import map_r
 
 # A few dozen fp64 operations on values of order 1.
 FP64 = 1e-12

@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from imm_scale.interpolant import OTFlowMatching, VPCosine
+from imm_scale.methods import imm_times
+from imm_scale.methods.probability_path import OTFlowMatching, VPCosine
 from imm_scale.models.layers import TimeEmbedder
-from imm_scale.objectives import times
 
 INTERPOLANTS = [OTFlowMatching(), VPCosine()]
 
 
 def _times(interp, k: int, min_gap: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Times over the whole range with t - s >= gap for s = 0, and their r."""
-    t = torch.linspace(max(min_gap, 1e-4), times.T_MAX[interp.name], 4001, dtype=torch.float64)
-    return t, times.map_r(interp, torch.zeros_like(t), t, k, min_gap)
+    t = torch.linspace(max(min_gap, 1e-4), imm_times.T_MAX[interp.name], 4001, dtype=torch.float64)
+    return t, imm_times.map_r(interp, torch.zeros_like(t), t, k, min_gap)
 
 
 def _embedder() -> TimeEmbedder:
@@ -27,7 +27,7 @@ def _embedder() -> TimeEmbedder:
 @pytest.mark.parametrize("interp", INTERPOLANTS, ids=lambda interp: interp.name)
 @pytest.mark.parametrize(("precision", "k"), [("fp32", 12), ("fp32", 15), ("bf16", 12), ("bf16", 15), ("fp16", 12)])
 def test_embeddings_of_t_and_r_differ_over_the_whole_range(interp, precision, k):
-    t, r = _times(interp, k, times.default_min_gap(precision))
+    t, r = _times(interp, k, imm_times.default_min_gap(precision))
     embedder = _embedder()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
         at_t, at_r = embedder(1000 * t), embedder(1000 * r)
@@ -42,7 +42,7 @@ def test_rounding_the_times_to_the_networks_precision_would_merge_them(dtype, fi
     # Rounding to a grid merges some pairs; from this time on the step is below half its spacing for most of them.
     assert merged[t > first + 0.01].double().mean() > 0.5
     assert t[merged].min() > first - 0.2
-    gapped = times.map_r(OTFlowMatching(), torch.zeros_like(t), t, 12, 1e-4)
+    gapped = imm_times.map_r(OTFlowMatching(), torch.zeros_like(t), t, 12, 1e-4)
     assert ((1000 * t).to(dtype) == (1000 * gapped).to(dtype)).any(), "the gap alone does not help"
 
 

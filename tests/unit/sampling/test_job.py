@@ -14,9 +14,10 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from imm_scale import distributed, storage
+from imm_scale import storage
+from imm_scale.checkpoint.format import committed_steps
 from imm_scale.cli import main
-from imm_scale.training.checkpoint import committed_steps
+from imm_scale.parallel import world
 from tests import ranks
 
 SOAK = int(os.environ.get("IMM_SOAK", "1"))
@@ -167,7 +168,7 @@ def test_a_checkpoint_an_export_and_the_run_draw_the_same(trained, tmp_path):
 def here() -> Iterator[None]:
     """For commands run in this process."""
     yield
-    distributed.shutdown()
+    world.shutdown()
 
 
 @pytest.mark.usefixtures("here")
@@ -197,11 +198,11 @@ def test_mistakes(argv, words, trained, tmp_path, capsys):
 
 @pytest.mark.usefixtures("here")
 def test_weights_that_diverged_name_the_sample(trained, tmp_path, capsys):
-    from imm_scale import weights
+    from imm_scale.checkpoint import export
 
-    spec, tensors = weights.read(trained)
+    spec, tensors = export.read(trained)
     tensors["final_layer.linear.bias"] = torch.full_like(tensors["final_layer.linear.bias"], torch.nan)
-    weights.write(spec, tensors, str(tmp_path / "nan.safetensors"))
+    export.write(spec, tensors, str(tmp_path / "nan.safetensors"))
     assert main(_argv(str(tmp_path / "nan.safetensors"), tmp_path, 10)) == 2
     assert "sample 0 (class 0, seed 0, 1 steps) is not finite" in capsys.readouterr().err
 

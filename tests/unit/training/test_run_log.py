@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from imm_scale import config as configs
-from imm_scale.schema import Config
+from imm_scale.config.schema import Config
 from imm_scale.training.run_log import Progress, Wandb
 from tests import ranks
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from imm_scale.distributed import World
+from imm_scale.parallel.world import World
 from imm_scale.training.watchdog import START_SECONDS, Answer, Watchdog, blame
 
 HOSTS = ["a", "b", "b", "c"]

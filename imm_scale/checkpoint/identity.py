@@ -1,0 +1,52 @@
+"""What makes a run the run it is, and may not change when it goes on."""
+
+from typing import Any
+
+from imm_scale import build
+from imm_scale import config as configs
+from imm_scale.config.schema import Config
+from imm_scale.errors import UserError
+
+# Sections and keys that make a run what it is; every other key may change when it goes on.
+IDENTITY = (
+    "model",
+    "flow_map",
+    "objective",
+    "seed",
+    "data.block_samples",
+    "data.flip",
+    "data.holdout",
+    "train.global_batch_size",
+    "optimizer",
+    "ema",
+)
+_ELASTIC = ("model.attention", "objective.min_gap")  # min_gap counts as resolved by the precision
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The keys that may not differ when a run goes on, with their values."""
+    values = {
+        key: value
+        for key, value in configs.flatten(config).items()
+        if key not in _ELASTIC and any(key == part or key.startswith(f"{part}.") for part in IDENTITY)
+    }
+    return {**values, "objective.min_gap (resolved)": build.resolved_min_gap(config)}
+
+
+def check_identity(config: Config, manifest_hash: str, old: Config, old_manifest_hash: str) -> None:
+    """Raises UserError, with the keys, where a run folder was started with something else."""
+    before = {**identity(old), "data.manifest (contents)": old_manifest_hash}
+    now = {**identity(config), "data.manifest (contents)": manifest_hash}
+    allowed = config.run.allow_change
+
+    def is_allowed(key: str) -> bool:
+        return any(key.split(" ")[0] == part or key.startswith(f"{part}.") for part in allowed)
+
+    differing = [key for key in before if before[key] != now[key] and not is_allowed(key)]
+    if differing:
+        lines = "\n".join(f"  {key}: {before[key]} -> {now[key]}" for key in differing)
+        keys = ",".join(key.split(" ")[0] for key in differing)
+        raise UserError(
+            f"{config.run_dir} holds a run with another config:\n{lines}\n"
+            f"Choose another run.dir (or run.name), or go on with the change on purpose: run.allow_change=[{keys}]"
+        )

@@ -1,0 +1,332 @@
+"""Distances of a model's samples to a reference, one file per evaluation, with all that is needed to get them again."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imm_scale import storage
+from imm_scale.checkpoint import export, run_folder
+from imm_scale.checkpoint.format import Checkpoint
+from imm_scale.config.schema import Config, EvaluationConfig, SamplingConfig
+from imm_scale.data.manifest import Manifest
+from imm_scale.errors import UserError
+from imm_scale.evaluation import extractors as extractors
+from imm_scale.evaluation import measures, reference
+from imm_scale.evaluation.collect import Collector, Features
+from imm_scale.evaluation.measures import Measure
+from imm_scale.evaluation.records import FOLDER, SCHEMA_VERSION, evaluation_url, read_evaluations
+from imm_scale.evaluation.reference import Reference
+from imm_scale.parallel import world as distributed
+from imm_scale.parallel.world import World
+from imm_scale.planner.flops import forward_multiply_adds
+from imm_scale.sampling.draw import SAMPLES_PER_CALL, SamplingPlan, plan_of, sample, times_of
+from imm_scale.sampling.job import Model
+from imm_scale.sampling.source import Source
+
+__all__ = ["Evaluator", "describe", "evaluate", "read_evaluations"]
+
+Announce = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Distance:
+    """The distance at one setting.
+
+    Attributes:
+        metric: name of the Frechet distance, `FID` only for the standard network.
+        value, mean: over sampling seeds; error: of one evaluation, std over seeds or the jackknife of the one there is.
+        count: samples per seed (also `num`); times: the grid itself.
+        numerical_error: bound of what fp64 rounding has done.
+        flops_per_image: two per multiply-add of the network.
+        measures: all metrics, {name: {value, error, values}}.
+    """
+
+    metric: str
+    steps: int
+    function_evaluations: int
+    sampler: str
+    grid: str
+    times: tuple[float, ...]
+    guidance_scale: float
+    num: int
+    seeds: tuple[int, ...]
+    values: tuple[float, ...]
+    mean: float
+    std: float
+    value: float
+    error: float
+    error_kind: str
+    count: int
+    numerical_error: float
+    flops_per_image: int
+    seconds: float
+    measures: dict[str, dict[str, Any]]
+
+
+class Evaluator:
+    """One checkpoint (or export), measured at any number of settings by one loaded model, extractor and reference.
+
+    Args:
+        source: where the weights come from; a run stands for its newest checkpoint.
+        announce: is told each distance, in words, on rank 0.
+        folder: where files go that belong to no run; those of a run lie in its evaluations/.
+
+    Raises:
+        UserError: no committed checkpoint, or nothing to compare with.
+    """
+
+    def __init__(self, source: Source, config: Config, world: World, announce: Announce, folder: str = FOLDER):
+        self.folder = folder if source.run_dir is None else storage.join(source.run_dir, FOLDER)
+        self.source, self.config, self.world = source.at_newest(), config, world
+        self._announce = announce if world.is_main else lambda line: None
+        if config.data.manifest is None and config.evaluation.reference is None:
+            raise UserError(
+                "there is nothing to compare with: set evaluation.reference (an .npz of --make-reference) or "
+                "data.manifest (the training data)"
+            )
+        self.device = distributed.device(world)
+        self.extractor = extractors.open_extractor(config.evaluation.extractor, self.device)
+
+    @cached_property
+    def model(self) -> Model:
+        config = self.config.sampling
+        return Model.load(self.source, config.ema, config.vae, self.device, decoding=self.extractor.takes == "images")
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint | None:
+        return Checkpoint(self.source.weights_url) if self.source.step is not None else None
+
+    @cached_property
+    def reference(self) -> Reference:
+        """As given, or of the training data; the latter is kept in the run folder's references/."""
+        given = self.config.evaluation.reference
+        found = Reference.load(given) if given is not None else self._of_training_data()
+        size = self.model.spec.codec.image_size
+        found.check(self.extractor, (size, size) if self.extractor.takes == "images" else None)
+        return found
+
+    def _of_training_data(self) -> Reference:
+        url = self.config.data.manifest
+        assert url is not None
+        most, run_dir, spec = self.config.evaluation.compared, self.source.run_dir, self.model.spec
+        key = [Manifest.load(url).hash, extractors.identity_hash(self.extractor.identity), self.config.seed, most]
+        name = hashlib.sha256(json.dumps([*key, spec.sigma_data]).encode()).hexdigest()[:12]
+        kept = storage.join(run_dir, "references", f"{name}.npz") if run_dir is not None else None
+        found = kept is not None and self.world.is_main and storage.exists(kept)
+        if kept is not None and distributed.all_sum(_flag(found)):
+            return Reference.load(kept)
+        arguments = (self.config.seed, spec.sigma_data, self.model.decode)
+        made = reference.of_manifest(url, self.extractor, most, self.world, *arguments)
+        if kept is not None and self.world.is_main:
+            made.save(kept)
+        return made
+
+    # --- one evaluation ---
+
+    def evaluate(self, sampling: SamplingConfig, evaluation: EvaluationConfig) -> dict[str, Any]:
+        """Measures every step count of `evaluation.steps` and writes a file for each, unless it is there already.
+
+        Returns:
+            What stands in the files, their `results` in one list.
+        """
+        each = [self._evaluate(sampling, evaluation, steps) for steps in evaluation.steps]
+        return {**each[0], "results": [result for one in each for result in one["results"]]}
+
+    def _evaluate(self, sampling: SamplingConfig, evaluation: EvaluationConfig, steps: int) -> dict[str, Any]:
+        settings = self._settings(sampling, evaluation, steps)
+        url = evaluation_url(self.folder, self.source.step, settings)
+        found = distributed.all_sum(_flag(self.world.is_main and storage.exists(url)))
+        if found:
+            kept: dict[str, Any] = json.loads(storage.read_text(url))
+            for result in kept["results"]:
+                self._announce(describe(result))
+            return kept
+        began = time.perf_counter()
+        result = asdict(self._distance(sampling, evaluation, steps))
+        written = {
+            **settings,
+            **self._provenance(),
+            "results": [result],
+            "warnings": self._warnings(result["count"]),
+            "seconds": time.perf_counter() - began,
+        }
+        if self.world.is_main:
+            storage.write_text(url, json.dumps(written, indent=1))
+        return written
+
+    def _settings(self, sampling: SamplingConfig, evaluation: EvaluationConfig, steps: int) -> dict[str, Any]:
+        """What makes two evaluations the same, known before anything is loaded."""
+        meta = self.checkpoint.meta if self.checkpoint else None
+        state = export.ema_state(self.checkpoint, sampling.ema) if self.checkpoint else None
+        given, manifest = evaluation.reference, self.config.data.manifest
+        compared_with = Manifest.load(manifest).hash if given is None and manifest is not None else None
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "step": self.source.step,
+            "images_seen": meta.images_seen if meta else None,
+            "objective": self.config.objective.name if meta else self.model.spec.objective,
+            "ema": state,
+            "training_data": meta.manifest_hash if meta else None,
+            "source": None if meta else {"weights": self.model.weights_id},
+            "reference_data": compared_with,
+            "reference_file": None if given is None else hashlib.sha256(_read(given)).hexdigest(),
+            "extractor": extractors.describe(self.extractor),
+            "seed": sampling.seed,
+            "sampler": sampling.sampler,
+            "guidance_scale": sampling.guidance_scale,
+            "guidance_interval": list(sampling.guidance_interval),
+            "labels": sampling.labels,
+            "grid": sampling.grid,
+            "samples_per_call": SAMPLES_PER_CALL,
+            "steps": steps,
+            "repeats": evaluation.repeats,
+            "num": evaluation.num,
+            "metrics": list(evaluation.metrics),
+            "compared": evaluation.compared,
+        }
+
+    def _provenance(self) -> dict[str, Any]:
+        """What else a reader needs in order to get the numbers again."""
+        codec = self.model.spec.codec
+        return {
+            "run": self.config.run.name,
+            "weights": self.model.weights_id,
+            "reference": {"id": self.reference.id, "count": self.reference.count, **self.reference.source},
+            "codec": {"kind": codec.kind, "weights": codec.weights_hash},
+            "rounding": "uint8, nearest" if self.extractor.takes == "images" else "none: latents are compared",
+            "device": self.device.type,
+            "ranks": self.world.size,
+            "versions": run_folder.versions(),
+        }
+
+    def _warnings(self, count: int) -> list[str]:
+        found = measures.warnings(count, len(self.reference.mean), self.reference)
+        decoded = self.extractor.takes == "images" and "manifest" in self.reference.source
+        if decoded and self.model.spec.codec.kind == "vae":
+            found.append(
+                "the reference is made of decoded latents, so the autoencoder's own error does not count: for numbers "
+                "like published ones make a reference of the images themselves (--make-reference)"
+            )
+        for line in found:
+            self._announce(f"warning: {line}")
+        return found
+
+    # --- one step count ---
+
+    def _distance(self, sampling: SamplingConfig, evaluation: EvaluationConfig, steps: int) -> Distance:
+        began = time.perf_counter()
+        num = evaluation.num or self.reference.count
+        if num is None:
+            raise UserError("the reference does not say how many images it is of: give --num (50,000 is the custom)")
+        seeds = range(sampling.seed, sampling.seed + evaluation.repeats)
+        plans = [plan_of(sampling, self.model.spec, steps, num, seed) for seed in seeds]
+        found = [self._measure(plan, evaluation) for plan in plans]
+        times = times_of(self.model.flow_map, self.model.spec, plans[0])
+        distance = self._summarize(plans[0], times, seeds, found, time.perf_counter() - began)
+        self._announce(describe(asdict(distance)))
+        return distance
+
+    def _measure(self, plan: SamplingPlan, evaluation: EvaluationConfig) -> dict[str, Measure]:
+        features = self._features(plan, evaluation)
+        return measures.measure(
+            evaluation.metrics, features, self.reference, self.extractor, with_error=evaluation.repeats == 1
+        )
+
+    def _features(self, plan: SamplingPlan, evaluation: EvaluationConfig) -> Features:
+        compares = set(evaluation.metrics) & set(measures.COMPARING)
+        collector = Collector(plan.num, evaluation.compared if compares else 0)
+        model, name = self.model, f"{plan.steps} steps, seed {plan.seed}"
+        small = dataclasses.replace(plan, batch_size=SAMPLES_PER_CALL)  # all that is held at once
+        for index, _, z in sample(model.flow_map, model.spec, small, self.world, progress=name):
+            collector.add(index, self.extractor(z if self.extractor.takes == "latents" else model.decode(z)))
+        return collector.merge_ranks()
+
+    def _summarize(
+        self,
+        plan: SamplingPlan,
+        times: Tensor,
+        seeds: Sequence[int],
+        found: Sequence[Mapping[str, Measure]],
+        seconds: float,
+    ) -> Distance:
+        name = measures.frechet_name(self.extractor)
+        summaries = {key: _summary([one[key] for one in found]) for key in found[0]}
+        distance = summaries[name]
+        evaluations = plan.function_evaluations(times)
+        return Distance(
+            metric=name,
+            steps=plan.steps,
+            function_evaluations=evaluations,
+            sampler=plan.sampler,
+            grid=plan.grid,
+            times=tuple(times.tolist()),
+            guidance_scale=plan.guidance_scale,
+            num=plan.num,
+            seeds=tuple(seeds),
+            values=tuple(distance["values"]),
+            mean=distance["value"],
+            std=distance["error"] if len(seeds) > 1 else 0.0,
+            value=distance["value"],
+            error=distance["error"],
+            error_kind=f"standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else "jackknife over samples",
+            count=plan.num,
+            numerical_error=max(one[name].numerical_error or 0.0 for one in found),
+            flops_per_image=2 * forward_multiply_adds(self.model.spec.net) * evaluations,
+            seconds=seconds,
+            measures=summaries,
+        )
+
+
+def _summary(found: Sequence[Measure]) -> dict[str, Any]:
+    """Mean over seeds; error of one evaluation: their standard deviation, or what the only one says of itself."""
+    values = [one.value for one in found]
+    error = statistics.stdev(values) if len(values) > 1 else found[0].error
+    return {"value": statistics.fmean(values), "error": error, "values": values}
+
+
+def _flag(here: bool) -> Tensor:
+    return torch.tensor(int(here))
+
+
+def _read(url: str) -> bytes:
+    try:
+        return storage.read_bytes(url)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"the reference {url} does not exist: write it with imm-scale evaluate --make-reference"
+        ) from error
+
+
+def evaluate(config: Config, world: World, announce: Announce, source: Source | None = None) -> dict[str, Any]:
+    """Measures one checkpoint, the newest of the config's run if no source is given, and writes the result."""
+    evaluator = Evaluator(source or Source(config.run_dir, config.run_dir), config, world, announce)
+    return evaluator.evaluate(config.sampling, config.evaluation)
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """A result in words: a line for the distance, and one for each further metric."""
+    steps = f"{result['steps']} step" + ("" if result["steps"] == 1 else "s")
+    guidance = "" if result["guidance_scale"] == 1.0 else f", guidance {result['guidance_scale']:g}"
+    lines = [
+        f"{result['metric']}  {steps:>9}  {result['mean']:.4f} +- {_error(result):.4f}"
+        f"  ({len(result['seeds'])} x {result['num']} samples{guidance})"
+    ]
+    for name, one in result.get("measures", {}).items():
+        if name != result["metric"]:
+            error = "" if math.isnan(one["error"]) else f" +- {one['error']:.2g}"
+            lines.append(f"  {name}  {one['value']:.4g}{error}")
+    return "\n".join(lines)
+
+
+def _error(result: Mapping[str, Any]) -> float:
+    return float(result.get("error", result["std"]))

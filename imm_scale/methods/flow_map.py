@@ -1,0 +1,192 @@
+"""The map f_{s,t} around a network G (app C.5): it takes x_t at time t straight to time s.
+
+    f_{s,t}(x_t) = c_skip(s,t) x_t + c_out(s,t) G(c_in(t) x_t, c_noise(t), second(s,t), label)
+
+Times are per group, in fp64, of shape (G,): the N = G * M samples of a call are G groups of M neighbours.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from imm_scale.errors import UserError
+from imm_scale.methods.probability_path import Interpolant
+from imm_scale.models.base import ConditionalNet
+
+PARAMETERIZATIONS = ("identity", "simple_edm", "euler_fm")
+SECOND_TIMES = ("s", "t_minus_s", "none")
+
+
+class Coefficients(NamedTuple):
+    """Scalars of the flow map, each of the shape of the times."""
+
+    c_in: Tensor
+    c_skip: Tensor
+    c_out: Tensor
+
+
+def check(trajectory: str, parameterization: str, second_time: str) -> None:
+    """Raises UserError where the three do not fit together."""
+    if parameterization not in PARAMETERIZATIONS:
+        raise UserError(
+            f"parameterization {parameterization!r} is unknown; choose one of {', '.join(PARAMETERIZATIONS)}"
+        )
+    if second_time not in SECOND_TIMES:
+        raise UserError(f"second_time {second_time!r} is unknown; choose one of {', '.join(SECOND_TIMES)}")
+    if parameterization == "euler_fm" and trajectory != "ot_fm":
+        raise UserError(
+            f"parameterization 'euler_fm' needs trajectory 'ot_fm', got {trajectory!r}: "
+            "use flow_map.parameterization=simple_edm, which fits any trajectory"
+        )
+
+
+def coefficients(interp: Interpolant, parameterization: str, s: Tensor, t: Tensor, sigma_data: float) -> Coefficients:
+    """c_in, c_skip and c_out of f_{s,t} (app C.5), in forms without cancellation at s close to t.
+
+    Args:
+        interp: the trajectory.
+        parameterization: `identity` (G predicts x), `simple_edm` or `euler_fm` (sigma_d G is the mean velocity).
+        s, t: target and source times, 0 <= s <= t, of one shape.
+        sigma_data: standard deviation of the data and of the prior.
+
+    Raises:
+        UserError: unknown parameterization, or `euler_fm` on another trajectory than `ot_fm`.
+    """
+    check(interp.name, parameterization, "s")
+    norm = interp.norm(t)
+    determinant = interp.determinant(s, t)
+    c_in = 1.0 / (sigma_data * norm)
+    if parameterization == "euler_fm":
+        return Coefficients(c_in, torch.ones_like(determinant), -sigma_data * determinant)
+    if parameterization == "simple_edm":
+        c_skip = (interp.alpha(s) * interp.alpha(t) + interp.sigma(s) * interp.sigma(t)) / norm**2
+        return Coefficients(c_in, c_skip, -sigma_data * determinant / norm)
+    # identity, whose value at s = t = 0 (0 / 0) is the identity map: (c_skip, c_out) = (1, 0)
+    sigma_t = interp.sigma(t)
+    at_data = sigma_t == 0
+    divisor = torch.where(at_data, torch.ones_like(sigma_t), sigma_t)
+    c_skip = torch.where(at_data, torch.ones_like(sigma_t), interp.sigma(s) / divisor)
+    return Coefficients(c_in, c_skip, torch.where(at_data, torch.zeros_like(sigma_t), determinant / divisor))
+
+
+def exact_target(
+    interp: Interpolant, parameterization: str, x: Tensor, eps: Tensor, t: Tensor, sigma_data: float
+) -> Tensor:
+    """What G must output at time t for f_{s,t}(x_t) = DDIM(x_t, x, s, t) to hold for every s.
+
+    It does not depend on s; it is x itself (`identity`) or a velocity over sigma_d, and so the regression target of
+    flow matching. Shapes: x and eps alike, t broadcastable against them.
+    """
+    if parameterization == "identity":
+        return x
+    if parameterization == "euler_fm":
+        return (eps - x) / sigma_data
+    scale = (sigma_data * interp.norm(t)).to(x.dtype)
+    return (interp.alpha(t).to(x.dtype) * eps - interp.sigma(t).to(x.dtype) * x) / scale
+
+
+def per_sample(values_G: Tensor, x: Tensor) -> Tensor:
+    """(G,) values as (N, 1, ..., 1) beside x (N, ...), each repeated for the samples of its group."""
+    return values_G.repeat_interleave(x.shape[0] // values_G.shape[0]).view(-1, *[1] * (x.dim() - 1))
+
+
+class FlowMap(nn.Module):
+    """f_{s,t} with network G. The arithmetic around G has the dtype of the samples (fp32 or fp64), G its own.
+
+    Args:
+        model: the network G.
+        interp: the trajectory.
+        parameterization, second_time, sigma_data, time_scale: app C.5; `second_time` = `none` hides s from G.
+        null_label: the label that stands for "no condition", or None for a net that has none.
+    """
+
+    def __init__(
+        self,
+        model: ConditionalNet,
+        interp: Interpolant,
+        parameterization: str = "euler_fm",
+        second_time: str = "s",
+        sigma_data: float = 0.5,
+        time_scale: float = 1000.0,
+        null_label: int | None = None,
+    ):
+        super().__init__()
+        check(interp.name, parameterization, second_time)
+        self.model = model
+        self.interp = interp
+        self.parameterization = parameterization
+        self.second_time = second_time
+        self.sigma_data = sigma_data
+        self.time_scale = time_scale
+        self.null_label = null_label
+
+    def coefficients(self, s: Tensor, t: Tensor) -> Coefficients:
+        return coefficients(self.interp, self.parameterization, s, t, self.sigma_data)
+
+    def _c_noise(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        second = {"s": s, "t_minus_s": t - s, "none": None}[self.second_time]
+        return self.time_scale * t, None if second is None else self.time_scale * second
+
+    def _net_input(self, x: Tensor, c: Coefficients) -> Tensor:
+        weight = next(self.model.parameters(), x)
+        return (per_sample(c.c_in.to(x.dtype), x) * x).to(weight.dtype)
+
+    @staticmethod
+    def _assemble(x: Tensor, c: Coefficients, out: Tensor) -> Tensor:
+        return per_sample(c.c_skip.to(x.dtype), x) * x + per_sample(c.c_out.to(x.dtype), x) * out.to(x.dtype)
+
+    def forward(
+        self,
+        x_t: Tensor,
+        s: Tensor,
+        t: Tensor,
+        label: Tensor,
+        guidance_scale: float = 1.0,
+    ) -> Tensor:
+        """f_{s,t}(x_t), without dropout.
+
+        Args:
+            x_t: (N, ...) samples at time t, fp32 or fp64.
+            s, t: (G,) fp64 target and source times; N is a multiple of G.
+            label: (N,) class labels.
+            guidance_scale: w replaces G by w G(label) + (1 - w) G(null); 1 is off and costs nothing.
+
+        Raises:
+            UserError: guidance on a net without a null label.
+        """
+        c = self.coefficients(s, t)
+        scaled, times = self._net_input(x_t, c), self._c_noise(s, t)
+        out = self.model(scaled, *times, label).to(x_t.dtype)
+        if guidance_scale != 1.0:
+            if self.null_label is None:
+                raise UserError(f"guidance_scale={guidance_scale} needs a net with a null label; use guidance_scale=1")
+            unconditional = self.model(scaled, *times, torch.full_like(label, self.null_label)).to(x_t.dtype)
+            out = guidance_scale * out + (1.0 - guidance_scale) * unconditional
+        return self._assemble(x_t, c, out)
+
+    def pair(
+        self,
+        x_t: Tensor,
+        x_r: Tensor,
+        s: Tensor,
+        r: Tensor,
+        t: Tensor,
+        label: Tensor,
+        dropout_key: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(f_{s,t}(x_t) with gradient, f_{s,r}(x_r) without), both from the current weights (alg 3).
+
+        Shapes as in `forward`; dropout_key is (N,) keys of the dropout masks, or None to run without dropout.
+        """
+        c_t, c_r = self.coefficients(s, t), self.coefficients(s, r)
+        c_noise_t, second_t = self._c_noise(s, t)
+        c_noise_r, second_r = self._c_noise(s, r)
+        inputs = self._net_input(x_t, c_t), self._net_input(x_r, c_r)
+        out_t, out_r = self.model.pair(*inputs, c_noise_t, c_noise_r, second_t, second_r, label, dropout_key)
+        return self._assemble(x_t, c_t, out_t), self._assemble(x_r, c_r, out_r).detach()
+
+    def raw(self, x_t: Tensor, t: Tensor, label: Tensor, dropout_key: Tensor | None = None) -> Tensor:
+        """G(c_in(t) x_t, c_noise(t), second(t,t), label): what flow matching regresses on. Shapes as in `forward`."""
+        scaled = self._net_input(x_t, self.coefficients(t, t))
+        return self.model(scaled, *self._c_noise(t, t), label, dropout_key).to(x_t.dtype)

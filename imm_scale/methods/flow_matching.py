@@ -1,0 +1,32 @@
+"""Flow matching: the baseline. One time, and a regression on what makes f_{s,t} exact for every s."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from imm_scale import rng
+from imm_scale.methods.base import GroupLosses, Objective, prior_noise
+from imm_scale.methods.flow_map import FlowMap, exact_target, per_sample
+from imm_scale.methods.probability_path import diffuse
+
+
+@dataclass(frozen=True)
+class FlowMatching(Objective):
+    """Mean squared error of the velocity (Lipman et al., arXiv 2210.02747), t ~ U(t_min, t_max) for each sample."""
+
+    t_min: float
+    t_max: float
+    label_drop: float = 0.1
+    dropout: bool = False
+    particles: int = 1
+
+    def __call__(self, flow_map: FlowMap, x: Tensor, label: Tensor, ordinal: Tensor, seed: int) -> GroupLosses:
+        t = self.t_min + (self.t_max - self.t_min) * rng.uniform(seed, "times", self.group(ordinal))[:, 0]
+        eps = prior_noise(flow_map, x, ordinal, seed)
+        t_N = per_sample(t, x)
+        x_t = diffuse(flow_map.interp, x, eps, t_N)
+        target = exact_target(flow_map.interp, flow_map.parameterization, x, eps, t_N, flow_map.sigma_data)
+        label = self.drop_labels(flow_map, label, ordinal, seed)
+        out = flow_map.raw(x_t, t, label, self.dropout_key(ordinal, seed))
+        error = (out - target).square().reshape(t.shape[0], -1)
+        return GroupLosses(error.mean(dim=1).double(), t)

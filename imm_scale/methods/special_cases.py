@@ -1,0 +1,37 @@
+"""Two methods that IMM contains: only the times differ."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from imm_scale import rng
+from imm_scale.methods.flow_map import FlowMap
+from imm_scale.methods.imm import InductiveMomentMatching
+
+
+@dataclass(frozen=True)
+class ConsistencyTraining(InductiveMomentMatching):
+    """IMM with one particle, s fixed at t_min and the energy or pseudo-Huber kernel (Lemma 1).
+
+    The loss is 2 w(t) ||f_{s,t}(x_t) - f_{s,r}(x_r)||^2 with the energy kernel; the 2 is the V-statistic's.
+    """
+
+    def draw_times(self, flow_map: FlowMap, group: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        u = rng.uniform(seed, "times", group)[:, 0]
+        t = self.t_min + (self.t_max - self.t_min) * u
+        s = torch.full_like(t, self.t_min)
+        return s, self.map_r(flow_map, s, t), t
+
+
+@dataclass(frozen=True)
+class GenerativeMomentMatching(InductiveMomentMatching):
+    """IMM with t = t_max and s = r = t_min: a generative moment matching network (app G.3), one jump from noise.
+
+    The target is the interpolant of the data at t_min, exact; the weight of eq 13 is a constant factor.
+    """
+
+    def draw_times(self, flow_map: FlowMap, group: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        t = torch.full(group.shape, self.t_max, dtype=torch.float64, device=group.device)
+        s = torch.full_like(t, self.t_min)
+        return s, s, t

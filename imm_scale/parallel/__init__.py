@@ -1,0 +1,1 @@
+"""Ranks, ZeRO and the slices each rank owns."""

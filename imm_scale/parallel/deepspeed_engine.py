@@ -1,0 +1,321 @@
+"""The optimizer step under DeepSpeed ZeRO, and which slice of every state this rank owns.
+
+The only file that imports deepspeed. The rest of the program sees `Engine`: a step, and named flat fp32 slices.
+"""
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from imm_scale.config.schema import Config
+from imm_scale.data.loader import Batch
+from imm_scale.errors import UserError
+from imm_scale.methods.base import GroupLosses, Objective
+from imm_scale.methods.flow_map import FlowMap
+from imm_scale.models.dit import DiT
+from imm_scale.parallel.loss_scale import LossScale
+from imm_scale.parallel.param_slice import MOMENTS, Shard
+from imm_scale.parallel.zero_config import block_numel, deepspeed_config
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step came to; all but the loss are the same on every rank.
+
+    Attributes:
+        loss: this rank's share, a detached fp64 scalar: summed over ranks it is the mean over groups.
+        grad_norm: the global gradient norm before clipping, inf or nan where a gradient was not finite.
+        skipped: the gradient was not finite, and neither weights nor moments nor counters have changed on any rank.
+        loss_scale: the factor the step ran with, None but for fp16.
+        groups: losses and times of this rank's groups, padded slots included.
+    """
+
+    loss: Tensor
+    grad_norm: float
+    skipped: bool
+    loss_scale: float | None
+    groups: GroupLosses
+
+
+class LossModule(nn.Module):
+    """The module the engine wraps: a micro-batch in, its share of the loss out, both branches inside."""
+
+    def __init__(self, flow_map: FlowMap, objective: Objective, seed: int):
+        super().__init__()
+        self.flow_map = flow_map
+        self.objective = objective
+        self.seed = seed
+        self.groups: GroupLosses | None = None
+
+    def forward(self, x: Tensor, label: Tensor, ordinal: Tensor, weight: Tensor) -> Tensor:
+        """Sum of the losses of the real groups (weight 1), fp64; `groups` keeps those of the last call, detached."""
+        losses = self.objective(self.flow_map, x, label, ordinal, self.seed)
+        self.groups = GroupLosses(losses.loss_G.detach(), losses.t_G.detach())
+        return (losses.loss_G * weight).sum()
+
+
+def check_device(config: Config) -> None:
+    """Raises UserError for a precision or an offload that this machine or this ZeRO stage cannot run."""
+    on_cpu = not torch.cuda.is_available()
+    if not on_cpu and config.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"precision=bf16: {torch.cuda.get_device_name()} has none. Use precision=fp16 or fp32")
+    if on_cpu and config.precision == "fp16":
+        raise UserError("precision=fp16 needs a GPU: CPUs run fp16 a hundred times slower. Use precision=bf16 or fp32")
+    if on_cpu and config.precision == "bf16" and config.zero.stage == 0:
+        raise UserError(
+            "precision=bf16 with zero.stage=0 on CPU: stage 0 sums gradients in another precision than stages 1 to 3 "
+            "and would not train alike. Use zero.stage=1 or precision=fp32"
+        )
+    if on_cpu and config.precision == "tf32":
+        warnings.warn("precision=tf32 is a mode of NVIDIA GPUs: this CPU computes in fp32", stacklevel=2)
+    if config.train.compile and config.zero.stage == 3:
+        # DeepSpeed's gathering hooks break the graph at every block: slower than eager, at the recompile limit.
+        warnings.warn("train.compile=true is for zero.stage 0 to 2: at stage 3 this run is not compiled", stacklevel=2)
+
+
+def _optimizer(config: Config, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    o = config.optimizer
+    # The learning rate is set before every step; 0 here keeps DeepSpeed's own warm-up steps from moving weights.
+    common: dict[str, Any] = {
+        "lr": 0.0,
+        "betas": (o.betas[0], o.betas[1]),
+        "eps": o.eps,
+        "weight_decay": o.weight_decay,
+    }
+    if o.name == "radam":
+        return torch.optim.RAdam(parameters, decoupled_weight_decay=True, **common)
+    fused = torch.cuda.is_available() and config.zero.offload == "none"
+    return torch.optim.AdamW(parameters, fused=fused, **common)
+
+
+def _import_deepspeed() -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's to mend
+    # Otherwise the first collective on CPU compiles an extension with g++.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class Engine:
+    """A flow map under training.
+
+    Args:
+        config: the run.
+        flow_map: with the weights to start from; every rank must hold the same.
+        objective: the loss.
+        num_groups: G of the global batch.
+        accumulation, samples_per_micro_batch: from the layout.
+
+    Attributes:
+        before_update: called in each step when gradients are there and weights and moments are about to change.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        flow_map: FlowMap,
+        objective: Objective,
+        num_groups: int,
+        accumulation: int,
+        samples_per_micro_batch: int,
+    ):
+        check_device(config)
+        deepspeed = _import_deepspeed()
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+        net = flow_map.model
+        if isinstance(net, DiT):
+            net.activation_checkpointing = config.train.activation_checkpointing
+            if config.train.compile and config.zero.stage < 3:
+                net.compile_blocks()
+        self._named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+        self.parameters = [p for _, p in self._named]
+        self._shapes = {name: tuple(p.shape) for name, p in self._named}
+        settings = deepspeed_config(config, accumulation, samples_per_micro_batch, block_numel(net))
+        deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
+        self._module = LossModule(flow_map, objective, config.seed)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=self._module,
+            optimizer=_optimizer(config, [p for _, p in self._named]),
+            config=settings,
+            dist_init_required=False,
+        )
+        self._stage = config.zero.stage
+        self._accumulation = accumulation
+        self._scale = accumulation * dist.get_world_size() / num_groups
+        self._num_groups = num_groups
+        self._grad_clip = config.train.grad_clip
+        self.loss_scale = LossScale() if config.precision == "fp16" else None
+        self.before_update: Callable[[], object] = lambda: None
+        self._take_over_loss_scaling()
+        self.device = self._engine.device
+        self._create_moments()
+        self.set_optimizer_steps(0)
+
+    # --- stepping ---
+
+    def step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
+        """One optimizer step, or none on any rank where the gradient is not finite."""
+        assert len(micro_batches) == self._accumulation
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        loss_scale = None if self.loss_scale is None else self.loss_scale.value
+        scale = self._scale
+        if loss_scale is not None and self._stage == 0:
+            scale *= loss_scale
+        elif loss_scale is not None:
+            self._optimizer.override_loss_scale(loss_scale)  # DeepSpeed multiplies, and divides before it clips
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        groups: list[GroupLosses] = []
+        for number, batch in enumerate(micro_batches, 1):
+            loss = self._forward(batch)
+            groups.append(self._module.groups)  # type: ignore[arg-type]
+            # DeepSpeed divides by the accumulation and averages over ranks; the loss is a sum over real groups / G.
+            self._engine.backward(loss * scale)
+            total += loss.detach()
+            if self._stage == 0 and number == self._accumulation:
+                grad_norm = self._finish_whole_gradients(loss_scale)
+            if number == self._accumulation:
+                self.before_update()
+            self._engine.step()
+        if self._stage > 0:  # DeepSpeed has skipped the step where this is not finite, at every precision
+            grad_norm = float(self._engine.get_global_grad_norm())
+        skipped = not math.isfinite(grad_norm)
+        if self.loss_scale is not None:
+            self.loss_scale.update(skipped)
+        together = GroupLosses(*(torch.cat(parts) for parts in zip(*groups, strict=True)))
+        return StepResult(total / self._num_groups, grad_norm, skipped, loss_scale, together)
+
+    @torch.no_grad()
+    def loss(self, batch: Batch) -> Tensor:
+        """Sum of the losses of a micro-batch's groups under the current weights, without dropout; all ranks call it."""
+        self._engine.eval()
+        total = self._forward(batch).detach()
+        self._engine.train()
+        return total
+
+    def _forward(self, batch: Batch) -> Tensor:
+        tensors = (batch.x, batch.label, batch.ordinal, batch.weight)
+        return self._engine(*(tensor.to(self.device, non_blocking=True) for tensor in tensors))
+
+    @torch.no_grad()
+    def _finish_whole_gradients(self, loss_scale: float | None) -> float:
+        """Norm and clipping at stage 0, where every rank holds the summed gradients whole.
+
+        Where the norm is not finite it drops them: the optimizer passes over parameters without a gradient.
+        """
+        gradients = [p.grad for _, p in self._named if p.grad is not None]
+        if loss_scale is not None:
+            torch._foreach_div_(gradients, loss_scale)
+        norm = nn.utils.get_total_norm(gradients)
+        if not math.isfinite(norm):
+            for _, parameter in self._named:
+                parameter.grad = None
+        elif self._grad_clip is not None:
+            nn.utils.clip_grads_with_norm_([p for _, p in self._named], self._grad_clip, norm)
+        return float(norm)
+
+    def _take_over_loss_scaling(self) -> None:
+        """Puts aside the scalers DeepSpeed makes for fp16, see loss_scale.py."""
+        self._engine.torch_autocast_z0_gradscaler = None
+        if self._stage > 0:
+            self._optimizer.torch_autocast_gradscaler = None
+
+    # --- states ---
+
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizer if self._stage == 0 else self._optimizer.optimizer
+
+    def _flat_parameters(self) -> list[Tensor]:
+        """The tensors the base optimizer steps: whole parameters at stage 0, this rank's flat partitions above."""
+        if self._stage == 0:
+            return [p for _, p in self._named]
+        if self._stage == 3:
+            return list(self._optimizer.fp32_partitioned_groups_flat)
+        return list(self._optimizer.single_partition_of_fp32_groups)
+
+    def _create_moments(self) -> None:
+        """Makes the optimizer's state exist before the first step, so that it can be loaded and saved at any time."""
+        state = self._base_optimizer().state
+        fused = self._base_optimizer().defaults.get("fused")
+        for flat in self._flat_parameters():
+            if not state[flat]:
+                # Fused kernels read the counter on the device, the others on the host.
+                state[flat]["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu")
+                for moment in MOMENTS:
+                    state[flat][moment] = torch.zeros_like(flat, memory_format=torch.preserve_format)
+
+    def set_optimizer_steps(self, steps: int) -> None:
+        """Sets Adam's step counter (DeepSpeed may have run a step on zero gradients at start)."""
+        for state in self._base_optimizer().state.values():
+            state["step"].fill_(float(steps))
+
+    def optimizer_steps(self) -> int:
+        return max(int(state["step"]) for state in self._base_optimizer().state.values())
+
+    def held_shards(self) -> Iterator[Shard]:
+        """Everything this rank steps: at stage 0 whole parameters, above that its own slices."""
+        state = self._base_optimizer().state
+        for name, parameter in self._named:
+            if self._stage == 0:
+                tensors = {key: state[parameter][key].view(-1) for key in MOMENTS}
+                yield Shard(name, self._shapes[name], 0, {"weight": parameter.data.view(-1), **tensors})
+            elif self._stage == 3:
+                yield from self._stage3_shard(name, parameter)
+            elif parameter._hp_mapping is not None:  # type: ignore[attr-defined]
+                yield self._partition_shard(name, parameter._hp_mapping)  # type: ignore[attr-defined]
+
+    def _partition_shard(self, name: str, mapping: Any) -> Shard:
+        flat = self._flat_parameters()[mapping.param_group_index]
+        address, state = mapping.hp_fragment_address, self._base_optimizer().state[flat]
+        tensors = {"weight": flat.data, **{key: state[key] for key in MOMENTS}}
+        views = {key: tensor.narrow(0, address.start, address.numel) for key, tensor in tensors.items()}
+        return Shard(name, self._shapes[name], mapping.lp_fragment_address.start, views)
+
+    def _stage3_shard(self, name: str, parameter: Any) -> Iterator[Shard]:
+        """An even split of the flattened parameter; the last ranks' slices end in padding, which is left out.
+
+        DeepSpeed's `safe_get_local_fp32_param` would be a copy where the state is offloaded; these are live.
+        """
+        group, start, size = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+        flat = self._flat_parameters()[group]
+        offset = dist.get_rank() * size
+        numel = min(size, parameter.ds_numel - offset)
+        if numel > 0:
+            state = self._base_optimizer().state[flat]
+            tensors = {"weight": flat.data, **{key: state[key] for key in MOMENTS}}
+            views = {key: tensor.narrow(0, start, numel) for key, tensor in tensors.items()}
+            yield Shard(name, self._shapes[name], offset, views)
+
+    def master_shards(self) -> list[Shard]:
+        """What this rank saves and averages: over all ranks every element of every parameter once."""
+        held = list(self.held_shards())
+        if self._stage > 0:
+            return held
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        return [part for shard in held if (part := shard.even_part(rank, world_size)) is not None]
+
+    def publish_weights(self) -> None:
+        """Makes the net compute with the weights of `held_shards`, after these were written to."""
+        if self._stage in (1, 2):
+            self._optimizer.update_lp_params()
+        elif self._stage == 3:
+            for group in range(len(self._flat_parameters())):
+                self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            kept = self._optimizer.persistent_parameters
+            if kept:
+                kept[0].all_gather(kept)
+
+    def close(self) -> None:
+        self._engine.destroy()

@@ -1,0 +1,53 @@
+"""Moving averages of the weights, kept as the same slices the optimizer keeps: a step needs no communication."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from imm_scale.parallel.param_slice import Shard
+
+
+def state_name(decay: float) -> str:
+    """The name of a moving average among the states of a checkpoint."""
+    return f"ema-{decay:g}"
+
+
+class ShardedEma:
+    """One fp32 average per decay over this rank's slices, starting at the current weights.
+
+    That is 4 bytes x parameters / ranks for each, at every ZeRO stage: those of stage 0 are even parts.
+
+    Args:
+        shards: the slices this rank owns; their weights are live.
+        decays: which averages there are.
+        power: what a decay is raised to for one update; 1 where decays are meant per step.
+    """
+
+    def __init__(self, shards: Sequence[Shard], decays: Sequence[float], power: float = 1.0):
+        self.shards = list(shards)
+        self._weights = [shard.states["weight"] for shard in shards]
+        self.averages: dict[float, list[Tensor]] = {
+            decay: [torch.empty_like(weight) for weight in self._weights] for decay in decays
+        }
+        self._power = power
+        self.restart()
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Sets every average to the current weights."""
+        for averages in self.averages.values():
+            for average, weight in zip(averages, self._weights, strict=True):
+                average.copy_(weight)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """average <- d * average + (1 - d) * weight with d = decay^power; call it after each step that was taken."""
+        if not self._weights:
+            return  # in a world larger than the net the last ranks own nothing
+        for decay, averages in self.averages.items():
+            torch._foreach_lerp_(averages, self._weights, 1.0 - decay**self._power)
+
+    def states(self, index: int) -> dict[str, Tensor]:
+        """{state name: average} of the index-th slice."""
+        return {state_name(decay): averages[index] for decay, averages in self.averages.items()}

@@ -1,0 +1,275 @@
+"""What one GPU holds, part by part, at the moment of a step when it holds most.
+
+Closed forms from the code they describe: the tensors that autograd keeps of `models/layers.py` and `flow_map.pair`,
+and what DeepSpeed 0.19 allocates under fp32 parameters. Tests compare them with real engines. Bytes throughout.
+
+Legend: N samples of a micro-batch, T tokens, D width, r mlp_ratio, u = N T D elements, P parameters, S = 4 P, W ranks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from imm_scale.models.dit import DiTConfig
+from imm_scale.planner.flops import Parameters
+
+_FP32, _HALF, _FP64 = 4, 2, 8
+_PLAIN_BUCKET = 500_000_000  # elements that DeepSpeed's stage 0 flattens at once
+_MAX_SUBGROUP = 10**9  # elements whose gradients stage 3 flattens at once
+# Assumed, not derived: CUDA context, NCCL channels and cuBLAS workspace, and what the allocator cannot use.
+CONTEXT = 2 << 30
+FRAGMENTATION = 0.05
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What decides how much a rank holds.
+
+    Attributes:
+        samples: N, of a micro-batch on this rank.
+        particles: M.
+        half: 16-bit autocast.
+        two_branches: IMM and its special cases; flow matching has one.
+        bucket: elements of DeepSpeed's reduce bucket.
+        decays: of the moving averages.
+    """
+
+    net: DiTConfig
+    samples: int
+    particles: int
+    accumulation: int
+    world_size: int
+    stage: int
+    half: bool
+    two_branches: bool
+    checkpointing: bool
+    offload: bool
+    bucket: int
+    decays: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at the moment `when` it holds most. `host` is in the memory of the node.
+
+    Attributes:
+        weights: the parameters, and at stages 1 and 2 the flat buffer they live in.
+        gradients: of the parameters, whole or this rank's part.
+        optimizer: Adam's two moments and, at stages 1 to 3, the fp32 copy they step.
+        ema: (decay, bytes) of each moving average.
+        activations: what autograd keeps for the backward pass.
+        buffers: 16-bit copies of weights, the branch without gradient, workspace of the backward pass.
+        communication: reduce buckets, their flattened copies, gathered weights.
+    """
+
+    when: str
+    weights: float
+    gradients: float
+    optimizer: float
+    ema: tuple[tuple[float, float], ...]
+    activations: float = 0.0
+    buffers: float = 0.0
+    communication: float = 0.0
+    host: float = 0.0
+
+    @property
+    def states(self) -> float:
+        """What stays from step to step, and the gradients."""
+        return self.weights + self.gradients + self.optimizer + sum(size for _, size in self.ema)
+
+    @property
+    def total(self) -> float:
+        """All that torch allocates."""
+        return self.states + self.activations + self.buffers + self.communication
+
+    @property
+    def reserved(self) -> float:
+        """Beside what torch allocates (assumed)."""
+        return CONTEXT + FRAGMENTATION * self.total
+
+
+def kept_by_block(s: Setting) -> float:
+    """Bytes autograd keeps of one block without activation checkpointing, without 16-bit copies of its weights.
+
+    fp32 (12 + 2r) u: residual, norm, modulated, q, k, v, attention, its projection, residual, norm, modulated, both
+    sides of the GELU, MLP. Autocast keeps residuals and norms in fp32, the other 8 + 2r in 16 bits.
+    """
+    net = s.net
+    u = s.samples * net.tokens * net.width
+    wide = 2 * int(net.width * net.mlp_ratio) / net.width
+    size = (4 * _FP32 + (8 + wide) * (_HALF if s.half else _FP32)) * u
+    if net.qk_norm:  # both sides of the norms of q and k, which autocast runs in fp32
+        size += (5 if s.half else 4) * _FP32 * u
+    if net.dropout:  # two masks
+        size += 2 * (_HALF if s.half else _FP32) * u
+    statistics = s.samples * net.tokens * (4 + net.heads) * _FP32  # of two norms, and the attention's log-sum-exp
+    condition = 9 * s.samples * net.width * _FP32  # SiLU, the six modulations, 1 + scale twice
+    return size + statistics + condition
+
+
+def _unit(s: Setting) -> float:
+    return s.samples * s.net.tokens * s.net.width
+
+
+def _head(s: Setting) -> float:
+    """Final layer and loss: residual, norm, modulated; pairwise differences of M particles in fp64; inputs."""
+    elements = s.net.channels * s.net.height * s.net.image_width
+    final = (2 * _FP32 + (_HALF if s.half else _FP32)) * _unit(s)
+    return final + _pairs(s) + 2 * s.samples * elements * _FP32
+
+
+def _pairs(s: Setting) -> float:
+    """Two fp64 tensors (G, M, M, C H W): y_t against itself and against y_r."""
+    elements = s.net.channels * s.net.height * s.net.image_width
+    return 2 * s.samples * s.particles * elements * _FP64 if s.two_branches else 0.0
+
+
+def _branch_without_gradient(s: Setting) -> float:
+    """x_r inside a block, at its widest in the MLP: four or five of (u), and both sides of the GELU."""
+    if not s.two_branches:
+        return 0.0
+    half = _HALF if s.half else _FP32
+    wide = 2 * int(s.net.width * s.net.mlp_ratio) / s.net.width
+    return (4 * _FP32 + (1 + wide) * half) * _unit(s)
+
+
+def _block_workspace(s: Setting) -> float:
+    """Gradients inside one block's backward pass: of the residual, and of the hidden layer of the MLP."""
+    wide = int(s.net.width * s.net.mlp_ratio) / s.net.width
+    return (_FP32 + wide * (_HALF if s.half else _FP32)) * _unit(s)
+
+
+# --- what ZeRO holds ---
+
+
+def _held(s: Setting, p: Parameters) -> Memory:
+    """Weights, optimizer and averages, the same all the time; gradients only where they are never freed (stage 3)."""
+    size = _FP32 * p.total
+    part = size / s.world_size
+    weights = part if s.stage == 3 else size
+    optimizer = 2 * size if s.stage == 0 else 3 * part
+    gradients = part if s.stage == 3 else 0.0
+    averages = tuple((decay, part) for decay in s.decays)
+    memory = Memory("between steps", weights, gradients, optimizer, averages)
+    if s.stage == 3:
+        memory = replace(memory, communication=_buckets(s, p))
+    if s.offload:
+        host = optimizer + part + sum(average for _, average in averages)  # and the gradients it steps with
+        memory = replace(memory, optimizer=0.0, gradients=0.0, ema=tuple((d, 0.0) for d in s.decays), host=host)
+    return memory
+
+
+def _dtypes(s: Setting, p: Parameters) -> list[tuple[int, int]]:
+    """(elements, bytes of an element) of the parameters that are sent in each type."""
+    return [(p.half, _HALF), (p.total - p.half, _FP32)] if s.half else [(p.total, _FP32)]
+
+
+def _buckets(s: Setting, p: Parameters) -> float:
+    """Contiguous buffers for gradients, one per type they are sent in: fp32 at stages 1 and 2, that type at stage 3."""
+    if s.stage == 0:
+        return 0.0
+    return float(sum(s.bucket * (size if s.stage == 3 else _FP32) for _, size in _dtypes(s, p)))
+
+
+def _flattened(s: Setting, p: Parameters) -> float:
+    """The copy of a full bucket that a collective runs on, the larger of the types."""
+    limit = _PLAIN_BUCKET if s.stage == 0 else s.bucket
+    copies = []
+    for numel, size in _dtypes(replace(s, half=s.half and s.stage > 0), p):
+        converted = size if s.stage in (1, 2) and size != _FP32 else 0
+        copies.append(min(numel, limit) * ((size if s.stage == 3 else _FP32) + converted))
+    return float(max(copies))
+
+
+def _gathered_weights(s: Setting, p: Parameters) -> float:
+    """Stage 3: two live blocks and one on its way, in the types they are sent in; one fp32 rank works on its own."""
+    if s.stage < 3 or (s.world_size == 1 and not s.half):
+        return 0.0
+    return 3.0 * (_FP32 * p.block - (_HALF * p.block_half if s.half else 0))
+
+
+def _gradients_before(s: Setting, p: Parameters) -> float:
+    """Of earlier micro-batches of the step, while the next one runs."""
+    if s.accumulation == 1 or s.stage == 3 or (s.offload and s.stage == 2):
+        return 0.0
+    return _FP32 * p.total / (s.world_size if s.stage == 2 else 1)
+
+
+def _casts(s: Setting, p: Parameters) -> float:
+    """Weights that autocast has cast to 16 bits; at stage 3 they are gathered so."""
+    return _HALF * p.half if s.half and s.stage < 3 else 0.0
+
+
+# --- moments ---
+
+
+def moments(s: Setting, p: Parameters) -> Iterator[Memory]:
+    """What a rank holds at the points of a step where it may hold most, in their order."""
+    held = _held(s, p)
+    before, gathered = _gradients_before(s, p), _gathered_weights(s, p)
+    lasting = 0.0 if s.stage == 3 else _buckets(s, p)  # `held` has those of stage 3
+    depth = s.net.depth
+    block = kept_by_block(s)
+    saved = _FP32 * _unit(s) if s.checkpointing else block
+
+    def at(when: str, gradients: float, activations: float, buffers: float, communication: float) -> Memory:
+        return replace(
+            held,
+            when=when,
+            gradients=held.gradients + gradients,
+            activations=activations,
+            buffers=buffers,
+            communication=held.communication + communication,
+        )
+
+    # Buckets live from the first gradient of a step (stage 1) or of a micro-batch (stage 2) on.
+    already = lasting if s.stage == 1 and s.accumulation > 1 else 0.0
+    yield at("forward", before, depth * saved, _branch_without_gradient(s) + _casts(s, p), already + gathered)
+    graph_casts = 0.0 if s.checkpointing else _casts(s, p)
+    head = depth * saved + _head(s)
+    yield at("loss", before, head, _pairs(s) + graph_casts, already + gathered)
+    rerun = block if s.checkpointing else 0.0
+    one_cast = _casts(s, p) / depth if s.checkpointing else 0.0
+    buffers = _block_workspace(s) + rerun + graph_casts + one_cast
+    yield at("backward, last block", before, depth * saved, buffers, lasting + gathered)
+    buffers = _block_workspace(s) + rerun + one_cast
+    others = _gradients_after(s, p) * (1 - p.block / p.total)  # the block's own come as its activations go
+    yield at("backward, first block", others, saved, buffers, lasting + gathered)
+    yield at(
+        "reducing gradients",
+        _gradients_after(s, p),
+        0.0,
+        0.0,
+        lasting + (_flattened(s, p) if s.world_size > 1 or s.stage == 0 else 0.0),  # stage 0 flattens for itself too
+    )
+    yield at("optimizer step", _step(s, p), 0.0, 0.0, 0.0)
+
+
+def _gradients_after(s: Setting, p: Parameters) -> float:
+    """At the end of a backward pass: whole at stages 0 and 1; at 2 this rank's part, twice while it is added up."""
+    size = _FP32 * p.total
+    if s.stage < 2:
+        return size
+    if s.stage == 3 or s.offload:
+        return 0.0
+    return size / s.world_size * (2 if s.accumulation > 1 else 1)
+
+
+def _step(s: Setting, p: Parameters) -> float:
+    """Gradients when the fused optimizer steps: above stage 0 those of the part once more as one flat tensor."""
+    size = _FP32 * p.total
+    if s.stage == 0:
+        return size
+    part = size / s.world_size
+    if s.offload:
+        return 0.0
+    return min(part, _FP32 * _MAX_SUBGROUP) if s.stage == 3 else 2 * part
+
+
+def peak(s: Setting, p: Parameters) -> Memory:
+    """The moment of a step when a rank holds most."""
+    return max(moments(s, p), key=lambda memory: memory.total)
+
+
+def between_steps(s: Setting, p: Parameters) -> Memory:
+    """What a rank holds when no step runs."""
+    return _held(s, p)

@@ -1,0 +1,171 @@
+"""A plan as text: what `imm-scale plan` prints. What no test measures says "model" beside it."""
+
+from collections.abc import Iterator
+
+from imm_scale.config.schema import Config
+from imm_scale.errors import UserError
+from imm_scale.planner import estimate
+from imm_scale.planner.estimate import Change, Estimate, Range
+
+_GIB = 1 << 30
+
+
+def render(config: Config, found: Estimate, changes: list[Change]) -> str:
+    """The whole page; `changes` are shown where the plan does not fit."""
+    parts = [_head(config, found), _memory(found), _work(config, found), _time(config, found), _storage(found)]
+    if not found.fits:
+        parts.append(_changes(changes))
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def _row(name: str, value: str, note: str = "") -> str:
+    return f"  {name:<22} {value:>16}" + (f"   {note}" if note else "")
+
+
+def _bytes(value: float) -> str:
+    for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value:.0f} B"
+
+
+def _count(value: float) -> str:
+    for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.4g} {unit}"
+    return f"{value:.4g} "
+
+
+def _span(value: Range, unit: str, scale: float = 1.0) -> str:
+    low, high = f"{value.low * scale:,.3g}", f"{value.high * scale:,.3g}"
+    if value.high * scale >= 1000:
+        low, high = f"{value.low * scale:,.0f}", f"{value.high * scale:,.0f}"
+    return f"{low} to {high} {unit}" if low != high else f"{low} {unit}"
+
+
+def _seconds(value: Range) -> str:
+    return _span(value, "ms", 1000) if value.high < 1 else _span(value, "s")
+
+
+def _head(config: Config, found: Estimate) -> Iterator[str]:
+    layout, net = found.layout, found.net
+    micro = layout.slots_per_micro_batch * layout.particles
+    empty = layout.slots * layout.world_size - layout.num_groups
+    link = f" over {found.link.name}" if found.nodes > 1 else ""
+    yield f"{found.nodes} x {found.gpus_per_node} {found.gpu.name}{link}: {layout.world_size} ranks"
+    yield (
+        f"{config.model.size} (width {net.width}, depth {net.depth}, {net.tokens} tokens), "
+        f"{found.parameters.total:,} trainable parameters, {config.objective.name}, {config.precision}, "
+        f"ZeRO stage {config.zero.stage}" + (", activation checkpointing" * config.train.activation_checkpointing)
+    )
+    yield (
+        f"global batch {layout.global_batch_size} = micro-batch {micro} x accumulation {layout.accumulation} "
+        f"x {layout.world_size} ranks" + (f", {empty} of the group slots stay empty" if empty else "")
+    )
+    unknown = [key for key in config.zero.extra if key != "zero_optimization"]
+    inner = config.zero.extra.get("zero_optimization", {})
+    unknown += [f"zero_optimization.{key}" for key in inner if key != "reduce_bucket_size"]
+    if unknown:
+        yield f"not modelled: zero.extra.{', zero.extra.'.join(unknown)}"
+
+
+def _memory(found: Estimate) -> Iterator[str]:
+    m = found.memory
+    yield f"memory of a GPU when it holds most ({m.when})"
+    yield _row("weights", _bytes(m.weights))
+    yield _row("gradients", _bytes(m.gradients))
+    yield _row("optimizer", _bytes(m.optimizer), "moments, and the fp32 copy that ZeRO steps")
+    for decay, size in m.ema:
+        yield _row(f"ema {decay:g}", _bytes(size))
+    yield _row("activations", _bytes(m.activations))
+    yield _row("buffers", _bytes(m.buffers), "branch without gradient, 16-bit weights, workspace")
+    yield _row("communication", _bytes(m.communication), "reduce buckets, gathered weights")
+    yield _row("CUDA and allocator", _bytes(m.reserved), "model: 2 GiB and 5 %")
+    share = (m.total + m.reserved) / found.gpu.memory
+    verdict = "fits" if found.fits else "DOES NOT FIT"
+    yield _row("in all", _bytes(m.total + m.reserved), f"of {_bytes(found.gpu.memory)}: {share:.0%}, {verdict}")
+    if m.host:
+        yield _row("host memory, a node", _bytes(m.host * found.gpus_per_node), "offloaded optimizer and averages")
+
+
+def _work(config: Config, found: Estimate) -> Iterator[str]:
+    forwards = round(found.step_flops / found.forward_flops / found.layout.global_batch_size)
+    yield "work of a step (a multiply-add is 2 FLOPs; published GFLOPs of DiT and IMM count it once)"
+    yield _row("forward, an image", _count(found.forward_flops) + "FLOPs")
+    yield _row("step", _count(found.step_flops) + "FLOPs", f"{forwards} forwards x {found.layout.global_batch_size}")
+    recomputes = ", blocks run again" * config.train.activation_checkpointing
+    slots = f"{found.layout.slots} slots of {found.layout.particles} images"
+    yield _row("a GPU runs", _count(found.executed_flops) + "FLOPs", slots + recomputes)
+    yield "sent by a GPU in a step (ring)"
+    for item in found.traffic:
+        how = "beside the computation" if item.overlaps else "after the backward pass"
+        if item.collective == "all_gather" and not item.overlaps:
+            how = "after the optimizer"
+        yield _row(f"{item.collective} {item.what}", _bytes(item.sent(found.world_size)), how)
+    if not found.traffic:
+        yield _row("nothing", "0 B", "one rank")
+
+
+def _time(config: Config, found: Estimate) -> Iterator[str]:
+    train = config.train
+    best = "hidden behind computation at best" if config.zero.stage == 3 else "not hidden"
+    yield "time (model: shares of published peaks, no GPU was measured)"
+    yield _row("computation", _seconds(found.compute_seconds), _shares("matrix peak", estimate.MATMUL_SHARE))
+    yield _row("network", _seconds(found.network_seconds), f"{_shares('bandwidth', estimate.NETWORK_SHARE)}, {best}")
+    yield _row("optimizer, averages", _seconds(found.optimizer_seconds))
+    yield _row("step", _seconds(found.step_seconds), f"{_span(found.images_per_second, 'images/s')}")
+    peak = found.gpu.peak(config.precision) * found.world_size
+    useful = Range(*(found.step_flops / (seconds * peak) for seconds in reversed(found.step_seconds)))
+    yield _row("share of peak (MFU)", _span(useful, "%", 100))
+    yield _row("days", _span(found.days, "days"), f"{train.max_steps:,} steps and their checkpoints")
+    yield _row("GPU-hours", _span(found.gpu_hours, "h"))
+
+
+def _shares(what: str, shares: tuple[float, float]) -> str:
+    return f"{shares[0]:.0%} to {shares[1]:.0%} of the {what}"
+
+
+def _storage(found: Estimate) -> Iterator[str]:
+    data, nodes = found.data, found.nodes
+    yield "storage"
+    reading = found.data_bytes_per_second
+    yield _row("data, all nodes", _span(reading, "MB/s", 1e-6), f"{data.record_bytes / 1024:.1f} KiB an image (model)")
+    if nodes > 1:
+        yield _row("data, a node", _span(Range(*(value / nodes for value in reading)), "MB/s", 1e-6))
+    if data.num_samples:
+        epochs = data.num_samples / found.layout.global_batch_size
+        yield _row("epoch", f"{epochs:,.0f} steps", f"{data.num_samples:,} images")
+    yield _row("checkpoint", _bytes(found.checkpoint_bytes), "weights, two moments, each average, in fp32")
+    yield _row("writing it", _seconds(found.checkpoint_seconds), "model: 2 to 0.25 GB/s a node; training waits")
+
+
+def _changes(changes: list[Change]) -> Iterator[str]:
+    if not changes:
+        yield "nothing tried fits: use a GPU with more memory, a smaller model, or more nodes with zero.stage=3"
+        return
+    yield "it fits with any of these (each planned the same way; the fastest first)"
+    for change in changes:
+        held = change.estimate.memory
+        share = (held.total + held.reserved) / change.estimate.gpu.memory
+        yield f"  {' '.join(change.words)}   {share:.0%} of the memory, {_seconds(change.estimate.step_seconds)} a step"
+
+
+def compare(config: Config, found: Estimate) -> str:
+    """A table over ZeRO stages and micro-batches on the same machines."""
+    head = f"  {'stage':>5} {'micro':>6} {'accum':>6} {'memory':>11}  {'fits':<4} {'sent':>11}  step"
+    lines = ["ZeRO stages and micro-batches", head]
+    particles, most = config.objective.particles, found.layout.slots_per_rank * config.objective.particles
+    sizes = sorted({max(most >> shift, particles) // particles * particles for shift in range(8)}, reverse=True)
+    for stage in range(4):
+        for size in sizes:
+            words = (f"zero.stage={stage}", f"train.micro_batch_size={size}")
+            try:
+                other = estimate.again(config, found, words)
+            except UserError:
+                continue  # a stage the config's other keys rule out
+            held = other.memory.total + other.memory.reserved
+            lines.append(
+                f"  {stage:>5} {size:>6} {other.layout.accumulation:>6} {_bytes(held):>11}  "
+                f"{'yes' if other.fits else 'no':<4} {_bytes(other.sent_bytes):>11}  {_seconds(other.step_seconds)}"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,99 @@
+"""What a config means for a manifest and a number of ranks, known and checked before anything starts."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import yaml
+
+from imm_scale import build
+from imm_scale import config as configs
+from imm_scale.build import ModelSpec
+from imm_scale.config.schema import Config
+from imm_scale.data.dataset import Dataset
+from imm_scale.data.manifest import Manifest, check_expectations
+from imm_scale.data.sample_order import Layout, holdout_count, steps_per_epoch
+from imm_scale.errors import UserError
+from imm_scale.models.dit import DiT, parameter_count
+from imm_scale.parallel.zero_config import block_numel, check_extra, deepspeed_config
+from imm_scale.planner import flops
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that follows from a config, a manifest and a world, before anything is started."""
+
+    config: Config
+    dataset: Dataset
+    layout: Layout
+    spec: ModelSpec
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.dataset.manifest
+
+
+def plan(config: Config, world_size: int) -> Plan:
+    """Raises UserError for whatever can be known to be wrong before training."""
+    if config.data.manifest is None:
+        raise UserError("data.manifest is not set: give the manifest.json that data_tools.encode wrote")
+    check_extra(config)
+    # Opens every index and compares every shard's size: a short shard is found now and not after days.
+    dataset = Dataset(config.data.manifest)
+    manifest = dataset.manifest
+    check_expectations(
+        manifest,
+        codec=config.data.codec,
+        latent_shape=None if config.data.latent_shape is None else _triple(config.data.latent_shape),
+        num_classes=config.data.num_classes,
+    )
+    train = config.train
+    layout = Layout(train.global_batch_size, config.objective.particles, world_size, train.micro_batch_size)
+    steps_per_epoch(layout.global_batch_size, trained_samples(config, manifest))
+    return Plan(config, dataset, layout, build.model_spec(config, manifest))
+
+
+def trained_samples(config: Config, manifest: Manifest) -> int:
+    """Samples of an epoch: all that are not held out."""
+    return manifest.num_samples - holdout_count(manifest.num_samples, config.data.holdout)
+
+
+def _triple(shape: list[int]) -> tuple[int, int, int]:
+    if len(shape) != 3:
+        raise UserError(f"data.latent_shape={shape} must be channels, height and width")
+    return shape[0], shape[1], shape[2]
+
+
+def describe(config: Config, world_size: int) -> str:
+    """The resolved config, DeepSpeed's settings and what they mean on so many ranks, as `--dry-run` prints it."""
+    prepared = plan(config, world_size)
+    layout, net, samples = prepared.layout, prepared.spec.net, trained_samples(config, prepared.manifest)
+    forward = flops.forward_multiply_adds(net)
+    step = flops.training_multiply_adds(net, config.objective.name, layout.global_batch_size)
+    micro = layout.slots_per_micro_batch * layout.particles
+    lines = [
+        f"global batch       {layout.global_batch_size} = micro-batch {micro} x accumulation {layout.accumulation} "
+        f"x {world_size} ranks" + (" (the last slots of some ranks stay empty)" if _has_padding(layout) else ""),
+        f"groups             {layout.num_groups} of {layout.particles} particles, {layout.slots_per_rank} on a rank",
+        f"parameters         {parameter_count(net):,} (with the position table)",
+        f"forward pass       {forward / 1e9:.4g} G multiply-adds per image",
+        f"training step      {step / 1e12:.4g} T multiply-adds",
+        f"data               {samples:,} images, {samples // layout.global_batch_size} steps per epoch, "
+        f"{config.train.max_steps * layout.global_batch_size / samples:.4g} epochs in all"
+        + (f"; {prepared.manifest.num_samples - samples:,} images held out" if config.data.holdout else ""),
+        f"run folder         {config.run_dir}",
+    ]
+    settings = yaml.safe_dump({"deepspeed": _deepspeed_settings(prepared)}, sort_keys=False)
+    return configs.to_yaml(config) + "\n" + settings + "\n" + "\n".join(lines)
+
+
+def _deepspeed_settings(prepared: Plan) -> dict[str, Any]:
+    layout = prepared.layout
+    with torch.device("meta"):
+        unit = block_numel(DiT(prepared.spec.net))
+    samples = layout.slots_per_micro_batch * layout.particles
+    return deepspeed_config(prepared.config, layout.accumulation, samples, unit)
+
+
+def _has_padding(layout: Layout) -> bool:
+    return layout.slots * layout.world_size > layout.num_groups

@@ -1,0 +1,201 @@
+"""Which samples, and how each is drawn: the same bits whatever the batch size, the number of ranks, or a restart."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from imm_scale.build import ModelSpec
+from imm_scale.config.schema import SamplingConfig
+from imm_scale.errors import UserError
+from imm_scale.methods.flow_map import FlowMap
+from imm_scale.methods.samplers import SAMPLERS, Guidance, fresh_noise, starting_noise
+from imm_scale.methods.time_grids import default_grid, time_grid
+from imm_scale.parallel import world as distributed
+from imm_scale.parallel.world import World
+
+ALONE = World()
+# Matrix products of other shapes round differently. So the net always sees this many samples, those whose index has
+# the same quotient by it, and sample i is computed in one way only.
+SAMPLES_PER_CALL = 64
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """Everything that decides the samples, and how many are held at once.
+
+    Attributes:
+        steps: steps of the sampler.
+        grid: kind of time grid, or the times themselves.
+        labels: image i has label labels[i mod n].
+        guidance_interval: (low, high] of t in which guidance is in force.
+        batch_size: samples held at once, rounded up to whole calls of the net; decides none of their bits.
+        sampler, num, seed, guidance_scale: as in the `sampling` section of the config.
+    """
+
+    steps: int
+    grid: str = "uniform"
+    labels: tuple[int, ...] = (0,)
+    num: int = 64
+    seed: int = 0
+    guidance_scale: float = 1.0
+    batch_size: int = 64
+    sampler: str = "pushforward"
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise UserError(f"sampler={self.sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
+
+    @property
+    def guidance(self) -> Guidance:
+        return Guidance(self.guidance_scale, *self.guidance_interval)
+
+    def function_evaluations(self, times: Tensor) -> int:
+        """Forward passes of the network per image along a time grid."""
+        calls = [2 if self.guidance.at(t) != 1.0 else 1 for t in times[:-1]]
+        return sum(calls) + (sum(calls[1:]) if self.sampler == "heun" else 0)
+
+    @property
+    def batches(self) -> list[tuple[int, int]]:
+        """(first, last + 1) of each batch: batch_size rounded up to whole calls of the net."""
+        size = -(-self.batch_size // SAMPLES_PER_CALL) * SAMPLES_PER_CALL
+        return [(start, min(start + size, self.num)) for start in range(0, self.num, size)]
+
+    def label(self, index: Tensor) -> Tensor:
+        return torch.tensor(self.labels)[index % len(self.labels)]
+
+
+def times_of(flow_map: FlowMap, spec: ModelSpec, plan: SamplingPlan) -> Tensor:
+    """The plan's time grid for this model."""
+    return time_grid(flow_map.interp, plan.grid, plan.steps, spec.t_min, spec.t_max)
+
+
+def plan_of(config: SamplingConfig, spec: ModelSpec, steps: int, num: int, seed: int) -> SamplingPlan:
+    """The `sampling` section of a config, resolved for a model and a step count.
+
+    Given class counts fix the number of samples, whatever `num` says. Raises UserError for bad labels.
+    """
+    labels = parse_labels(config.labels, spec.net.num_classes)
+    return SamplingPlan(
+        steps=steps,
+        grid=default_grid(spec.objective, steps) if config.grid == "auto" else config.grid,
+        labels=labels,
+        num=len(labels) if has_counts(config.labels) else num,
+        seed=seed,
+        guidance_scale=config.guidance_scale,
+        batch_size=config.batch_size,
+        sampler=config.sampler,
+        guidance_interval=(config.guidance_interval[0], config.guidance_interval[1]),
+    )
+
+
+def has_counts(labels: str) -> bool:
+    return ":" in str(labels)
+
+
+def parse_labels(text: str, num_classes: int) -> tuple[int, ...]:
+    """Labels of the samples, in turn.
+
+    Args:
+        text: "all", "0-9" or "3,7,1-2": classes that take turns, so their counts differ by one at most; or
+            "0:500,3-4:100": so many samples of each class, class after class.
+
+    Raises:
+        UserError: anything else, or a class outside the table.
+    """
+    if text == "all":
+        return tuple(range(num_classes))
+    labels: list[int] = []
+    counted = has_counts(text)
+    for part in str(text).split(","):
+        classes, colon, count = part.strip().partition(":")
+        first, _, last = classes.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()) or bool(colon) != counted:
+            raise UserError(f"labels={text!r}: give all, a range (0-9), a list (3,7), or counts (0:500,3-4:100)")
+        if counted and not count.isdigit():
+            raise UserError(f"labels={text!r}: {count!r} is no count of samples, as in 0:500,3-4:100")
+        labels += [label for label in range(int(first), int(last or first) + 1) for _ in range(int(count or 1))]
+    outside = sorted({label for label in labels if label >= num_classes})
+    if outside or not labels:
+        raise UserError(f"labels={text!r}: the model knows classes 0 to {num_classes - 1}, not {outside or 'none'}")
+    return tuple(labels)
+
+
+class Drawer:
+    """Draws ranges of a plan's samples.
+
+    Raises:
+        UserError: a grid that does not fit, or guidance with a net trained without label drop.
+    """
+
+    def __init__(self, flow_map: FlowMap, spec: ModelSpec, plan: SamplingPlan):
+        if plan.guidance_scale != 1.0 and flow_map.null_label is None:
+            raise UserError(
+                f"guidance_scale={plan.guidance_scale} needs a net trained with objective.label_drop above 0; use 1"
+            )
+        self.plan = plan
+        self.times = times_of(flow_map, spec, plan)
+        self._flow_map, self._shape = flow_map, spec.latent_shape
+        self._device = next(flow_map.parameters()).device
+
+    def draw(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Samples [start, stop); start is a multiple of SAMPLES_PER_CALL.
+
+        Returns:
+            (index, label, z): (n,) and (n,) int64 and (n, C, H, W) fp64 normalized latents, all on CPU.
+
+        Raises:
+            UserError: a sample that is not finite.
+        """
+        assert start % SAMPLES_PER_CALL == 0, start
+        calls = [self._call(first) for first in range(start, stop, SAMPLES_PER_CALL)]
+        index, z = torch.arange(start, stop), torch.cat(calls)[: stop - start]
+        label = self.plan.label(index)
+        finite = torch.isfinite(z).flatten(1).all(dim=1)
+        if not finite.all():
+            bad = int(index[~finite][0])
+            raise UserError(
+                f"sample {bad} (class {int(label[bad - start])}, seed {self.plan.seed}, {self.plan.steps} steps) is "
+                "not finite: the weights have diverged, or guidance is too strong; try an earlier checkpoint"
+            )
+        return index, label, z
+
+    def _call(self, first: int) -> Tensor:
+        index = torch.arange(first, first + SAMPLES_PER_CALL)
+        label, there = self.plan.label(index).to(self._device), index.to(self._device)
+        noise = starting_noise(self._flow_map, self._shape, there, self.plan.seed)
+        fresh = fresh_noise(self._flow_map, self._shape, there, self.plan.seed)
+        return SAMPLERS[self.plan.sampler](self._flow_map, noise, self.times, label, self.plan.guidance, fresh).cpu()
+
+
+def sample(
+    flow_map: FlowMap, spec: ModelSpec, plan: SamplingPlan, world: World = ALONE, progress: str | None = None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """This rank's share of the samples, batch by batch; batches go to ranks in turn.
+
+    Yields:
+        (index, label, z) as `Drawer.draw` returns them.
+
+    Raises:
+        UserError: as `Drawer` does.
+    """
+    drawer = Drawer(flow_map, spec, plan)
+    hidden = None if progress is not None and world.is_main else True  # None: shown on a terminal only
+    batches = plan.batches[world.rank :: world.size]
+    with tqdm(total=sum(b - a for a, b in batches), desc=progress, unit="image", disable=hidden, leave=False) as bar:
+        for start, stop in batches:
+            yield drawer.draw(start, stop)
+            bar.update(stop - start)
+
+
+def collect(
+    flow_map: FlowMap, spec: ModelSpec, plan: SamplingPlan, world: World, progress: str | None = None
+) -> Tensor:
+    """All samples in order, (num, C, H, W) fp32 latents, on every rank."""
+    out = torch.zeros(plan.num, *spec.latent_shape)
+    for index, _, z in sample(flow_map, spec, plan, world, progress):
+        out[index] = z.float()
+    return distributed.all_sum(out)

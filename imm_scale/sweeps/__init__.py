@@ -1,0 +1,1 @@
+"""Many runs, and the scaling laws they follow."""

@@ -1,0 +1,204 @@
+"""What became of the cells of a sweep: their states, and one tidy table of their results."""
+
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from imm_scale import storage
+from imm_scale.checkpoint import run_folder
+from imm_scale.errors import UserError
+from imm_scale.evaluation.records import read_evaluations
+from imm_scale.sweeps.definition import Cell, Sweep
+
+RESULTS = "results.parquet"
+# In the order of a cell's life. Only "finished" cells have results.
+STATES = ("missing", "queued", "running", "interrupted", "failed", "diverged", "finished")
+RETRIED = ("failed", "interrupted")
+STARTED_BY_SUBMIT = ("missing", "interrupted")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is known of a cell.
+
+    Attributes:
+        state: one of STATES.
+        reason: of a failure or divergence, "" otherwise.
+        step: of the newest record.
+        code: commit (and hash of what was changed since) of the code that ran it last, "" if it never ran.
+        records: of metrics.jsonl.
+        results: one mapping per evaluation result of the last step.
+    """
+
+    cell: Cell
+    state: str
+    reason: str = ""
+    step: int = 0
+    code: str = ""
+    records: list[dict[str, Any]] = field(default_factory=list)
+    results: list[dict[str, Any]] = field(default_factory=list)
+
+
+def state_url(folder: str, cell: str) -> str:
+    return storage.join(folder, "states", f"{cell}.json")
+
+
+def write_state(folder: str, cell: str, state: str, reason: str = "", **details: Any) -> None:
+    """Says what became of a cell: running | failed | diverged | finished | preempted."""
+    document = {"state": state, "reason": reason, **details}
+    storage.write_text(state_url(folder, cell), json.dumps(document, indent=1))
+
+
+def read_state(folder: str, cell: str) -> dict[str, Any]:
+    """What `write_state` wrote last, {} if nothing."""
+    url = state_url(folder, cell)
+    return json.loads(storage.read_text(url)) if storage.exists(url) else {}
+
+
+def outcome(sweep: Sweep, cell: Cell, activity: str | None = None) -> Outcome:
+    """What the folders say of a cell.
+
+    Args:
+        activity: "running" or "queued" where a process or the queue has it at this moment.
+    """
+    written = read_state(sweep.folder, cell.name)
+    records = run_folder.read_metrics(cell.run_dir)
+    status = run_folder.read_status(cell.run_dir)
+    state = activity or _settled(written, status)
+    results = list(_results(cell)) if state == "finished" else []
+    if state == "finished" and not results:
+        state = "interrupted"  # its evaluations were removed: they are made again
+    return Outcome(
+        cell=cell,
+        state=state,
+        reason=_reason(written, status, state),
+        step=records[-1]["step"] if records else 0,
+        code=written.get("code", ""),
+        records=records,
+        results=results,
+    )
+
+
+def _settled(written: dict[str, Any], status: dict[str, Any]) -> str:
+    """The state of a cell that nothing works on, by what it wrote itself, or else by its run's status."""
+    state = str((written or status).get("state", "missing"))
+    # A run that is complete still has to be measured; one that was refused or gave up has failed.
+    return "interrupted" if state in ("running", "preempted", "completed") else state
+
+
+def _reason(written: dict[str, Any], status: dict[str, Any], state: str) -> str:
+    return str((written or status).get("reason", "")) if state in ("failed", "diverged") else ""
+
+
+def outcomes(sweep: Sweep, activity: Callable[[Cell], str | None] = lambda cell: None) -> list[Outcome]:
+    """Of all cells, in the order of the sweep."""
+    return [outcome(sweep, cell, activity(cell)) for cell in sweep.cells]
+
+
+def _results(cell: Cell) -> Iterator[dict[str, Any]]:
+    for evaluation in read_evaluations(cell.run_dir):
+        if evaluation["step"] == cell.config.train.max_steps:
+            for result in evaluation["results"]:
+                yield {**result, "ema": evaluation.get("ema"), "evaluation_seconds": evaluation.get("seconds")}
+
+
+def divergence(records: Sequence[dict[str, Any]]) -> str:
+    """Why a run has diverged, "" if it has not: the first record whose loss or gradient is not finite."""
+    for record in records:
+        for key in ("loss", "grad_norm"):
+            if not math.isfinite(record[key]):
+                return f"{key} is {record[key]} at step {record['step']}"
+    return ""
+
+
+# --- the table ---
+
+
+def rows(sweep: Sweep, found: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """A row per cell and evaluation result; a cell without results has one row that says why."""
+    table = []
+    for one in found:
+        common = _cell_columns(sweep, one)
+        found_results: list[dict[str, Any] | None] = [*one.results] or [None]
+        for result in found_results:
+            table.append({**common, **_result_columns(one.cell, result)})
+    return table
+
+
+def _cell_columns(sweep: Sweep, one: Outcome) -> dict[str, Any]:
+    cell, last = one.cell, one.records[-1] if one.records else {}
+    return {
+        "sweep": sweep.name,
+        "cell": cell.name,
+        "state": one.state,
+        "reason": one.reason,
+        "held_out": cell.held_out,
+        **{factor: _plain(cell.factors.get(factor)) for factor in sweep.factors},
+        "parameters": cell.parameters,
+        "images": cell.images,
+        "train_steps": cell.config.train.max_steps,
+        "forward_flops": cell.forward_flops,
+        "training_flops": cell.training_flops,
+        "train_step_reached": one.step,
+        "last_loss": last.get("loss"),
+        "train_seconds": _train_seconds(one.records),
+        "code": one.code or None,
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | bool | None) else json.dumps(value)
+
+
+def _train_seconds(records: Sequence[dict[str, Any]]) -> float | None:
+    """Seconds inside training steps; each record's mean stands for the steps since the one before."""
+    total, before = 0.0, 0
+    for record in records:
+        total += record["step_seconds"] * (record["step"] - before)
+        before = record["step"]
+    return total if records else None
+
+
+def _result_columns(cell: Cell, result: dict[str, Any] | None) -> dict[str, Any]:
+    if result is None:
+        names = "metric steps function_evaluations sampler grid guidance_scale ema num repeats mean std inference_flops"
+        return dict.fromkeys(names.split())
+    columns = ("metric", "steps", "function_evaluations", "sampler", "grid", "guidance_scale", "ema", "num")
+    return {
+        **{name: result[name] for name in columns},
+        "repeats": len(result["values"]),
+        "mean": result["mean"],
+        "std": result["std"],
+        # Forward passes per image already count guidance twice, and Heun's second look.
+        "inference_flops": cell.forward_flops * result["function_evaluations"],
+    }
+
+
+def mixed_code(found: Sequence[Outcome]) -> str:
+    """A warning that names the commits where the cells were not all run by the same code, else ""."""
+    versions: dict[str, list[str]] = {}
+    for one in found:
+        if one.code:
+            versions.setdefault(one.code, []).append(one.cell.name)
+    if len(versions) < 2:
+        return ""
+    parts = [f"{label} ({len(cells)} cells, as {cells[0]})" for label, cells in versions.items()]
+    return f"results of different code versions are mixed: {'; '.join(parts)}"
+
+
+def collect(sweep: Sweep, found: Sequence[Outcome]) -> str:
+    """Writes results.parquet into the sweep's folder and returns its place. Raises UserError without pyarrow."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise UserError(f"{RESULTS} is written by pyarrow ({error}): pip install 'imm-scale[sweep]'") from error
+
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows(sweep, found)), buffer)
+    url = storage.join(sweep.folder, RESULTS)
+    storage.write_bytes(url, buffer.getvalue())
+    return url

@@ -1,0 +1,110 @@
+"""Configs: includes, merging, overrides, and what a mistake is answered with."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from imm_scale import config as configs
+from imm_scale.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+
+
+def _write(path: Path, text: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return str(path)
+
+
+def test_files_merge_left_to_right_after_their_includes_then_overrides(tmp_path):
+    _write(tmp_path / "parts" / "base.yaml", "seed: 1\noptimizer:\n  lr: 1e-3\n  eps: 1.0e-6\n")
+    first = _write(
+        tmp_path / "a.yaml", "include: parts/base.yaml\noptimizer:\n  lr: 2e-3\nema:\n  decays: [0.9, 0.99]\n"
+    )
+    second = _write(tmp_path / "b.yaml", "ema: {decays: [0.5]}\n")
+    loaded = configs.load([first, second], ["seed=7", "run.name=x=y"])
+    assert loaded.config.seed == 7
+    assert loaded.config.optimizer.lr == 2e-3
+    assert loaded.config.optimizer.eps == 1e-6
+    assert loaded.config.ema.decays == [0.5]
+    assert loaded.config.run.name == "x=y"
+    assert loaded.origins["optimizer.lr"] == f"{first}:3"
+    assert loaded.origins["seed"] == "command line"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.max_step=4"], ["train.max_step", "did you mean train.max_steps?"]),
+        (["max_steps=4"], ["'max_steps'", "train.max_steps"]),
+        (["optimizer.lr=fast"], ["optimizer.lr", "fast", "float"]),
+        (["precision=fp8"], ["precision", "fp8", "bf16"]),
+        (["zero.stage=4"], ["zero.stage=4", "0, 1, 2 or 3"]),
+        (["zero=2"], ["zero is a section", "zero.stage"]),
+        (["train.global_batch_size=4098"], ["4098", "objective.particles=4", "4100"]),
+        (["train.micro_batch_size=6"], ["train.micro_batch_size=6", "8"]),
+        (["flow_map.trajectory=vp_cosine"], ["euler_fm", "ot_fm", "simple_edm"]),
+        (["objective.name=flow_matching"], ["objective.particles=1"]),
+        (["objective.t_min=0.5", "objective.t_max=0.4"], ["0.5", "0.4"]),
+        (["objective.label_drop=1.0"], ["label_drop=1.0"]),
+        (["ema.decays=[1.0]"], ["ema.decays"]),
+        (["optimizer.betas=[0.9]"], ["betas", "two numbers"]),
+        (["zero.stage=0", "zero.offload=optimizer"], ["zero.offload", "zero.stage"]),
+        (["train.max_steps=0"], ["train.max_steps=0", "above 0"]),
+        (["sampling.steps=[]"], ["sampling.steps"]),
+        (["seed=[1"], ["seed=[1", "YAML"]),
+    ],
+)
+def test_a_mistake_names_the_value_and_the_remedy(overrides, words):
+    with pytest.raises(UserError) as caught:
+        configs.load([], overrides)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_an_unknown_key_in_a_file_is_found_by_line(tmp_path):
+    path = _write(tmp_path / "c.yaml", "seed: 3\ntrain:\n  max_steps: 5\n  checkpoint_evry: 2\n")
+    with pytest.raises(
+        UserError, match=r"c\.yaml:4: unknown key 'train\.checkpoint_evry'; did you mean train\.checkpoint_every"
+    ):
+        configs.load([path])
+
+
+def test_files_that_cannot_be_used_are_named(tmp_path):
+    for path, words in (
+        (str(tmp_path / "none.yaml"), "cannot read"),
+        (_write(tmp_path / "broken.yaml", "a: [1"), "not valid YAML"),
+        (_write(tmp_path / "list.yaml", "- 1\n"), "must be a mapping"),
+        (_write(tmp_path / "loop.yaml", "include: loop.yaml\n"), "includes itself"),
+    ):
+        with pytest.raises(UserError, match=words):
+            configs.load([path])
+
+
+def test_the_resolved_config_reads_back_the_same(tmp_path):
+    loaded = configs.load([], ["zero.extra.zero_optimization.reduce_bucket_size=5", "data.latent_shape=[4,32,32]"])
+    text = configs.to_yaml(loaded.config)
+    assert configs.from_yaml(text) == loaded.config
+    assert configs.load([_write(tmp_path / "again.yaml", text)]).config == loaded.config
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        configs.load().config.seed = 1  # type: ignore[misc]
+
+
+def test_every_key_has_a_sentence_and_can_be_explained():
+    loaded = configs.load([], ["objective.k=11"])
+    for key, entry in configs.SCHEMA.items():
+        assert entry.help.endswith("."), key
+        assert entry.help in configs.explain(key, loaded)
+    text = configs.explain("objective.k", loaded)
+    assert "default  12" in text
+    assert "current  11  (command line)" in text
+    assert "optimizer.eps" in configs.explain("optimizer", loaded)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configs_are_valid(path):
+    configs.load([str(path)])

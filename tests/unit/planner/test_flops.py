@@ -1,0 +1,67 @@
+"""Closed-form cost (imm.md section 5): multiply-adds as DiT counts them."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from imm_scale.models.dit import DiT, DiTConfig, size_config
+from imm_scale.planner import flops
+
+PUBLISHED = {"DiT-S/2": 6.054, "DiT-B/2": 23.003, "DiT-L/2": 80.695, "DiT-XL/2": 118.618}
+TABLE_5 = {"DiT-S/2": 6.06, "DiT-B/2": 23.01, "DiT-L/2": 80.71, "DiT-XL/2": 118.64}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+@pytest.mark.parametrize("second_time", [False, True])
+def test_forward_multiply_adds_are_the_published_ones(size, second_time):
+    got = flops.forward_multiply_adds(size_config(size, second_time=second_time)) / 1e9
+    assert got == pytest.approx(PUBLISHED[size], rel=1e-3)
+    assert got == pytest.approx(TABLE_5[size], rel=2e-3)  # Table 5 itself is up to 0.1 % higher still
+
+
+CONFIGS = [
+    DiTConfig(32, 2, 2, 2, channels=4, height=8, image_width=8, num_classes=5),
+    DiTConfig(48, 3, 4, 4, channels=3, height=8, image_width=16, num_classes=5, mlp_ratio=2.0, second_time=False),
+    DiTConfig(32, 1, 4, 2, channels=1, height=4, image_width=6, num_classes=2, mlp_ratio=2.5, qk_norm=True),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_twice_the_multiply_adds_is_what_torch_counts(config):
+    """FlopCounterMode counts multiplications and additions, and misses CPU's fused attention: hence MATH. Equal."""
+    net = DiT(config)
+    x = torch.zeros(1, config.channels, config.height, config.image_width)
+    time, label = torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        net(x, time, time if config.second_time else None, label)
+    assert counter.get_total_flops() == 2 * flops.forward_multiply_adds(config)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_backward_costs_two_forwards(config):
+    """Up to the first layer, whose input needs no gradient, and the embedders: a few percent of a tiny net."""
+    net = DiT(config)
+    x = torch.zeros(1, config.channels, config.height, config.image_width)
+    time, label = torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        net(x, time, time if config.second_time else None, label).sum().backward()
+    total = counter.get_total_flops() / (2 * flops.forward_multiply_adds(config))
+    assert 2.7 < total <= 3.0
+
+
+def test_a_step_of_imm_costs_four_forwards_a_sample_and_of_flow_matching_three():
+    """imm.md section 5: one no-grad forward, one forward, one backward of two forwards."""
+    net = size_config("DiT-XL/2")
+    forward = flops.forward_multiply_adds(net)
+    assert flops.training_multiply_adds(net, "imm", 4096) == 4 * 4096 * forward
+    assert flops.training_multiply_adds(net, "flow_matching", 4096) == 3 * 4096 * forward
+    assert flops.training_multiply_adds(net, "imm", 4096) == pytest.approx(4 * 118.618e9 * 4096, rel=1e-3)
+
+
+def test_multiply_adds_of_one_block_by_hand():
+    """Depth d + 1 less depth d, T tokens of width D, MLP of 4 D: 12 T D^2 + 2 T^2 D + 6 D^2."""
+    one, two = (DiTConfig(64, depth, 4, 2, height=8, image_width=8) for depth in (1, 2))
+    tokens, width = 16, 64
+    by_hand = 12 * tokens * width**2 + 2 * tokens**2 * width + 6 * width**2
+    assert flops.forward_multiply_adds(two) - flops.forward_multiply_adds(one) == by_hand
