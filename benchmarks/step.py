@@ -16,7 +16,7 @@ from imm_scale.methods.flow_map import FlowMap
 from imm_scale.methods.imm import InductiveMomentMatching
 from imm_scale.methods.probability_path import OTFlowMatching
 from imm_scale.models.dit import DiT, size_config
-from imm_scale.planner.flops import IMM_FORWARDS_PER_STEP, forward_multiply_adds
+from imm_scale.planner.flops import forward_multiply_adds
 
 SEED = 0
 
@@ -106,7 +106,7 @@ def report_utilization(args: argparse.Namespace) -> None:
         for compiled in (False, True):
             case = Case(args.size, args.samples, 4, precision, compiled)
             step, peak = seconds([case.step, matmul(precision)], args.rounds)
-            work = IMM_FORWARDS_PER_STEP * forward_multiply_adds(case.config) * args.samples / 2048**3
+            work = case.objective.Config().passes.forwards * forward_multiply_adds(case.config) * args.samples / 2048**3
             shares = [work * p / s for s, p in zip(step, peak, strict=True)]
             print(f"  {precision} {'compiled' if compiled else 'eager':<9} {statistics.median(shares):.2f}")
 

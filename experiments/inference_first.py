@@ -23,7 +23,6 @@ from torch import Tensor
 from experiments import common
 from imm_scale.build import ModelSpec
 from imm_scale.checkpoint.export import load_flow_map
-from imm_scale.data import codec as codecs
 from imm_scale.data import dataset
 from imm_scale.evaluation.metrics.frechet import Moments, frechet_distance
 from imm_scale.methods.flow_map import FlowMap
@@ -97,7 +96,7 @@ def landing_distances(flow_map: FlowMap, spec: ModelSpec, references: dict[float
     """Frechet distance of one jump from START to the true marginal, at every s."""
     count = next(iter(references.values())).count
     index = torch.arange(count)
-    label = index % spec.net.num_classes
+    label = index % spec.space.num_classes
     x_t = starting_noise(flow_map, spec.latent_shape, index, SEED)
     values = []
     for s, reference in references.items():
@@ -116,7 +115,7 @@ def draw(runs: Path, out: Path) -> dict[str, list[float]]:
     spec = loaded[NETS[0]][0]
     manifest = common.config_of(str(runs / NETS[0].folder)).data.manifest
     assert manifest is not None, "a trained run has a manifest"
-    references = {s: marginal(manifest, spec.sigma_data, s) for s in LANDINGS}
+    references = {s: marginal(manifest, spec.space.sigma_data, s) for s in LANDINGS}
     jumps = {net.title: landing_distances(flow_map, spec, references) for net, (_, flow_map) in loaded.items()}
     figure = Figure(figsize=(11, 8.2), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=(1, 1.05))
@@ -160,7 +159,7 @@ def _draw_jumps(figure: Figure, flow_maps: dict[str, FlowMap], spec: ModelSpec) 
 
 
 def _grey(z: Tensor, spec: ModelSpec) -> Tensor:
-    images = codecs.decode(z, spec.codec, codecs.open_codec(spec.codec), spec.sigma_data)
+    images = spec.space.artifacts(None, torch.device("cpu"))(z)
     return images[0, :, :, 0]
 
 

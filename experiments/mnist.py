@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 
 from experiments import autoencoder, common
 from imm_scale.checkpoint.export import load_flow_map
-from imm_scale.data import codec as codecs
 from imm_scale.parallel import world
 from imm_scale.sampling.draw import collect, plan_of
 
@@ -88,8 +87,8 @@ def _strip(run_dir: str, steps: int, count: int = 10) -> np.ndarray:
     spec, flow_map = load_flow_map(run_dir)
     plan = plan_of(config.sampling, spec, steps, count, seed=0)
     z = collect(flow_map, spec, plan, world.World())
-    images = codecs.decode(z, spec.codec, codecs.open_codec(spec.codec, config.sampling.vae), spec.sigma_data)
-    return torch.cat(list(images), dim=1).numpy()
+    draw = spec.space.artifacts(config.sampling.vae, torch.device("cpu"))
+    return torch.cat(list(draw(z)), dim=1).numpy()
 
 
 def _spread(values: list[float]) -> float:

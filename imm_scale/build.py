@@ -1,159 +1,159 @@
-"""From words to objects: what a config and a manifest say, as the net, the flow map and the objective they mean."""
+"""From names to objects: the sample space, the backbone and the method that a config and a manifest mean."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
+from imm_scale.choices import MethodConfig
 from imm_scale.config.schema import Config
-from imm_scale.data.manifest import Codec, Manifest
+from imm_scale.data.manifest import Manifest
+from imm_scale.data.spaces import SampleSpace
 from imm_scale.errors import UserError
-from imm_scale.methods import imm_times, probability_path
+from imm_scale.methods import probability_path
 from imm_scale.methods.base import Objective
 from imm_scale.methods.flow_map import FlowMap
-from imm_scale.methods.flow_matching import FlowMatching
-from imm_scale.methods.imm import InductiveMomentMatching
-from imm_scale.methods.special_cases import ConsistencyTraining, GenerativeMomentMatching
-from imm_scale.models.dit import DiT, DiTConfig, size_config
+from imm_scale.models.base import Architecture
+from imm_scale.registry import BACKBONES, METHODS, SPACES, Registry
 
-SPEC_VERSION = 1
+SPEC_VERSION = 2
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """All one needs beside the weights to sample: it travels in every checkpoint and exported file."""
+    """All one needs beside the weights to sample: it travels in every checkpoint and exported file.
 
-    objective: str
-    trajectory: str
-    parameterization: str
-    second_time: str
-    sigma_data: float
-    time_scale: float
-    t_min: float
-    t_max: float
-    label_drop: float
-    net: DiTConfig
-    codec: Codec
-    class_names: tuple[str, ...]
-    version: int = SPEC_VERSION
+    Attributes:
+        method: with nothing left open (`MethodConfig.resolved`).
+    """
+
+    method: Any
+    net: Any
+    space: Any
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        """Every part by its name, with the module that registered it."""
+        return json.dumps(
+            {
+                "version": SPEC_VERSION,
+                "method": _part(METHODS, METHODS.get(self.method.name), asdict(self.method)),
+                "backbone": describe_net(self.net),
+                "space": _part(SPACES, type(self.space), asdict(self.space)),
+            }
+        )
 
     @classmethod
     def from_json(cls, text: str) -> "ModelSpec":
-        """Raises UserError for a spec of a newer version."""
+        """Raises UserError for a spec of a newer version, or of a plugin that is not there."""
         fields: dict[str, Any] = json.loads(text)
         if fields["version"] > SPEC_VERSION:
             raise UserError(
                 f"the weights were written by a newer imm-scale (spec version {fields['version']}); update it"
             )
-        fields["net"] = DiTConfig(**fields["net"])
-        fields["codec"] = Codec(
-            **{**fields["codec"], "mean": tuple(fields["codec"]["mean"]), "std": tuple(fields["codec"]["std"])}
+        if fields["version"] == 1:
+            fields = _from_version_1(fields)
+        method, backbone, space = (fields[part] for part in ("method", "backbone", "space"))
+        config = _class_of(METHODS, method).Config
+        return cls(
+            OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), method["config"])),
+            read_net(backbone),
+            _class_of(SPACES, space).from_fields(space["config"]),
         )
-        fields["class_names"] = tuple(fields["class_names"])
-        return cls(**fields)
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        return self.net.channels, self.net.height, self.net.image_width
+    def latent_shape(self) -> tuple[int, ...]:
+        return self.space.shape
+
+
+def _part(registry: Registry, cls: type, config: dict[str, Any]) -> dict[str, Any]:
+    return {"name": registry.name_of(cls), "module": cls.__module__, "config": config}
+
+
+def _backbone_of(net: Architecture) -> type:
+    return next(cls for cls in map(BACKBONES.get, BACKBONES.names()) if cls.Architecture is type(net))  # type: ignore[attr-defined]
+
+
+def _class_of(registry: Registry, part: Mapping[str, Any]) -> Any:
+    try:
+        return registry.get(part["name"])
+    except UserError as error:
+        raise UserError(
+            f"the weights belong to the {registry.kind} {part['name']!r}, which the module {part['module']} registers: "
+            f"plugins=[{part['module']}]"
+        ) from error
+
+
+def _from_version_1(old: Mapping[str, Any]) -> dict[str, Any]:
+    """What version 0.1 wrote: one method of four around a DiT on latents."""
+    flow_map = {key: old[key] for key in ("trajectory", "parameterization", "second_time", "time_scale")}
+    method = {"name": old["objective"], "flow_map": flow_map, **{k: old[k] for k in ("t_min", "t_max", "label_drop")}}
+    net = old["net"]
+    space = {
+        "sigma_data": old["sigma_data"],
+        "shape": [net["channels"], net["height"], net["image_width"]],
+        "codec": old["codec"],
+        "num_classes": net["num_classes"],
+        "class_names": old["class_names"],
+    }
+    return {
+        "method": {"name": old["objective"], "config": method},
+        "backbone": {"name": "dit", "config": net},
+        "space": {"name": "latents", "config": space},
+    }
+
+
+def space(config: Config, manifest: Manifest) -> SampleSpace:
+    """The sample space of a data set."""
+    return SPACES.get(config.data.space.name).of(config.data.space, manifest)  # type: ignore[attr-defined]
 
 
 def model_spec(config: Config, manifest: Manifest) -> ModelSpec:
-    """Raises UserError where the net does not fit the manifest's latents."""
-    flow_map, objective = config.flow_map, config.objective
-    return ModelSpec(
-        objective=objective.name,
-        trajectory=flow_map.trajectory,
-        parameterization=flow_map.parameterization,
-        second_time=flow_map.second_time,
-        sigma_data=flow_map.sigma_data,
-        time_scale=flow_map.time_scale,
-        t_min=objective.t_min,
-        t_max=resolved_t_max(config),
-        label_drop=objective.label_drop,
-        net=net_config(config, manifest.latent_shape, manifest.num_classes),
-        codec=manifest.codec,
-        class_names=tuple(manifest.class_names),
-    )
+    """Raises UserError where the net does not fit the manifest's samples."""
+    where = space(config, manifest)
+    return ModelSpec(config.method.resolved(config.precision), architecture(config, where), where)
 
 
-def net_config(config: Config, latent_shape: tuple[int, int, int], num_classes: int) -> DiTConfig:
-    """The net for latents of (C, H, W). Raises UserError where it does not fit them."""
-    model = config.model
-    channels, height, width = latent_shape
-    given = {key: getattr(model, key) for key in ("width", "depth", "heads", "patch_size")}
-    return size_config(
-        model.size,
-        **{key: value for key, value in given.items() if value is not None},
-        channels=channels,
-        height=height,
-        image_width=width,
-        num_classes=num_classes,
-        mlp_ratio=model.mlp_ratio,
-        qk_norm=model.qk_norm,
-        dropout=model.dropout,
-        attention=model.attention,
-        time_embedding=config.flow_map.time_embedding,
-        second_time=config.flow_map.second_time != "none",
-    )
-
-
-def resolved_t_max(config: Config) -> float:
-    if config.objective.t_max is not None:
-        return config.objective.t_max
-    return 1.0 if config.objective.name == "flow_matching" else imm_times.T_MAX[config.flow_map.trajectory]
-
-
-def resolved_min_gap(config: Config) -> float:
-    gap = config.objective.min_gap
-    return imm_times.default_min_gap(config.precision) if gap is None else gap
+def architecture(config: Config, where: SampleSpace) -> Any:
+    """The net for a sample space. Raises UserError where it does not fit."""
+    backbone: Any = BACKBONES.get(config.model.name)
+    return backbone.architecture(config.model, where, config.method.has_second_time)
 
 
 def flow_map(spec: ModelSpec, seed: int = 0) -> FlowMap:
     """A freshly initialized flow map; the same weights for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = DiT(spec.net)
+        net = spec.net.build()
+    settings = spec.method.flow_map
     return FlowMap(
         net,
-        probability_path.build(spec.trajectory),
-        spec.parameterization,
-        spec.second_time,
-        spec.sigma_data,
-        spec.time_scale,
-        net.null_label if spec.label_drop > 0 else None,
+        probability_path.build(settings.trajectory),
+        settings.parameterization,
+        settings.second_time,
+        spec.space.sigma_data,
+        settings.time_scale,
+        net.null_label if spec.method.label_drop > 0 else None,
     )
 
 
 def objective(config: Config) -> Objective:
     """The training loss the config names."""
-    o = config.objective
-    common: dict[str, Any] = {
-        "t_min": o.t_min,
-        "t_max": resolved_t_max(config),
-        "label_drop": o.label_drop,
-        "dropout": config.model.dropout > 0,
-        "particles": o.particles,
-    }
-    if o.name == "flow_matching":
-        return FlowMatching(**common)
-    kinds: dict[str, type[InductiveMomentMatching]] = {
-        "imm": InductiveMomentMatching,
-        "consistency": ConsistencyTraining,
-        "gmmn": GenerativeMomentMatching,
-    }
-    return kinds[o.name](
-        **common,
-        k=o.k,
-        min_gap=resolved_min_gap(config),
-        mapping=o.mapping,
-        eta_max=o.eta_max,
-        eta_min=o.eta_min,
-        kernel=o.kernel,
-        a=o.a,
-        b=o.b,
-        weight_factors=tuple(o.weight_factors),
-    )
+    method: MethodConfig = config.method.resolved(config.precision)
+    fields = {key: value for key, value in vars(method).items() if key not in ("name", "flow_map")}
+    if "weight_factors" in fields:
+        fields["weight_factors"] = tuple(fields["weight_factors"])
+    return METHODS.get(method.name)(**fields, dropout=getattr(config.model, "dropout", 0.0) > 0)
+
+
+def describe_net(net: Architecture) -> dict[str, Any]:
+    """An architecture as plain values, for `read_net`."""
+    return _part(BACKBONES, _backbone_of(net), asdict(net))
+
+
+def read_net(fields: Mapping[str, Any]) -> Any:
+    """The architecture `describe_net` described, or version 0.1, which knew the DiT alone. Raises UserError."""
+    part: Mapping[str, Any] = fields if "config" in fields else {"name": "dit", "config": fields}
+    return _class_of(BACKBONES, part).Architecture(**part["config"])

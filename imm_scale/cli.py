@@ -209,7 +209,7 @@ No GPU is needed, and no data where data.latent_shape and data.num_classes are s
   imm-scale doctor --dir /scratch/me/runs --url s3://bucket/latents
   srun --ntasks-per-node 8 imm-scale doctor --dir /scratch/me/runs""",
     "explain": """examples:
-  imm-scale explain objective.k
+  imm-scale explain method.k
   imm-scale explain optimizer configs/demo.yaml
   imm-scale explain""",
 }

@@ -14,7 +14,7 @@ from imm_scale.data.dataset import Dataset
 from imm_scale.data.manifest import Manifest, check_expectations
 from imm_scale.data.sample_order import Layout, holdout_count, steps_per_epoch
 from imm_scale.errors import UserError
-from imm_scale.models.dit import DiT, parameter_count
+from imm_scale.models.dit import parameter_count
 from imm_scale.parallel.zero_config import block_numel, check_extra, deepspeed_config
 from imm_scale.planner import flops
 
@@ -48,7 +48,7 @@ def plan(config: Config, world_size: int) -> Plan:
         num_classes=config.data.num_classes,
     )
     train = config.train
-    layout = Layout(train.global_batch_size, config.objective.particles, world_size, train.micro_batch_size)
+    layout = Layout(train.global_batch_size, config.method.group_size, world_size, train.micro_batch_size)
     steps_per_epoch(layout.global_batch_size, trained_samples(config, manifest))
     return Plan(config, dataset, layout, build.model_spec(config, manifest))
 
@@ -69,7 +69,7 @@ def describe(config: Config, world_size: int) -> str:
     prepared = plan(config, world_size)
     layout, net, samples = prepared.layout, prepared.spec.net, trained_samples(config, prepared.manifest)
     forward = flops.forward_multiply_adds(net)
-    step = flops.training_multiply_adds(net, config.objective.name, layout.global_batch_size)
+    step = flops.training_multiply_adds(net, config.method.passes, layout.global_batch_size)
     micro = layout.slots_per_micro_batch * layout.particles
     lines = [
         f"global batch       {layout.global_batch_size} = micro-batch {micro} x accumulation {layout.accumulation} "
@@ -90,7 +90,7 @@ def describe(config: Config, world_size: int) -> str:
 def _deepspeed_settings(prepared: Plan) -> dict[str, Any]:
     layout = prepared.layout
     with torch.device("meta"):
-        unit = block_numel(DiT(prepared.spec.net))
+        unit = block_numel(prepared.spec.net.build())
     samples = layout.slots_per_micro_batch * layout.particles
     return deepspeed_config(prepared.config, layout.accumulation, samples, unit)
 

@@ -131,7 +131,7 @@ def _engine(words: list[str], sent: Counter[str]) -> dict[str, Any]:
     config = configs.load([], [*LATENTS, *words]).config
     layout = Layout(
         config.train.global_batch_size,
-        config.objective.particles,
+        config.method.group_size,
         world.detect().size,
         config.train.micro_batch_size,
     )

@@ -1,8 +1,8 @@
 """What makes a run the run it is, and may not change when it goes on."""
 
+import dataclasses
 from typing import Any
 
-from imm_scale import build
 from imm_scale import config as configs
 from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
@@ -10,8 +10,8 @@ from imm_scale.errors import UserError
 # Sections and keys that make a run what it is; every other key may change when it goes on.
 IDENTITY = (
     "model",
-    "flow_map",
-    "objective",
+    "method",
+    "data.space",
     "seed",
     "data.block_samples",
     "data.flip",
@@ -20,29 +20,31 @@ IDENTITY = (
     "optimizer",
     "ema",
 )
-_ELASTIC = ("model.attention", "objective.min_gap")  # min_gap counts as resolved by the precision
+_ELASTIC = ("model.attention",)
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The keys that may not differ when a run goes on, with their values."""
-    values = {
+    """The keys that may not differ when a run goes on, with their values; the method's as the precision resolves it."""
+    resolved = dataclasses.replace(config, method=config.method.resolved(config.precision))
+    return {
         key: value
-        for key, value in configs.flatten(config).items()
+        for key, value in configs.flatten(resolved).items()
         if key not in _ELASTIC and any(key == part or key.startswith(f"{part}.") for part in IDENTITY)
     }
-    return {**values, "objective.min_gap (resolved)": build.resolved_min_gap(config)}
 
 
 def check_identity(config: Config, manifest_hash: str, old: Config, old_manifest_hash: str) -> None:
     """Raises UserError, with the keys, where a run folder was started with something else."""
     before = {**identity(old), "data.manifest (contents)": old_manifest_hash}
     now = {**identity(config), "data.manifest (contents)": manifest_hash}
-    allowed = config.run.allow_change
+    allowed = [configs.renamed(key) for key in config.run.allow_change]
 
     def is_allowed(key: str) -> bool:
         return any(key.split(" ")[0] == part or key.startswith(f"{part}.") for part in allowed)
 
-    differing = [key for key in before if before[key] != now[key] and not is_allowed(key)]
+    # The keys of another class are not there: its name tells it all.
+    shared = [key for key in before if key in now]
+    differing = [key for key in shared if before[key] != now[key] and not is_allowed(key)]
     if differing:
         lines = "\n".join(f"  {key}: {before[key]} -> {now[key]}" for key in differing)
         keys = ",".join(key.split(" ")[0] for key in differing)

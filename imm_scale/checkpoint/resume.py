@@ -16,7 +16,6 @@ from imm_scale.checkpoint.identity import check_identity
 from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
 from imm_scale.methods.flow_map import FlowMap
-from imm_scale.models.dit import DiT
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.deepspeed_engine import Engine
 from imm_scale.parallel.ema import ShardedEma, state_name
@@ -139,7 +138,7 @@ def restore(checkpoint: Checkpoint, engine: Engine, ema: ShardedEma) -> None:
 def check_net(checkpoint: Checkpoint, spec: ModelSpec) -> None:
     """Raises UserError where a checkpoint holds another net than the config's, before anything is built or written."""
     with torch.device("meta"):
-        net = DiT(spec.net)
+        net = spec.net.build()
     for name, parameter in net.named_parameters():
         saved, here = checkpoint.shapes.get(name), tuple(parameter.shape)
         if saved != here:

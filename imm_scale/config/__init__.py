@@ -1,37 +1,35 @@
-"""What a run can be told: the schema, and how YAML files and overrides become a Config."""
+"""What a run can be told: the schema, and how YAML files and overrides become a `Config`."""
 
+from imm_scale.config.checks import validate
+from imm_scale.config.explain import explain, overview
+from imm_scale.config.keys import check_key, entries, flatten, is_section
 from imm_scale.config.load import (
-    SCHEMA,
-    Entry,
     Loaded,
     changed,
-    explain,
-    flatten,
     from_yaml,
     is_override,
     load,
     load_words,
-    nearest_key,
-    overview,
     settings_of,
     split_words,
     to_yaml,
-    validate,
 )
+from imm_scale.config.moved import renamed
 
 __all__ = [
-    "SCHEMA",
-    "Entry",
     "Loaded",
     "changed",
+    "check_key",
+    "entries",
     "explain",
     "flatten",
     "from_yaml",
     "is_override",
+    "is_section",
     "load",
     "load_words",
-    "nearest_key",
     "overview",
+    "renamed",
     "settings_of",
     "split_words",
     "to_yaml",

@@ -115,6 +115,13 @@ class Manifest:
                 before = text
 
 
+def unseen(shape: tuple[int, int, int], num_classes: int) -> Manifest:
+    """A manifest of no shards, to plan for data of which no more is known."""
+    channels = shape[0]
+    codec = Codec("pixels", "", shape[1], channels, 1, (0.0,) * channels, (1.0,) * channels)
+    return Manifest(codec, shape, num_classes, (), ())
+
+
 def parse(text: str | bytes, where: str) -> Manifest:
     """A manifest from its JSON text; `where` names it in messages. Raises UserError as `Manifest.load` does."""
     try:

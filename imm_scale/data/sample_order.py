@@ -32,7 +32,7 @@ def _check_ranks_fit(num_groups: int, world_size: int) -> None:
     if world_size > num_groups:
         raise UserError(
             f"{world_size} ranks for {num_groups} groups: at most {num_groups} ranks fit. Use fewer ranks, "
-            "a larger train.global_batch_size or a smaller objective.particles"
+            "a larger train.global_batch_size or a smaller method.particles"
         )
 
 
@@ -60,7 +60,7 @@ class Layout:
             value = getattr(self, field)
             if value % self.particles:
                 raise UserError(
-                    f"train.{field} is {value}, not a multiple of objective.particles = {self.particles}: "
+                    f"train.{field} is {value}, not a multiple of method.particles = {self.particles}: "
                     f"use {max(value // self.particles, 1) * self.particles}"
                 )
         if self.micro_batch_size > self.global_batch_size:

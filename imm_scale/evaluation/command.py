@@ -150,7 +150,7 @@ def _make_reference(words: Words, overrides: Sequence[str], world: World, announ
     extractor = extractors.open_extractor(config.evaluation.extractor, device)
     most = config.evaluation.compared
     if asked.endswith(".json"):
-        sigma_data = config.flow_map.sigma_data
+        sigma_data = config.data.space.sigma_data  # type: ignore[attr-defined]
         decode = _decoder(asked, config, str(device)) if extractor.takes == "images" else None
         arguments = (config.seed, sigma_data, decode)
         made = reference.of_manifest(asked, extractor, most, world, *arguments)
@@ -165,4 +165,4 @@ def _decoder(manifest_url: str, config: Config, device: str) -> Callable[[Tensor
     """Latents of a data set to images."""
     codec = Manifest.load(manifest_url).codec
     image_codec = codecs.open_codec(codec, config.sampling.vae, device)
-    return lambda z: decoded(z, codec, image_codec, config.flow_map.sigma_data)
+    return lambda z: decoded(z, codec, image_codec, config.data.space.sigma_data)  # type: ignore[attr-defined]

@@ -111,7 +111,7 @@ class Evaluator:
         """As given, or of the training data; the latter is kept in the run folder's references/."""
         given = self.config.evaluation.reference
         found = Reference.load(given) if given is not None else self._of_training_data()
-        size = self.model.spec.codec.image_size
+        size = self.model.spec.space.codec.image_size
         found.check(self.extractor, (size, size) if self.extractor.takes == "images" else None)
         return found
 
@@ -120,12 +120,12 @@ class Evaluator:
         assert url is not None
         most, run_dir, spec = self.config.evaluation.compared, self.source.run_dir, self.model.spec
         key = [Manifest.load(url).hash, extractors.identity_hash(self.extractor.identity), self.config.seed, most]
-        name = hashlib.sha256(json.dumps([*key, spec.sigma_data]).encode()).hexdigest()[:12]
+        name = hashlib.sha256(json.dumps([*key, spec.space.sigma_data]).encode()).hexdigest()[:12]
         kept = storage.join(run_dir, "references", f"{name}.npz") if run_dir is not None else None
         found = kept is not None and self.world.is_main and storage.exists(kept)
         if kept is not None and distributed.all_sum(_flag(found)):
             return Reference.load(kept)
-        arguments = (self.config.seed, spec.sigma_data, self.model.decode)
+        arguments = (self.config.seed, spec.space.sigma_data, self.model.decode)
         made = reference.of_manifest(url, self.extractor, most, self.world, *arguments)
         if kept is not None and self.world.is_main:
             made.save(kept)
@@ -174,7 +174,7 @@ class Evaluator:
             "schema_version": SCHEMA_VERSION,
             "step": self.source.step,
             "images_seen": meta.images_seen if meta else None,
-            "objective": self.config.objective.name if meta else self.model.spec.objective,
+            "objective": self.config.method.name if meta else self.model.spec.method.name,
             "ema": state,
             "training_data": meta.manifest_hash if meta else None,
             "source": None if meta else {"weights": self.model.weights_id},
@@ -197,7 +197,7 @@ class Evaluator:
 
     def _provenance(self) -> dict[str, Any]:
         """What else a reader needs in order to get the numbers again."""
-        codec = self.model.spec.codec
+        codec = self.model.spec.space.codec
         return {
             "run": self.config.run.name,
             "weights": self.model.weights_id,
@@ -212,7 +212,7 @@ class Evaluator:
     def _warnings(self, count: int) -> list[str]:
         found = measures.warnings(count, len(self.reference.mean), self.reference)
         decoded = self.extractor.takes == "images" and "manifest" in self.reference.source
-        if decoded and self.model.spec.codec.kind == "vae":
+        if decoded and self.model.spec.space.codec.kind == "vae":
             found.append(
                 "the reference is made of decoded latents, so the autoencoder's own error does not count: for numbers "
                 "like published ones make a reference of the images themselves (--make-reference)"

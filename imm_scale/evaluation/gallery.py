@@ -164,7 +164,7 @@ class _Training:
         return self._extractor(z if self._extractor.takes == "latents" else self._model.decode(z)).features
 
     def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for index, z, _ in read_indexed(self._dataset, 64, self._seed, self._model.spec.sigma_data):
+        for index, z, _ in read_indexed(self._dataset, 64, self._seed, self._model.spec.space.sigma_data):
             yield index, z
 
     def first(self, num: int) -> Tensor:
@@ -193,8 +193,8 @@ class _Training:
         spec = self._model.spec
         stored = [torch.from_numpy(self._dataset.read(i, i + 1)) for i in number.flatten().tolist()]
         index = number.flatten()
-        raw = codecs.draw_raw(torch.cat(stored), spec.codec.kind, self._seed, "reference_posterior", index)
-        z = codecs.normalize(raw, spec.codec.mean, spec.codec.std, spec.sigma_data)
+        raw = codecs.draw_raw(torch.cat(stored), spec.space.codec.kind, self._seed, "reference_posterior", index)
+        z = codecs.normalize(raw, spec.space.codec.mean, spec.space.codec.std, spec.space.sigma_data)
         images = self._model.decode(z).numpy()
         return images.reshape(*number.shape, *images.shape[1:])
 

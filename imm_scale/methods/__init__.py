@@ -1,1 +1,24 @@
-"""How to sample, and what to minimize so that this sampler is right: methods, paths, samplers."""
+"""How to sample, and what to minimize so that this sampler is right. Importing this registers the methods."""
+
+from imm_scale.methods.flow_map import FlowMap, coefficients
+from imm_scale.methods.flow_matching import FlowMatching
+from imm_scale.methods.imm import InductiveMomentMatching
+from imm_scale.methods.imm_times import map_r, weight
+from imm_scale.methods.mmd import grouped_mmd
+from imm_scale.methods.probability_path import OTFlowMatching, VPCosine, ddim
+from imm_scale.methods.special_cases import ConsistencyTraining, GenerativeMomentMatching
+
+__all__ = [
+    "ConsistencyTraining",
+    "FlowMap",
+    "FlowMatching",
+    "GenerativeMomentMatching",
+    "InductiveMomentMatching",
+    "OTFlowMatching",
+    "VPCosine",
+    "coefficients",
+    "ddim",
+    "grouped_mmd",
+    "map_r",
+    "weight",
+]

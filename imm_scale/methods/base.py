@@ -5,14 +5,44 @@ ordinal // M; every draw follows from (seed, purpose, ordinal) and so from nothi
 """
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from imm_scale import rng
+from imm_scale.choices import MethodConfig, option
 from imm_scale.errors import UserError
-from imm_scale.methods.flow_map import FlowMap
+from imm_scale.methods.flow_map import FlowMap, FlowMapConfig
+
+
+@dataclass(frozen=True)
+class FlowMapMethodConfig(MethodConfig):
+    """What the methods share that train a flow map."""
+
+    DEFAULT_T_MAX: ClassVar[dict[str, float]] = {"ot_fm": 1.0, "vp_cosine": 1.0}
+
+    flow_map: FlowMapConfig = field(default_factory=FlowMapConfig)
+    t_min: float = option(0.0, "Smallest time: 0 on latents, 0.006 on pixels.")
+    t_max: float | None = option(None, "Largest time; null: 0.994 on ot_fm and 0.996 on vp_cosine for imm, else 1.")
+    label_drop: float = option(0.1, "Share of samples trained without their label; guidance needs it above 0.")
+
+    @property
+    def has_second_time(self) -> bool:
+        return self.flow_map.second_time != "none"
+
+    def resolved(self, precision: str) -> Self:
+        t_max = self.DEFAULT_T_MAX[self.flow_map.trajectory] if self.t_max is None else self.t_max
+        return replace(self, t_max=t_max)
+
+    def validate(self) -> None:
+        self.flow_map.validate()
+        t_max = 1.0 if self.t_max is None else self.t_max
+        if not 0.0 <= self.t_min < t_max <= 1.0:
+            raise UserError(f"times must satisfy 0 <= method.t_min={self.t_min} < method.t_max={t_max} <= 1")
+        if not 0.0 <= self.label_drop < 1.0:
+            raise UserError(f"method.label_drop={self.label_drop} must be in [0, 1)")
 
 
 class GroupLosses(NamedTuple):

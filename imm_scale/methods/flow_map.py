@@ -5,17 +5,41 @@
 Times are per group, in fp64, of shape (G,): the N = G * M samples of a call are G groups of M neighbours.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from imm_scale.choices import option
 from imm_scale.errors import UserError
 from imm_scale.methods.probability_path import Interpolant
-from imm_scale.models.base import ConditionalNet
+from imm_scale.models.base import Backbone
 
 PARAMETERIZATIONS = ("identity", "simple_edm", "euler_fm")
 SECOND_TIMES = ("s", "t_minus_s", "none")
+
+
+@dataclass(frozen=True)
+class FlowMapConfig:
+    """How f_{s,t} is made of a network (app C.5)."""
+
+    trajectory: Literal["ot_fm", "vp_cosine"] = option(
+        "ot_fm", "Path from data to noise: straight lines (ot_fm, the paper's choice) or variance preserving."
+    )
+    parameterization: Literal["identity", "simple_edm", "euler_fm"] = option(
+        "euler_fm", "What the net predicts: data, an EDM-like velocity (any trajectory), or the mean velocity (ot_fm)."
+    )
+    second_time: Literal["s", "t_minus_s", "none"] = option(
+        "s", "How the net is told where to land: s, t - s (best at XL with a = 2), or not at all (flow matching)."
+    )
+    time_scale: float = option(1000.0, "Times are multiplied by this before they are embedded.")
+
+    def validate(self) -> None:
+        """Raises UserError where the three do not fit together."""
+        check(self.trajectory, self.parameterization, self.second_time)
+        if self.time_scale <= 0:
+            raise UserError(f"method.flow_map.time_scale={self.time_scale} must be above 0")
 
 
 class Coefficients(NamedTuple):
@@ -37,7 +61,7 @@ def check(trajectory: str, parameterization: str, second_time: str) -> None:
     if parameterization == "euler_fm" and trajectory != "ot_fm":
         raise UserError(
             f"parameterization 'euler_fm' needs trajectory 'ot_fm', got {trajectory!r}: "
-            "use flow_map.parameterization=simple_edm, which fits any trajectory"
+            "use method.flow_map.parameterization=simple_edm, which fits any trajectory"
         )
 
 
@@ -103,7 +127,7 @@ class FlowMap(nn.Module):
 
     def __init__(
         self,
-        model: ConditionalNet,
+        model: Backbone,
         interp: Interpolant,
         parameterization: str = "euler_fm",
         second_time: str = "s",

@@ -5,14 +5,24 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from imm_scale import rng
-from imm_scale.methods.base import GroupLosses, Objective, prior_noise
+from imm_scale.choices import option
+from imm_scale.methods.base import FlowMapMethodConfig, GroupLosses, Objective, prior_noise
 from imm_scale.methods.flow_map import FlowMap, exact_target, per_sample
 from imm_scale.methods.probability_path import diffuse
+from imm_scale.registry import register_method
 
 
 @dataclass(frozen=True)
+class FlowMatchingConfig(FlowMapMethodConfig):
+    name: str = option("flow_matching", "")
+
+
+@register_method("flow_matching")
+@dataclass(frozen=True)
 class FlowMatching(Objective):
     """Mean squared error of the velocity (Lipman et al., arXiv 2210.02747), t ~ U(t_min, t_max) for each sample."""
+
+    Config = FlowMatchingConfig
 
     t_min: float
     t_max: float

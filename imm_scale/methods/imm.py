@@ -1,22 +1,79 @@
 """Inductive moment matching (alg 3, eq 67): particles sent from t to s must match particles sent from r to s."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
 
 from torch import Tensor
 
 from imm_scale import rng
+from imm_scale.choices import Passes, option
+from imm_scale.errors import UserError
 from imm_scale.methods import imm_times
-from imm_scale.methods.base import GroupLosses, Objective, prior_noise
+from imm_scale.methods.base import FlowMapMethodConfig, GroupLosses, Objective, prior_noise
 from imm_scale.methods.flow_map import FlowMap, per_sample
 from imm_scale.methods.mmd import grouped_mmd
 from imm_scale.methods.probability_path import diffuse
+from imm_scale.registry import register_method
 
 _MIN_C_OUT = 1e-8  # at s = t the bandwidth would be infinite, and the gradient NaN though the loss is 0
 
 
 @dataclass(frozen=True)
+class ImmConfig(FlowMapMethodConfig):
+    """The published loss and what can be varied in it (app C, app I)."""
+
+    DEFAULT_T_MAX: ClassVar[dict[str, float]] = imm_times.T_MAX
+
+    name: str = option("imm", "")
+    particles: int = option(4, "M, samples that share one (s, r, t): 4 is best at fixed batch, 1 and 2 collapse.")
+    kernel: Literal["laplace", "rbf", "energy", "pseudo_huber"] = option("laplace", "Kernel of the discrepancy.")
+    mapping: Literal["eta", "t", "log_snr", "inverse_eta"] = option(
+        "eta", "Coordinate in which r lies a constant step nearer to the data than t."
+    )
+    k: int = option(12, "The step is the coordinate's range / 2^k: 11 to 13 are stable on latents, 15 on CIFAR-10.")
+    min_gap: float | None = option(None, "Least t - r; null means 0 in fp32 and tf32, 1e-4 in fp16 and bf16.")
+    eta_max: float = option(160.0, "Upper end of the range of sigma / alpha.")
+    eta_min: float = option(0.0, "Lower end of the range of sigma / alpha.")
+    a: float = option(1.0, "Power of alpha in the weight: 1, or 2 with second_time=t_minus_s.")
+    b: float = option(4.0, "Shift of the sigmoid in the weight: 4 on latents, 5 on CIFAR-10.")
+    weight_factors: list[Literal["sigmoid", "dlog_snr_dt", "alpha"]] = option(  # noqa: RUF009 - copied for each instance
+        ["sigmoid", "dlog_snr_dt", "alpha"], "Factors of the weight; leave some out only to see what they do."
+    )
+
+    @property
+    def group_size(self) -> int:
+        return self.particles
+
+    @property
+    def passes(self) -> Passes:
+        return Passes(grad=1, no_grad=1)
+
+    def resolved(self, precision: str) -> Self:
+        gap = imm_times.default_min_gap(precision) if self.min_gap is None else self.min_gap
+        return replace(super().resolved(precision), min_gap=gap)
+
+    def validate(self) -> None:
+        super().validate()
+        if self.particles < 1:
+            raise UserError(f"method.particles={self.particles} must be above 0")
+        if self.k < 0:
+            raise UserError(f"method.k={self.k} makes the step longer than the range: use at least 0, 10 to 15")
+        if self.t_max == 1.0:
+            raise UserError("method.t_max=1 has no finite eta: use 0.994 on ot_fm, 0.996 on vp_cosine (null does)")
+        factors = self.weight_factors
+        if "dlog_snr_dt" in factors and "sigmoid" not in factors and self.t_min == 0.0:
+            raise UserError(
+                f"method.weight_factors={factors}: without sigmoid the weight is infinite at t = 0; "
+                "set method.t_min above 0 (0.006, say)"
+            )
+
+
+@register_method("imm")
+@dataclass(frozen=True)
 class InductiveMomentMatching(Objective):
-    """The published loss. Field by field as the `objective` section of the config."""
+    """Inductive moment matching: particles sent from t and from r to s must agree in distribution."""
+
+    Config = ImmConfig
 
     particles: int
     t_min: float

@@ -6,16 +6,42 @@ import torch
 from torch import Tensor
 
 from imm_scale import rng
+from imm_scale.choices import option
+from imm_scale.errors import UserError
 from imm_scale.methods.flow_map import FlowMap
-from imm_scale.methods.imm import InductiveMomentMatching
+from imm_scale.methods.imm import ImmConfig, InductiveMomentMatching
+from imm_scale.registry import register_method
+
+_CONSISTENCY_KERNELS = ("energy", "pseudo_huber")
 
 
+@dataclass(frozen=True)
+class ConsistencyConfig(ImmConfig):
+    name: str = option("consistency", "")
+
+    def validate(self) -> None:
+        super().validate()
+        if self.particles != 1 or self.kernel not in _CONSISTENCY_KERNELS:
+            raise UserError(
+                f"method.name=consistency with particles={self.particles} and kernel={self.kernel}: it is the case of "
+                "method.particles=1 and method.kernel=energy or pseudo_huber"
+            )
+
+
+@dataclass(frozen=True)
+class GmmnConfig(ImmConfig):
+    name: str = option("gmmn", "")
+
+
+@register_method("consistency")
 @dataclass(frozen=True)
 class ConsistencyTraining(InductiveMomentMatching):
     """IMM with one particle, s fixed at t_min and the energy or pseudo-Huber kernel (Lemma 1).
 
     The loss is 2 w(t) ||f_{s,t}(x_t) - f_{s,r}(x_r)||^2 with the energy kernel; the 2 is the V-statistic's.
     """
+
+    Config = ConsistencyConfig
 
     def draw_times(self, flow_map: FlowMap, group: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         u = rng.uniform(seed, "times", group)[:, 0]
@@ -24,12 +50,15 @@ class ConsistencyTraining(InductiveMomentMatching):
         return s, self.map_r(flow_map, s, t), t
 
 
+@register_method("gmmn")
 @dataclass(frozen=True)
 class GenerativeMomentMatching(InductiveMomentMatching):
     """IMM with t = t_max and s = r = t_min: a generative moment matching network (app G.3), one jump from noise.
 
     The target is the interpolant of the data at t_min, exact; the weight of eq 13 is a constant factor.
     """
+
+    Config = GmmnConfig
 
     def draw_times(self, flow_map: FlowMap, group: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         t = torch.full(group.shape, self.t_max, dtype=torch.float64, device=group.device)

@@ -1,15 +1,59 @@
-"""What a flow map asks of a network."""
+"""What is asked of a backbone: its architecture, its blocks, and both branches of IMM in one call."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from imm_scale.choices import BackboneConfig
+from imm_scale.data.spaces import SampleSpace
 
-class ConditionalNet(nn.Module):
-    """What the flow map asks of a network.
+
+@dataclass(frozen=True)
+class Architecture(ABC):
+    """All that shapes a net, plain enough for JSON; it travels inside exported weights."""
+
+    @abstractmethod
+    def build(self) -> "Backbone":
+        """The net, freshly initialized by torch's generator."""
+
+
+class Backbone(nn.Module):
+    """A network G.
+
+    Attributes:
+        blocks: the units of activation checkpointing, compilation and ZeRO-3 gathering, of one size each.
+        activation_checkpointing: recompute each block in the backward pass.
+        null_label: the label that stands for "no condition", or None for a net that has none.
 
     `forward(x_NCHW, c_noise_G, second_G, label_N, dropout_key_N)` returns G of the shape of x; c_noise and second
     are per group (N is a multiple of G) and second is None where the second time is switched off.
     """
+
+    Config: ClassVar[type[BackboneConfig]]
+    Architecture: ClassVar[type]
+    blocks: nn.ModuleList
+    activation_checkpointing: bool = False
+    null_label: int | None = None
+
+    @classmethod
+    def architecture(cls, config: Any, space: SampleSpace, second_time: bool) -> Any:
+        """The `Architecture` that the `model` section means for a sample space and a method.
+
+        Args:
+            second_time: the method tells the net a second time.
+
+        Raises:
+            UserError: the net does not fit the space.
+        """
+        raise NotImplementedError
+
+    def compile_blocks(self) -> None:
+        """Compiles each block on its own: one graph serves them all, and nothing around them breaks it."""
+        for block in self.blocks:
+            block.compile()
 
     def pair(
         self,

@@ -1,16 +1,19 @@
 """The diffusion transformer (DiT, arXiv 2212.09748) with (t, s, label) conditioning."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from imm_scale import rng
+from imm_scale.choices import BackboneConfig, option
+from imm_scale.data.spaces import SampleSpace
 from imm_scale.errors import UserError
-from imm_scale.models.base import ConditionalNet
+from imm_scale.models.base import Architecture, Backbone
 from imm_scale.models.layers import ATTENTIONS, Block, FinalLayer, TimeEmbedder, position_table
+from imm_scale.registry import register_backbone
 
 # name: width, depth, heads
 SIZES = {
@@ -23,7 +26,28 @@ PATCH_SIZES = (2, 4, 8)
 
 
 @dataclass(frozen=True)
-class DiTConfig:
+class ModelConfig(BackboneConfig):
+    """The `model` section of a DiT."""
+
+    name: str = option("dit", "")
+    size: str = option("DiT-S/2", "Row of the size table: DiT-{S,B,L,XL}/{2,4,8}; the other keys override its numbers.")
+    width: int | None = option(None, "Channels of the transformer; null takes the size's.")
+    depth: int | None = option(None, "Number of blocks; null takes the size's.")
+    heads: int | None = option(None, "Attention heads, a divisor of the width; null takes the size's.")
+    patch_size: int | None = option(None, "Side of a patch in latent pixels; null takes the size's.")
+    mlp_ratio: float = option(4.0, "Hidden width of the MLP over the width.")
+    qk_norm: bool = option(False, "RMS-normalize queries and keys: steadier at high learning rates, not in the paper.")
+    dropout: float = option(0.0, "Dropout inside the blocks; both branches of IMM share the mask.")
+    attention: Literal["sdpa", "xformers"] = option(
+        "sdpa", "Attention kernel: torch's, or xformers' where CUDA and the package are there."
+    )
+    time_embedding: Literal["positional", "fourier"] = option(
+        "positional", "Sinusoids of the times: geometric frequencies (stable) or random ones of scale 16."
+    )
+
+
+@dataclass(frozen=True)
+class DiTConfig(Architecture):
     """Everything that shapes the net; travels inside exported weights."""
 
     width: int
@@ -53,6 +77,9 @@ class DiTConfig:
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"model.dropout={self.dropout} must be in [0, 1)")
 
+    def build(self) -> "DiT":
+        return DiT(self)
+
     @property
     def tokens(self) -> int:
         return (self.height // self.patch_size) * (self.image_width // self.patch_size)
@@ -68,8 +95,33 @@ def size_config(size: str, **overrides: Any) -> DiTConfig:
     return DiTConfig(**{"width": width, "depth": depth, "heads": heads, "patch_size": int(patch), **overrides})
 
 
-class DiT(ConditionalNet):
+@register_backbone("dit")
+class DiT(Backbone):
     """The network G. Under autocast the blocks run in 16 bits, conditioning and the residual stream in fp32."""
+
+    Config = ModelConfig
+    Architecture = DiTConfig
+
+    @classmethod
+    def architecture(cls, config: ModelConfig, space: SampleSpace, second_time: bool) -> DiTConfig:
+        if len(space.shape) != 3:
+            raise UserError(f"model.name=dit works on samples of (channels, height, width), not on {space.shape}")
+        channels, height, width = space.shape
+        given = {key: getattr(config, key) for key in ("width", "depth", "heads", "patch_size")}
+        return size_config(
+            config.size,
+            **{key: value for key, value in given.items() if value is not None},
+            channels=channels,
+            height=height,
+            image_width=width,
+            num_classes=space.num_classes,
+            mlp_ratio=config.mlp_ratio,
+            qk_norm=config.qk_norm,
+            dropout=config.dropout,
+            attention=config.attention,
+            time_embedding=config.time_embedding,
+            second_time=second_time,
+        )
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -111,13 +163,8 @@ class DiT(ConditionalNet):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     @property
-    def null_label(self) -> int:
+    def null_label(self) -> int:  # type: ignore[override]
         return self.config.num_classes
-
-    def compile_blocks(self) -> None:
-        """Compiles each block on its own: one graph serves them all, and nothing around them breaks it."""
-        for block in self.blocks:
-            block.compile()
 
     def _condition(self, c_noise_G: Tensor, second_G: Tensor | None, label_N: Tensor) -> Tensor:
         """(N, D) sum of the embeddings; times are embedded once per group."""

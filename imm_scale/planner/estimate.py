@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from imm_scale import build, storage
 from imm_scale import config as configs
 from imm_scale.config.schema import Config
-from imm_scale.data.manifest import Manifest
+from imm_scale.data.manifest import Manifest, unseen
 from imm_scale.data.sample_order import Layout
 from imm_scale.errors import UserError
 from imm_scale.models.dit import DiTConfig
@@ -130,10 +130,15 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str, link: str
     if config.precision == "bf16" and not device.bf16:
         raise UserError(f"{device.name} does not compute in bf16: use precision=fp16 or another --gpu")
     data = describe_data(config)
-    net = build.net_config(config, data.shape, data.num_classes)
+    net = planned_net(config, data)
     train = config.train
-    layout = Layout(train.global_batch_size, config.objective.particles, nodes * gpus_per_node, train.micro_batch_size)
+    layout = Layout(train.global_batch_size, config.method.group_size, nodes * gpus_per_node, train.micro_batch_size)
     return _estimate(config, net, data, layout, nodes, gpus_per_node, device, network)
+
+
+def planned_net(config: Config, data: Data) -> DiTConfig:
+    """The net for data of which no more is known than its shape and classes. Raises UserError where it does not fit."""
+    return build.architecture(config, build.space(config, unseen(data.shape, data.num_classes)))
 
 
 def describe_data(config: Config) -> Data:
@@ -177,7 +182,7 @@ def setting(config: Config, net: DiTConfig, layout: Layout) -> Setting:
         world_size=layout.world_size,
         stage=config.zero.stage,
         half=config.precision in ("bf16", "fp16"),
-        two_branches=config.objective.name != "flow_matching",
+        two_branches=config.method.passes.no_grad > 0,
         checkpointing=config.train.activation_checkpointing,
         offload=config.zero.offload == "optimizer",
         bucket=_reduce_bucket(config),
@@ -204,7 +209,7 @@ def _estimate(
     held_setting = setting(config, net, layout)
     held = memory.peak(held_setting, counted)
     forward = cost.forward_multiply_adds(net)
-    forwards = cost.executed_forwards(config.objective.name, config.train.activation_checkpointing)
+    forwards = config.method.passes.forwards + config.train.activation_checkpointing
     images = layout.slots * layout.particles  # of a rank, empty slots included
     traffic = cost.wire(counted, config.zero.stage, held_setting.half, layout.accumulation, layout.world_size)
     compute = _compute_seconds(config, held_setting, device, 2.0 * forwards * forward * images, forwards * images)
@@ -232,7 +237,7 @@ def _estimate(
         memory=held,
         fits=held.total + held.reserved <= device.memory,
         forward_flops=2.0 * forward,
-        step_flops=2.0 * cost.training_multiply_adds(net, config.objective.name, layout.global_batch_size),
+        step_flops=2.0 * cost.training_multiply_adds(net, config.method.passes, layout.global_batch_size),
         executed_flops=2.0 * forwards * forward * images,
         traffic=traffic,
         compute_seconds=compute,
@@ -262,7 +267,7 @@ def _compute_seconds(config: Config, s: Setting, device: Gpu, flops: float, pass
     micro-batches wait for the CPU that launches their kernels.
     """
     moved = passes * cost.elementwise_bytes(s.net, s.half) * (COMPILED_TRAFFIC if config.train.compile else 1.0)
-    kernels = cost.kernels(s.net, config.objective.name, s.half, s.checkpointing) * s.accumulation
+    kernels = cost.kernels(s.net, config.method.passes, s.half, s.checkpointing) * s.accumulation
     launched = kernels * (COMPILED_LAUNCHES if config.train.compile else 1.0)
     peak = device.peak(config.precision)
     shares = zip(MATMUL_SHARE, BANDWIDTH_SHARE, LAUNCH_SECONDS, strict=True)

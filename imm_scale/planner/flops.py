@@ -6,11 +6,9 @@ from functools import cache
 import torch
 from torch import nn
 
+from imm_scale.choices import Passes
 from imm_scale.models.dit import DiT, DiTConfig
 
-# One forward without gradient, one forward with, one backward (two forwards' worth).
-IMM_FORWARDS_PER_STEP = 4
-FLOW_MATCHING_FORWARDS_PER_STEP = 3
 _TIME_CHANNELS = 256
 
 
@@ -27,15 +25,9 @@ def forward_multiply_adds(net: DiTConfig) -> int:
     return tokens * patch * width + net.depth * block + final + embedders
 
 
-def training_multiply_adds(net: DiTConfig, objective: str, global_batch_size: int) -> int:
+def training_multiply_adds(net: DiTConfig, passes: Passes, global_batch_size: int) -> int:
     """Multiply-adds of one optimizer step."""
-    return executed_forwards(objective, False) * forward_multiply_adds(net) * global_batch_size
-
-
-def executed_forwards(objective: str, checkpointing: bool) -> int:
-    """Forward passes' worth of work per image; recomputing the branch with gradient is one more."""
-    forwards = FLOW_MATCHING_FORWARDS_PER_STEP if objective == "flow_matching" else IMM_FORWARDS_PER_STEP
-    return forwards + checkpointing
+    return passes.forwards * forward_multiply_adds(net) * global_batch_size
 
 
 def elementwise_bytes(net: DiTConfig, half: bool) -> float:
@@ -51,14 +43,14 @@ def elementwise_bytes(net: DiTConfig, half: bool) -> float:
     return net.depth * per_element * net.tokens * net.width
 
 
-def kernels(net: DiTConfig, objective: str, half: bool, checkpointing: bool) -> int:
+def kernels(net: DiTConfig, passes: Passes, half: bool, checkpointing: bool) -> int:
     """Tensor operations of one micro-batch, views aside: what an eager program launches one by one.
 
     Counted with a dispatch mode: a block takes 20 forward (26 under autocast with its casts), 39 (51) backward, and 18
     (28) more where it is recomputed; what is around the blocks takes some 440.
     """
     forward, backward, again = (26, 51, 28) if half else (20, 39, 18)
-    branches = 1 if objective == "flow_matching" else 2
+    branches = passes.grad + passes.no_grad
     return net.depth * (branches * forward + backward + again * checkpointing) + 440
 
 

@@ -54,8 +54,8 @@ def _head(config: Config, found: Estimate) -> Iterator[str]:
     link = f" over {found.link.name}" if found.nodes > 1 else ""
     yield f"{found.nodes} x {found.gpus_per_node} {found.gpu.name}{link}: {layout.world_size} ranks"
     yield (
-        f"{config.model.size} (width {net.width}, depth {net.depth}, {net.tokens} tokens), "
-        f"{found.parameters.total:,} trainable parameters, {config.objective.name}, {config.precision}, "
+        f"{config.model.name} (width {net.width}, depth {net.depth}, {net.tokens} tokens), "
+        f"{found.parameters.total:,} trainable parameters, {config.method.name}, {config.precision}, "
         f"ZeRO stage {config.zero.stage}" + (", activation checkpointing" * config.train.activation_checkpointing)
     )
     yield (
@@ -154,7 +154,7 @@ def compare(config: Config, found: Estimate) -> str:
     """A table over ZeRO stages and micro-batches on the same machines."""
     head = f"  {'stage':>5} {'micro':>6} {'accum':>6} {'memory':>11}  {'fits':<4} {'sent':>11}  step"
     lines = ["ZeRO stages and micro-batches", head]
-    particles, most = config.objective.particles, found.layout.slots_per_rank * config.objective.particles
+    particles, most = config.method.group_size, found.layout.slots_per_rank * config.method.group_size
     sizes = sorted({max(most >> shift, particles) // particles * particles for shift in range(8)}, reverse=True)
     for stage in range(4):
         for size in sizes:

@@ -68,8 +68,8 @@ def _by_steps(name: str) -> tuple[int, str]:
 
 def comparisons(runs: Sequence[Run]) -> list[str]:
     """Each step count of an IMM run beside the flow-matching result with at least ten times as many."""
-    few = [d for run in runs if run.config.objective.name == "imm" for d in run.distances]
-    many = [d for run in runs if run.config.objective.name == "flow_matching" for d in run.distances]
+    few = [d for run in runs if run.config.method.name == "imm" for d in run.distances]
+    many = [d for run in runs if run.config.method.name == "flow_matching" for d in run.distances]
     lines = []
     for ours in few:
         longer = [d for d in many if d["steps"] >= 10 * ours["steps"] and d["metric"] == ours["metric"]]

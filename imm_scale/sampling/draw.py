@@ -70,7 +70,7 @@ class SamplingPlan:
 
 def times_of(flow_map: FlowMap, spec: ModelSpec, plan: SamplingPlan) -> Tensor:
     """The plan's time grid for this model."""
-    return time_grid(flow_map.interp, plan.grid, plan.steps, spec.t_min, spec.t_max)
+    return time_grid(flow_map.interp, plan.grid, plan.steps, spec.method.t_min, spec.method.t_max)
 
 
 def plan_of(config: SamplingConfig, spec: ModelSpec, steps: int, num: int, seed: int) -> SamplingPlan:
@@ -78,10 +78,10 @@ def plan_of(config: SamplingConfig, spec: ModelSpec, steps: int, num: int, seed:
 
     Given class counts fix the number of samples, whatever `num` says. Raises UserError for bad labels.
     """
-    labels = parse_labels(config.labels, spec.net.num_classes)
+    labels = parse_labels(config.labels, spec.space.num_classes)
     return SamplingPlan(
         steps=steps,
-        grid=default_grid(spec.objective, steps) if config.grid == "auto" else config.grid,
+        grid=default_grid(spec.method.name, steps) if config.grid == "auto" else config.grid,
         labels=labels,
         num=len(labels) if has_counts(config.labels) else num,
         seed=seed,
@@ -134,7 +134,7 @@ class Drawer:
     def __init__(self, flow_map: FlowMap, spec: ModelSpec, plan: SamplingPlan):
         if plan.guidance_scale != 1.0 and flow_map.null_label is None:
             raise UserError(
-                f"guidance_scale={plan.guidance_scale} needs a net trained with objective.label_drop above 0; use 1"
+                f"guidance_scale={plan.guidance_scale} needs a net trained with method.label_drop above 0; use 1"
             )
         self.plan = plan
         self.times = times_of(flow_map, spec, plan)

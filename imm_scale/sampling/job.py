@@ -71,13 +71,13 @@ class Model:
     ) -> "Model":
         """Raises UserError for weights or a codec that are not there."""
         spec, flow_map = export.load_flow_map(source.weights_url, ema)
-        image_codec = codecs.open_codec(spec.codec, vae, str(device)) if decoding else None
+        image_codec = codecs.open_codec(spec.space.codec, vae, str(device)) if decoding else None
         return cls(spec, flow_map.to(device), image_codec, export.identity(spec, flow_map))
 
     def decode(self, z_NCHW: Tensor) -> Tensor:
         """uint8 (N, H, W, channels) images, a few at a time."""
         assert self.codec is not None, "loaded for latents alone"
-        return decoded(z_NCHW, self.spec.codec, self.codec, self.spec.sigma_data)
+        return decoded(z_NCHW, self.spec.space.codec, self.codec, self.spec.space.sigma_data)
 
 
 def decoded(z_NCHW: Tensor, codec: Codec, image_codec: ImageCodec, sigma_data: float) -> Tensor:
@@ -138,7 +138,7 @@ class _SetOfSamples:
             "guidance_scale": plan.guidance_scale,
             "guidance_interval": list(plan.guidance_interval),
             "labels": f"sha256 {labels}" if len(plan.labels) > 1000 else list(plan.labels),
-            "codec": dataclasses.asdict(spec.codec),
+            "codec": dataclasses.asdict(spec.space.codec),
             "latents": self.request.latents,
             "samples_per_call": SAMPLES_PER_CALL,
             "device": next(self.model.flow_map.parameters()).device.type,

@@ -20,7 +20,7 @@ from imm_scale.config.schema import Config, DataConfig
 from imm_scale.errors import UserError
 from imm_scale.models.dit import DiTConfig, parameter_count
 from imm_scale.planner import flops
-from imm_scale.planner.estimate import Data, describe_data
+from imm_scale.planner.estimate import Data, describe_data, planned_net
 
 DESCRIPTION = "sweep.json"
 _BUDGET_UNITS = ("flops", "images")
@@ -210,11 +210,11 @@ def _levels(written: SweepFile, axis: str) -> list[Any]:
 def expand(written: SweepFile, base: Sequence[str], source: str) -> Sweep:
     """All cells of a sweep file. Raises UserError as `load`."""
     folder = written.folder or f"sweeps/{written.name}"
-    common = _flat(written.settings, f"{source}: settings")
     try:
-        start = configs.load(base).config
+        start = configs.load(base).config  # first, for it may name plugins
     except UserError as error:
         raise UserError(f"{source}: configs: {error}") from error
+    common = _flat(written.settings)
     choices = [_Choice(c.factors, {**common, **c.settings}) for c in _choices(written, source)]
     cells = [_cell(written, folder, choice, start, source) for choice in choices]
     cells = _hold_out(written, cells)
@@ -233,30 +233,25 @@ class _Choice:
 def _choices(written: SweepFile, source: str) -> Iterator[_Choice]:
     axes: list[list[_Choice]] = []
     if written.sizes:
-        axes.append([_Choice({"size": n}, _flat(s, f"{source}: sizes.{n}")) for n, s in written.sizes.items()])
+        axes.append([_Choice({"size": n}, _flat(s)) for n, s in written.sizes.items()])
     for unit, values in written.budgets.items():
         axes.append([_Choice({f"budget_{unit}": float(value)}, {}) for value in values])
     for key, values in written.grid.items():
-        axes.append([_Choice({key: v}, _flat({key: v}, f"{source}: grid")) for v in values])
+        axes.append([_Choice({key: v}, _flat({key: v})) for v in values])
     if written.variants:
-        axes.append([_Choice({"variant": n}, _flat(s, f"{source}: variants.{n}")) for n, s in written.variants.items()])
+        axes.append([_Choice({"variant": n}, _flat(s)) for n, s in written.variants.items()])
     axes.append([_Choice({"seed": seed}, {"seed": seed}) for seed in written.seeds])
     for chosen in itertools.product(*axes):
         factors = {key: value for choice in chosen for key, value in choice.factors.items()}
         yield _Choice(factors, {key: value for choice in chosen for key, value in choice.settings.items()})
 
 
-def _flat(settings: Mapping[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
-    """{dotted key: value} of settings that may be nested by section. Raises UserError for unknown keys."""
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value} of settings that may be nested by section."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         key = f"{prefix}{name}"
-        if isinstance(value, dict) and key not in configs.SCHEMA and not key.startswith("zero.extra."):
-            flat |= _flat(value, where, f"{key}.")
-        elif key in configs.SCHEMA or key.startswith("zero.extra."):
-            flat[key] = value
-        else:
-            raise UserError(f"{where}: unknown key {key!r}; {configs.nearest_key(key)}")
+        flat |= _flat(value, f"{key}.") if isinstance(value, dict) and configs.is_section(key) else {key: value}
     return flat
 
 
@@ -280,7 +275,7 @@ def _cell(written: SweepFile, folder: str, choice: _Choice, base: Config, source
 
 
 def _priced(name: str, factors: dict[str, Any], config: Config, net: DiTConfig, held_out: bool = False) -> Cell:
-    step = flops.training_multiply_adds(net, config.objective.name, config.train.global_batch_size)
+    step = flops.training_multiply_adds(net, config.method.passes, config.train.global_batch_size)
     forward = flops.forward_multiply_adds(net)
     return Cell(name, factors, held_out, config, net, forward, step * config.train.max_steps)
 
@@ -300,7 +295,7 @@ def _word(key: str, value: Any) -> str:
 
 def _steps(config: Config, net: DiTConfig, unit: str, budget: float) -> int:
     batch = config.train.global_batch_size
-    per_step = flops.training_multiply_adds(net, config.objective.name, batch) if unit == "flops" else batch
+    per_step = flops.training_multiply_adds(net, config.method.passes, batch) if unit == "flops" else batch
     steps = round(budget / per_step)
     if steps < 1:
         raise UserError(f"budgets.{unit}={budget:g} is less than one step of {per_step:g}: raise it or shrink the size")
@@ -317,7 +312,7 @@ def net_of(config: Config) -> DiTConfig:
     """The net a config means, by data.latent_shape and data.num_classes or by the manifest. Raises UserError."""
     shape = config.data.latent_shape
     data = _data(config.data.manifest, None if shape is None else tuple(shape), config.data.num_classes)
-    return build.net_config(config, data.shape, data.num_classes)
+    return planned_net(config, data)
 
 
 def _hold_out(written: SweepFile, cells: Sequence[Cell]) -> list[Cell]:
@@ -365,7 +360,7 @@ def write(sweep: Sweep) -> None:
     for cell in sweep.cells:
         storage.write_text(config_url(sweep.folder, cell.name), configs.to_yaml(cell.config))
     entries = [
-        {"name": c.name, "factors": c.factors, "held_out": c.held_out, "net": dataclasses.asdict(c.net)}
+        {"name": c.name, "factors": c.factors, "held_out": c.held_out, "net": build.describe_net(c.net)}
         for c in (*sweep.cells, *kept)
     ]
     document = {"name": sweep.name, "description": sweep.description, "cells": entries}
@@ -415,5 +410,5 @@ def _from_folder(folder: str) -> Sweep:
         config = configs.from_yaml(storage.read_text(config_url(folder, name)))
         # The folder may have been moved since it was made.
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=_run_dir(folder, name)))
-        cells.append(_priced(name, entry["factors"], config, DiTConfig(**entry["net"]), entry["held_out"]))
+        cells.append(_priced(name, entry["factors"], config, build.read_net(entry["net"]), entry["held_out"]))
     return Sweep(document["name"], document["description"], folder, tuple(cells), tuple(cells[0].factors))

@@ -212,7 +212,7 @@ def _loader(state: State) -> Loader:
         config.data.block_samples,
         state.images_seen,
         config.data.flip,
-        config.flow_map.sigma_data,
+        config.data.space.sigma_data,  # type: ignore[attr-defined]
         state.device,
         Reading(config.data.cache_dir, config.data.cache_bytes, config.data.on_bad_block),
         config.data.holdout,

@@ -36,7 +36,7 @@ class Utilization:
     """
 
     def __init__(self, config: Config, spec: ModelSpec, device: torch.device, world_size: int):
-        multiply_adds = flops.training_multiply_adds(spec.net, config.objective.name, config.train.global_batch_size)
+        multiply_adds = flops.training_multiply_adds(spec.net, config.method.passes, config.train.global_batch_size)
         self._flops_per_step = 2.0 * multiply_adds
         peak = config.train.peak_flops or measured_peak(device, config.precision)
         total = torch.tensor(peak, dtype=torch.float64, device=device)

@@ -36,14 +36,14 @@ class HeldOut:
         if num_groups == 0:
             raise UserError(
                 f"data.holdout={config.data.holdout:g} holds out {len(held)} samples, fewer than one group of "
-                f"objective.particles={particles}: hold out more"
+                f"method.particles={particles}: hold out more"
             )
         # Not plan.rank_groups: more ranks than groups are fine here.
         first, last = rank * num_groups // layout.world_size, (rank + 1) * num_groups // layout.world_size
         self.num_groups, self._seed = num_groups, config.seed
         self._particles, self._micro = particles, layout.slots_per_micro_batch
         self._rounds = math.ceil(math.ceil(num_groups / layout.world_size) / self._micro)
-        self._sigma_data = config.flow_map.sigma_data
+        self._sigma_data = config.data.space.sigma_data  # type: ignore[attr-defined]
         self._codec, self._shape = dataset.manifest.codec, dataset.manifest.latent_shape
         index = held[first * particles : last * particles]
         self._stored = torch.from_numpy(dataset.gather(index))

@@ -103,5 +103,5 @@ def test_fp16_halves_its_scale_until_the_step_holds(stage, digits):
 
 
 def _fp32_norm(manifest: str) -> float:
-    with opened(*TINY, f"data.manifest={manifest}", "objective.min_gap=1e-4") as (_, engine, steps):
+    with opened(*TINY, f"data.manifest={manifest}", "method.min_gap=1e-4") as (_, engine, steps):
         return engine.step(next(steps), LR).grad_norm

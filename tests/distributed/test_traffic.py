@@ -44,13 +44,13 @@ def _counting(
 
 def _traffic(manifest: str, naive: bool, more: list[str]) -> dict[str, float]:
     """Bytes of one step over bytes of all parameters, by kind of collective."""
-    from imm_scale.models.base import ConditionalNet
+    from imm_scale.models.base import Backbone
     from imm_scale.models.dit import DiT
 
     counts: Counter[str] = Counter()
     _listen(counts)
     if naive:
-        DiT.pair = ConditionalNet.pair  # one branch through all blocks, then the other
+        DiT.pair = Backbone.pair  # one branch through all blocks, then the other
     with opened(*TINY, *NET, f"data.manifest={manifest}", *more) as (_, engine, steps):
         for _ in range(3):  # DeepSpeed learns the order of modules in the first steps
             engine.step(next(steps), 1e-3)
@@ -85,7 +85,7 @@ def test_one_branch_after_the_other_gathers_three_times(digits, both_branches_at
 
 
 def test_the_loss_of_imm_sends_nothing(digits, both_branches_at_once):
-    plain = ["objective.name=flow_matching", "objective.particles=1"]
+    plain = ["method.name=flow_matching"]
     flow_matching = ranks.run(_traffic, 2, digits, False, plain)[0]
     print("flow matching:", flow_matching)
     assert both_branches_at_once["other"] == pytest.approx(flow_matching["other"], rel=0.01)

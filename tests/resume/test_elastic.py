@@ -86,7 +86,7 @@ def test_another_precision_and_micro_batch_go_on_as_well(digits, tmp_path, saved
     run_dir = tmp_path / "run"
     shutil.copytree(saved / "2-1", run_dir)
     # The gap is the run's: without it bf16 would choose its own, and the resume be refused.
-    other = ["precision=bf16", "objective.min_gap=0", "train.micro_batch_size=8"]
+    other = ["precision=bf16", "method.min_gap=0", "train.micro_batch_size=8"]
     ranks.train_each(2, [[*_argv(digits, run_dir, (2, 2), LAST), *other]])
     whole, curve = np.array(losses(saved / "whole")), np.array(losses(run_dir))
     np.testing.assert_allclose(curve[:FIRST], whole[:FIRST], rtol=1e-5)

@@ -49,11 +49,11 @@ def test_it_draws_the_same_samples(source, tmp_path):
 
 
 def test_it_exports_the_same_weights(run_dir, tmp_path):
-    from imm_scale import weights
+    from imm_scale.checkpoint import export
 
     _command("export", run_dir, "--out", tmp_path / "now.safetensors")
     (spec, now), (old_spec, before) = (
-        weights.read(str(file)) for file in (tmp_path / "now.safetensors", FIXTURE / "exported.safetensors")
+        export.read(str(file)) for file in (tmp_path / "now.safetensors", FIXTURE / "exported.safetensors")
     )
     assert spec == old_spec
     assert {name: tensor.tolist() for name, tensor in now.items()} == {k: v.tolist() for k, v in before.items()}

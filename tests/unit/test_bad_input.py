@@ -75,8 +75,8 @@ def test_another_config_in_the_run_folder_is_refused_or_allowed_on_purpose(tiny,
     changed = [*tiny, "train.max_steps=4", "optimizer.lr=5e-4", "model.qk_norm=false", "train.log_every=2"]
     _fails_with_2(["optimizer.lr: 0.001 -> 0.0005", "run.allow_change=[optimizer.lr]"], "train", *changed)
     assert ((run_dir / "config.yaml").read_text(), (run_dir / "status.json").read_text()) == before
-    other = [*tiny, "train.max_steps=4", "model.depth=3", "objective.name=flow_matching", "objective.particles=1"]
-    words = ["model.depth: 2 -> 3", "objective.name: imm -> flow_matching", "objective.particles: 4 -> 1"]
+    other = [*tiny, "train.max_steps=4", "model.depth=3", "method.name=flow_matching"]
+    words = ["model.depth: 2 -> 3", "method.name: imm -> flow_matching"]
     _fails_with_2(words, "train", *other)
     allowed = "run.allow_change=[model,objective]"
     _fails_with_2(["holds another net", "blocks.2"], "train", *other, allowed)
@@ -119,7 +119,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tiny, tmp_path):
         (["evaluate", "/nowhere"], ["/nowhere"]),
         (["export", "RUN", "--out", "x.bin"], [".safetensors"]),
         (["report", "/nowhere"], ["/nowhere"]),
-        (["explain", "objective.kk"], ["objective.kk", "objective.k"]),
+        (["explain", "objective.kk"], ["method.kk", "did you mean method.k?"]),
     ],
 )
 def test_other_commands(argv, words, trained):

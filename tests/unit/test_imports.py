@@ -10,9 +10,12 @@ PACKAGE = ROOT / "imm_scale"
 # The way of the data. A room may import the rooms above it and itself.
 LAYERS = [
     {"errors"},
+    {"choices"},
+    {"registry"},
     {"rng", "storage"},
     {"config"},
-    {"data", "models"},
+    {"data"},
+    {"models"},
     {"methods"},
     {"build"},
     {"parallel"},

@@ -17,8 +17,10 @@ from imm_scale.checkpoint.released import unpickler
 from imm_scale.checkpoint.released.unpickler import Record, shown
 from imm_scale.data.codec import AUTOENCODER_UNKNOWN, VAECodec
 from imm_scale.data.manifest import Codec
+from imm_scale.data.spaces import Latents
 from imm_scale.errors import UserError
-from imm_scale.methods import flow_map, probability_path
+from imm_scale.methods.flow_map import PARAMETERIZATIONS, FlowMapConfig
+from imm_scale.methods.imm import ImmConfig
 from imm_scale.models.dit import SIZES, DiT, DiTConfig
 from imm_scale.models.layers import position_table
 
@@ -29,7 +31,7 @@ LATENT_STD = (4.85503674, 5.31922414, 3.93725398, 3.9870003)
 LATENT_FACTOR = 8
 
 _TRAJECTORIES = {"fm": "ot_fm", "vp_cosine": "vp_cosine"}
-_PARAMETERIZATIONS = {name: name for name in flow_map.PARAMETERIZATIONS}
+_PARAMETERIZATIONS = {name: name for name in PARAMETERIZATIONS}
 _SECOND_TIMES = {"identity": "s", "stride": "t_minus_s"}
 _RENAMED = {"x_embedder.proj.": "x_embedder.", "y_embedder.embedding_table.": "y_embedder."}
 # Attributes that change what a net computes and show in none of its weights: the only values our net has.
@@ -114,22 +116,26 @@ def _converted(document: Any, second_time: str | None, weights_hash: str) -> Rel
     notes = [note]
     if weights_hash == AUTOENCODER_UNKNOWN:
         notes.append("the file does not say of which autoencoder its latents are: name it with --vae to decode images")
-    spec = ModelSpec(
-        objective="imm",
-        trajectory=_choice(recorded, "noise_schedule", _TRAJECTORIES),
-        parameterization=_choice(recorded, "f_type", _PARAMETERIZATIONS),
-        second_time=second,
-        sigma_data=_number(recorded, "sigma_data", 1e-3, 1e3),
-        time_scale=_number(recorded, "time_scale", 1e-3, 1e6),
+    names: dict[str, Any] = {
+        "trajectory": _choice(recorded, "noise_schedule", _TRAJECTORIES),
+        "parameterization": _choice(recorded, "f_type", _PARAMETERIZATIONS),
+        "second_time": second,
+    }
+    method = ImmConfig(
+        flow_map=FlowMapConfig(**names, time_scale=_number(recorded, "time_scale", 1e-3, 1e6)),
         t_min=_number(recorded, "eps", 0.0, 0.1),
         t_max=_number(recorded, "T", 0.5, 1.0),
         label_drop=LABEL_DROP,
-        net=config,
+    )
+    method.flow_map.validate()
+    space = Latents(
+        sigma_data=_number(recorded, "sigma_data", 1e-3, 1e3),
+        shape=(config.channels, config.height, config.image_width),
         codec=_codec(config, weights_hash),
+        num_classes=config.num_classes,
         class_names=(),
     )
-    flow_map.check(probability_path.build(spec.trajectory).name, spec.parameterization, spec.second_time)
-    return Released(spec, weights, tuple(notes))
+    return Released(ModelSpec(method.resolved("fp32"), config, space), weights, tuple(notes))
 
 
 def _model(preconditioner: Record) -> Record:

@@ -19,8 +19,10 @@ from imm_scale.checkpoint import export
 from imm_scale.checkpoint.released import mapping, unpickler
 from imm_scale.data.codec import open_codec
 from imm_scale.data.manifest import Codec
+from imm_scale.data.spaces import Latents
 from imm_scale.errors import UserError
-from imm_scale.methods.flow_map import FlowMap
+from imm_scale.methods.flow_map import FlowMap, FlowMapConfig
+from imm_scale.methods.imm import ImmConfig
 from imm_scale.models.dit import DiTConfig
 from tests import ranks
 from tests.small_vae import save_small_vae
@@ -91,14 +93,17 @@ def test_the_spec_is_what_the_file_records_and_table_5_adds(tmp_path):
     net = files.preconditioner(temb_type="stride")
     net.T, net.eps, net.sigma_data, net.time_scale = 0.99, 0.006, 0.4, 500
     spec = mapping.read(files.write(tmp_path / "net.pkl", net)).spec
-    assert (spec.objective, spec.trajectory, spec.parameterization, spec.second_time) == (
-        *("imm", "ot_fm", "euler_fm"),
-        "t_minus_s",
+    assert spec.method == ImmConfig(
+        flow_map=FlowMapConfig("ot_fm", "euler_fm", "t_minus_s", 500),
+        t_min=0.006,
+        t_max=0.99,
+        label_drop=0.1,
+        min_gap=0.0,
     )
-    assert (spec.t_min, spec.t_max, spec.sigma_data, spec.time_scale, spec.label_drop) == (0.006, 0.99, 0.4, 500, 0.1)
+    assert (spec.space.sigma_data, spec.space.shape, spec.space.num_classes) == (0.4, (4, 8, 8), 5)
     assert spec.net == DiTConfig(32, 2, 4, 2, channels=4, height=8, image_width=8, num_classes=5)
     mean, std = [0.86488, -0.27787343, 0.21616915, 0.3738409], [4.85503674, 5.31922414, 3.93725398, 3.9870003]
-    assert spec.codec == Codec("vae", "not recorded", 64, 4, 8, tuple(mean), tuple(std))
+    assert spec.space.codec == Codec("vae", "not recorded", 64, 4, 8, tuple(mean), tuple(std))
     assert build.ModelSpec.from_json(spec.to_json()) == spec
 
 
@@ -145,14 +150,14 @@ def test_the_command_writes_a_model_that_works(tmp_path):
     code, words = ranks.command_and_words("import", source, "--out", out)
     assert code == 0 and out in words and "second_time=t_minus_s, as the file records" in words and "--vae" in words
     spec, flow_map = export.load_flow_map(out)
-    assert spec.second_time == "t_minus_s"
+    assert spec.method.flow_map.second_time == "t_minus_s"
     times = (torch.tensor([u], dtype=torch.float64) for u in (0.1, 0.6))
     torch.testing.assert_close(
         flow_map(_noise(4), *times, LABELS), net(_noise(4), 0.1, 0.6, _one_hot(LABELS)), rtol=0, atol=1e-5
     )
     code, words = ranks.command_and_words("import", source, "--out", out, "--second-time", "s")
     assert code == 0 and "second_time=s, as given; the file records temb_type='stride'" in words
-    assert export.read(out)[0].second_time == "s"
+    assert export.read(out)[0].method.flow_map.second_time == "s"
 
 
 @pytest.mark.parametrize(
@@ -180,11 +185,11 @@ def test_the_autoencoder_is_recorded_when_it_is_named(net, tmp_path):
     vae = save_small_vae(tmp_path / "vae", blocks=4)
     assert ranks.command_and_words("import", source, "--out", out, "--vae", vae)[0] == 0
     spec, _ = export.read(out)
-    assert len(spec.codec.weights_hash) == 64
-    assert open_codec(spec.codec, vae).factor == 8
+    assert len(spec.space.codec.weights_hash) == 64
+    assert open_codec(spec.space.codec, vae).factor == 8
     for folder in (vae, None):
         with pytest.raises(UserError, match=r"not recorded.*import the net again with --vae FOLDER"):
-            open_codec(mapping.read(source).spec.codec, folder)
+            open_codec(mapping.read(source).spec.space.codec, folder)
     code, words = ranks.command_and_words("import", source, "--out", out, "--vae", save_small_vae(tmp_path / "other"))
     assert code == 2 and "a factor of 2" in words and "sd-vae-ft-ema" in words
 
@@ -468,18 +473,9 @@ def test_a_damaged_file_is_refused_or_read_but_never_a_surprise(net, tmp_path):
 
 def _spec() -> build.ModelSpec:
     return build.ModelSpec(
-        objective="imm",
-        trajectory="ot_fm",
-        parameterization="euler_fm",
-        second_time="s",
-        sigma_data=0.5,
-        time_scale=1000.0,
-        t_min=0.0,
-        t_max=0.994,
-        label_drop=0.1,
-        net=DiTConfig(32, 1, 2, 2, channels=1, height=8, image_width=8, num_classes=3),
-        codec=Codec("pixels", "", 8, 1, 1, (0.1,), (0.3,)),
-        class_names=("a", "b", "c"),
+        ImmConfig().resolved("fp32"),
+        DiTConfig(32, 1, 2, 2, channels=1, height=8, image_width=8, num_classes=3),
+        Latents(0.5, (1, 8, 8), Codec("pixels", "", 8, 1, 1, (0.1,), (0.3,)), 3, ("a", "b", "c")),
     )
 
 
@@ -509,7 +505,7 @@ def test_other_programs_find_what_they_expect_in_a_folder(exported):
     assert all(torch.equal(stock[name], state[name]) for name in state)
     config = json.loads(Path(folder, "config.json").read_text())
     assert config["_class_name"] == "ImmScaleFlowMap"
-    assert config["net"]["width"] == 32 and config["codec"]["mean"] == [0.1]
+    assert config["backbone"]["config"]["width"] == 32 and config["space"]["config"]["codec"]["mean"] == [0.1]
 
 
 def test_every_form_exports_to_every_other(exported, tmp_path):

@@ -42,12 +42,16 @@ def test_files_merge_left_to_right_after_their_includes_then_overrides(tmp_path)
         (["precision=fp8"], ["precision", "fp8", "bf16"]),
         (["zero.stage=4"], ["zero.stage=4", "0, 1, 2 or 3"]),
         (["zero=2"], ["zero is a section", "zero.stage"]),
-        (["train.global_batch_size=4098"], ["4098", "objective.particles=4", "4100"]),
+        (["train.global_batch_size=4098"], ["4098", "multiple of 4", "4100"]),
         (["train.micro_batch_size=6"], ["train.micro_batch_size=6", "8"]),
-        (["flow_map.trajectory=vp_cosine"], ["euler_fm", "ot_fm", "simple_edm"]),
-        (["objective.name=flow_matching"], ["objective.particles=1"]),
-        (["objective.t_min=0.5", "objective.t_max=0.4"], ["0.5", "0.4"]),
-        (["objective.label_drop=1.0"], ["label_drop=1.0"]),
+        (["method.flow_map.trajectory=vp_cosine"], ["euler_fm", "ot_fm", "simple_edm"]),
+        (["method.name=flow_matching", "method.k=3"], ["method.k", "imm", "not of flow_matching", "leave it out"]),
+        (["method.name=imn"], ["'imn'", "did you mean imm?", "flow_matching"]),
+        (["model.name=unet"], ["backbone 'unet'", "dit", "plugins="]),
+        (["method.kk=3"], ["method.kk", "did you mean method.k?"]),
+        (["plugins=[no_such_module]"], ["no_such_module", "PYTHONPATH"]),
+        (["method.t_min=0.5", "method.t_max=0.4"], ["0.5", "0.4"]),
+        (["method.label_drop=1.0"], ["label_drop=1.0"]),
         (["ema.decays=[1.0]"], ["ema.decays"]),
         (["optimizer.betas=[0.9]"], ["betas", "two numbers"]),
         (["zero.stage=0", "zero.offload=optimizer"], ["zero.offload", "zero.stage"]),
@@ -89,17 +93,37 @@ def test_the_resolved_config_reads_back_the_same(tmp_path):
     assert configs.load([_write(tmp_path / "again.yaml", text)]).config == loaded.config
 
 
+def test_keys_of_version_0_1_are_read_with_one_line_that_says_so(tmp_path, caplog):
+    old = "flow_map:\n  second_time: none\n  sigma_data: 0.25\nobjective:\n  name: flow_matching\n  k: 3\n"
+    new = ["method.name=flow_matching", "method.flow_map.second_time=none", "data.space.sigma_data=0.25"]
+    loaded = configs.load([_write(tmp_path / "old.yaml", old)], ["flow_map.time_embedding=fourier"])
+    assert loaded.config == configs.load([], [*new, "model.time_embedding=fourier"]).config
+    assert len(caplog.records) == 1
+    said = "old.yaml:2: flow_map.second_time is read as method.flow_map.second_time, and 4 keys like it"
+    assert said in caplog.text
+
+
+def test_another_method_replaces_the_keys_of_the_file_below(tmp_path):
+    base = _write(tmp_path / "base.yaml", "method:\n  k: 3\n  label_drop: 0.2\n")
+    top = _write(tmp_path / "top.yaml", "include: base.yaml\nmethod:\n  name: flow_matching\n")
+    method = configs.load([top]).config.method
+    assert (method.name, method.label_drop, method.group_size) == ("flow_matching", 0.2, 1)
+    beside = _write(tmp_path / "beside.yaml", "method:\n  k: 3\n  name: flow_matching\n")
+    with pytest.raises(UserError, match=r"beside\.yaml:2: method\.k is a key of the method imm"):
+        configs.load([base, beside])
+
+
 def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         configs.load().config.seed = 1  # type: ignore[misc]
 
 
 def test_every_key_has_a_sentence_and_can_be_explained():
-    loaded = configs.load([], ["objective.k=11"])
-    for key, entry in configs.SCHEMA.items():
+    loaded = configs.load([], ["method.k=11"])
+    for key, entry in configs.entries(loaded.config).items():
         assert entry.help.endswith("."), key
         assert entry.help in configs.explain(key, loaded)
-    text = configs.explain("objective.k", loaded)
+    text = configs.explain("method.k", loaded)
     assert "default  12" in text
     assert "current  11  (command line)" in text
     assert "optimizer.eps" in configs.explain("optimizer", loaded)

@@ -120,8 +120,8 @@ def test_layout_has_room_for_every_group_and_no_empty_micro_batch(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ((10, 4, 1, 4), r"global_batch_size is 10, not a multiple of objective.particles = 4: use 8"),
-        ((16, 4, 1, 6), r"micro_batch_size is 6, not a multiple of objective.particles = 4: use 4"),
+        ((10, 4, 1, 4), r"global_batch_size is 10, not a multiple of method.particles = 4: use 8"),
+        ((16, 4, 1, 6), r"micro_batch_size is 6, not a multiple of method.particles = 4: use 4"),
         ((16, 4, 1, 2), r"micro_batch_size is 2.*use 4"),
         ((16, 4, 1, 32), r"micro_batch_size 32 is larger than train.global_batch_size 16"),
         ((16, 4, 5, 4), r"5 ranks for 4 groups: at most 4 ranks fit"),

@@ -87,9 +87,8 @@ class _Page(HTMLParser):
 def test_the_report_is_one_file_with_everything(evaluated, trained, digits, tmp_path):
     other = str(tmp_path / "flow_matching")
     flow = [
-        "objective.name=flow_matching",
-        "objective.particles=1",
-        "flow_map.second_time=none",
+        "method.name=flow_matching",
+        "method.flow_map.second_time=none",
         "run.name=<b>flow</b>",
     ]
     ranks.train(1, *TINY, f"data.manifest={digits}", f"run.dir={other}", "train.max_steps=2", *flow)
@@ -109,6 +108,6 @@ def test_the_report_is_one_file_with_everything(evaluated, trained, digits, tmp_
     page.links.remove("data:,")  # no icon
     for link in page.links:
         assert len(base64.b64decode(link.split(",", 1)[1])) > 100
-    for words in ("frechet_latents", "flow_map.second_time", "deepspeed", "<b>flow</b>"):
+    for words in ("frechet_latents", "method.flow_map.second_time", "deepspeed", "<b>flow</b>"):
         assert words in page.text
     assert not re.search(r"<b>flow</b>", out.read_text()), "text from a config is escaped"

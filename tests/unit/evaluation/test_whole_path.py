@@ -75,7 +75,7 @@ def network(tmp_path_factory) -> list[str]:
 def flow(digits, tmp_path_factory) -> str:
     """A small flow-matching run with checkpoints at 2 and 240 steps: few Euler steps are worse than many."""
     run_dir = str(tmp_path_factory.mktemp("flow") / "run")
-    settings = ["objective.name=flow_matching", "objective.particles=1", "flow_map.second_time=none"]
+    settings = ["method.name=flow_matching", "method.flow_map.second_time=none"]
     settings += ["train.keep_last=9", "ema.decays=[0.95]", "optimizer.lr=3e-3", f"data.manifest={digits}"]
     for steps in (2, 240):
         ranks.train(1, *TINY, *settings, f"run.dir={run_dir}", f"train.max_steps={steps}")
@@ -182,7 +182,7 @@ def test_the_gallery_shows_one_noise_and_the_nearest_digits(flow, trained, digit
     shards = [str(Path(digits).parent / shard["name"]) for shard in json.loads(Path(digits).read_text())["shards"]]
     files = [sample["latent.npy"] for sample in wds.WebDataset(shards, shardshuffle=False)]
     raw = torch.from_numpy(np.stack([np.load(io.BytesIO(file)) for file in files])).float()
-    latents = codecs.normalize(raw, model.spec.codec.mean, model.spec.codec.std).double()
+    latents = codecs.normalize(raw, model.spec.space.codec.mean, model.spec.space.codec.std).double()
     order = (latents - z).flatten(1).norm(dim=1).argsort()[:3].tolist()
     assert document["nearest"][0]["caption"] == f"sample 0; then training images {', '.join(map(str, order))}"
     page = gallery.section(flow)

@@ -6,7 +6,7 @@ from torch import nn
 from imm_scale.methods.flow_map import FlowMap
 from imm_scale.methods.imm import InductiveMomentMatching
 from imm_scale.methods.probability_path import OTFlowMatching, VPCosine
-from imm_scale.models.base import ConditionalNet
+from imm_scale.models.base import Backbone
 from imm_scale.models.dit import DiT, DiTConfig
 
 OT, COSINE = OTFlowMatching(), VPCosine()
@@ -15,7 +15,7 @@ SIGMA_D = 0.5
 BASE = InductiveMomentMatching(particles=4, t_min=0.0, t_max=0.994, k=12, label_drop=0.0)
 
 
-class Net(ConditionalNet):
+class Net(Backbone):
     """A net with few weights that looks at everything it is given; it remembers its calls."""
 
     def __init__(self, zero=False):

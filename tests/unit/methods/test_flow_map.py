@@ -12,7 +12,7 @@ from imm_scale.errors import UserError
 from imm_scale.methods import flow_map
 from imm_scale.methods.flow_map import FlowMap
 from imm_scale.methods.probability_path import OTFlowMatching, VPCosine, ddim, diffuse
-from imm_scale.models.base import ConditionalNet
+from imm_scale.models.base import Backbone
 
 mp.mp.dps = 60  # one number in all tests: it is global
 properties = settings(max_examples=60, deadline=None)
@@ -111,7 +111,7 @@ def test_closed_forms_of_the_numerics_section():
         torch.testing.assert_close(got, value, rtol=FP64, atol=0)
 
 
-class Spy(ConditionalNet):
+class Spy(Backbone):
     """Answers with a fixed function of its inputs and remembers every call."""
 
     def __init__(self, answer=None, dtype=torch.float64):

@@ -11,14 +11,14 @@ from imm_scale.methods.flow_map import FlowMap
 from imm_scale.methods.flow_matching import FlowMatching
 from imm_scale.methods.probability_path import OTFlowMatching, VPCosine
 from imm_scale.methods.samplers import pushforward
-from imm_scale.models.base import ConditionalNet
+from imm_scale.models.base import Backbone
 
 OT, COSINE = OTFlowMatching(), VPCosine()
 SIGMA_D = 0.5
 BASE = FlowMatching(t_min=0.0, t_max=1.0, label_drop=0.0)
 
 
-class Net(ConditionalNet):
+class Net(Backbone):
     def __init__(self):
         super().__init__()
         self.w = nn.Parameter(torch.tensor([0.7, -0.2], dtype=torch.float64))
@@ -99,7 +99,7 @@ def test_labels_are_dropped_and_dropout_keyed_as_in_imm():
 # Gaussian data N(mu, s_data^2): the posterior-mean velocity and its ODE are known
 
 
-class PosteriorVelocity(ConditionalNet):
+class PosteriorVelocity(Backbone):
     """G = E[eps - x | x_t] / sigma_d for data N(mu, s_data^2), on `ot_fm`."""
 
     def __init__(self, mu, s_data):

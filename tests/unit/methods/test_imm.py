@@ -11,7 +11,7 @@ from imm_scale.methods.imm import InductiveMomentMatching
 from imm_scale.methods.imm_times import map_r
 from imm_scale.methods.probability_path import ddim, diffuse
 from imm_scale.methods.special_cases import ConsistencyTraining, GenerativeMomentMatching
-from imm_scale.models.base import ConditionalNet
+from imm_scale.models.base import Backbone
 from tests.unit.methods.small import BASE, COSINE, OT, SIGMA_D, Net, batch, clean, flow_map_of
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_loss_at_initialization_is_the_published_one(dim, k, m, a, loss, std):
     assert residual.std() < 0.1 * got.std()
 
 
-class GaussianOptimum(ConditionalNet):
+class GaussianOptimum(Backbone):
     """G of the PF-ODE map of N(0, sigma_d^2) data under `euler_fm`: f_{s,t}(x) = sqrt(V_s / V_t) x."""
 
     def forward(self, x, c_noise, second, label, dropout_key=None):

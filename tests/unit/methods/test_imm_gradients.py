@@ -7,7 +7,7 @@ import torch
 
 from imm_scale.methods.flow_map import FlowMap
 from imm_scale.methods.probability_path import diffuse
-from imm_scale.models.base import ConditionalNet
+from imm_scale.models.base import Backbone
 from tests.unit.methods.small import BASE, OT, SIGMA_D, Net, batch, clean, flow_map_of, small_dit
 
 
@@ -116,7 +116,7 @@ def test_dit_branches_run_block_by_block_equal_two_separate_calls(dropout):
     net = small_dit(dropout=dropout)
     objective = replace(BASE, k=8, dropout=dropout > 0)
     loss, gradients = gradients_of(net, objective)
-    net.pair = lambda *args: ConditionalNet.pair(net, *args)
+    net.pair = lambda *args: Backbone.pair(net, *args)
     separate_loss, separate = gradients_of(net, objective)
     torch.testing.assert_close(loss, separate_loss, rtol=1e-12, atol=0)
     for name, gradient in gradients.items():

@@ -14,12 +14,12 @@ from imm_scale.methods.flow_map import FlowMap
 from imm_scale.methods.imm import InductiveMomentMatching
 from imm_scale.methods.probability_path import OTFlowMatching
 from imm_scale.methods.samplers import pushforward, starting_noise
-from imm_scale.models.base import ConditionalNet
+from imm_scale.models.base import Backbone
 
 BATCH = 256
 
 
-class Mlp(ConditionalNet):
+class Mlp(Backbone):
     """A small net of (x, t, s); times arrive as 1000 t, per group."""
 
     def __init__(self, width: int = 64):

@@ -22,13 +22,13 @@ from imm_scale.methods.samplers import (
     restart,
     starting_noise,
 )
-from imm_scale.models.base import ConditionalNet
+from imm_scale.models.base import Backbone
 
 OT, COSINE = OTFlowMatching(), VPCosine()
 SIGMA_D = 0.5
 
 
-class Net(ConditionalNet):
+class Net(Backbone):
     """A fixed nonlinear G that depends on everything it is told."""
 
     def __init__(self, dtype=torch.float64):
@@ -42,7 +42,7 @@ class Net(ConditionalNet):
         return self.w * torch.tanh(x) + times + label.view(-1, *[1] * (x.dim() - 1))
 
 
-class ProbabilityFlow(ConditionalNet):
+class ProbabilityFlow(Backbone):
     """G under `simple_edm` of the exact PF-ODE map of N(0, s_data^2) data: f_{s,t}(x) = sqrt(V_s / V_t) x."""
 
     def __init__(self, interp, s_data):
@@ -182,7 +182,7 @@ def test_restart_noise_depends_on_seed_index_and_step_alone_and_is_no_other_nois
     assert wide.std().item() == pytest.approx(SIGMA_D, rel=4.5 / math.sqrt(2e5))
 
 
-class Velocity(ConditionalNet):
+class Velocity(Backbone):
     """G = E[eps - x | x_t] / sigma_d for data N(0, s_data^2) on `ot_fm`: the ODE lands on s_data / sigma_d x."""
 
     def __init__(self):

@@ -11,7 +11,7 @@ from imm_scale.errors import UserError
 from imm_scale.methods.flow_map import FlowMap
 from imm_scale.methods.probability_path import OTFlowMatching
 from imm_scale.models import dit, layers
-from imm_scale.models.base import ConditionalNet
+from imm_scale.models.base import Backbone
 from imm_scale.models.dit import DiT, DiTConfig, build, parameter_count, size_config
 
 # imm.md section 5: without the s-embedder, what it adds.
@@ -353,7 +353,7 @@ def test_pair_equals_two_separate_calls_in_value_and_gradient(options):
     torch.testing.assert_close(out_r, net(x_r, c_noise_r, second, label, key), rtol=0, atol=1e-12)
 
     together = gradients(net, lambda: (lambda a, b: a - b)(*net.pair(*args)))
-    apart = gradients(net, lambda: (lambda a, b: a - b)(*ConditionalNet.pair(net, *args)))
+    apart = gradients(net, lambda: (lambda a, b: a - b)(*Backbone.pair(net, *args)))
     for name, gradient in together.items():
         torch.testing.assert_close(gradient, apart[name], rtol=1e-10, atol=1e-10, msg=name)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from imm_scale.methods import imm_times
+from imm_scale.methods.imm import ImmConfig
 from imm_scale.methods.probability_path import OTFlowMatching, VPCosine
 from imm_scale.models.layers import TimeEmbedder
 
@@ -48,7 +49,5 @@ def test_rounding_the_times_to_the_networks_precision_would_merge_them(dtype, fi
 
 @pytest.mark.parametrize(("precision", "gap"), [("fp32", 0.0), ("tf32", 0.0), ("bf16", 1e-4), ("fp16", 1e-4)])
 def test_the_default_gap_follows_the_precision(precision, gap):
-    from imm_scale import build, config
-
-    assert build.resolved_min_gap(config.load([], [f"precision={precision}"]).config) == gap
-    assert build.resolved_min_gap(config.load([], [f"precision={precision}", "objective.min_gap=0.5"]).config) == 0.5
+    assert ImmConfig().resolved(precision).min_gap == gap
+    assert ImmConfig(min_gap=0.5).resolved(precision).min_gap == 0.5

@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from imm_scale.choices import Passes
 from imm_scale.models.dit import DiT, DiTConfig, size_config
 from imm_scale.planner import flops
 
@@ -54,9 +55,11 @@ def test_a_step_of_imm_costs_four_forwards_a_sample_and_of_flow_matching_three()
     """imm.md section 5: one no-grad forward, one forward, one backward of two forwards."""
     net = size_config("DiT-XL/2")
     forward = flops.forward_multiply_adds(net)
-    assert flops.training_multiply_adds(net, "imm", 4096) == 4 * 4096 * forward
-    assert flops.training_multiply_adds(net, "flow_matching", 4096) == 3 * 4096 * forward
-    assert flops.training_multiply_adds(net, "imm", 4096) == pytest.approx(4 * 118.618e9 * 4096, rel=1e-3)
+    assert flops.training_multiply_adds(net, Passes(grad=1, no_grad=1), 4096) == 4 * 4096 * forward
+    assert flops.training_multiply_adds(net, Passes(), 4096) == 3 * 4096 * forward
+    assert flops.training_multiply_adds(net, Passes(grad=1, no_grad=1), 4096) == pytest.approx(
+        4 * 118.618e9 * 4096, rel=1e-3
+    )
 
 
 def test_multiply_adds_of_one_block_by_hand():

@@ -37,7 +37,7 @@ def _kept_and_peak(config: Config) -> tuple[int, int]:
         torch.randn(8, 4, 16, 16),
         torch.zeros(8, dtype=torch.long),
         torch.arange(8),
-        torch.ones(8 // config.objective.particles),
+        torch.ones(8 // config.method.group_size),
     )
     low = torch.autocast("cpu", dtype=torch.bfloat16) if config.precision == "bf16" else contextlib.nullcontext()
     with Allocations() as forward, low:
@@ -49,8 +49,8 @@ def _kept_and_peak(config: Config) -> tuple[int, int]:
 
 def _setting(config: Config) -> memory.Setting:
     """One rank at stage 0: nothing of DeepSpeed's."""
-    net = build.net_config(config, (4, 16, 16), 10)
-    return estimate.setting(config, net, Layout(8, config.objective.particles, 1, 8))
+    net = spec_of(config).net
+    return estimate.setting(config, net, Layout(8, config.method.group_size, 1, 8))
 
 
 VARIANTS = [(), ("model.qk_norm=true",), ("model.dropout=0.1",), ("model.mlp_ratio=2.5",), ("model.patch_size=4",)]
@@ -71,8 +71,8 @@ def test_a_block_keeps_what_the_formula_says(words, precision):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("objective", ["imm", "flow_matching"])
 def test_the_peak_of_a_step_is_predicted(objective, checkpointing, precision):
-    words = [f"objective.name={objective}", f"train.activation_checkpointing={checkpointing}"]
-    words += ["flow_map.second_time=none", "objective.particles=1"] * (objective == "flow_matching")
+    words = [f"method.name={objective}", f"train.activation_checkpointing={checkpointing}"]
+    words += ["method.flow_map.second_time=none"] * (objective == "flow_matching")
     config = _config(6, f"precision={precision}", *words)
     s = _setting(config)
     *passes, _, _ = memory.moments(s, flops.parameters(s.net))  # without the engine's reduction and step

@@ -41,15 +41,15 @@ def test_cells_are_the_product_of_all_axes(write):
         write(
             settings={"optimizer": {"lr": 2e-4}},
             sizes={"a": {"model.width": 16}, "b": {"model.width": 32}},
-            grid={"objective.k": [10, 12], "objective.particles": [2, 4]},
+            grid={"method.k": [10, 12], "method.particles": [2, 4]},
             variants={"plain": {}, "warm": {"optimizer.warmup_images": 640, "ema.decays": [0.9]}},
             seeds=[3, 4],
         )
     )
     assert len(found.cells) == 2 * 2 * 2 * 2 * 2
-    assert found.factors == ("size", "objective.k", "objective.particles", "variant", "seed")
+    assert found.factors == ("size", "method.k", "method.particles", "variant", "seed")
     cell = found.cell("b-k=12-particles=2-warm-seed4")
-    assert (cell.config.model.width, cell.config.objective.k, cell.config.objective.particles) == (32, 12, 2)
+    assert (cell.config.model.width, cell.config.method.k, cell.config.method.group_size) == (32, 12, 2)
     assert (cell.config.optimizer.warmup_images, cell.config.ema.decays, cell.config.seed) == (640, [0.9], 4)
     assert cell.config.optimizer.lr == 2e-4
     assert cell.run_dir.endswith("out/runs/b-k=12-particles=2-warm-seed4")
@@ -79,21 +79,24 @@ def test_the_largest_budgets_and_sizes_are_held_out(write):
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ({"grid": {"objective.kk": [1]}}, "grid: unknown key 'objective.kk'; did you mean objective.k?"),
-        ({"sizes": {"a": {"model": {"widht": 1}}}}, "sizes.a: unknown key 'model.widht'; did you mean model.width?"),
+        ({"grid": {"method.kk": [1]}}, "cell kk=1-seed0: unknown key 'method.kk'; did you mean method.k?"),
+        (
+            {"sizes": {"a": {"model": {"widht": 1}}}},
+            "cell a-seed0: unknown key 'model.widht'; did you mean model.width?",
+        ),
         ({"gird": {}}, "unknown key 'gird'; did you mean grid?"),
-        ({"grid": {"objective.k": []}}, "grid.objective.k is empty"),
+        ({"grid": {"method.k": []}}, "grid.method.k is empty"),
         ({"budgets": {"flops": []}}, "budgets.flops is empty"),
         ({"seeds": []}, "seeds is empty"),
-        ({"grid": {"objective.k": [10, 10]}}, "are the same run"),
+        ({"grid": {"method.k": [10, 10]}}, "are the same run"),
         ({"variants": {"a": {"seed": 1}, "b": {"seed": 1}}, "seeds": [2]}, "are the same run"),
-        ({"grid": {"objective.k": 10}}, "must be a list"),
+        ({"grid": {"method.k": 10}}, "must be a list"),
         ({"budgets": {"flops": ["many"]}}, "'many' must be a number"),
         ({"budgets": {"flops": [1.0]}}, "less than one step"),
         ({"budgets": {"flops": [1.0e9], "images": [1000]}}, "must be in one unit"),
         ({"budgets": {"images": [640]}, "settings": {"train.max_steps": 3}}, "follows from budgets"),
         ({"budgets": {"images": [640]}, "hold_out": {"budgets": 1}}, "must leave some of 1"),
-        ({"grid": {"objective.particles": [3]}}, "objective.particles=3"),
+        ({"grid": {"method.particles": [3]}}, "multiple of 3"),
         ({"configs": ["nowhere.yaml"]}, "cannot read config"),
     ],
 )
@@ -105,23 +108,21 @@ def test_mistakes_are_refused_with_their_place(write, document, message):
 
 
 def test_a_folder_holds_one_sweep(write):
-    first = definition.load(write("first", grid={"objective.k": [10, 11]}))
+    first = definition.load(write("first", grid={"method.k": [10, 11]}))
     definition.write(first)
     definition.write(first)
     assert definition.load(first.folder) == first
     with pytest.raises(UserError, match="holds the sweep 'first', not 'second'"):
-        definition.write(definition.load(write("second", grid={"objective.k": [10, 11]})))
+        definition.write(definition.load(write("second", grid={"method.k": [10, 11]})))
     with pytest.raises(UserError, match=r"cell k=10-seed0 has optimizer.lr: 0.0001 -> 0.5"):
-        definition.write(
-            definition.load(write("first", settings={"optimizer.lr": 0.5}, grid={"objective.k": [10, 11]}))
-        )
+        definition.write(definition.load(write("first", settings={"optimizer.lr": 0.5}, grid={"method.k": [10, 11]})))
     # More cells of the same sweep are welcome, and those that were there stay.
-    definition.write(definition.load(write("first", grid={"objective.k": [11, 12]})))
+    definition.write(definition.load(write("first", grid={"method.k": [11, 12]})))
     assert {cell.name for cell in definition.load(first.folder).cells} == {"k=10-seed0", "k=11-seed0", "k=12-seed0"}
 
 
 def test_a_folder_may_move(write, tmp_path):
-    found = definition.load(write(grid={"objective.k": [10]}))
+    found = definition.load(write(grid={"method.k": [10]}))
     definition.write(found)
     (tmp_path / "out").rename(tmp_path / "elsewhere")
     moved = definition.load(str(tmp_path / "elsewhere"))

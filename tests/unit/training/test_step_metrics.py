@@ -73,7 +73,7 @@ def test_adams_second_moment_against_its_epsilon(run):
 def test_utilization_is_arithmetic_over_time_and_peak(run):
     net = Checkpoint.latest(str(run))
     spec = build.ModelSpec.from_json(net.meta.spec)
-    flops = 2 * cost.training_multiply_adds(spec.net, "imm", 64)
+    flops = 2 * cost.training_multiply_adds(spec.net, spec.method.passes, 64)
     for record in read_metrics(str(run)):
         assert record["flops_utilization"] == pytest.approx(flops / record["step_seconds"] / 3e9, rel=1e-9)
         assert record["step_seconds_p50"] <= record["step_seconds_p95"] <= record["step_seconds_max"]
@@ -99,7 +99,7 @@ def _held_out_loss(run_dir: Path, manifest: str) -> float:
     for group in range(102 // 4):
         index = held[4 * group : 4 * group + 4]
         raw = torch.stack([torch.from_numpy(dataset.read(i, i + 1)[0]).float() for i in index])
-        x = codecs.normalize(raw, spec.codec.mean, spec.codec.std, 0.5)
+        x = codecs.normalize(raw, spec.space.codec.mean, spec.space.codec.std, 0.5)
         ordinal = (1 << 48) + 4 * group + torch.arange(4)
         with torch.no_grad():
             losses.append(float(objective(flow_map, x, torch.from_numpy(dataset.labels[index]), ordinal, 0).loss_G[0]))

@@ -1,0 +1,84 @@
+"""What a config chooses by name: the settings of a method, a backbone, a sample space or a metric.
+
+Each registered class has a `Config`, a frozen dataclass derived from one of the four below, whose fields are made by
+`option`. Its keys exist in a run's config where the section's `name` is that of the class.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of a config with its sentence; mutable defaults are copied for each instance."""
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Forward passes of one training sample in a step, each costing what the net's forward costs, backward twice that.
+
+    Attributes:
+        grad: with gradient.
+        no_grad: without.
+        tangent: of a forward-mode derivative beside a forward pass.
+    """
+
+    grad: int = 1
+    no_grad: int = 0
+    tangent: int = 0
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes' worth of work, the backward passes included."""
+        return 3 * self.grad + self.no_grad + self.tangent
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings of one registered class; `name` says which."""
+
+    name: str = option("", "Which registered class; its other keys stand beside the name.")
+
+    def validate(self) -> None:
+        """Raises UserError, naming keys from the section on, where values do not fit together."""
+
+
+@dataclass(frozen=True)
+class MethodConfig(Choice):
+    """Settings of a method: how to sample, and what to minimize."""
+
+    @property
+    def group_size(self) -> int:
+        """Samples that must stay together on one rank."""
+        return 1
+
+    @property
+    def passes(self) -> Passes:
+        """What a step costs in passes of the net."""
+        return Passes()
+
+    @property
+    def has_second_time(self) -> bool:
+        """Whether the net is told where to land, beside where it stands."""
+        return False
+
+    def resolved(self, precision: str) -> Self:
+        """With nothing left open that follows from other settings. What is resolved travels with the weights."""
+        return self
+
+
+@dataclass(frozen=True)
+class BackboneConfig(Choice):
+    """Settings of a backbone, before it is known what it is to fit."""
+
+
+@dataclass(frozen=True)
+class SpaceConfig(Choice):
+    """Settings of a sample space, beside what the manifest says."""
+
+
+@dataclass(frozen=True)
+class MetricConfig(Choice):
+    """Settings of a metric."""
