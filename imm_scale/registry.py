@@ -12,7 +12,7 @@ from typing import TypeVar
 from imm_scale.choices import BackboneConfig, Choice, MethodConfig, MetricConfig, SpaceConfig
 from imm_scale.errors import UserError
 
-BUILT_IN = ("imm_scale.methods", "imm_scale.models", "imm_scale.data.spaces")
+BUILT_IN = ("imm_scale.methods", "imm_scale.models", "imm_scale.data.spaces", "imm_scale.evaluation.metrics")
 ENTRY_POINTS = "imm_scale.plugins"
 
 Class = TypeVar("Class", bound=type)
@@ -85,7 +85,7 @@ def _is_missing(cls: type, part: str) -> bool:
 METHODS = Registry("method", "method", MethodConfig, ())
 BACKBONES = Registry("backbone", "model", BackboneConfig, ())
 SPACES = Registry("sample space", "data.space", SpaceConfig, ())
-METRICS = Registry("metric", "evaluation.metrics", MetricConfig, ())
+METRICS = Registry("metric", "evaluation.metrics", MetricConfig, ("needs", "higher_is_better", "measure"))
 REGISTRIES = {registry.section: registry for registry in (METHODS, BACKBONES, SPACES, METRICS)}
 
 

@@ -30,6 +30,9 @@ TINY = (
     "sampling.batch_size=64",
 )
 
+# The same for other methods than IMM, which have no `method.k`.
+ANY_METHOD = tuple(word for word in TINY if not word.startswith("method."))
+
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> str:

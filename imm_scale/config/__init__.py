@@ -1,6 +1,6 @@
 """What a run can be told: the schema, and how YAML files and overrides become a `Config`."""
 
-from imm_scale.config.checks import validate
+from imm_scale.config.checks import metric_configs, validate
 from imm_scale.config.explain import explain, overview
 from imm_scale.config.keys import check_key, entries, flatten, is_section
 from imm_scale.config.load import (
@@ -28,6 +28,7 @@ __all__ = [
     "is_section",
     "load",
     "load_words",
+    "metric_configs",
     "overview",
     "renamed",
     "settings_of",

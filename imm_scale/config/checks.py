@@ -1,10 +1,17 @@
 """What can be said of a config without a device, a manifest or other ranks."""
 
 import signal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from imm_scale.choices import MetricConfig
 from imm_scale.config.keys import flatten
 from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
+from imm_scale.registry import METRICS
 
 
 def _positive(config: Config) -> None:
@@ -39,9 +46,7 @@ def _choices(config: Config) -> None:
         value = getattr(config.train, key)
         if value % size:
             more = value // size * size + size
-            raise UserError(
-                f"train.{key}={value} is not a multiple of {size}, the samples of a group: use {more}"
-            )
+            raise UserError(f"train.{key}={value} is not a multiple of {size}, the samples of a group: use {more}")
 
 
 def _optimizer(config: Config) -> None:
@@ -79,9 +84,34 @@ def _going_on(config: Config) -> None:
         raise UserError(f"data.holdout={data.holdout} must be a share below 1 or a whole number of samples")
 
 
+def metric_configs(metrics: Sequence[Any]) -> list[MetricConfig]:
+    """The settings of each metric in `evaluation.metrics`: a name, or a mapping with a name and keys of its own.
+
+    Raises:
+        UserError: an unknown metric or key, or a value of another type.
+    """
+    return [_metric_config({"name": metric} if isinstance(metric, str) else metric) for metric in metrics]
+
+
+def _metric_config(settings: Any) -> MetricConfig:
+    if not isinstance(settings, Mapping) or "name" not in settings:
+        raise UserError(f"evaluation.metrics: {settings!r} is neither a name nor a mapping with a name")
+    config = METRICS.config(str(settings["name"]))
+    try:
+        made: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), dict(settings)))
+    except OmegaConfBaseException as error:
+        has = ", ".join(flatten(config()))
+        raise UserError(
+            f"evaluation.metrics: {settings}: {str(error).splitlines()[0]}; {settings['name']} has {has}"
+        ) from error
+    return made
+
+
 def validate(config: Config) -> None:
     """Everything that can be said without a device, a manifest or other ranks. Raises UserError."""
     _positive(config)
     _going_on(config)
     _choices(config)
+    for metric in metric_configs(config.evaluation.metrics):
+        metric.validate()
     _optimizer(config)

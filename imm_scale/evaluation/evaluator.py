@@ -23,7 +23,7 @@ from imm_scale.errors import UserError
 from imm_scale.evaluation import extractors as extractors
 from imm_scale.evaluation import measures, reference
 from imm_scale.evaluation.collect import Collector, Features
-from imm_scale.evaluation.measures import Measure
+from imm_scale.evaluation.metrics import Measure
 from imm_scale.evaluation.records import FOLDER, SCHEMA_VERSION, evaluation_url, read_evaluations
 from imm_scale.evaluation.reference import Reference
 from imm_scale.parallel import world as distributed
@@ -243,8 +243,8 @@ class Evaluator:
         )
 
     def _features(self, plan: SamplingPlan, evaluation: EvaluationConfig) -> Features:
-        compares = set(evaluation.metrics) & set(measures.COMPARING)
-        collector = Collector(plan.num, evaluation.compared if compares else 0)
+        kept = evaluation.compared if measures.compares_vectors(evaluation.metrics) else 0
+        collector = Collector(plan.num, kept)
         model, name = self.model, f"{plan.steps} steps, seed {plan.seed}"
         small = dataclasses.replace(plan, batch_size=SAMPLES_PER_CALL)  # all that is held at once
         for index, _, z in sample(model.flow_map, model.spec, small, self.world, progress=name):
@@ -259,7 +259,7 @@ class Evaluator:
         found: Sequence[Mapping[str, Measure]],
         seconds: float,
     ) -> Distance:
-        name = measures.frechet_name(self.extractor)
+        name = measures.named("frechet", self.extractor)
         summaries = {key: _summary([one[key] for one in found]) for key in found[0]}
         distance = summaries[name]
         evaluations = plan.function_evaluations(times)

@@ -1,44 +1,43 @@
 """All metrics of one set of samples against a reference, each with its error bar and its name."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
+from imm_scale import config as configs
 from imm_scale.errors import UserError
 from imm_scale.evaluation.collect import Features
 from imm_scale.evaluation.extractors import Extractor, identity_hash
-from imm_scale.evaluation.metrics.density_coverage import density_coverage
-from imm_scale.evaluation.metrics.frechet import frechet, jackknife
-from imm_scale.evaluation.metrics.inception_score import inception_score
-from imm_scale.evaluation.metrics.kid import kernel_distance
-from imm_scale.evaluation.metrics.precision_recall import precision_recall
+from imm_scale.evaluation.metrics import FrechetDistance, Measure, Metric
 from imm_scale.evaluation.networks import STANDARD_ID
 from imm_scale.evaluation.reference import Reference
+from imm_scale.registry import METRICS
 
-COMPARING = ("kernel", "precision_recall", "density_coverage")  # metrics of the vectors themselves
 _LEAST_COMPARED = 7  # vectors: one more than the most neighbours asked for
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A value, its standard error, and what fp64 rounding can have done to it where that is known."""
-
-    value: float
-    error: float
-    numerical_error: float | None = None
-
-
-def frechet_name(extractor: Extractor) -> str:
-    """`FID` for the network of published FIDs, fed as it was; else frechet_NAME."""
-    return "FID" if identity_hash(extractor.identity) == STANDARD_ID else f"frechet_{extractor.name}"
+def chosen(metrics: Sequence[Any]) -> list[Metric]:
+    """The metrics of `evaluation.metrics`, the Frechet distance first. Raises UserError for what does not exist."""
+    configured = configs.metric_configs(metrics)
+    found: list[Metric] = [METRICS.get(config.name)(config) for config in configured]
+    ours = [metric for metric in found if isinstance(metric, FrechetDistance)]
+    first = ours or [FrechetDistance(FrechetDistance.Config())]
+    return [*first, *(metric for metric in found if metric not in ours)]
 
 
-def _named(metric: str, extractor: Extractor) -> str:
-    return f"{metric}_{extractor.name}"
+def compares_vectors(metrics: Sequence[Any]) -> bool:
+    """Whether features have to be kept, beside their moments."""
+    return any("vectors" in metric.needs for metric in chosen(metrics))
+
+
+def named(metric: str, extractor: Extractor) -> str:
+    """A value's name with its extractor's: FID, frechet_latents, class_score_NAME."""
+    names = {known: name for cls in map(METRICS.get, METRICS.names()) for known, name in cls.standard_names.items()}  # type: ignore[attr-defined]
+    is_standard = identity_hash(extractor.identity) == STANDARD_ID
+    return names[metric] if is_standard and metric in names else f"{metric}_{extractor.name}"
 
 
 def measure(
-    metrics: Sequence[str], features: Features, reference: Reference, extractor: Extractor, with_error: bool = True
+    metrics: Sequence[Any], features: Features, reference: Reference, extractor: Extractor, with_error: bool = True
 ) -> dict[str, Measure]:
     """{name: measure}, the Frechet distance first.
 
@@ -49,21 +48,12 @@ def measure(
     Raises:
         UserError: a metric that needs what the reference or the extractor does not have.
     """
-    moments = features.moments
-    _check_dim(len(moments.mean), reference, extractor)
-    distance = frechet(moments, reference, reference.root)
-    error = jackknife(features.groups, reference, reference.root) if with_error else math.nan
-    found = {frechet_name(extractor): Measure(distance.value, error, distance.numerical_error)}
-    if set(metrics) & set(COMPARING):
-        found |= _comparisons(metrics, features, reference, extractor)
-    if "inception_score" in metrics:
-        if not features.classes:
-            raise UserError(
-                f"the Inception score needs class logits, {extractor.name} gives none: see extractor.logits"
-            )
-        standard = frechet_name(extractor) == "FID"
-        name = "inception_score" if standard else _named("class_score", extractor)
-        found[name] = Measure(*inception_score(features.classes))
+    _check_dim(len(features.moments.mean), reference, extractor)
+    found: dict[str, Measure] = {}
+    for metric in chosen(metrics):
+        _check_needs(metric, features, reference, extractor)
+        values = metric.measure(features, reference, with_error)
+        found |= {named(name, extractor): value for name, value in values.items()}
     return found
 
 
@@ -75,25 +65,20 @@ def _check_dim(dim: int, reference: Reference, extractor: Extractor) -> None:
         )
 
 
-def _comparisons(
-    metrics: Sequence[str], features: Features, reference: Reference, extractor: Extractor
-) -> dict[str, Measure]:
+def _check_needs(metric: Metric, features: Features, reference: Reference, extractor: Extractor) -> None:
+    name = metric.config.name
+    if "logits" in metric.needs and not features.classes:
+        raise UserError(f"{name} needs class logits, {extractor.name} gives none: see evaluation.extractor.logits")
+    if "vectors" not in metric.needs:
+        return
     if reference.kept is None:
         raise UserError(
-            "the reference holds moments only; kernel and neighbour metrics need its features: write it again with "
+            f"the reference holds moments only; {name} needs its features: write it again with "
             "imm-scale evaluate --make-reference"
         )
-    ours, theirs = features.kept.double(), reference.kept.double()
-    if min(len(ours), len(theirs)) < _LEAST_COMPARED:
-        raise UserError(f"{len(ours)} samples and {len(theirs)} of the reference are too few: at least 7 are needed")
-    found: dict[str, Measure] = {}
-    if "kernel" in metrics:
-        estimate = kernel_distance(ours, theirs)
-        found[_named("kernel", extractor)] = Measure(estimate.value, estimate.error)
-    pairs: dict[str, tuple[float, float]] = {}
-    pairs |= precision_recall(ours, theirs) if "precision_recall" in metrics else {}
-    pairs |= density_coverage(ours, theirs) if "density_coverage" in metrics else {}
-    return found | {_named(name, extractor): Measure(*pair) for name, pair in pairs.items()}
+    if min(len(features.kept), len(reference.kept)) < _LEAST_COMPARED:
+        ours, theirs = len(features.kept), len(reference.kept)
+        raise UserError(f"{ours} samples and {theirs} of the reference are too few: at least 7 are needed")
 
 
 def warnings(count: int, dim: int, reference: Reference) -> list[str]:

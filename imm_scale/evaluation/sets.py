@@ -1,7 +1,6 @@
 """Metrics of a set of images that lies somewhere, whoever drew it."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 from imm_scale.config.schema import Config
@@ -42,4 +41,4 @@ def measure_images(images: ImageSet, config: Config, world: World, announce: Cal
             announce(f"warning: {line}")
         for name, one in found.items():
             announce(f"{name}  {one.value:.4f} +- {one.error:.4f}  ({len(images)} images)")
-    return {name: asdict(one) for name, one in found.items()}
+    return {name: one._asdict() for name, one in found.items()}

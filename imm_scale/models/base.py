@@ -19,6 +19,10 @@ class Architecture(ABC):
     def build(self) -> "Backbone":
         """The net, freshly initialized by torch's generator."""
 
+    @abstractmethod
+    def example(self, samples: int) -> tuple[Any, ...]:
+        """Arguments of one forward pass, each sample a group of its own, on torch's default device."""
+
 
 class Backbone(nn.Module):
     """A network G.

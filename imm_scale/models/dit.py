@@ -80,6 +80,11 @@ class DiTConfig(Architecture):
     def build(self) -> "DiT":
         return DiT(self)
 
+    def example(self, samples: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        x = torch.zeros(samples, self.channels, self.height, self.image_width)
+        times = torch.zeros(samples, dtype=torch.float64)
+        return x, times, times if self.second_time else None, torch.zeros(samples, dtype=torch.int64)
+
     @property
     def tokens(self) -> int:
         return (self.height // self.patch_size) * (self.image_width // self.patch_size)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tests import ranks
-from tests.conftest import TINY
+from tests.conftest import ANY_METHOD
 from tests.distributed.engines import opened
 
 NET = ("model.width=64", "model.depth=8", "model.heads=2", "zero.stage=3")
@@ -51,7 +51,7 @@ def _traffic(manifest: str, naive: bool, more: list[str]) -> dict[str, float]:
     _listen(counts)
     if naive:
         DiT.pair = Backbone.pair  # one branch through all blocks, then the other
-    with opened(*TINY, *NET, f"data.manifest={manifest}", *more) as (_, engine, steps):
+    with opened(*ANY_METHOD, *NET, f"data.manifest={manifest}", *more) as (_, engine, steps):
         for _ in range(3):  # DeepSpeed learns the order of modules in the first steps
             engine.step(next(steps), 1e-3)
         counts.clear()

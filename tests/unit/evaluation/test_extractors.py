@@ -16,7 +16,7 @@ from imm_scale.config.schema import ExtractorConfig
 from imm_scale.errors import UserError
 from imm_scale.evaluation import networks
 from imm_scale.evaluation.extractors import Flat, Preprocessing, describe, identity_hash, open_extractor
-from imm_scale.evaluation.measures import frechet_name
+from imm_scale.evaluation.measures import named as named_metric
 
 CPU = torch.device("cpu")
 
@@ -63,7 +63,7 @@ def test_torchscript_features_and_logits(script):
     means = IMAGES.double().mean(dim=(1, 2))
     torch.testing.assert_close(output.features, means, rtol=1e-6, atol=0)
     torch.testing.assert_close(output.probabilities, (2 * means).softmax(1), rtol=1e-4, atol=1e-12)
-    assert frechet_name(extractor) == "frechet_means"
+    assert named_metric("frechet", extractor) == "frechet_means"
     assert describe(extractor)["sha256"] == script.sha256
 
 
@@ -108,10 +108,12 @@ def test_fid_is_the_name_for_the_standard_network_alone(script, monkeypatch, tmp
 
     config = _saved(Inception(), tmp_path / "inception-2015-12-05.pt")
     named = dataclasses.replace(config, arguments={"return_features": True}, dtype="uint8", channels=3)
-    assert frechet_name(open_extractor(named, CPU)) == "frechet_inception-2015-12-05", "a name alone is not enough"
+    assert named_metric("frechet", open_extractor(named, CPU)) == "frechet_inception-2015-12-05", (
+        "a name alone is not enough"
+    )
     monkeypatch.setattr(networks, "INCEPTION_SHA256", config.sha256)
     extractor = open_extractor(config, CPU)
-    assert frechet_name(extractor) == "FID"
+    assert named_metric("frechet", extractor) == "FID"
     output = extractor(IMAGES[:, :, :, :1])
     assert output.features.shape == (2, 3)
     torch.testing.assert_close(output.probabilities.sum(1), torch.ones(2).double())

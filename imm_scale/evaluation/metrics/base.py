@@ -1,0 +1,80 @@
+"""What a metric is: a comparison of two sets of features, with its error and its direction."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Literal, NamedTuple, Protocol
+
+from torch import Tensor
+
+from imm_scale.choices import MetricConfig
+from imm_scale.evaluation.metrics.frechet import Moments, Root
+from imm_scale.evaluation.metrics.inception_score import ClassSums
+
+Need = Literal["moments", "vectors", "logits"]
+
+
+class Measure(NamedTuple):
+    """A value, its standard error, what fp64 rounding can have done to it where that is known, and its direction."""
+
+    value: float
+    error: float
+    numerical_error: float | None = None
+    higher_is_better: bool = False
+
+
+class Samples(Protocol):
+    """Features of the samples of all ranks.
+
+    Attributes:
+        groups: moments of each random group.
+        kept: (K, F) features of some samples.
+        classes: class sums of each random group, or none.
+    """
+
+    @property
+    def groups(self) -> list[Moments]: ...
+    @property
+    def kept(self) -> Tensor: ...
+    @property
+    def classes(self) -> Sequence[ClassSums]: ...
+    @property
+    def moments(self) -> Moments: ...
+
+
+class Target(Protocol):
+    """Features that samples are compared with; `kept` is None where moments are all there is."""
+
+    @property
+    def mean(self) -> Tensor: ...
+    @property
+    def covariance(self) -> Tensor: ...
+    @property
+    def root(self) -> Root: ...
+    @property
+    def kept(self) -> Tensor | None: ...
+
+
+class Metric(ABC):
+    """One way to compare samples with a reference. Built from its own Config.
+
+    Attributes:
+        needs: what of the features it looks at: their moments, the vectors themselves, or class logits.
+        higher_is_better: the direction of all values it gives.
+        standard_names: {value's name: its name} under the network of published numbers, where custom has one.
+    """
+
+    Config: ClassVar[type[MetricConfig]]
+    needs: ClassVar[frozenset[Need]]
+    higher_is_better: ClassVar[bool]
+    standard_names: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, config: MetricConfig):
+        self.config = config
+
+    @abstractmethod
+    def measure(self, samples: Samples, reference: Target, with_error: bool = True) -> dict[str, Measure]:
+        """{name: measure}; names get the extractor's behind them.
+
+        Args:
+            with_error: whether errors that take much longer than the value are wanted; else they are NaN.
+        """

@@ -1,0 +1,109 @@
+"""The metrics that come with the package, registered by name."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from imm_scale.choices import MetricConfig, option
+from imm_scale.evaluation.metrics.base import Measure, Metric, Samples, Target
+from imm_scale.evaluation.metrics.density_coverage import density_coverage
+from imm_scale.evaluation.metrics.frechet import frechet, jackknife
+from imm_scale.evaluation.metrics.inception_score import inception_score
+from imm_scale.evaluation.metrics.kid import kernel_distance
+from imm_scale.evaluation.metrics.precision_recall import precision_recall
+from imm_scale.registry import register_metric
+
+
+@dataclass(frozen=True)
+class FrechetConfig(MetricConfig):
+    name: str = option("frechet", "")
+
+
+@register_metric("frechet")
+class FrechetDistance(Metric):
+    """Distance between the Gaussians with the two sets' moments: FID under the Inception network."""
+
+    Config = FrechetConfig
+    needs = frozenset({"moments"})
+    higher_is_better = False
+    standard_names: ClassVar[dict[str, str]] = {"frechet": "FID"}
+
+    def measure(self, samples: Samples, reference: Target, with_error: bool = True) -> dict[str, Measure]:
+        distance = frechet(samples.moments, reference, reference.root)
+        error = jackknife(samples.groups, reference, reference.root) if with_error else math.nan
+        return {"frechet": Measure(distance.value, error, distance.numerical_error)}
+
+
+@dataclass(frozen=True)
+class KernelConfig(MetricConfig):
+    name: str = option("kernel", "")
+
+
+@register_metric("kernel")
+class KernelDistance(Metric):
+    """Unbiased squared maximum mean discrepancy with a cubic kernel (KID)."""
+
+    Config = KernelConfig
+    needs = frozenset({"vectors"})
+    higher_is_better = False
+
+    def measure(self, samples: Samples, reference: Target, with_error: bool = True) -> dict[str, Measure]:
+        assert reference.kept is not None
+        estimate = kernel_distance(samples.kept.double(), reference.kept.double())
+        return {"kernel": Measure(estimate.value, estimate.error)}
+
+
+@dataclass(frozen=True)
+class PrecisionRecallConfig(MetricConfig):
+    name: str = option("precision_recall", "")
+
+
+@register_metric("precision_recall")
+class PrecisionRecall(Metric):
+    """Shares of either set on the other's manifold, with k = 3 neighbours."""
+
+    Config = PrecisionRecallConfig
+    needs = frozenset({"vectors"})
+    higher_is_better = True
+
+    def measure(self, samples: Samples, reference: Target, with_error: bool = True) -> dict[str, Measure]:
+        assert reference.kept is not None
+        found = precision_recall(samples.kept.double(), reference.kept.double())
+        return {name: Measure(*pair, higher_is_better=True) for name, pair in found.items()}
+
+
+@dataclass(frozen=True)
+class DensityCoverageConfig(MetricConfig):
+    name: str = option("density_coverage", "")
+
+
+@register_metric("density_coverage")
+class DensityCoverage(Metric):
+    """How many of the reference's balls a sample lies in, and how many hold one, with k = 5 neighbours."""
+
+    Config = DensityCoverageConfig
+    needs = frozenset({"vectors"})
+    higher_is_better = True
+
+    def measure(self, samples: Samples, reference: Target, with_error: bool = True) -> dict[str, Measure]:
+        assert reference.kept is not None
+        found = density_coverage(samples.kept.double(), reference.kept.double())
+        return {name: Measure(*pair, higher_is_better=True) for name, pair in found.items()}
+
+
+@dataclass(frozen=True)
+class InceptionScoreConfig(MetricConfig):
+    name: str = option("inception_score", "")
+
+
+@register_metric("inception_score")
+class InceptionScore(Metric):
+    """Exponential of the mean divergence of a sample's class probabilities from those of all."""
+
+    Config = InceptionScoreConfig
+    needs = frozenset({"logits"})
+    higher_is_better = True
+    standard_names: ClassVar[dict[str, str]] = {"class_score": "inception_score"}
+
+    def measure(self, samples: Samples, reference: Target, with_error: bool = True) -> dict[str, Measure]:
+        return {"class_score": Measure(*inception_score(samples.classes), higher_is_better=True)}
