@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from imm_scale import distributed
 from imm_scale.errors import RunError
-from imm_scale.training.ballot import Result
+from imm_scale.training.consensus import StepSummary
 
 log = logging.getLogger("imm_scale")
 
@@ -124,9 +124,9 @@ class SpikeGuard:
             name: deque(map(float, history.get(name, ())), maxlen=_WINDOW) for name in ("loss", "grad_norm")
         }
 
-    def judge(self, result: Result) -> str | None:
+    def judge(self, summary: StepSummary) -> str | None:
         """The reason why this step is a spike, or None; only what is none enters the medians."""
-        values = {"loss": result.loss, "grad_norm": result.grad_norm}
+        values = {"loss": summary.loss, "grad_norm": summary.grad_norm}
         if self._factor is None or not all(map(math.isfinite, values.values())):
             return None
         for name, value in values.items():

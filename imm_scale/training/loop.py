@@ -9,7 +9,7 @@ import torch
 
 from imm_scale.data.loader import Batch, Loader, Reading
 from imm_scale.training import guard
-from imm_scale.training.ballot import Ballot, Result
+from imm_scale.training.consensus import StepConsensus, StepSummary
 from imm_scale.training.engine import StepResult
 from imm_scale.training.gauges import Gauges
 from imm_scale.training.guard import GradientSentinel, Rewind, Skips, SpikeGuard
@@ -55,7 +55,7 @@ class Loop:
         gauges = Gauges(state.ema, config.optimizer.betas[1], config.optimizer.eps)
         utilization = Utilization(config, state.plan.spec, state.device, world.size)
         self.meter = Meter(state.device, train.global_batch_size, gauges, utilization)
-        self.ballot = Ballot(state.device)
+        self.consensus = StepConsensus(state.device)
         self.sentinel = GradientSentinel(state.engine.parameters)
         self.skips = Skips(train.max_consecutive_skips, state.guards.get("skips", {}))
         self.spikes = SpikeGuard(train.spike_factor, state.guards.get("recent", {}))
@@ -98,7 +98,7 @@ class Loop:
         commits = self._is_due(train.checkpoint_every)
         if commits:
             # The step that is about to be saved is judged first, so that nothing bad is ever committed.
-            self._heed(self.ballot.settle())
+            self._act_on(self.consensus.settle())
         self.run_log.progress.advance()
         measures = self._measure_held_out()
         if commits or measures or self._is_due(train.log_every):
@@ -129,11 +129,11 @@ class Loop:
         seconds = time.perf_counter() - began
         self.meter.add(result, batch.weight, seconds)
         self.around.deadline.stepped(seconds)
-        self.watchdog.beat(number, "the ranks' vote")
+        self.watchdog.beat(number, "the ranks' consensus")
         wants_to_stop = self.around.signals.heard is not None or self.around.deadline.is_near(
             state.saver.longest_seconds
         )
-        self._heed(self.ballot.cast(number, wants_to_stop, result.loss, result.grad_norm))
+        self._act_on(self.consensus.submit(number, wants_to_stop, result.loss, result.grad_norm))
 
     def _note_skip(self, result: StepResult, batch: Batch) -> None:
         if not result.skipped:
@@ -147,17 +147,17 @@ class Loop:
         )
         self.skips.add(self.state.step, cause, sentence)
 
-    def _heed(self, result: Result | None) -> None:
+    def _act_on(self, summary: StepSummary | None) -> None:
         """Acts on what all ranks know of a step."""
-        if result is None:
+        if summary is None:
             return
-        if result.stop and not self.stopping:
-            log.info("asked to stop (by %d ranks): committing step %d and leaving", result.stop, self.state.step)
+        if summary.stop and not self.stopping:
+            log.info("asked to stop (by %d ranks): committing step %d and leaving", summary.stop, self.state.step)
             self.stopping = True
-        reason = self.spikes.judge(result)
+        reason = self.spikes.judge(summary)
         if reason is not None:
             self.state.saver.wait()
-            raise Rewind(result.step, (result.step - 1) * self.config.train.global_batch_size, reason)
+            raise Rewind(summary.step, (summary.step - 1) * self.config.train.global_batch_size, reason)
 
     def _measure_held_out(self) -> bool:
         """Takes the held-out loss where it is due; whether it was."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from imm_scale.errors import RunError
-from imm_scale.training.ballot import Result
+from imm_scale.training.consensus import StepSummary
 from imm_scale.training.guard import (
     GRADIENT,
     LOSS,
@@ -21,8 +21,8 @@ from imm_scale.training.guard import (
 )
 
 
-def _result(loss: float, grad_norm: float, step: int = 1) -> Result:
-    return Result(step, 0, loss, grad_norm)
+def _result(loss: float, grad_norm: float, step: int = 1) -> StepSummary:
+    return StepSummary(step, 0, loss, grad_norm)
 
 
 def test_a_spike_is_a_value_beyond_the_factor_times_the_median():
