@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 
 from imm_scale.data.loader import Batch, Loader, Reading
-from imm_scale.training import guard
+from imm_scale.training import guard, replay
 from imm_scale.training.consensus import StepConsensus, StepSummary
 from imm_scale.training.engine import StepResult
 from imm_scale.training.gauges import Gauges
-from imm_scale.training.guard import GradientSentinel, Rewind, Skips, SpikeGuard
+from imm_scale.training.guard import Rewind, Skips, SpikeGuard
 from imm_scale.training.holdout import HeldOut
 from imm_scale.training.meter import Meter
 from imm_scale.training.preemption import Deadline, StopSignals
@@ -56,7 +56,6 @@ class Loop:
         utilization = Utilization(config, state.plan.spec, state.device, world.size)
         self.meter = Meter(state.device, train.global_batch_size, gauges, utilization)
         self.consensus = StepConsensus(state.device)
-        self.sentinel = GradientSentinel(state.engine.parameters)
         self.skips = Skips(train.max_consecutive_skips, state.guards.get("skips", {}))
         self.spikes = SpikeGuard(train.spike_factor, state.guards.get("recent", {}))
         self.profiler = Profiler(run_dir, train.profile_steps, world)
@@ -117,7 +116,6 @@ class Loop:
         self.watchdog.beat(number, "the forward and backward pass or the optimizer step")
         self.meter.before_step(logged=number % self.config.train.log_every == 0)
         self.profiler.before_step(number)
-        self.sentinel.reset()
         micro_batches = batch.micro_batches(state.plan.layout.accumulation)
         lr = learning_rate(self.config, state.images_seen + state.plan.layout.global_batch_size)
         result = state.engine.step(micro_batches, lr)
@@ -125,7 +123,7 @@ class Loop:
             state.ema.update()
         state.advance()
         self.profiler.after_step(number)
-        self._note_skip(result, batch)
+        self._note_skip(result, batch, micro_batches)
         seconds = time.perf_counter() - began
         self.meter.add(result, batch.weight, seconds)
         self.around.deadline.stepped(seconds)
@@ -135,17 +133,22 @@ class Loop:
         )
         self._act_on(self.consensus.submit(number, wants_to_stop, result.loss, result.grad_norm))
 
-    def _note_skip(self, result: StepResult, batch: Batch) -> None:
+    def _note_skip(self, result: StepResult, batch: Batch, micro_batches: Sequence[Batch]) -> None:
         if not result.skipped:
             self.skips.good()
             return
-        particles = self.state.plan.layout.particles
+        state, particles = self.state, self.state.plan.layout.particles
+        self.watchdog.beat(state.step, "the passes of a skipped step once more")
         loss_G = torch.where(batch.weight.to(result.groups.loss_G.device) > 0, result.groups.loss_G, 0.0)
         group_G = batch.ordinal.view(-1, particles)[:, 0].to(loss_G.device) // particles
         cause, sentence = guard.find_cause(
-            loss_G, group_G, self.sentinel.found(), self.config.precision == "fp16", self.around.hosts
+            loss_G,
+            group_G,
+            lambda: replay.gradient_is_bad(state.engine, micro_batches, result.loss_scale),
+            self.config.precision == "fp16",
+            self.around.hosts,
         )
-        self.skips.add(self.state.step, cause, sentence)
+        self.skips.add(state.step, cause, sentence)
 
     def _act_on(self, summary: StepSummary | None) -> None:
         """Acts on what all ranks know of a step."""
