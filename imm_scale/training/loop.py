@@ -11,10 +11,10 @@ from imm_scale.data.loader import Batch, Loader, Reading
 from imm_scale.training import guard, replay
 from imm_scale.training.consensus import StepConsensus, StepSummary
 from imm_scale.training.engine import StepResult
-from imm_scale.training.gauges import Gauges
 from imm_scale.training.guard import Rewind, Skips, SpikeGuard
 from imm_scale.training.holdout import HeldOut
 from imm_scale.training.meter import Meter
+from imm_scale.training.optimizer_statistics import OptimizerStatistics
 from imm_scale.training.preemption import Deadline, StopSignals
 from imm_scale.training.profiling import Profiler
 from imm_scale.training.run_log import RunLog, log
@@ -52,9 +52,9 @@ class Loop:
         self.config = config = state.plan.config
         train, run_dir, world = config.train, config.run_dir, state.world
         self.run_log = RunLog(config, state.step, world)
-        gauges = Gauges(state.ema, config.optimizer.betas[1], config.optimizer.eps)
+        statistics = OptimizerStatistics(state.ema, config.optimizer.betas[1], config.optimizer.eps)
         utilization = Utilization(config, state.plan.spec, state.device, world.size)
-        self.meter = Meter(state.device, train.global_batch_size, gauges, utilization)
+        self.meter = Meter(state.device, train.global_batch_size, statistics, utilization)
         self.consensus = StepConsensus(state.device)
         self.skips = Skips(train.max_consecutive_skips, state.guards.get("skips", {}))
         self.spikes = SpikeGuard(train.spike_factor, state.guards.get("recent", {}))
