@@ -202,7 +202,7 @@ def _held_out(state: State) -> HeldOut | None:
     config = state.plan.config
     if config.data.holdout == 0:
         return None
-    return HeldOut(config, state.plan.dataset, state.plan.layout, state.world.rank)
+    return HeldOut(config, state.plan.dataset, state.plan.layout, state.world.rank, state.device)
 
 
 def _loader(state: State) -> Loader:
