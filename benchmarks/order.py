@@ -7,7 +7,8 @@ import argparse
 
 import numpy as np
 
-from imm_scale.data import mixing, sample_order
+from benchmarks import mixing
+from imm_scale.data import sample_order
 
 SAMPLES, SHARDS = 1_281_167, 92
 

@@ -1,4 +1,7 @@
-"""How the optimizer is doing, from each rank's own slices: sums that ranks add up, so nothing is gathered."""
+"""How the optimizer is doing, from each rank's own slices: sums that ranks add up, so nothing is gathered.
+
+All sums are taken on the device, a multi-tensor kernel over all slices at a time, and none is read here.
+"""
 
 import math
 from collections.abc import Sequence
@@ -12,13 +15,13 @@ Record = dict[str, float]
 _FIXED = 5  # sums before those of the averages
 
 
-def _square_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Sum of squares over all tensors, fp64."""
-    norms = torch._foreach_norm(list(tensors))
-    return torch.stack(list(norms)).double().square().sum() if norms else torch.zeros((), dtype=torch.float64)
+def _sum_of_norms(tensors: Sequence[Tensor], order: int) -> Tensor:
+    """Sum over all tensors of their norms of that order to the power of it, a scalar in fp64."""
+    norms = torch._foreach_norm(list(tensors), order, dtype=torch.float64)
+    return torch.stack(list(norms)).pow(order).sum()
 
 
-class Gauges:
+class OptimizerStatistics:
     """Update norm, distance of each average to the weights, and Adam's second moment against its epsilon.
 
     `remember` before a step whose update is to be measured keeps a copy of this rank's weights until `sums`.
@@ -32,34 +35,50 @@ class Gauges:
         self._ema, self._beta2, self._eps = ema, beta2, eps
         self._weights = [shard.states["weight"] for shard in ema.shards]
         self._second = [shard.states["exp_avg_sq"] for shard in ema.shards]
+        self._elements = sum(weight.numel() for weight in self._weights)
         self._before: list[Tensor] | None = None
 
     @torch.no_grad()
     def remember(self) -> None:
-        self._before = [weight.clone() for weight in self._weights]
+        if self._weights:
+            self._before = [torch.empty_like(weight) for weight in self._weights]
+            torch._foreach_copy_(self._before, self._weights)
 
     @torch.no_grad()
     def sums(self, optimizer_steps: int) -> Tensor:
-        """(5 + averages,) fp64, to be added over ranks: squares of update and weights, elements, those of them whose
-        gradient is below epsilon, second moments, and squares of each average's distance.
+        """(5 + averages,) fp64 beside the weights, to be added over ranks: squares of update and weights, elements,
+        those of them whose gradient is below epsilon, second moments, and squares of each average's distance.
 
         Args:
             optimizer_steps: Adam's counter, for the correction of the second moment's bias.
         """
-        update = torch.full((), math.nan, dtype=torch.float64)
-        if self._before is not None:
-            update = _square_norm(torch._foreach_sub(self._weights, self._before))
-            self._before = None
-        # sqrt(v / bias) <= eps, where Adam's step is less than half of what it would be without epsilon.
+        before, self._before = self._before, None
+        if not self._weights:  # in a world larger than the net the last ranks own nothing
+            return torch.zeros(_FIXED + len(self._ema.averages), dtype=torch.float64)
         bias = 1.0 - self._beta2 ** max(optimizer_steps, 1)
-        small = sum((int((v <= self._eps**2 * bias).sum()) for v in self._second), 0)
-        total = sum((float(v.sum(dtype=torch.float64)) for v in self._second), 0.0) / bias
-        elements = sum(weight.numel() for weight in self._weights)
-        distances = [
-            _square_norm(torch._foreach_sub(averages, self._weights)) for averages in self._ema.averages.values()
-        ]
-        fixed = [float(update), float(_square_norm(self._weights)), elements, small, total]
-        return torch.tensor([*fixed, *map(float, distances)], dtype=torch.float64)
+        weight = _sum_of_norms(self._weights, 2)
+        return torch.stack(
+            [
+                torch.full_like(weight, math.nan) if before is None else self._square_distance(before),
+                weight,
+                torch.full_like(weight, self._elements),
+                self._below_epsilon(bias),
+                _sum_of_norms(self._second, 1) / bias,  # they are not negative
+                *map(self._square_distance, self._ema.averages.values()),
+            ]
+        )
+
+    def _square_distance(self, others: list[Tensor]) -> Tensor:
+        """Of the weights from others of the same shapes."""
+        return _sum_of_norms(torch._foreach_sub(self._weights, others), 2)
+
+    def _below_epsilon(self, bias: float) -> Tensor:
+        """Elements where sqrt(v / bias) <= eps: there Adam's step is less than half of what it would be without."""
+        bound = self._eps**2 * bias
+        above = torch._foreach_clamp_min(self._second, bound)
+        torch._foreach_sub_(above, bound)
+        torch._foreach_sign_(above)
+        return self._elements - _sum_of_norms(above, 1)
 
     def record(self, sums: Sequence[float]) -> Record:
         """From the sums over all ranks."""

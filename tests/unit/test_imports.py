@@ -12,7 +12,7 @@ LAYERS = [
     {"errors"},
     {"choices"},
     {"registry"},
-    {"rng", "storage"},
+    {"devices", "rng", "storage"},
     {"config"},
     {"data"},
     {"models"},

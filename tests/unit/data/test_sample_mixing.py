@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from imm_scale.data import mixing, sample_order
+from benchmarks import mixing
+from imm_scale.data import sample_order
 
 N, BATCH, BLOCK = 160_000, 512, 32
 SHARDS = [8000] * 20
