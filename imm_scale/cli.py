@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from imm_scale import config as configs
-from imm_scale import distributed, storage
+from imm_scale import distributed, precision, storage
 from imm_scale.errors import RunError, UserError
 from imm_scale.scaling import hardware
 
@@ -349,6 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The deepspeed launcher inserts --local_rank=N; ranks come from the environment.
     words = [word for word in words if not re.fullmatch(r"--local[_-]rank=\d+", word)]
     args = _parse(words)
+    precision.set_tf32(False)  # training and sampling allow it where their keys say so
     try:
         return args.action(args)
     except (UserError, RunError) as error:
