@@ -50,8 +50,8 @@ class Operators(TorchDispatchMode):
 
 
 def _is_view(function: Any) -> bool:
-    aliases = (returned.alias_info for returned in function._schema.returns)
-    return function.name() in _LAUNCH_NOTHING or any(alias is not None and not alias.is_write for alias in aliases)
+    aliases = [returned.alias_info for returned in function._schema.returns if returned.alias_info is not None]
+    return function._schema.name in _LAUNCH_NOTHING or any(not alias.is_write for alias in aliases)
 
 
 @dataclass(frozen=True)
