@@ -14,23 +14,13 @@ from torch import Tensor, nn
 
 from imm_scale import rng
 from imm_scale.errors import UserError
+from imm_scale.models.fp32_linear import Fp32Linear
 
 ATTENTIONS = ("sdpa", "xformers")
 TIME_EMBEDDINGS = ("positional", "fourier")
 _TIME_CHANNELS = 256
 _MAX_PERIOD = 10000.0
 _FOURIER_SCALE = 16.0
-
-
-class Fp32Linear(nn.Linear):
-    """A linear layer that autocast leaves alone.
-
-    Conditioning goes through these: rounded to 16 bits, the embeddings of t and r(s, t) would be equal.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
 @cache

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from imm_scale.errors import UserError
 from imm_scale.interpolant import OTFlowMatching
 from imm_scale.models import layers
+from imm_scale.models.fp32_linear import Fp32Linear
 from imm_scale.models.layers import (
     Attention,
     Block,
     FinalLayer,
-    Fp32Linear,
     TimeEmbedder,
     attend,
     keyed_dropout,
@@ -179,6 +179,19 @@ def test_fp32_linear_ignores_autocast_and_is_a_linear_layer():
         out = layer(x)
     out.sum().backward()
     torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(8, 32), rtol=1e-5, atol=1e-5)
+
+
+def test_fp32_linear_compiled_under_autocast_has_an_fp32_backward_pass():
+    """The compiler traces a backward pass under the forward's autocast, which would round both of its products."""
+    torch.compiler.reset()
+    layer, x = Fp32Linear(64, 64), torch.randn(32, 64, requires_grad=True)
+    grad = torch.randn(32, 64)
+    expected = torch.autograd.grad(layer(x), (x, *layer.parameters()), grad)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    got = torch.autograd.grad(out, (x, *layer.parameters()), grad)
+    # fp32 sums of 64 terms; with factors of 16 bits they would be 1e-2 off
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
