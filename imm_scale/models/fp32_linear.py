@@ -30,10 +30,10 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def split_product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
-    """x W^T + b on matrix units that round to TF32, with x to 22 bits or better and W to 11 in every row alike.
+    """x W^T + b on matrix units that round to TF32, with x to 22 bits and W to 11, alike for all rows.
 
-    x = high + rest, where high is not rounded again and rest, below 2^-11 |x|, by 2^-11 of itself at most. Both are
-    rows of one product, so that W is read once.
+    x = high + rest, where high is not rounded again and rest, 2^-11 |x| at most, by 2^-11 of itself (2^-10 where the
+    units cut off). Both are rows of one product, so that W is read once.
     """
     high = tf32_part(x_NI)
     of_high, of_rest = F.linear(torch.cat([high, x_NI - high]), weight_OI).chunk(2)
