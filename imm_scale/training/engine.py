@@ -92,7 +92,7 @@ def _optimizer(config: Config, parameters: Sequence[nn.Parameter]) -> torch.opti
     return torch.optim.AdamW(parameters, fused=True, **common)  # on CPU, where offloaded states are, six times as fast
 
 
-def _square_norm(tensors: Sequence[Tensor]) -> Tensor:
+def _square_norm(tensors: list[Tensor]) -> Tensor:
     """Sum of squares of all elements, a scalar added up in fp64."""
     if not tensors:
         return torch.zeros((), dtype=torch.float64)
