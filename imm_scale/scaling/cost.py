@@ -73,7 +73,7 @@ class Parameters:
 
     Attributes:
         total: all of them.
-        half: those that 16-bit autocast casts, and DeepSpeed then sends in 16 bits (plain linear and conv layers).
+        half: those that 16-bit autocast casts, and DeepSpeed may send in 16 bits (plain linear and conv layers).
         block, block_half: the same of one block.
         tensors: how many parameters there are.
     """
@@ -116,7 +116,7 @@ class Traffic:
         collective: all_reduce, all_gather or reduce_scatter.
         what: gradients or weights.
         payload: bytes of the whole tensors, summed over the step.
-        overlaps: whether DeepSpeed runs it beside the computation (stage 3) or after it.
+        overlaps: whether it runs beside the computation or after it.
     """
 
     collective: str
@@ -130,35 +130,40 @@ class Traffic:
         return passes * self.payload * (world_size - 1) / world_size
 
 
-def wire(p: Parameters, stage: int, half: bool, accumulation: int, world_size: int) -> tuple[Traffic, ...]:
+def wire(
+    p: Parameters, stage: int, half: bool, half_gradients: bool, overlap: bool, accumulation: int, world_size: int
+) -> tuple[Traffic, ...]:
     """What a step sends at a ZeRO stage, as DeepSpeed 0.19 does it (stages 1 and 2 all-reduce whole buckets).
 
     Args:
         p: of the net.
-        half: 16-bit autocast: its layers are sent in 16 bits, but weights at stages 1 and 2 in fp32.
+        half: 16-bit autocast: stage 3 gathers the weights of its layers in 16 bits.
+        half_gradients: gradients of these layers are reduced in 16 bits.
+        overlap: gradients are reduced beside the backward pass.
         accumulation: micro-batches per step. Stages 2 and 3 reduce after each, stages 0 and 1 once.
     """
     if world_size == 1:
         return ()
-    mixed = 4.0 * p.total - (2.0 * p.half if half else 0.0)
+    gradients = 4.0 * p.total - (2.0 * p.half if half_gradients else 0.0)
     if stage == 0:  # DeepSpeed's plain engine: in fp32 whatever autocast does
         return (Traffic("all_reduce", "gradients", 4.0 * p.total, False),)
     if stage < 3:
         times = accumulation if stage == 2 else 1
         return (
-            Traffic("all_reduce", "gradients", mixed * times, False),
+            Traffic("all_reduce", "gradients", gradients * times, overlap),
             Traffic("all_gather", "weights", 4.0 * p.total, False),
         )
+    weights = 4.0 * p.total - (2.0 * p.half if half else 0.0)
     return (
-        Traffic("all_gather", "weights", _gathered(p, mixed, half) * accumulation, True),
-        Traffic("reduce_scatter", "gradients", mixed * accumulation, True),
+        Traffic("all_gather", "weights", _gathered(p, weights, half) * accumulation, True),
+        Traffic("reduce_scatter", "gradients", gradients * accumulation, True),
     )
 
 
-def _gathered(p: Parameters, mixed: float, half: bool) -> float:
+def _gathered(p: Parameters, weights: float, half: bool) -> float:
     """Stage 3, one micro-batch: every weight for the forward passes (both branches at once) and again for the backward.
 
     The last blocks are still there when the backward pass begins, up to the limit of live parameters (two blocks).
     """
-    kept = min(2 * (4.0 * p.block - (2.0 * p.block_half if half else 0.0)), mixed)
-    return 2.0 * mixed - kept
+    kept = min(2 * (4.0 * p.block - (2.0 * p.block_half if half else 0.0)), weights)
+    return 2.0 * weights - kept

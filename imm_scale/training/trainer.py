@@ -1,7 +1,10 @@
 """A run from its config to its last checkpoint."""
 
+import torch
+
 from imm_scale import config as configs
 from imm_scale import distributed, storage
+from imm_scale.data.plan import Layout
 from imm_scale.distributed import World
 from imm_scale.errors import UserError
 from imm_scale.schema import Config
@@ -52,8 +55,11 @@ def train(config: Config, world: World | None = None) -> Outcome:
             remove_leftovers(config, world)
             around = Surroundings(*watchdog.roll(world), signals, preemption.deadline(config.train.stop_before))
             return _train(prepared, world, around, found.checkpoint)
+        except torch.OutOfMemoryError as error:
+            remedy = _out_of_memory(config, prepared.layout, error)
+            _note_failure(config.run_dir, remedy, world.rank)
+            raise remedy from error
         except (UserError, RuntimeError, OSError) as error:
-            log.error("failed: %s", error)
             _note_failure(config.run_dir, error, world.rank)
             raise
 
@@ -71,10 +77,11 @@ def _train(prepared: Plan, world: World, around: Surroundings, checkpoint: Check
         try:
             outcome = loop.run()
         except Rewind as error:
-            rewind = error.with_traceback(None)  # which would keep the old engine alive
+            rewind = error.with_traceback(None)  # which would keep all that its frames hold
             loop.run_log.close()
-            state.engine.close()
-            del state, loop
+            engine = state.engine
+            del state, loop  # their slices are the engine's memory: nothing of it may be there when the next one comes
+            engine.close()
             checkpoint = resume.find(config, world).checkpoint
             continue
         _finish(loop, outcome)
@@ -110,7 +117,22 @@ def _finish(loop: Loop, outcome: Outcome) -> None:
     distributed.barrier()
 
 
+def _out_of_memory(config: Config, layout: Layout, error: torch.OutOfMemoryError) -> UserError:
+    """What to do where a micro-batch, or what a rank holds beside it, is too large for the device."""
+    samples = layout.slots_per_micro_batch * layout.particles
+    remedies = [
+        f"a smaller train.micro_batch_size (a rank runs {samples} samples at once)" * (samples > layout.particles),
+        "train.activation_checkpointing=true" * (not config.train.activation_checkpointing),
+        f"a higher zero.stage (now {config.zero.stage})" * (config.zero.stage < 3),
+        "zero.offload=optimizer" * (config.zero.offload == "none"),
+    ]
+    said = str(error).split(". ")[0].strip()
+    ways = "; ".join(filter(None, remedies)) or "a smaller model or GPUs with more memory"
+    return UserError(f"the GPU's memory is too small: {said}. Take {ways}. `imm-scale plan` shows what fits")
+
+
 def _note_failure(run_dir: str, error: Exception, rank: int) -> None:
+    log.error("failed: %s", error)
     steps = checkpoints.committed_steps(run_dir)
     try:
         metrics.write_failure(run_dir, str(error), step=steps[-1] if steps else 0, rank=rank)

@@ -96,3 +96,15 @@ def sleeps_in_the_loader(*argv: str) -> int:
 
     _change_batches(sleep, rank=1)
     return ranks.command(*argv)
+
+
+def out_of_memory(*argv: str) -> tuple[int, str]:
+    """Rank 1's GPU is full at step 3."""
+
+    def change(loss: Tensor, step: int) -> Tensor:
+        if step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a capacity of ...")
+        return loss
+
+    _change_loss(change, 64, rank=1)
+    return ranks.command_and_words(*argv)

@@ -90,6 +90,27 @@ def test_rewinds_are_bounded(digits, tmp_path):
     assert read_status(str(tmp_path / "run"))["state"] == "failed"
 
 
+def test_a_micro_batch_that_is_too_large_says_what_to_do(digits, tmp_path):
+    run_dir = tmp_path / "run"
+    settings = _settings(digits, run_dir, "train.micro_batch_size=16", "zero.stage=2", "train.step_timeout=600")
+    started = ranks.start(faults.out_of_memory, 2, *settings)
+    try:
+        pipe = started[1][1]
+        assert pipe.poll(BOUND), "rank 1 does not wait for rank 0, which its launcher will end"
+        worked, (code, words) = pipe.recv()
+    finally:
+        for process, _ in started:
+            process.kill()
+    assert worked and code == 2, words
+    assert "Tried to" not in words and "Traceback" not in words
+    status = read_status(str(run_dir))
+    assert status["state"] == "failed" and status["rank"] == 1
+    for text in (words, status["reason"], _log(run_dir, 1)):
+        assert "CUDA out of memory" in text
+        assert "a smaller train.micro_batch_size (a rank runs 16 samples at once)" in text
+        assert "train.activation_checkpointing=true; a higher zero.stage (now 2); zero.offload=optimizer" in text
+
+
 def _assert_ended_by_the_watchdog(run_dir: Path, survivors: list, began: float) -> dict:
     for process, _ in survivors:
         process.join(BOUND)
