@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from imm_scale import network
 from imm_scale.errors import UserError
 
 PATIENCE_SECONDS = 1800.0  # of a collective outside of training
@@ -98,7 +99,16 @@ def init(world: World, env: Mapping[str, str] = os.environ, patience: float = PA
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **options)
         return
     host, port = _rendezvous(env)
+    # By each rank for itself: names differ from node to node, and a container need not have `ip` to ask.
+    interface = network.gloo_interface([host, *env.get("HOSTS", "").split()], env)
+    if interface is not None:
+        os.environ[network.GLOO] = interface
     dist.init_process_group(init_method=f"tcp://{host}:{port}", rank=world.rank, world_size=world.size, **options)
+
+
+def group_beside(patience: timedelta) -> dist.ProcessGroup:
+    """All ranks over gloo, for what a thread of each has to agree on while training goes on; all ranks call it."""
+    return dist.new_group(backend="gloo", timeout=patience, group_desc=SAVER_GROUP)
 
 
 def shutdown() -> None:

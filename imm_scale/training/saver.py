@@ -21,7 +21,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from imm_scale import config as configs
 from imm_scale import distributed, storage
@@ -81,11 +80,7 @@ class Saver:
         self._copy = HostCopy(_with_averages(ema))
         engine.before_update = self._copy.taken.wait
         self._staging = staging_folder(plan.config, world.rank)
-        self._group = (
-            dist.new_group(backend="gloo", timeout=SLOWEST_UPLOAD, group_desc=distributed.SAVER_GROUP)
-            if world.size > 1
-            else None
-        )
+        self._group = distributed.group_beside(SLOWEST_UPLOAD) if world.size > 1 else None
         self._under_way: Future[str] | None = None
         self._last_problem = ""
         self._allocate()
