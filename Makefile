@@ -8,7 +8,7 @@ DEMO := runs/demo
 TWO_RANKS := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m imm_scale
 ONE := $(BIN)/imm-scale
 
-.PHONY: help setup demo demo-data test check soak
+.PHONY: help setup demo demo-data test check soak wheelhouse
 .DEFAULT_GOAL := help
 
 help: ## say what the targets do
@@ -53,6 +53,13 @@ soak: demo demo-seed-1 demo-seed-2 ## what is too long for every change: three s
 	IMM_SOAK=10 $(BIN)/python -m pytest tests/resume/test_elastic.py tests/distributed/test_equal_losses.py \
 		tests/distributed/test_plan.py
 	IMM_SOAK=1 $(BIN)/python -m pytest tests/slurm
+
+# Of the machine without a network: its Python, and the packages it has (torch==2.11.0,numpy,...).
+TARGET_PYTHON ?= 3.12
+HAVE ?=
+
+wheelhouse: setup ## collect the wheels that such a machine lacks: make wheelhouse TARGET_PYTHON=3.12 HAVE=torch==2.11.0,numpy
+	$(BIN)/python -m launchers.wheelhouse --python "$(TARGET_PYTHON)" --have "$(HAVE)"
 
 test: setup ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
