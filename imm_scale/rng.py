@@ -41,11 +41,15 @@ def _by_numpy(tensor: Tensor) -> bool:
 
 def _philox_on_tensors(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
     # A word may carry more than 32 bits as long as it is only xored: it is masked before it is multiplied or returned.
+    # Products of 32-bit words overflow int64, which compiled C++ leaves undefined. Both are above 2^31: less
+    # 2^32, a product stays within 63 bits, and its high word lacks just the other factor.
+    multiplier_0, multiplier_1 = (multiplier - (1 << 32) for multiplier in _MULTIPLIERS)
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        product_0, product_1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c2 = ((product_1 >> 32) ^ c1 ^ k0) & _MASK, ((product_0 >> 32) ^ c3 ^ k1) & _MASK
+        product_0, product_1 = c0 * multiplier_0, c2 * multiplier_1
+        high_0, high_1 = (product_0 >> 32) + c0, (product_1 >> 32) + c2
+        c0, c2 = (high_1 ^ c1 ^ k0) & _MASK, (high_0 ^ c3 ^ k1) & _MASK
         c1, c3 = product_1, product_0
         k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _MASK, (k1 + _KEY_INCREMENTS[1]) & _MASK
     return c0, c1 & _MASK, c2, c3 & _MASK
@@ -95,7 +99,8 @@ def _words(seed: int, purpose: str, ordinal_N: Tensor, blocks: int, stream: int)
     if not 0 <= stream <= _MASK:
         raise ValueError(f"stream must be a 32-bit number, got {stream}")
     ordinal = ordinal_N.to(torch.int64)[:, None]
-    block = torch.arange(blocks, device=ordinal.device)[None, :]
+    # Masked, so that the compiler takes it for data: an index times a multiplier would be an index to it, in int32.
+    block = (torch.arange(blocks, device=ordinal.device) & _MASK)[None, :]
     counter = (block, torch.full_like(block, stream), ordinal & _MASK, (ordinal >> 32) & _MASK)
     return philox4x32(counter, derive_key(seed, purpose))
 

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from imm_scale import precision
 from imm_scale.data.loader import Batch
-from imm_scale.errors import UserError
 from imm_scale.flow_map import FlowMap
 from imm_scale.models.dit import DiT
 from imm_scale.objectives.base import GroupLosses, Objective
@@ -65,15 +65,11 @@ class LossModule(nn.Module):
 
 
 def check_device(config: Config) -> None:
-    """Raises UserError for a precision or an offload that this machine or this ZeRO stage cannot run."""
-    on_cpu = not torch.cuda.is_available()
-    if not on_cpu and config.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"precision=bf16: {torch.cuda.get_device_name()} has none. Use precision=fp16 or fp32")
-    if on_cpu and config.precision == "fp16":
-        raise UserError("precision=fp16 needs a GPU: CPUs run fp16 a hundred times slower. Use precision=bf16 or fp32")
-    if on_cpu and config.precision == "tf32":
-        warnings.warn("precision=tf32 is a mode of NVIDIA GPUs: this CPU computes in fp32", stacklevel=2)
-    if config.train.compile and config.zero.stage == 3:
+    """Raises UserError for a precision that this machine lacks, or compiled blocks without a compiler."""
+    precision.check(config.precision, "precision")
+    if config.train.compile and config.zero.stage < 3:
+        precision.check_compiler("train.compile")
+    elif config.train.compile:
         # DeepSpeed's gathering hooks break the graph at every block: slower than eager, at the recompile limit.
         warnings.warn("train.compile=true is for zero.stage 0 to 2: at stage 3 this run is not compiled", stacklevel=2)
 
@@ -149,7 +145,7 @@ class Engine:
     ):
         check_device(config)
         deepspeed = _import_deepspeed()
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+        precision.set_tf32(config.precision == "tf32")
         net = flow_map.model
         if isinstance(net, DiT):
             net.activation_checkpointing = config.train.activation_checkpointing
