@@ -11,16 +11,22 @@ from benchmarks.gpu.report import Context, Report
 class Section:
     """A module of this package with a function `run(context, report)`.
 
+    Importing the module must not touch the GPU: it happens while the section before still runs.
+
     Attributes:
         limit: seconds it may take at full size on one H100; over all sections at most 480.
+        memory: GiB of GPU memory it needs at full size; with less it is skipped.
+        module: where `run` is; "" for this package's module of the section's name.
     """
 
     name: str
     limit: int
     what: str
+    memory: int = 2
+    module: str = ""
 
     def load(self) -> Callable[[Context, Report], None]:
-        return importlib.import_module(f"benchmarks.gpu.{self.name}").run
+        return importlib.import_module(self.module or f"benchmarks.gpu.{self.name}").run
 
 
-SECTIONS: tuple[Section, ...] = ()
+SECTIONS: tuple[Section, ...] = (Section("versions", 15, "versions, NCCL, what the doctor says"),)
