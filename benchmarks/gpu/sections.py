@@ -29,4 +29,10 @@ class Section:
         return importlib.import_module(self.module or f"benchmarks.gpu.{self.name}").run
 
 
-SECTIONS: tuple[Section, ...] = (Section("versions", 15, "versions, NCCL, what the doctor says"),)
+SECTIONS: tuple[Section, ...] = (
+    Section("versions", 15, "versions, NCCL, what the doctor says"),
+    Section("draws", 25, "draws on the device equal those on the CPU"),
+    Section("loss", 20, "losses and gradients in fp32 against fp64 on the CPU"),
+    Section("conditioning", 10, "embeddings tell t from r, in tf32 as in fp64"),
+    Section("branches", 40, "both branches in 16 bits: every gradient, no recompilation"),
+)
