@@ -87,6 +87,12 @@ class Allocations:
         self.held = held
 
 
+def live_bytes() -> int:
+    """Bytes of all storages that Python's tensors hold in this process, garbage that waits for a collection included."""
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
 SHAPE = (4, 16, 16)
 LATENTS = ["data.codec=pixels", "data.latent_shape=[4,16,16]", "data.num_classes=10"]
 

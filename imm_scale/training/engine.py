@@ -3,6 +3,8 @@
 The only file that imports deepspeed. The rest of the program sees `Engine`: a step, and named flat fp32 slices.
 """
 
+import gc
+import inspect
 import logging
 import math
 import os
@@ -106,6 +108,19 @@ def _import_deepspeed() -> Any:
     # Otherwise the first collective on CPU compiles an extension with g++.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _forget(net: nn.Module) -> None:
+    """Takes a net out of what DeepSpeed's stage 3 keeps for the whole process and never empties."""
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    ours = set(net.modules())
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if module not in ours]
+    # An lru_cache on a method, keyed by coordinator and module; DeepSpeed's decorator hides it in a closure.
+    cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    inspect.getclosurevars(cached).nonlocals["func"].cache_clear()
 
 
 class Engine:
@@ -318,4 +333,11 @@ class Engine:
                 kept[0].all_gather(kept)
 
     def close(self) -> None:
+        """Lets go of the net, its optimizer and all of their memory, whoever still holds this object.
+
+        They refer to one another in circles, so that only a collection frees them.
+        """
         self._engine.destroy()
+        _forget(self._module)
+        vars(self).clear()
+        gc.collect()

@@ -71,10 +71,11 @@ def _train(prepared: Plan, world: World, around: Surroundings, checkpoint: Check
         try:
             outcome = loop.run()
         except Rewind as error:
-            rewind = error.with_traceback(None)  # which would keep the old engine alive
+            rewind = error.with_traceback(None)  # which would keep all that its frames hold
             loop.run_log.close()
-            state.engine.close()
-            del state, loop
+            engine = state.engine
+            del state, loop  # their slices are the engine's memory: nothing of it may be there when the next one comes
+            engine.close()
             checkpoint = resume.find(config, world).checkpoint
             continue
         _finish(loop, outcome)
