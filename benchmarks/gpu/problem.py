@@ -45,10 +45,11 @@ def net(small: bool, seed: int = 0) -> DiT:
 
 def wake(model: DiT) -> DiT:
     """Gives the layers that adaLN-Zero starts at zero the weights they might have later on."""
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1 and not parameter.any():
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=0.02, generator=generator)
     return model
 
 

@@ -30,6 +30,11 @@ class Context:
     def small(self) -> bool:
         return self.size == "small"
 
+    @property
+    def method(self) -> Literal["fork", "spawn"]:
+        """How a fresh process starts: CUDA allows no fork; without it a fork has all imports already."""
+        return "fork" if self.small else "spawn"
+
 
 @dataclass(frozen=True)
 class Entry:

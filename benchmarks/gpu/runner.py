@@ -72,8 +72,7 @@ def _clear(sections: Sequence[Section], out: Path) -> None:
 
 def _start(section: Section, context: Context) -> Job:
     act = partial(_perform, section, context)
-    method = "fork" if context.small else "spawn"
-    return Job(method, context.out / f"{section.name}.log", section.load, act, leads_group=True)
+    return Job(context.method, context.out / f"{section.name}.log", section.load, act, leads_group=True)
 
 
 def _run(section: Section, context: Context, job: Job) -> Result:
