@@ -87,12 +87,12 @@ def _enter(
 
 
 def _print_into(log: Path) -> None:
-    """Libraries written in C print too, so the descriptors themselves are redirected."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """Libraries written in C print too, so the descriptors themselves are redirected; and a fork may have inherited
+    another stdout than the process's own."""
     with log.open("ab", buffering=0) as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
+    sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
 
 
 def _await(turn: Event) -> None:

@@ -102,19 +102,21 @@ def _perform(section: Section, context: Context) -> None:
         report.skip("all of it", missing)
         return
     section.load()(context, report)
+    sys.stdout.flush()
+    os._exit(0)  # taking down CUDA and NCCL in order is no part of a section, and may take as long as one
 
 
 def _missing_memory(section: Section, context: Context) -> str:
-    if context.small:
+    if context.device.type != "cuda":
         return ""
     free = torch.cuda.mem_get_info()[0] / 2**30
     return "" if free >= section.memory else f"needs {section.memory} GiB of GPU memory, {free:.1f} are free"
 
 
 def _last_words(log: Path, code: int) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines()
+    lines = [line for line in log.read_text(errors="replace").splitlines() if not line.startswith("Extension modules")]
     ending = f"exit code {code}" if code > 0 else f"ended by signal {-code}"
-    return "\n".join([ending, *lines[-_LAST_LINES:]])
+    return "\n".join([ending, *lines[-_LAST_LINES:]]).strip()
 
 
 def _write(results: Sequence[Result], out: Path) -> None:

@@ -30,13 +30,13 @@ class Section:
 
 
 SECTIONS: tuple[Section, ...] = (
-    Section("versions", 15, "versions, NCCL, what the doctor says"),
-    Section("draws", 25, "draws on the device equal those on the CPU"),
-    Section("loss", 20, "losses and gradients in fp32 against fp64 on the CPU"),
-    Section("conditioning", 10, "embeddings tell t from r, in tf32 as in fp64"),
-    Section("branches", 40, "both branches in 16 bits: every gradient, no recompilation"),
+    Section("versions", 25, "versions, NCCL, what the doctor says"),
+    Section("draws", 22, "draws on the device equal those on the CPU"),
+    Section("loss", 18, "losses and gradients in fp32 against fp64 on the CPU"),
+    Section("conditioning", 8, "embeddings tell t from r, in tf32 as in fp64"),
+    Section("branches", 35, "both branches in 16 bits: every gradient, no recompilation"),
     Section("stages", 60, "ZeRO stages, precisions, offload, checkpointing, compile against stage 0 in fp32"),
     Section("overflow", 15, "fp16 overflows are skipped, a group that is not finite is named"),
-    Section("memory", 15, "memory comes back when an engine is closed"),
+    Section("memory", 17, "memory comes back when an engine is closed"),
     Section("train", 50, "train: signal, resume at another stage, a micro-batch too large", memory=30),
 )
