@@ -176,3 +176,9 @@ def together(action: Callable[[], None], where: torch.device, what: str, remedy:
 
 def hostname() -> str:
     return socket.gethostname()
+
+
+def use_device(device: torch.device) -> None:
+    """Makes it this thread's current GPU, for CUDA's current device belongs to a thread; nothing on CPU."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)

@@ -8,6 +8,7 @@ raw = mean + std * noise anew each time a sample is met.
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -153,25 +154,32 @@ def open_codec(codec: Codec, vae_folder: str | None = None, device: str = "cpu")
     return vae
 
 
+def per_channel(values: Sequence[float], device: torch.device) -> Tensor:
+    """A manifest's mean or std as (C, 1, 1) fp32. To a GPU that is a copy which waits for all work before it, so what
+    normalizes batch after batch makes it once."""
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
+
+
 def normalize(raw_NCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...], sigma_data: float = 0.5) -> Tensor:
     """z = (raw - mean) / std * sigma_data per channel, fp32: the scale on which the network works."""
     z_NCHW = torch.empty(raw_NCHW.shape, dtype=torch.float32, device=raw_NCHW.device)
-    normalize_into(z_NCHW, raw_NCHW, mean, std, sigma_data)
+    normalize_into(z_NCHW, raw_NCHW, per_channel(mean, z_NCHW.device), per_channel(std, z_NCHW.device), sigma_data)
     return z_NCHW
 
 
 def normalize_into(
-    z_NCHW: Tensor, raw_NCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...], sigma_data: float = 0.5
+    z_NCHW: Tensor, raw_NCHW: Tensor, mean_C11: Tensor, std_C11: Tensor, sigma_data: float = 0.5
 ) -> None:
-    """`normalize` into given fp32 memory, which may be that of `raw_NCHW`."""
-    mean_C11, std_C11 = _per_channel(mean, raw_NCHW), _per_channel(std, raw_NCHW)
+    """`normalize` into given fp32 memory, which may be that of `raw_NCHW`, by statistics that are on the device."""
+    assert len(mean_C11) == len(std_C11) == raw_NCHW.shape[1], (len(mean_C11), len(std_C11), raw_NCHW.shape)
     for z_n, raw_n in zip(_pieces(z_NCHW), _pieces(raw_NCHW), strict=True):
         z_n.copy_(raw_n).sub_(mean_C11).div_(std_C11).mul_(sigma_data)
 
 
 def denormalize(z_NCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...], sigma_data: float = 0.5) -> Tensor:
     """The inverse of `normalize`."""
-    mean_C11, std_C11 = _per_channel(mean, z_NCHW), _per_channel(std, z_NCHW)
+    assert len(mean) == len(std) == z_NCHW.shape[1], (len(mean), len(std), z_NCHW.shape)
+    mean_C11, std_C11 = per_channel(mean, z_NCHW.device), per_channel(std, z_NCHW.device)
     return z_NCHW.float() / sigma_data * std_C11 + mean_C11
 
 
@@ -207,11 +215,6 @@ def _pieces(values_N: Tensor) -> tuple[Tensor, ...]:
         return (values_N,)
     values = _PIECE if torch.get_num_threads() == 1 else _UNTHREADED
     return values_N.split(max(1, values // values_N[0].numel()))
-
-
-def _per_channel(values: tuple[float, ...], like_NCHW: Tensor) -> Tensor:
-    assert len(values) == like_NCHW.shape[1], (len(values), like_NCHW.shape)
-    return torch.tensor(values, dtype=torch.float32, device=like_NCHW.device)[:, None, None]
 
 
 def _to_unit_range(images_NHWC: Tensor) -> Tensor:

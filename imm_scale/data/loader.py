@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 
 import numpy as np
@@ -12,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from imm_scale import rng, storage
-from imm_scale.data import codec as codecs
+from imm_scale import distributed, rng, storage
 from imm_scale.data import plan
+from imm_scale.data.batch import Batch, BatchMaker, Stored
 from imm_scale.data.cache import BlockCache
 from imm_scale.data.dataset import Dataset
 from imm_scale.data.fetch import BlockReader
@@ -29,40 +30,6 @@ _BATCHES_AHEAD = 2
 _REMOTE_THREADS = 16  # a remote store answers late, but many at once
 _LOCAL_THREADS = min(2, max(1, (os.cpu_count() or 1) - 1))  # a file costs work, not waiting: leave the batch its core
 _LEAST_BLOCKS_AHEAD = 16
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One step's samples of one rank, or one micro-batch of them.
-
-    Attributes:
-        images_seen: the clock BEFORE this step's batch.
-        x: (slots * M, C, H, W) fp32, normalized; zeros in padded slots.
-        label: (slots * M,) int64 class indices; 0 in padded slots.
-        ordinal: (slots * M,) int64 global ordinals images_seen + position, which name all random draws of a sample;
-            0 in padded slots.
-        weight: (slots,) fp32, 1 for a group and 0 for a padded slot.
-    """
-
-    images_seen: int
-    x: Tensor
-    label: Tensor
-    ordinal: Tensor
-    weight: Tensor
-
-    def micro_batches(self, accumulation: int) -> list["Batch"]:
-        """Splits into `accumulation` parts of contiguous slots, the same number in each."""
-        slots, particles = len(self.weight), len(self.x) // len(self.weight)
-        assert slots % accumulation == 0, (slots, accumulation)
-        size = slots // accumulation
-        parts = zip(
-            self.x.split(size * particles),
-            self.label.split(size * particles),
-            self.ordinal.split(size * particles),
-            self.weight.split(size),
-            strict=True,
-        )
-        return [Batch(self.images_seen, *part) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -87,15 +54,6 @@ class _Located:
     images_seen: int
     rows: NDArray[np.int64]
     mirrored: Tensor | None
-    label: Tensor
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """One step's samples as they are on storage."""
-
-    images_seen: int
-    latents: Tensor
     label: Tensor
 
 
@@ -148,7 +106,7 @@ class Loader:
         self._layout, self._device = layout, torch.device(device)
         self._positions = np.arange(groups.start * layout.particles, groups.stop * layout.particles)
         self._seed, self._block_samples = seed, block_samples
-        self._flip, self._sigma_data = flip, sigma_data
+        self._flip = flip
         self._table = plan.block_table(self._dataset.shard_samples, block_samples)
         cache = None if reading.cache_dir is None else BlockCache(reading.cache_dir, reading.cache_bytes)
         self._reader = BlockReader(self._dataset, self._table, cache)
@@ -167,21 +125,28 @@ class Loader:
             held_blocks=frozenset(self._table.block_of(self._held).tolist()),
         )
         self.memory_bound_bytes = self._window.bound_bytes(threads) + self._batch_bytes()
-        self._x_shape = (layout.slots * layout.particles, *self.manifest.latent_shape)
-        self._x_memory = Recycler(self._x_shape, np.float32)
+        self._make_batch = BatchMaker(self._positions, layout, self.manifest, seed, sigma_data, self._device)
         self._stored_shape = (len(self._positions), *self.manifest.stored_shape)
         self._stored_memory = Recycler(self._stored_shape, np.float16)
         self.data_seconds = 0.0
         gathered = map(self._gather, self._located(first_step))
         # A GPU draws and normalizes in the consumer's stream; on CPU that is done ahead, in the background.
-        self._prefetcher: Prefetcher[Batch | _Stored] = Prefetcher(
-            map(self._finish, gathered) if self._device.type == "cpu" else gathered, _BATCHES_AHEAD
+        self._prefetcher: Prefetcher[Batch | Stored] = Prefetcher(
+            map(self._make_batch, gathered) if self._device.type == "cpu" else gathered,
+            _BATCHES_AHEAD,
+            # Pinned memory belongs to a CUDA context, and a thread that has chosen no device makes one on GPU 0.
+            prepare=partial(distributed.use_device, self._device),
         )
 
     @property
     def counters(self) -> dict[str, int]:
         """What reading has met so far on this rank: requests, bytes, retries, damaged reads, ..."""
         return self._reader.counters.values()
+
+    @property
+    def _pins(self) -> bool:
+        """Whether host memory is such that a GPU fetches it by itself, while this thread goes on."""
+        return self._device.type == "cuda"
 
     @property
     def _mirrors_latents(self) -> bool:
@@ -211,7 +176,7 @@ class Loader:
     def __next__(self) -> Batch:
         began = time.perf_counter()
         item = next(self._prefetcher)
-        batch = item if isinstance(item, Batch) else self._finish(item)
+        batch = item if isinstance(item, Batch) else self._make_batch(item)
         self.data_seconds += time.perf_counter() - began
         return batch
 
@@ -237,52 +202,32 @@ class Loader:
         for begin, skipped, indices in self._epochs(first_step):
             for k in range(skipped, indices.shape[1]):
                 images_seen = (begin + k) * self._layout.global_batch_size
-                mirrored = self._mirrored(self._ordinals(images_seen)) if self._flip else None
+                mirrored = self._mirrored(images_seen) if self._flip else None
                 variant = mirrored.to(torch.int64) if mirrored is not None and self._mirrors_latents else None
                 rows, label = self._window.locate(begin + k, indices[:, k], variant)
                 yield _Located(images_seen, rows, None if self._mirrors_latents else mirrored, label)
 
-    def _gather(self, located: _Located) -> _Stored:
+    def _gather(self, located: _Located) -> Stored:
         """Samples as stored, mirrored where that is done here, in memory from which the device can fetch them."""
-        latents, label = self._new_stored(), located.label
+        latents, label = self._new_stored(), self._new_label()
         self._window.take(located.rows, latents)
         if located.mirrored is not None:
             latents[located.mirrored] = latents[located.mirrored].flip(-1)
-        if self._device.type == "cuda":
-            label = label.pin_memory()
-        return _Stored(located.images_seen, latents, label)
-
-    def _finish(self, stored: _Stored) -> Batch:
-        """Draws and normalizes on the device, and pads to the layout's slots."""
-        slots, particles = self._layout.slots, self._layout.particles
-        ordinal = self._ordinals(stored.images_seen).to(self._device)
-        latents = stored.latents.to(self._device, non_blocking=True)
-        codec = self.manifest.codec
-        raw = codecs.draw_raw(latents, codec.kind, self._seed, "posterior", ordinal)
-        x = self._new_x()
-        codecs.normalize_into(x[: len(raw)], raw, codec.mean, codec.std, self._sigma_data)
-        x[len(raw) :].zero_()
-        weight = torch.zeros(slots, device=self._device)
-        weight[: len(raw) // particles] = 1.0
-        label = stored.label.to(self._device, non_blocking=True)
-        return Batch(stored.images_seen, x, _pad(label, len(x)), _pad(ordinal, len(x)), weight)
+        label[: len(latents)] = located.label
+        return Stored(located.images_seen, latents, label)
 
     def _new_stored(self) -> Tensor:
         """Memory for samples as stored; torch keeps pinned memory for later use itself."""
-        if self._device.type == "cuda":
+        if self._pins:
             return torch.empty(self._stored_shape, dtype=torch.float16, pin_memory=True)
         return self._stored_memory.take()
 
-    def _new_x(self) -> Tensor:
-        """Memory for a batch."""
-        if self._device.type == "cpu":
-            return self._x_memory.take()
-        return torch.empty(self._x_shape, device=self._device)
+    def _new_label(self) -> Tensor:
+        """Memory for labels, 0 in padded slots."""
+        return torch.zeros(self._layout.slots * self._layout.particles, dtype=torch.int64, pin_memory=self._pins)
 
-    def _ordinals(self, images_seen: int) -> Tensor:
-        return images_seen + torch.from_numpy(self._positions)
-
-    def _mirrored(self, ordinal: Tensor) -> Tensor:
+    def _mirrored(self, images_seen: int) -> Tensor:
+        ordinal = images_seen + torch.from_numpy(self._positions)
         return rng.uniform(self._seed, "flip", ordinal)[:, 0] < 0.5
 
 
@@ -292,8 +237,3 @@ def _check_flip(flip: bool, manifest: Manifest) -> None:
             "data.flip needs pixels or shards with mirrored latents: a mirrored image's vae latent is not the "
             "mirrored latent. Encode with python -m data_tools.encode --flip, or set data.flip=false"
         )
-
-
-def _pad(values: Tensor, length: int) -> Tensor:
-    """Zeros after the values, up to `length` rows."""
-    return torch.cat([values, values.new_zeros(length - len(values), *values.shape[1:])])

@@ -1,7 +1,7 @@
 """An iterator that runs ahead in one background thread."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
@@ -13,11 +13,14 @@ class Prefetcher(Generic[Item]):
 
     An exception in the iterator is raised to the consumer in its item's place. `close` waits for the item being made
     and drops the others.
+
+    Args:
+        prepare: called in the thread before anything else.
     """
 
-    def __init__(self, iterator: Iterator[Item], depth: int) -> None:
+    def __init__(self, iterator: Iterator[Item], depth: int, prepare: Callable[[], object] | None = None) -> None:
         self._iterator = iterator
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch", initializer=prepare)
         self._ahead: deque[Future[Item]] = deque(self._pool.submit(next, iterator) for _ in range(depth))
 
     def __iter__(self) -> Iterator[Item]:

@@ -7,15 +7,15 @@ import logging
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from imm_scale import distributed
 from imm_scale.errors import RunError
-from imm_scale.training.ballot import Result
+from imm_scale.training.consensus import StepSummary
 
 log = logging.getLogger("imm_scale")
 
@@ -24,63 +24,43 @@ _WINDOW = 128  # steps the running medians look back on
 _LEAST = 16  # steps before they are trusted
 
 
-class GradientSentinel:
-    """Notices on each rank, before ranks are mixed, that some gradient was not finite.
-
-    A hook per parameter adds 0 * sum(gradient) to one scalar on the device, which is NaN from then on if an element
-    was Inf or NaN. Nothing waits for it: it is read only at steps that were skipped.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter]):
-        self._sum: Tensor | None = None
-        for parameter in parameters:
-            if parameter.requires_grad:
-                parameter.register_hook(self._look)
-
-    def _look(self, gradient: Tensor) -> None:
-        zero = gradient.detach().sum(dtype=torch.float32) * 0.0
-        self._sum = zero if self._sum is None else self._sum + zero
-
-    def reset(self) -> None:
-        """Call before each step."""
-        self._sum = None
-
-    def found(self) -> bool:
-        """Whether a gradient of this rank was not finite since the last reset."""
-        return self._sum is not None and not math.isfinite(float(self._sum))
-
-
 def find_cause(
-    loss_G: Tensor, group_G: Tensor, gradient_is_bad: bool, scaled: bool, hosts: Sequence[str]
+    loss_G: Tensor, group_G: Tensor, gradient_is_bad: Callable[[], bool], scaled: bool, hosts: Sequence[str]
 ) -> tuple[str, str]:
     """Which rank and group made a step be skipped; a collective, called on every rank at skipped steps only.
 
     Args:
         loss_G: losses of this rank's groups, 0 in padded slots.
         group_G: their global numbers.
-        gradient_is_bad: what this rank's sentinel found.
+        gradient_is_bad: whether a gradient of this rank alone is not finite. It is a collective, and called (on every
+            rank) only where all losses are finite.
         scaled: whether gradients are scaled (fp16), where an overflow is an everyday thing.
 
     Returns:
         OVERFLOW, LOSS or GRADIENT, and a sentence that names ranks, hosts and groups.
     """
-    bad = group_G[~torch.isfinite(loss_G)]
-    found = torch.zeros(len(hosts), 3, dtype=torch.int64, device=loss_G.device)
-    first = int(bad[0]) if len(bad) else 0
-    found[dist.get_rank()] = torch.tensor([len(bad), first, int(gradient_is_bad)])
-    rows = distributed.all_sum(found).tolist()
+    bad = group_G[~torch.isfinite(loss_G)].tolist()
+    rows = _of_every_rank([len(bad), *bad[:1]], loss_G.device)
     with_loss = [
         f"rank {rank} ({hosts[rank]}), group {first}" + (f" (and {count - 1} more)" if count > 1 else "")
-        for rank, (count, first, _) in enumerate(rows)
+        for rank, (count, first) in enumerate(rows)
         if count
     ]
-    with_gradient = [f"rank {rank} ({hosts[rank]})" for rank, (_, _, is_bad) in enumerate(rows) if is_bad]
     if with_loss:
         return LOSS, f"the loss is not finite on {'; '.join(with_loss)}"
-    where = f"on {', '.join(with_gradient)}" if with_gradient else "after the ranks' gradients were summed"
+    found = _of_every_rank([int(gradient_is_bad())], loss_G.device)
+    with_gradient = [f"rank {rank} ({hosts[rank]})" for rank, (is_bad, _) in enumerate(found) if is_bad]
+    where = f"on {', '.join(with_gradient)}" if with_gradient else "(on no rank when its passes were run again)"
     if scaled:
         return OVERFLOW, f"the scaled gradient overflowed {where}"
     return GRADIENT, f"the gradient is not finite {where}, though every loss is"
+
+
+def _of_every_rank(mine: Sequence[int], device: torch.device) -> list[list[int]]:
+    """Up to two numbers of each rank, rank by rank; a collective."""
+    rows = torch.zeros(dist.get_world_size(), 2, dtype=torch.int64, device=device)
+    rows[dist.get_rank(), : len(mine)] = torch.tensor(mine, device=device)
+    return distributed.all_sum(rows).tolist()
 
 
 class Skips:
@@ -124,9 +104,9 @@ class SpikeGuard:
             name: deque(map(float, history.get(name, ())), maxlen=_WINDOW) for name in ("loss", "grad_norm")
         }
 
-    def judge(self, result: Result) -> str | None:
+    def judge(self, summary: StepSummary) -> str | None:
         """The reason why this step is a spike, or None; only what is none enters the medians."""
-        values = {"loss": result.loss, "grad_norm": result.grad_norm}
+        values = {"loss": summary.loss, "grad_norm": summary.grad_norm}
         if self._factor is None or not all(map(math.isfinite, values.values())):
             return None
         for name, value in values.items():

@@ -20,7 +20,7 @@ _FIRST_ORDINAL = 1 << 48
 
 
 class HeldOut:
-    """This rank's part of the held-out samples, kept in memory as stored.
+    """This rank's part of the held-out samples, kept in host memory as stored; they are drawn on the device.
 
     The loss is that of the current weights, its times and noise the same at each call, so that its changes are the
     net's. The M particles of a group lie on one rank; the H mod M samples left over are not used.
@@ -29,7 +29,7 @@ class HeldOut:
         UserError: fewer held-out samples than one group.
     """
 
-    def __init__(self, config: Config, dataset: Dataset, layout: Layout, rank: int):
+    def __init__(self, config: Config, dataset: Dataset, layout: Layout, rank: int, device: torch.device):
         held = plan.held_out(dataset.shard_samples, config.data.block_samples, config.seed, config.data.holdout)
         particles = layout.particles
         num_groups = len(held) // particles
@@ -44,30 +44,36 @@ class HeldOut:
         self._particles, self._micro = particles, layout.slots_per_micro_batch
         self._rounds = math.ceil(math.ceil(num_groups / layout.world_size) / self._micro)
         self._sigma_data = config.flow_map.sigma_data
-        self._codec, self._shape = dataset.manifest.codec, dataset.manifest.latent_shape
+        self._device, self._shape = device, dataset.manifest.latent_shape
+        codec = dataset.manifest.codec
+        self._kind = codec.kind
+        self._mean_C11, self._std_C11 = codecs.per_channel(codec.mean, device), codecs.per_channel(codec.std, device)
         index = held[first * particles : last * particles]
         self._stored = torch.from_numpy(dataset.gather(index))
-        self._label = torch.from_numpy(dataset.labels[index])
+        self._label = torch.from_numpy(dataset.labels[index]).to(device)
         origin = _FIRST_ORDINAL // particles * particles
-        self._ordinal = origin + torch.arange(first * particles, last * particles)
+        self._ordinal = origin + torch.arange(first * particles, last * particles, device=device)
 
     def loss(self, engine: Engine) -> float:
         """The mean over all held-out groups; a collective."""
-        total = sum((engine.loss(batch) for batch in self._batches()), torch.zeros((), dtype=torch.float64))
-        return float(distributed.all_sum(total.to(engine.device))) / self.num_groups
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for batch in self._batches():
+            total += engine.loss(batch)
+        return float(distributed.all_sum(total)) / self.num_groups
 
     def _batches(self) -> Iterator[Batch]:
         """As many on every rank, the last ones padded with groups of weight 0."""
         size = self._micro * self._particles
         for start in range(0, self._rounds * size, size):
             part = slice(start, start + size)
-            stored, ordinal = self._stored[part], self._ordinal[part]
-            x = torch.zeros(size, *self._shape)
-            if len(stored):
-                raw = codecs.draw_raw(stored, self._codec.kind, self._seed, "posterior", ordinal)
-                x[: len(stored)] = codecs.normalize(raw, self._codec.mean, self._codec.std, self._sigma_data)
-            weight = torch.zeros(self._micro)
-            weight[: len(stored) // self._particles] = 1.0
-            label, padded = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
-            label[: len(stored)], padded[: len(stored)] = self._label[part], ordinal
-            yield Batch(0, x, label, padded, weight)
+            real = len(self._stored[part])
+            x = torch.zeros(size, *self._shape, device=self._device)
+            label, ordinal = torch.zeros(2, size, dtype=torch.int64, device=self._device)
+            weight = torch.zeros(self._micro, device=self._device)
+            label[:real], ordinal[:real] = self._label[part], self._ordinal[part]
+            weight[: real // self._particles] = 1.0
+            if real:
+                stored = self._stored[part].to(self._device)
+                raw = codecs.draw_raw(stored, self._kind, self._seed, "posterior", ordinal[:real])
+                codecs.normalize_into(x[:real], raw, self._mean_C11, self._std_C11, self._sigma_data)
+            yield Batch(0, x, label, ordinal, weight)

@@ -8,13 +8,13 @@ from typing import Any, Literal
 import torch
 
 from imm_scale.data.loader import Batch, Loader, Reading
-from imm_scale.training import guard
-from imm_scale.training.ballot import Ballot, Result
+from imm_scale.training import guard, replay
+from imm_scale.training.consensus import StepConsensus, StepSummary
 from imm_scale.training.engine import StepResult
-from imm_scale.training.gauges import Gauges
-from imm_scale.training.guard import GradientSentinel, Rewind, Skips, SpikeGuard
+from imm_scale.training.guard import Rewind, Skips, SpikeGuard
 from imm_scale.training.holdout import HeldOut
 from imm_scale.training.meter import Meter
+from imm_scale.training.optimizer_statistics import OptimizerStatistics
 from imm_scale.training.preemption import Deadline, StopSignals
 from imm_scale.training.profiling import Profiler
 from imm_scale.training.run_log import RunLog, log
@@ -52,11 +52,10 @@ class Loop:
         self.config = config = state.plan.config
         train, run_dir, world = config.train, config.run_dir, state.world
         self.run_log = RunLog(config, state.step, world)
-        gauges = Gauges(state.ema, config.optimizer.betas[1], config.optimizer.eps)
+        statistics = OptimizerStatistics(state.ema, config.optimizer.betas[1], config.optimizer.eps)
         utilization = Utilization(config, state.plan.spec, state.device, world.size)
-        self.meter = Meter(state.device, train.global_batch_size, gauges, utilization)
-        self.ballot = Ballot(state.device)
-        self.sentinel = GradientSentinel(state.engine.parameters)
+        self.meter = Meter(state.device, train.global_batch_size, statistics, utilization)
+        self.consensus = StepConsensus(state.device)
         self.skips = Skips(train.max_consecutive_skips, state.guards.get("skips", {}))
         self.spikes = SpikeGuard(train.spike_factor, state.guards.get("recent", {}))
         self.profiler = Profiler(run_dir, train.profile_steps, world)
@@ -98,7 +97,7 @@ class Loop:
         commits = self._is_due(train.checkpoint_every)
         if commits:
             # The step that is about to be saved is judged first, so that nothing bad is ever committed.
-            self._heed(self.ballot.settle())
+            self._act_on(self.consensus.settle())
         self.run_log.progress.advance()
         measures = self._measure_held_out()
         if commits or measures or self._is_due(train.log_every):
@@ -117,7 +116,6 @@ class Loop:
         self.watchdog.beat(number, "the forward and backward pass or the optimizer step")
         self.meter.before_step(logged=number % self.config.train.log_every == 0)
         self.profiler.before_step(number)
-        self.sentinel.reset()
         micro_batches = batch.micro_batches(state.plan.layout.accumulation)
         lr = learning_rate(self.config, state.images_seen + state.plan.layout.global_batch_size)
         result = state.engine.step(micro_batches, lr)
@@ -125,39 +123,44 @@ class Loop:
             state.ema.update()
         state.advance()
         self.profiler.after_step(number)
-        self._note_skip(result, batch)
+        self._note_skip(result, batch, micro_batches)
         seconds = time.perf_counter() - began
         self.meter.add(result, batch.weight, seconds)
         self.around.deadline.stepped(seconds)
-        self.watchdog.beat(number, "the ranks' vote")
+        self.watchdog.beat(number, "the ranks' consensus")
         wants_to_stop = self.around.signals.heard is not None or self.around.deadline.is_near(
             state.saver.longest_seconds
         )
-        self._heed(self.ballot.cast(number, wants_to_stop, result.loss, result.grad_norm))
+        self._act_on(self.consensus.submit(number, wants_to_stop, result.loss, result.grad_norm))
 
-    def _note_skip(self, result: StepResult, batch: Batch) -> None:
+    def _note_skip(self, result: StepResult, batch: Batch, micro_batches: Sequence[Batch]) -> None:
         if not result.skipped:
             self.skips.good()
             return
-        particles = self.state.plan.layout.particles
+        state, particles = self.state, self.state.plan.layout.particles
+        self.watchdog.beat(state.step, "the passes of a skipped step once more")
         loss_G = torch.where(batch.weight.to(result.groups.loss_G.device) > 0, result.groups.loss_G, 0.0)
         group_G = batch.ordinal.view(-1, particles)[:, 0].to(loss_G.device) // particles
         cause, sentence = guard.find_cause(
-            loss_G, group_G, self.sentinel.found(), self.config.precision == "fp16", self.around.hosts
+            loss_G,
+            group_G,
+            lambda: replay.gradient_is_bad(state.engine, micro_batches, result.loss_scale),
+            self.config.precision == "fp16",
+            self.around.hosts,
         )
-        self.skips.add(self.state.step, cause, sentence)
+        self.skips.add(state.step, cause, sentence)
 
-    def _heed(self, result: Result | None) -> None:
+    def _act_on(self, summary: StepSummary | None) -> None:
         """Acts on what all ranks know of a step."""
-        if result is None:
+        if summary is None:
             return
-        if result.stop and not self.stopping:
-            log.info("asked to stop (by %d ranks): committing step %d and leaving", result.stop, self.state.step)
+        if summary.stop and not self.stopping:
+            log.info("asked to stop (by %d ranks): committing step %d and leaving", summary.stop, self.state.step)
             self.stopping = True
-        reason = self.spikes.judge(result)
+        reason = self.spikes.judge(summary)
         if reason is not None:
             self.state.saver.wait()
-            raise Rewind(result.step, (result.step - 1) * self.config.train.global_batch_size, reason)
+            raise Rewind(summary.step, (summary.step - 1) * self.config.train.global_batch_size, reason)
 
     def _measure_held_out(self) -> bool:
         """Takes the held-out loss where it is due; whether it was."""
@@ -199,7 +202,7 @@ def _held_out(state: State) -> HeldOut | None:
     config = state.plan.config
     if config.data.holdout == 0:
         return None
-    return HeldOut(config, state.plan.dataset, state.plan.layout, state.world.rank)
+    return HeldOut(config, state.plan.dataset, state.plan.layout, state.world.rank, state.device)
 
 
 def _loader(state: State) -> Loader:

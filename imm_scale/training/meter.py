@@ -11,24 +11,33 @@ from torch import Tensor
 
 from imm_scale import distributed
 from imm_scale.training.engine import StepResult
-from imm_scale.training.gauges import Gauges
+from imm_scale.training.optimizer_statistics import OptimizerStatistics
 from imm_scale.training.utilization import Utilization
 
 _QUARTERS = ("loss_t_0_25", "loss_t_25_50", "loss_t_50_75", "loss_t_75_100")
 
 
 class Meter:
-    """Sums what happens between two records; all ranks add it up in one all-reduce at a record, and never else."""
+    """Sums what happens between two records; all ranks add it up in one all-reduce at a record, and never else.
 
-    def __init__(self, device: torch.device, global_batch_size: int, gauges: Gauges, utilization: Utilization):
+    A step queues one addition on the device and reads nothing from it; a record reads once.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        global_batch_size: int,
+        statistics: OptimizerStatistics,
+        utilization: Utilization,
+    ):
         self._device, self._batch = device, global_batch_size
-        self._gauges, self._utilization = gauges, utilization
+        self._statistics, self._utilization = statistics, utilization
         self._waited = 0.0
         self._reset()
 
     def _reset(self) -> None:
         self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        self._quarters = torch.zeros(2, len(_QUARTERS), dtype=torch.float64, device=self._device)
+        self._groups: list[tuple[Tensor, Tensor, Tensor]] = []  # losses, times and weights of each step
         self._grad_norm, self._taken = 0.0, 0
         self._loss_scale: float | None = None
         self._seconds: list[float] = []
@@ -37,7 +46,7 @@ class Meter:
     def before_step(self, logged: bool) -> None:
         """A step begins; the update of a logged one is measured."""
         if logged:
-            self._gauges.remember()
+            self._statistics.remember()
 
     def add(self, result: StepResult, weight_G: Tensor, seconds: float) -> None:
         """A step has ended.
@@ -53,10 +62,17 @@ class Meter:
         self._loss += result.loss
         self._grad_norm += result.grad_norm
         self._taken += 1
-        loss_G, t_G = result.groups
-        quarter_G = (t_G * len(_QUARTERS)).long().clamp_(0, len(_QUARTERS) - 1)
-        self._quarters[0].index_add_(0, quarter_G, loss_G.double() * weight_G)
-        self._quarters[1].index_add_(0, quarter_G, weight_G.double())
+        self._groups.append((result.groups.loss_G, result.groups.t_G, weight_G))
+
+    def _quarters(self) -> Tensor:
+        """(2, 4): the sum of losses and the number of groups by quarter of t."""
+        sums = torch.zeros(2, len(_QUARTERS), dtype=torch.float64, device=self._device)
+        if self._groups:
+            loss_N, t_N, weight_N = (torch.cat(parts) for parts in zip(*self._groups, strict=True))
+            quarter_N = (t_N * len(_QUARTERS)).long().clamp_(0, len(_QUARTERS) - 1)
+            sums[0].index_add_(0, quarter_N, loss_N.double() * weight_N)
+            sums[1].index_add_(0, quarter_N, weight_N.double())
+        return sums
 
     @property
     def is_empty(self) -> bool:
@@ -74,10 +90,11 @@ class Meter:
             into a quarter of t.
         """
         counts = torch.tensor(list(data.values()), dtype=torch.float64)
-        gauges = self._gauges.sums(optimizer_steps)
-        parts = [self._loss.view(1), self._quarters.view(-1), gauges.to(self._device), counts.to(self._device)]
-        whole = distributed.all_sum(torch.cat(parts))
-        loss, quarters, gauges, counts = (part.cpu() for part in whole.split([len(part) for part in parts]))
+        statistics = self._statistics.sums(optimizer_steps)
+        parts = [self._loss.view(1), self._quarters().view(-1), statistics, counts]
+        together = torch.cat([part.to(self._device, non_blocking=True) for part in parts])
+        whole = distributed.all_sum(together).cpu()
+        loss, quarters, statistics, counts = whole.split([len(part) for part in parts])
         steps, seconds = len(self._seconds), time.perf_counter() - self._began
         waited = data_seconds - self._waited
         p50, p95 = np.percentile(self._seconds, [50, 95])
@@ -88,7 +105,7 @@ class Meter:
                 for name, total, count in zip(_QUARTERS, *quarters.view(2, -1), strict=True)
             },
             "grad_norm": self._grad_norm / self._taken if self._taken else None,
-            **self._gauges.record(gauges.tolist()),
+            **self._statistics.record(statistics.tolist()),
             **({} if self._loss_scale is None else {"loss_scale": self._loss_scale}),
             "images_per_second": self._batch * steps / seconds,
             "step_seconds": seconds / steps,

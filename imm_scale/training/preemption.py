@@ -1,6 +1,6 @@
 """When a run has to stop: a signal, or the end of its SLURM job coming near.
 
-Nothing here decides alone: `wanted` says what this rank has heard, and the ranks agree on it (training/ballot.py).
+Nothing here decides alone: `wanted` says what this rank has heard, and the ranks agree on it (training/consensus.py).
 """
 
 import logging

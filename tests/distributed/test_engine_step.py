@@ -1,6 +1,8 @@
 """A gradient that is not finite changes nothing on any rank; fp16 lowers its scale, and says so."""
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -9,6 +11,7 @@ import torch.distributed as dist
 
 from imm_scale.data.loader import Batch
 from imm_scale.training import engine as engines
+from imm_scale.training.replay import gradient_is_bad
 from tests import ranks
 from tests.conftest import TINY
 from tests.distributed.engines import held, opened, same
@@ -46,6 +49,9 @@ def _skips(manifest: str, case: tuple[str, ...]) -> None:
             if spoil:
                 result = engine.step(_spoiled(second), LR)
                 assert result.skipped and not math.isfinite(result.grad_norm), case
+                last = dist.get_rank() == dist.get_world_size() - 1
+                assert gradient_is_bad(engine, _spoiled(second), None) == last, f"{case}: only the last rank's own"
+                assert not gradient_is_bad(engine, second, None), case
                 assert same(held(engine), before) and engine.optimizer_steps() == 1, case
             result = engine.step(second, LR)
             assert not result.skipped and 0.0 < result.grad_norm < math.inf, case
@@ -62,6 +68,32 @@ def _all_skips(manifest: str) -> None:
 
 def test_one_infinite_value_on_one_rank_leaves_all_ranks_unharmed(digits):
     ranks.run(_all_skips, 2, digits)
+
+
+def _one_bad_element(manifest: str, stage: int) -> list[bool]:
+    """What each look back finds: a bad element of one parameter's gradient on rank 1 in the last micro-batch alone."""
+    found = []
+    argv = [*TINY, f"data.manifest={manifest}", f"zero.stage={stage}", "train.micro_batch_size=16"]
+    with opened(*argv) as (_, engine, steps):
+        batch = next(steps)
+        assert len(batch) == 2
+        for poison in (1.0, math.nan, math.inf, -math.inf):
+            passes = itertools.count()
+
+            def spoil(gradient: torch.Tensor, poison: float = poison, passes: Iterator[int] = passes) -> torch.Tensor:
+                factor = torch.ones_like(gradient)
+                factor.view(-1)[-1] = poison if dist.get_rank() == 1 and next(passes) % 2 == 1 else 1.0
+                return gradient * factor
+
+            hook = engine.parameters[3].register_hook(spoil)
+            found.append(gradient_is_bad(engine, batch, None))
+            hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_one_bad_element_of_one_gradient_is_found_on_its_rank(stage, digits):
+    assert ranks.run(_one_bad_element, 2, digits, stage) == [[False] * 4, [False, True, True, True]]
 
 
 def _fp16(manifest: str, stage: int) -> list[tuple[float, bool, float]]:
@@ -81,6 +113,8 @@ def _fp16(manifest: str, stage: int) -> list[tuple[float, bool, float]]:
             history.append((result.loss_scale, result.skipped, result.grad_norm))
             if not result.skipped:
                 break
+            assert gradient_is_bad(engine, batch, result.loss_scale), "the scale it ran with, not the halved one"
+            assert engine.loss_scale.value == result.loss_scale / 2
             assert same(held(engine), before)
         for _ in range(2):
             assert not engine.step(batch, LR).skipped

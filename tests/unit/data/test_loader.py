@@ -13,6 +13,7 @@ from torch import Tensor
 
 from imm_scale import rng, storage
 from imm_scale.data import codec as codecs
+from imm_scale.data import loader as loaders
 from imm_scale.data import plan
 from imm_scale.data.dataset import Dataset, read_all
 from imm_scale.data.loader import Batch, Loader, Reading
@@ -23,6 +24,7 @@ from imm_scale.data.recycle import Recycler
 from imm_scale.data.shards import write_shard
 from imm_scale.errors import UserError
 from tests import ranks
+from tests.transfers import Transfers
 from tests.unit.data.order import batch_indices
 
 MakeDataset = Callable[..., str]
@@ -110,9 +112,40 @@ def test_vae_batches_draw_the_posterior_by_ordinal(make_dataset: MakeDataset) ->
 def test_batches_are_drawn_and_normalized_on_their_device(make_dataset: MakeDataset, kind: str) -> None:
     """The meta device stands for a GPU: torch refuses to mix its tensors with those of the CPU."""
     url = make_dataset([40], kind=kind)
-    for batch in _batches(url, 3, world=3, micro=8, device="meta"):
-        assert {t.device.type for t in (batch.x, batch.label, batch.ordinal, batch.weight)} == {"meta"}
-        assert batch.x.shape == (8, 2, 3, 3) and batch.x.dtype == torch.float32 and batch.label.dtype == torch.int64
+    with Loader(url, Layout(BATCH, PARTICLES, 3, 8), 0, SEED, BLOCK, device="meta") as loader:
+        for _ in range(3):
+            with Transfers() as seen:
+                batch = next(loader)
+            assert {t.device.type for t in (batch.x, batch.label, batch.ordinal, batch.weight)} == {"meta"}
+            assert batch.x.shape == (8, 2, 3, 3) and batch.x.dtype == torch.float32 and batch.label.dtype == torch.int64
+            # Latents and labels, and nothing that waits.
+            assert seen.copies == [("cpu", "meta", True)] * 2 and not seen.reads
+
+
+def test_the_thread_that_pins_memory_has_chosen_its_gpu_first(
+    make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, events = make_dataset([40]), []
+
+    def note(event: str) -> None:
+        events.append((threading.current_thread().name, event))
+
+    def noting_pins(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: object, pin_memory: bool = False, **options: object) -> Tensor:
+            if pin_memory:
+                note("pinned")
+            return make(*args, **options)
+
+        return made
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: note(f"{device} chosen"))
+    monkeypatch.setattr(torch, "empty", noting_pins(torch.empty))
+    monkeypatch.setattr(torch, "zeros", noting_pins(torch.zeros))
+    monkeypatch.setattr(loaders, "BatchMaker", lambda *args: None)  # there is no such device to make batches on
+    with Loader(url, Layout(BATCH, PARTICLES, 1, BATCH), 0, SEED, BLOCK, device="cuda:3") as loader:
+        next(loader._prefetcher)
+    assert events[0] == ("prefetch_0", "cuda:3 chosen")
+    assert set(events[1:]) == {("prefetch_0", "pinned")} and len(events) % 2 == 1, "latents and labels of each batch"
 
 
 def test_flip_mirrors_half_of_the_pixels_by_ordinal(make_dataset: MakeDataset) -> None:

@@ -4,25 +4,28 @@ import math
 
 import pytest
 import torch
-from torch import nn
+import torch.distributed as dist
 
+from imm_scale import distributed
 from imm_scale.errors import RunError
-from imm_scale.training.ballot import Result
+from imm_scale.training.consensus import StepSummary
 from imm_scale.training.guard import (
     GRADIENT,
     LOSS,
-    GradientSentinel,
+    OVERFLOW,
     Rewind,
     Rewinds,
     Skips,
     SpikeGuard,
+    find_cause,
     is_stepped_over,
     union,
 )
+from tests import ranks
 
 
-def _result(loss: float, grad_norm: float, step: int = 1) -> Result:
-    return Result(step, 0, loss, grad_norm)
+def _result(loss: float, grad_norm: float, step: int = 1) -> StepSummary:
+    return StepSummary(step, 0, loss, grad_norm)
 
 
 def test_a_spike_is_a_value_beyond_the_factor_times_the_median():
@@ -78,15 +81,54 @@ def test_ranges_are_joined_and_found():
     assert [is_stepped_over(ranges, n) for n in (0, 64, 128, 192, 256, 320)] == [False, True, True, False, True, False]
 
 
-@pytest.mark.parametrize(("poison", "found"), [(1.0, False), (math.nan, True), (math.inf, True), (-math.inf, True)])
-def test_the_sentinel_sees_one_bad_element_of_a_gradient(poison, found):
-    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    bad = torch.ones(8, 8)
-    bad[3, 5] = poison
-    net[0].weight.register_hook(lambda gradient: gradient * bad)  # before the sentinel looks
-    sentinel = GradientSentinel(net.parameters())
-    assert not sentinel.found()
-    net(torch.randn(4, 8)).sum().backward()
-    assert sentinel.found() is found
-    sentinel.reset()
-    assert not sentinel.found()
+def _causes(losses: list[list[float]], bad: list[bool], scaled: bool) -> tuple[str, str, int]:
+    """On one of several ranks: cause, sentence, and how often its passes were run again."""
+    distributed.init(distributed.detect())
+    rank, again = dist.get_rank(), []  # type: ignore[var-annotated]
+    cause, sentence = find_cause(
+        torch.tensor(losses[rank]),
+        torch.tensor([2 * rank, 2 * rank + 1]),
+        lambda: again.append(1) or bad[rank],
+        scaled,
+        ["a", "b"],
+    )
+    return cause, sentence, len(again)
+
+
+@pytest.mark.parametrize(
+    ("losses", "bad", "scaled", "expected"),
+    [
+        (
+            [[1.0, 1.0], [1.0, math.inf]],
+            [True, True],
+            True,
+            (LOSS, "the loss is not finite on rank 1 (b), group 3", 0),
+        ),
+        (
+            [[math.nan, math.nan], [1.0, math.inf]],
+            [True, True],
+            False,
+            (LOSS, "the loss is not finite on rank 0 (a), group 0 (and 1 more); rank 1 (b), group 3", 0),
+        ),
+        (
+            [[1.0, 1.0], [1.0, 1.0]],
+            [False, True],
+            False,
+            (GRADIENT, "the gradient is not finite on rank 1 (b), though every loss is", 1),
+        ),
+        (
+            [[1.0, 1.0], [1.0, 1.0]],
+            [True, True],
+            True,
+            (OVERFLOW, "the scaled gradient overflowed on rank 0 (a), rank 1 (b)", 1),
+        ),
+        (
+            [[1.0, 1.0], [1.0, 1.0]],
+            [False, False],
+            True,
+            (OVERFLOW, "the scaled gradient overflowed (on no rank when its passes were run again)", 1),
+        ),
+    ],
+)
+def test_the_cause_of_a_skip_and_who_is_named(losses, bad, scaled, expected):
+    assert ranks.run(_causes, 2, losses, bad, scaled) == [expected] * 2

@@ -19,9 +19,11 @@ from imm_scale.training.checkpoint import Checkpoint
 from imm_scale.training.engine import StepResult
 from imm_scale.training.meter import Meter
 from imm_scale.training.metrics import read_metrics
+from imm_scale.training.utilization import measured_peak
 from imm_scale.weights import load_flow_map
 from tests import ranks
 from tests.conftest import TINY
+from tests.transfers import Transfers
 
 STEPS = 4
 SETTINGS = [
@@ -88,6 +90,18 @@ def test_a_trace_of_the_steps_asked_for(run):
     assert "aten::scaled_dot_product_attention" in names
 
 
+def test_the_peak_is_measured_on_random_data(monkeypatch):
+    factors, matmul = [], torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: factors.append((a, b)) or matmul(a, b))
+    assert measured_peak(torch.device("cpu"), "bf16") > 0
+    assert measured_peak(torch.device("cpu"), "bf16") > 0
+    a, b = factors[0]
+    assert a.dtype == b.dtype == torch.bfloat16 and not torch.equal(a, b)
+    # 768^2 standard normals: their standard deviation is 1 within 1 / sqrt(2) / 768 = 0.0009 and bf16's rounding.
+    assert [float(x.float().std()) for x in (a, b)] == pytest.approx([1.0, 1.0], abs=0.01)
+    assert all(torch.equal(x, y) for pair in factors for x, y in zip(pair, (a, b), strict=True))
+
+
 def _held_out_loss(run_dir: Path, manifest: str) -> float:
     """By the objective itself, one group at a time, on the weights of the last checkpoint."""
     config = configs.from_yaml((run_dir / "config.yaml").read_text())
@@ -119,7 +133,7 @@ def test_the_held_out_loss_is_that_of_the_saved_weights(run, digits, tmp_path):
         assert [r[name] for r in alone] == pytest.approx([r[name] for r in records], rel=1e-3), name
 
 
-class _NoGauges:
+class _NoStatistics:
     def sums(self, optimizer_steps: int) -> torch.Tensor:
         return torch.zeros(0, dtype=torch.float64)
 
@@ -133,7 +147,7 @@ class _Half:
 
 
 def test_losses_by_quarter_of_t_leave_padding_and_skipped_steps_out():
-    meter = Meter(torch.device("cpu"), 8, _NoGauges(), _Half())
+    meter = Meter(torch.device("cpu"), 8, _NoStatistics(), _Half())
     t = torch.tensor([0.1, 0.2, 0.3, 0.99, 1.0, 0.6], dtype=torch.float64)
     loss = torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0, 100.0], dtype=torch.float64)
     weight = torch.tensor([1.0, 1, 1, 1, 1, 0])
@@ -147,8 +161,32 @@ def test_losses_by_quarter_of_t_leave_padding_and_skipped_steps_out():
     assert meter.is_empty
 
 
+def test_a_step_is_one_addition_and_a_record_one_read(monkeypatch):
+    """The meta device stands for a GPU: reading a value of its tensors fails."""
+    device = torch.device("meta")
+    meter = Meter(device, 8, _NoStatistics(), _Half())
+    result = StepResult(
+        torch.zeros((), dtype=torch.float64, device=device),
+        2.0,
+        False,
+        None,
+        GroupLosses(*torch.ones(2, 6, dtype=torch.float64, device=device)),
+    )
+    weight = torch.ones(6, device=device)
+    with Transfers() as steps:
+        for _ in range(3):
+            meter.add(result, weight, 0.1)
+    assert dict(steps.operators) == {"aten.add_": 3}
+    read = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda whole: read.append(whole.device) or torch.ones(len(whole)).double())
+    with Transfers() as record:
+        assert meter.record(1, 0.0, {"retries": 3})["loss_t_0_25"] == 1.0
+    assert read == [device]
+    assert record.copies == [("cpu", "meta", True)] * 2, "what reading has met, and no statistics"
+
+
 def test_every_step_skipped_leaves_no_loss():
-    meter = Meter(torch.device("cpu"), 8, _NoGauges(), _Half())
+    meter = Meter(torch.device("cpu"), 8, _NoStatistics(), _Half())
     groups = GroupLosses(torch.full((2,), math.nan), torch.tensor([0.1, 0.9]))
     meter.add(StepResult(torch.tensor(math.nan), math.inf, True, 4.0, groups), torch.ones(2), 0.1)
     record = meter.record(0, 0.0, {})

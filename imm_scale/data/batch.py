@@ -1,0 +1,109 @@
+"""What a step trains on, and how it is made of samples as they are stored."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from imm_scale.data import codec as codecs
+from imm_scale.data.manifest import Manifest
+from imm_scale.data.plan import Layout
+from imm_scale.data.recycle import Recycler
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's samples of one rank, or one micro-batch of them.
+
+    Attributes:
+        images_seen: the clock BEFORE this step's batch.
+        x: (slots * M, C, H, W) fp32, normalized; zeros in padded slots.
+        label: (slots * M,) int64 class indices; 0 in padded slots.
+        ordinal: (slots * M,) int64 global ordinals images_seen + position, which name all random draws of a sample;
+            0 in padded slots.
+        weight: (slots,) fp32, 1 for a group and 0 for a padded slot.
+    """
+
+    images_seen: int
+    x: Tensor
+    label: Tensor
+    ordinal: Tensor
+    weight: Tensor
+
+    def micro_batches(self, accumulation: int) -> list["Batch"]:
+        """Splits into `accumulation` parts of contiguous slots, the same number in each."""
+        slots, particles = len(self.weight), len(self.x) // len(self.weight)
+        assert slots % accumulation == 0, (slots, accumulation)
+        size = slots // accumulation
+        parts = zip(
+            self.x.split(size * particles),
+            self.label.split(size * particles),
+            self.ordinal.split(size * particles),
+            self.weight.split(size),
+            strict=True,
+        )
+        return [Batch(self.images_seen, *part) for part in parts]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One step's samples of one rank as they are on storage.
+
+    Attributes:
+        images_seen: the clock before this step's batch.
+        latents: (samples, C', H, W) fp16.
+        label: (slots * M,) int64 class indices; 0 in padded slots.
+    """
+
+    images_seen: int
+    latents: Tensor
+    label: Tensor
+
+
+class BatchMaker:
+    """Draws, normalizes and pads one rank's samples on their device.
+
+    On a GPU nothing here waits for it: what batches share was put there once, and pinned memory travels by itself.
+
+    Args:
+        positions: of this rank's samples in the global batch.
+    """
+
+    def __init__(
+        self,
+        positions: NDArray[np.int64],
+        layout: Layout,
+        manifest: Manifest,
+        seed: int,
+        sigma_data: float,
+        device: torch.device,
+    ):
+        self._kind, self._seed, self._sigma_data, self._device = manifest.codec.kind, seed, sigma_data, device
+        samples = layout.slots * layout.particles
+        is_real = torch.arange(samples) < len(positions)
+        self._is_real = is_real.long().to(device)
+        self._position = torch.from_numpy(np.pad(positions, (0, samples - len(positions)))).to(device)
+        self._weight = is_real[:: layout.particles].float().to(device)
+        self._mean_C11 = codecs.per_channel(manifest.codec.mean, device)
+        self._std_C11 = codecs.per_channel(manifest.codec.std, device)
+        self._x_shape = (samples, *manifest.latent_shape)
+        self._x_memory = Recycler(self._x_shape, np.float32)
+
+    def __call__(self, stored: Stored) -> Batch:
+        real = len(stored.latents)
+        ordinal = torch.add(self._position, self._is_real, alpha=stored.images_seen)
+        latents = stored.latents.to(self._device, non_blocking=True)
+        raw = codecs.draw_raw(latents, self._kind, self._seed, "posterior", ordinal[:real])
+        x = self._new_x()
+        codecs.normalize_into(x[:real], raw, self._mean_C11, self._std_C11, self._sigma_data)
+        x[real:].zero_()
+        label = stored.label.to(self._device, non_blocking=True)
+        return Batch(stored.images_seen, x, label, ordinal, self._weight)
+
+    def _new_x(self) -> Tensor:
+        """Memory for a batch."""
+        if self._device.type == "cpu":
+            return self._x_memory.take()
+        return torch.empty(self._x_shape, device=self._device)

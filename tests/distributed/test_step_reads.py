@@ -1,0 +1,44 @@
+"""How often a step of the training loop reads a value back from its tensors: on a GPU each is a wait."""
+
+from typing import Any
+
+import pytest
+
+from tests import ranks
+from tests.conftest import TINY
+from tests.transfers import Transfers
+
+
+def _reads(*argv: str) -> dict[int, dict[str, int]]:
+    """By step: values read, by the file that asked for them."""
+    from imm_scale.training.loop import Loop
+
+    found: dict[int, dict[str, int]] = {}
+    plain = Loop._step
+
+    def step(self: Any, loader: Any) -> None:
+        with Transfers() as seen:
+            plain(self, loader)
+        found[self.state.step] = dict(seen.reads)
+
+    Loop._step = step  # type: ignore[method-assign]
+    assert ranks.command("train", *argv) == 0
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_step_reads_its_gradient_norm_and_the_summary_of_the_last(stage, digits, tmp_path):
+    settings = [*TINY, f"data.manifest={digits}", f"run.dir={tmp_path}/run", f"zero.stage={stage}"]
+    schedule = ["train.max_steps=8", "train.log_every=4", "train.checkpoint_every=1000"]
+    for found in ranks.run(_reads, 2, *settings, *schedule):
+        # Stage 3 learns the order of its parameters in the first two steps; steps 4 and 8 write a record.
+        for step in (3, 5, 6, 7):
+            reads = found[step]
+            # From host memory, once an event of the step before has passed.
+            assert reads.pop("imm_scale/training/consensus.py") == 1
+            # The step counters of an AdamW that is not fused lie on the host.
+            reads.pop("torch/optim/optimizer.py", None)
+            # One number, looked at twice: whether it is finite, and its value.
+            norm = reads.pop("imm_scale/training/engine.py", 0) + reads.pop("deepspeed/runtime/utils.py", 0)
+            assert 1 <= norm <= 2
+            assert not reads, f"step {step} reads something else"
