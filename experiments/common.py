@@ -8,7 +8,7 @@ from typing import Any
 
 from imm_scale import config as configs
 from imm_scale import storage
-from imm_scale.evaluation.files import read_evaluations
+from imm_scale.evaluation.files import arithmetic, read_evaluations
 from imm_scale.schema import Config
 from imm_scale.training import metrics
 
@@ -25,10 +25,10 @@ def config_of(run_dir: str) -> Config:
 
 
 def distances(run_dir: str) -> dict[int, dict[str, Any]]:
-    """{steps: result} of the newest checkpoint's evaluations."""
+    """{steps: result} of the newest checkpoint's evaluations in fp32."""
     evaluations = read_evaluations(run_dir)
     newest = max(e["step"] for e in evaluations)
-    return {r["steps"]: r for e in evaluations if e["step"] == newest for r in e["results"]}
+    return {r["steps"]: r for e in evaluations if e["step"] == newest for r in e["results"] if not arithmetic(r)}
 
 
 def training_minutes(run_dir: str) -> float:

@@ -225,6 +225,15 @@ class SamplingConfig:
     ema: float | None = _opt(
         None, "Decay of the moving average to sample from; null takes the first, 0 the raw weights."
     )
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = _opt(
+        "fp32", "Precision of the network's matrix products in sampling, whatever it was trained in; see precision."
+    )
+    compile: bool = _opt(
+        False, "torch.compile each block for sampling: minutes at first (C++ compiler on CPU, triton on GPUs)."
+    )
+    vae_precision: Literal["fp32", "tf32"] = _opt(
+        "fp32", "Precision of the autoencoder that decodes: tf32 is faster on NVIDIA GPUs."
+    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ LAYERS = [
     {"ranged_get"},
     {"schema"},
     {"config"},
-    {"rng", "storage", "distributed", "interpolant"},
+    {"rng", "storage", "distributed", "precision", "interpolant"},
     {"data"},
     {"flow_map"},
     {"models"},
