@@ -25,11 +25,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.size == "full" and not torch.cuda.is_available():
         print("make gpu: torch sees no CUDA device here; --size small runs the same code on the CPU", file=sys.stderr)
         return 2
+    out, device = Path(args.out), torch.device("cpu" if args.size == "small" else "cuda")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"make gpu: --out {out}: {error}; choose another folder", file=sys.stderr)
+        return 2
     if args.size == "small":
         _prepare_small()
     machine.remember_command()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no section is left behind
-    out, device = Path(args.out), torch.device("cpu" if args.size == "small" else "cuda")
     results = runner.run(args.sections, Context(args.size, device, out))
     (out / "table.md").write_text(table.markdown(results, out))
     print(table.text(results))

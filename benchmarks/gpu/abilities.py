@@ -2,23 +2,19 @@
 
 import functools
 import importlib.util
-import shutil
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.report import Context
+from imm_scale import precision as precisions
+from imm_scale.errors import UserError
 
 
 def lacks_compiler(context: Context) -> str:
     """Why torch.compile cannot run. At size `small` nothing is generated, so nothing is needed."""
-    if context.small:
-        return ""
-    if importlib.util.find_spec("triton") is None:
-        return "torch.compile needs triton"
-    has_compiler = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
-    return "" if has_compiler else "torch.compile needs a C compiler, with which triton builds its launchers"
+    return "" if context.small else _refusal(precisions.check_compiler, "train.compile")
 
 
 def lacks_xformers(context: Context) -> str:
@@ -28,13 +24,18 @@ def lacks_xformers(context: Context) -> str:
 
 
 def lacks_precision(context: Context, precision: str) -> str:
-    """Why `precision` is not to be had: bf16 and tf32 came with compute capability 8.0."""
-    if precision == "tf32" and context.device.type != "cuda":
-        return "tf32 is a mode of NVIDIA GPUs"
-    if context.device.type != "cuda" or precision not in ("bf16", "tf32"):
-        return ""
-    major, minor = torch.cuda.get_device_capability()
-    return "" if major >= 8 else f"{precision} needs compute capability 8.0, this card has {major}.{minor}"
+    """Why `precision` is not to be had. On the CPU all are but tf32: slow is good enough at size `small`."""
+    if context.device.type == "cuda":
+        return _refusal(precisions.check, precision, "precision")
+    return "tf32 is a mode of NVIDIA GPUs" if precision == "tf32" else ""
+
+
+def _refusal(check: Callable[..., None], *args: str) -> str:
+    try:
+        check(*args)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def compile_without_generating() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 Method = Literal["spawn", "fork"]
 
@@ -34,7 +34,7 @@ class Job:
         act: Callable[[], int | None],
         leads_group: bool = False,
     ):
-        processes = multiprocessing.get_context(method)
+        processes: Any = multiprocessing.get_context(method)
         self._turn = processes.Event()
         self._leads_group = leads_group
         self._process = processes.Process(target=_enter, args=(log, prepare, act, leads_group, self._turn))

@@ -70,4 +70,4 @@ def _spoil(images_seen: int, position: int) -> None:
             batch.x[position] = torch.nan
         return batch
 
-    Loader.__next__ = following  # type: ignore[method-assign]
+    Loader.__next__ = following  # type: ignore[method-assign, assignment]

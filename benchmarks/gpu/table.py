@@ -54,7 +54,7 @@ def _heading(out: Path) -> str:
 
 
 def _rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for result in results:
         for entry in result.entries:
             shown = _shown(entry.value, entry.unit)

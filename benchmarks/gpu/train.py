@@ -96,7 +96,7 @@ def _without_memory(words: Sequence[str]) -> int:
     def forward(*_: object) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory (said by the benchmark: there is no GPU)")
 
-    LossModule.forward = forward  # type: ignore[method-assign]
+    LossModule.forward = forward  # type: ignore[method-assign, assignment]
     return main(words)
 
 

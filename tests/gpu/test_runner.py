@@ -153,6 +153,12 @@ def test_without_a_gpu_it_says_so_in_a_line_and_ends_with_2(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_the_users_mistake(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert command.main(["--size", "small", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "choose another folder" in capsys.readouterr().err
+
+
 def test_an_unknown_section_is_the_users_mistake(capsys):
     with pytest.raises(SystemExit) as raised:
         command.main(["--only", "draws,drawz"])
