@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"make gpu: --out {out}: {error}; choose another folder", file=sys.stderr)
         return 2
+    os.environ["DS_ACCELERATOR"] = device.type
     if args.size == "small":
         _prepare_small()
     machine.remember_command()
@@ -66,7 +67,6 @@ def _chosen(parser: argparse.ArgumentParser, only: Sequence[str] | None) -> list
 def _prepare_small() -> None:
     """The CPU alone, and imports that are paid once: sections are forked from here."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ["DS_ACCELERATOR"] = "cpu"
     abilities.compile_without_generating()
     import deepspeed  # noqa: F401
 

@@ -20,8 +20,9 @@ _FP32_TIMES = 2.0  # what fp32 does to the difference comes on top, twice for an
 
 
 def run(context: Context, report: Report) -> None:
-    exact = problem.net(context.small).double().t_embedder
-    embedder = copy.deepcopy(exact).float().to(context.device)
+    embedder = problem.net(context.small).t_embedder
+    exact = copy.deepcopy(embedder).double()
+    embedder.to(context.device)
     missing = abilities.lacks_precision(context, "tf32")
     if missing:
         report.skip("rounding of products to tf32", missing)

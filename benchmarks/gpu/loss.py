@@ -25,8 +25,9 @@ _PUBLISHED_K, _FEWER = 12, 4.0
 
 def run(context: Context, report: Report) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    here = problem.net(context.small).double()
-    there = copy.deepcopy(here).float().to(context.device)
+    there = problem.net(context.small)
+    here = copy.deepcopy(there).double()
+    there.to(context.device)
     batch = problem.samples(here, 16 if context.small else 32, torch.device("cpu"))
     _compare_all(context, report, batch, here, there, _K, 1.0)
     _compare_all(context, report, batch, here, there, _PUBLISHED_K, _FEWER)

@@ -114,7 +114,8 @@ def _missing_memory(section: Section, context: Context) -> str:
 
 
 def _last_words(log: Path, code: int) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if not line.startswith("Extension modules")]
+    said = log.read_text(errors="replace") if log.exists() else ""
+    lines = [line for line in said.splitlines() if not line.startswith("Extension modules")]
     ending = f"exit code {code}" if code > 0 else f"ended by signal {-code}"
     return "\n".join([ending, *lines[-_LAST_LINES:]]).strip()
 
