@@ -88,7 +88,7 @@ class Allocations:
 
 
 def live_bytes() -> int:
-    """Bytes of all storages that Python's tensors hold in this process, garbage that waits for a collection included."""
+    """Bytes of all storages that Python's tensors hold in this process, uncollected garbage included."""
     tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
@@ -113,10 +113,7 @@ def engines(cases: list[list[str]]) -> list[dict[str, Any]]:
     """
     with collectives() as sent:  # before DeepSpeed takes the functions for its own
         from imm_scale import distributed
-        from imm_scale.training import engine
 
-        # As on GPUs, and other than what training takes on CPU: torch's plain AdamW makes copies of what it steps.
-        engine._optimizer = lambda config, parameters: torch.optim.AdamW(parameters, lr=0.0, fused=True)
         distributed.init(distributed.detect())
         return [_engine(words, sent) for words in cases]
 

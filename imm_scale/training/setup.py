@@ -16,7 +16,7 @@ from imm_scale.errors import UserError
 from imm_scale.models.dit import DiT, parameter_count
 from imm_scale.scaling import cost
 from imm_scale.schema import Config
-from imm_scale.training.zero import block_numel, check_extra, deepspeed_config
+from imm_scale.training.zero import block_numel, check_settings, deepspeed_config
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def plan(config: Config, world_size: int) -> Plan:
     """Raises UserError for whatever can be known to be wrong before training."""
     if config.data.manifest is None:
         raise UserError("data.manifest is not set: give the manifest.json that data_tools.encode wrote")
-    check_extra(config)
+    check_settings(config)
     # Opens every index and compares every shard's size: a short shard is found now and not after days.
     dataset = Dataset(config.data.manifest)
     manifest = dataset.manifest
@@ -92,7 +92,7 @@ def _deepspeed_settings(prepared: Plan) -> dict[str, Any]:
     with torch.device("meta"):
         unit = block_numel(DiT(prepared.spec.net))
     samples = layout.slots_per_micro_batch * layout.particles
-    return deepspeed_config(prepared.config, layout.accumulation, samples, unit)
+    return deepspeed_config(prepared.config, layout.world_size, layout.accumulation, samples, unit)
 
 
 def _has_padding(layout: Layout) -> bool:

@@ -1,7 +1,10 @@
 """A run from its config to its last checkpoint."""
 
+import torch
+
 from imm_scale import config as configs
 from imm_scale import distributed, storage
+from imm_scale.data.plan import Layout
 from imm_scale.distributed import World
 from imm_scale.errors import UserError
 from imm_scale.schema import Config
@@ -13,7 +16,7 @@ from imm_scale.training.guard import Rewind, Rewinds
 from imm_scale.training.loop import Loop, Outcome, Surroundings
 from imm_scale.training.preemption import StopSignals
 from imm_scale.training.run_log import check_wandb_key, log, set_up_logging
-from imm_scale.training.saver import remove_leftovers
+from imm_scale.training.saver import SaveTally, remove_leftovers
 from imm_scale.training.setup import Plan, plan
 from imm_scale.training.state import State
 
@@ -32,8 +35,7 @@ def train(config: Config, world: World | None = None) -> Outcome:
     check_device(config)
     prepared = plan(config, world.size)
     resume.check_run_folder(prepared)
-    # The watchdog comes first, however long a step may take.
-    distributed.init(world, patience=max(distributed.PATIENCE_SECONDS, 2 * (config.train.step_timeout or 0.0)))
+    distributed.init(world, patience=watchdog.collective_patience(config.train.step_timeout))
     found = resume.find(config, world)
     if found.checkpoint is not None:
         resume.check_net(found.checkpoint, prepared.spec)
@@ -52,8 +54,11 @@ def train(config: Config, world: World | None = None) -> Outcome:
             remove_leftovers(config, world)
             around = Surroundings(*watchdog.roll(world), signals, preemption.deadline(config.train.stop_before))
             return _train(prepared, world, around, found.checkpoint)
+        except torch.OutOfMemoryError as error:
+            remedy = _out_of_memory(config, prepared.layout, error)
+            _note_failure(config.run_dir, remedy, world.rank)
+            raise remedy from error
         except (UserError, RuntimeError, OSError) as error:
-            log.error("failed: %s", error)
             _note_failure(config.run_dir, error, world.rank)
             raise
 
@@ -61,9 +66,9 @@ def train(config: Config, world: World | None = None) -> Outcome:
 def _train(prepared: Plan, world: World, around: Surroundings, checkpoint: Checkpoint | None) -> Outcome:
     """Goes on from a checkpoint, and after each spike from the newest one, as if started again."""
     config = prepared.config
-    rewinds, rewind = Rewinds(config.train.max_rewinds), None
+    rewinds, rewind, saves = Rewinds(config.train.max_rewinds), None, SaveTally()
     while True:
-        state = State(prepared, world, checkpoint)
+        state = State(prepared, world, checkpoint, saves)
         if rewind is not None:
             rewinds.add(rewind, state.step, config.train.global_batch_size)
         state.step_over(rewinds.ranges)
@@ -111,7 +116,22 @@ def _finish(loop: Loop, outcome: Outcome) -> None:
     distributed.barrier()
 
 
+def _out_of_memory(config: Config, layout: Layout, error: torch.OutOfMemoryError) -> UserError:
+    """What to do where a micro-batch, or what a rank holds beside it, is too large for the device."""
+    samples = layout.slots_per_micro_batch * layout.particles
+    remedies = [
+        f"a smaller train.micro_batch_size (a rank runs {samples} samples at once)" * (samples > layout.particles),
+        "train.activation_checkpointing=true" * (not config.train.activation_checkpointing),
+        f"a higher zero.stage (now {config.zero.stage})" * (config.zero.stage < 3),
+        "zero.offload=optimizer" * (config.zero.offload == "none"),
+    ]
+    said = str(error).split(". ")[0].strip()
+    ways = "; ".join(filter(None, remedies)) or "a smaller model or GPUs with more memory"
+    return UserError(f"the GPU's memory is too small: {said}. Take {ways}. `imm-scale plan` shows what fits")
+
+
 def _note_failure(run_dir: str, error: Exception, rank: int) -> None:
+    log.error("failed: %s", error)
     steps = checkpoints.committed_steps(run_dir)
     try:
         metrics.write_failure(run_dir, str(error), step=steps[-1] if steps else 0, rank=rank)

@@ -423,11 +423,13 @@ def test_pair_under_bf16_autocast_has_the_gradient_of_two_separate_calls(checkpo
     together, apart = gradients(net, pair), gradients(net, separate)
     for name, gradient in together.items():
         assert gradient.abs().max() > 0, name
-        torch.testing.assert_close(gradient, apart[name], rtol=1e-5, atol=1e-5, msg=name)
+        # fp32 sums of some 100 terms in another order: a few roundings of the largest; 16 bits would be 4e-3 off
+        atol = 5e-6 * apart[name].abs().max().item()
+        torch.testing.assert_close(gradient, apart[name], rtol=0, atol=atol, msg=name)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_blocks_compiled_one_by_one_share_one_graph_and_give_the_same_result(dropout):
+def test_blocks_compiled_one_by_one_share_graphs_and_give_the_same_result(dropout):
     """A graph for each of 28 blocks would pass the compiler's limit of 8, and the rest silently run uncompiled."""
     torch.compiler.reset()
     net = randomized(tiny(depth=10, dropout=dropout), dtype=torch.float32)
@@ -442,9 +444,17 @@ def test_blocks_compiled_one_by_one_share_one_graph_and_give_the_same_result(dro
 
     for block in net.blocks:  # as compile_blocks does, with a backend that counts
         block.compile(backend=counting, fullgraph=True)
-    got = net.pair(*args)
+    for step in range(4):
+        got = net.pair(*args)
+        (got[0] - got[1]).square().sum().backward()
+        assert len(graphs) == 1, f"one for both branches, after step {step}"
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    assert len(graphs) == 2, "one for the branch with gradient, one for the other"
+    with torch.no_grad():
+        for _ in range(3):  # held-out samples: both branches without gradient and without dropout
+            net.eval().pair(*args)
+    assert len(graphs) == 2
+    net.train().pair(*args)
+    assert len(graphs) == 2
 
 
 def test_every_dropout_of_the_net_has_a_mask_of_its_own(monkeypatch):
