@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.gpu import branches, draws, memory, stages
+from benchmarks.gpu import branches, conditioning, draws, memory, stages
 from benchmarks.gpu.report import Context, Report
 from imm_scale import rng
 from imm_scale.data.loader import Batch
-from imm_scale.models import layers
+from imm_scale.models import fp32_linear, layers
 from imm_scale.training.engine import Engine, StepResult
 from tests import ranks
 
@@ -38,6 +39,35 @@ def test_a_wrong_bit_on_tensors_is_noticed(failing, monkeypatch):
     found = failing(draws.run)
     assert any(name.startswith("words, compiled") for name in found)
     assert any(name.startswith("normals, compiled") for name in found)
+
+
+class _MatrixUnits(TorchDispatchMode):
+    """Where tf32 is allowed, keeps 10 bits of the mantissas of fp32 factors and drops the rest, as a GPU does."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        factors = {torch.ops.aten.mm.default: (0, 1), torch.ops.aten.addmm.default: (1, 2)}.get(func, ())
+        cut = [
+            (arg.contiguous().view(torch.int32) & -(1 << 13)).view(torch.float32)
+            if i in factors and arg.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+            else arg
+            for i, arg in enumerate(args)
+        ]
+        return func(*cut, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("split", "lost"), [(True, 0), (False, 3)])
+def test_conditioning_rounded_to_tf32_is_noticed(split, lost, failing, monkeypatch):
+    """Rounded inputs lose the difference of t and r at 0.95, 0.98 and 0.99; inputs in two parts keep it."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+
+    def rounds(x: torch.Tensor) -> bool:
+        return split and x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+
+    monkeypatch.setattr(fp32_linear, "rounds_to_tf32", rounds)
+    with _MatrixUnits():
+        found = failing(conditioning.run)
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    assert len(found) == lost, found
 
 
 def test_a_weight_without_its_gradient_is_noticed(failing, monkeypatch):
