@@ -14,9 +14,11 @@ from torch import Tensor
 
 from imm_scale.errors import UserError
 
-PATIENCE_SECONDS = 1800.0  # of a collective; the watchdog is faster, and says more
+PATIENCE_SECONDS = 1800.0  # of a collective outside of training
 SAVER_GROUP = "saver"  # description of the process group over which ranks agree on checkpoints, beside training
 _FLIGHT_RECORDER = "TORCH_FR_BUFFER_SIZE"  # collectives torch remembers, for the watchdog to name the last one
+_HEARTBEAT = "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"  # after which torch ends a process whose NCCL thread is stuck
+_HEARTBEAT_MARGIN = 600.0  # it comes last, for it says least; torch's own 480 s would come first
 
 
 @dataclass(frozen=True)
@@ -83,20 +85,20 @@ def init(world: World, env: Mapping[str, str] = os.environ, patience: float = PA
     if dist.is_initialized():
         return
     os.environ.setdefault(_FLIGHT_RECORDER, "2000")
-    timeout = timedelta(seconds=patience)
-    backend = "gloo"
+    os.environ.setdefault(_HEARTBEAT, f"{patience + _HEARTBEAT_MARGIN:.0f}")
+    options: dict[str, Any] = {"backend": "gloo", "timeout": timedelta(seconds=patience)}
     if torch.cuda.is_available():
-        backend = "nccl"
-        torch.cuda.set_device(device(world))
-        os.environ["LOCAL_RANK"] = str(device(world).index)  # deepspeed takes its GPU from there
+        here = device(world)
+        use_device(here)
+        os.environ["LOCAL_RANK"] = str(here.index)  # deepspeed takes its GPU from there
+        # Without it torch guesses the GPU, and meets an NCCL that cannot start in the first collective only.
+        options |= {"backend": "nccl"} | ({"device_id": here} if world.size > 1 else {})
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # and insists on it everywhere
     if world.size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **options)
         return
     host, port = _rendezvous(env)
-    dist.init_process_group(
-        backend, init_method=f"tcp://{host}:{port}", rank=world.rank, world_size=world.size, timeout=timeout
-    )
+    dist.init_process_group(init_method=f"tcp://{host}:{port}", rank=world.rank, world_size=world.size, **options)
 
 
 def shutdown() -> None:

@@ -149,12 +149,13 @@ def _held(s: Setting, p: Parameters) -> Memory:
     optimizer = 2 * size if s.stage == 0 else 3 * part
     gradients = part if s.stage == 3 else 0.0
     averages = tuple((decay, part) for decay in s.decays)
-    memory = Memory("between steps", weights, gradients, optimizer, averages)
+    copy = (3 + len(averages)) * part  # of weights, moments and averages, from which checkpoints are written
+    memory = Memory("between steps", weights, gradients, optimizer, averages, host=copy)
     if s.stage == 3:
         memory = replace(memory, communication=_buckets(s, p))
     if s.offload:
         host = optimizer + part + sum(average for _, average in averages)  # and the gradients it steps with
-        memory = replace(memory, optimizer=0.0, gradients=0.0, ema=tuple((d, 0.0) for d in s.decays), host=host)
+        memory = replace(memory, optimizer=0.0, gradients=0.0, ema=tuple((d, 0.0) for d in s.decays), host=copy + host)
     return memory
 
 

@@ -84,8 +84,9 @@ def _memory(found: Estimate) -> Iterator[str]:
     share = (m.total + m.reserved) / found.gpu.memory
     verdict = "fits" if found.fits else "DOES NOT FIT"
     yield _row("in all", _bytes(m.total + m.reserved), f"of {_bytes(found.gpu.memory)}: {share:.0%}, {verdict}")
-    if m.host:
-        yield _row("host memory, a node", _bytes(m.host * found.gpus_per_node), "offloaded optimizer and averages")
+    yield _row(
+        "host memory, a node", _bytes(m.host * found.gpus_per_node), "a checkpoint's copy, and what is offloaded"
+    )
 
 
 def _work(config: Config, found: Estimate) -> Iterator[str]:

@@ -10,12 +10,15 @@ from imm_scale.training.checkpoint import Checkpoint
 from imm_scale.training.ema import ShardedEma
 from imm_scale.training.engine import Engine
 from imm_scale.training.run_log import RunLog
-from imm_scale.training.saver import Saver
+from imm_scale.training.saver import Saver, SaveTally
 from imm_scale.training.setup import Plan
 
 
 class State:
     """What a checkpoint holds, alive. Made anew from a checkpoint (None: at step 0) at each start and each rewind.
+
+    Args:
+        saves: of this start so far, before a rewind.
 
     Attributes:
         step, images_seen: the clock; steps that were skipped or stepped over count.
@@ -23,7 +26,7 @@ class State:
         guards: what the guards remember.
     """
 
-    def __init__(self, plan: Plan, world: World, resumed: Checkpoint | None):
+    def __init__(self, plan: Plan, world: World, resumed: Checkpoint | None, saves: SaveTally | None = None):
         self.plan, self.world = plan, world
         config, layout = plan.config, plan.layout
         self.device = distributed.device(world)
@@ -33,7 +36,7 @@ class State:
         samples = layout.slots_per_micro_batch * layout.particles
         self.engine = Engine(config, flow_map, build.objective(config), layout.num_groups, layout.accumulation, samples)
         self.ema = ShardedEma(self.engine.master_shards(), config.ema.decays, config.ema_power)
-        self.saver = Saver(plan, world, self.engine, self.ema)
+        self.saver = Saver(plan, world, self.engine, self.ema, saves)
         self.step = self.images_seen = 0
         self.stepped_over: list[tuple[int, int]] = []
         self.guards: dict[str, Any] = {}

@@ -13,7 +13,7 @@ from imm_scale.training.guard import Rewind, Rewinds
 from imm_scale.training.loop import Loop, Outcome, Surroundings
 from imm_scale.training.preemption import StopSignals
 from imm_scale.training.run_log import check_wandb_key, log, set_up_logging
-from imm_scale.training.saver import remove_leftovers
+from imm_scale.training.saver import SaveTally, remove_leftovers
 from imm_scale.training.setup import Plan, plan
 from imm_scale.training.state import State
 
@@ -32,8 +32,7 @@ def train(config: Config, world: World | None = None) -> Outcome:
     check_device(config)
     prepared = plan(config, world.size)
     resume.check_run_folder(prepared)
-    # The watchdog comes first, however long a step may take.
-    distributed.init(world, patience=max(distributed.PATIENCE_SECONDS, 2 * (config.train.step_timeout or 0.0)))
+    distributed.init(world, patience=watchdog.collective_patience(config.train.step_timeout))
     found = resume.find(config, world)
     if found.checkpoint is not None:
         resume.check_net(found.checkpoint, prepared.spec)
@@ -61,9 +60,9 @@ def train(config: Config, world: World | None = None) -> Outcome:
 def _train(prepared: Plan, world: World, around: Surroundings, checkpoint: Checkpoint | None) -> Outcome:
     """Goes on from a checkpoint, and after each spike from the newest one, as if started again."""
     config = prepared.config
-    rewinds, rewind = Rewinds(config.train.max_rewinds), None
+    rewinds, rewind, saves = Rewinds(config.train.max_rewinds), None, SaveTally()
     while True:
-        state = State(prepared, world, checkpoint)
+        state = State(prepared, world, checkpoint, saves)
         if rewind is not None:
             rewinds.add(rewind, state.step, config.train.global_batch_size)
         state.step_over(rewinds.ranges)
