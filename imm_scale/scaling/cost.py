@@ -51,15 +51,20 @@ def elementwise_bytes(net: DiTConfig, half: bool) -> float:
     return net.depth * per_element * net.tokens * net.width
 
 
-def kernels(net: DiTConfig, objective: str, half: bool, checkpointing: bool) -> int:
-    """Tensor operations of one micro-batch, views aside: what an eager program launches one by one.
+def kernels(net: DiTConfig, objective: str, half: bool, checkpointing: bool, of_a_block: float = 1.0) -> float:
+    """What the CPU launches for one micro-batch, forward and backward, views aside.
 
-    Counted with a dispatch mode: a block takes 20 forward (26 under autocast with its casts), 39 (51) backward, and 18
-    (28) more where it is recomputed; what is around the blocks takes some 440.
+    Counted by `python -m benchmarks.operators`. A block takes 20 operations in each branch, 39 backward and 18 more
+    where it is recomputed; under autocast 22, 51 and 28, and 8 casts of its weights for both branches together. Around
+    the blocks, where draws and loss are compiled, it is 134 for IMM and 67 for flow matching, under autocast 14 more.
+
+    Args:
+        of_a_block: the share of a block's operations that is launched, below 1 where blocks are compiled.
     """
-    forward, backward, again = (26, 51, 28) if half else (20, 39, 18)
-    branches = 1 if objective == "flow_matching" else 2
-    return net.depth * (branches * forward + backward + again * checkpointing) + 440
+    branch, casts, backward, again = (22, 8, 51, 28) if half else (20, 0, 39, 18)
+    branches, around = (1, 67) if objective == "flow_matching" else (2, 134)
+    block = branches * branch + casts + backward + again * checkpointing
+    return of_a_block * net.depth * block + around + 14 * half
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ BANDWIDTH_SHARE = (0.9, 0.6)
 NETWORK_SHARE = (0.85, 0.5)
 COMPILED_TRAFFIC = 0.5  # of the eager memory traffic, with train.compile (assumed)
 LAUNCH_SECONDS = (5e-6, 10e-6)  # for the CPU to launch a kernel (assumed); a step is no shorter than its launches
-COMPILED_LAUNCHES = 0.3  # of the eager kernels, with train.compile (assumed)
+COMPILED_LAUNCHES = 0.3  # of the blocks' eager kernels, with train.compile (assumed)
 HOST_BANDWIDTH = (100e9, 50e9)  # bytes/s a node's CPUs step an offloaded optimizer with (assumed)
 STORAGE_BANDWIDTH = (2e9, 0.25e9)  # bytes/s a node writes a checkpoint with, hashing included (assumed)
 _NPY_HEADER, _TAR_BLOCK = 128, 512
@@ -261,8 +261,8 @@ def _compute_seconds(config: Config, s: Setting, device: Gpu, flops: float, pass
     micro-batches wait for the CPU that launches their kernels.
     """
     moved = passes * cost.elementwise_bytes(s.net, s.half) * (COMPILED_TRAFFIC if config.train.compile else 1.0)
-    kernels = cost.kernels(s.net, config.objective.name, s.half, s.checkpointing) * s.accumulation
-    launched = kernels * (COMPILED_LAUNCHES if config.train.compile else 1.0)
+    share = COMPILED_LAUNCHES if config.train.compile else 1.0
+    launched = cost.kernels(s.net, config.objective.name, s.half, s.checkpointing, share) * s.accumulation
     peak = device.peak(config.precision)
     shares = zip(MATMUL_SHARE, BANDWIDTH_SHARE, LAUNCH_SECONDS, strict=True)
     return Range(

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "imm_scale"
 # The way of the data. A room may import the rooms above it and itself.
 LAYERS = [
     {"errors"},
-    {"ranged_get"},
+    {"fusion", "ranged_get"},
     {"schema"},
     {"config"},
     {"rng", "storage", "distributed", "precision", "interpolant"},
