@@ -40,3 +40,8 @@ SECTIONS: tuple[Section, ...] = (
     Section("memory", 17, "memory comes back when an engine is closed"),
     Section("train", 50, "train: signal, resume at another stage, a micro-batch too large", memory=30),
 )
+
+
+def limit_of(name: str) -> int:
+    """Seconds of a section."""
+    return next(section.limit for section in SECTIONS if section.name == name)
