@@ -29,7 +29,7 @@ class Section:
         return importlib.import_module(self.module or f"benchmarks.gpu.{self.name}").run
 
 
-SECTIONS: tuple[Section, ...] = (
+PROOFS = (
     Section("versions", 25, "versions, NCCL, what the doctor says"),
     Section("draws", 22, "draws on the device equal those on the CPU"),
     Section("loss", 18, "losses and gradients in fp32 against fp64 on the CPU"),
@@ -40,3 +40,19 @@ SECTIONS: tuple[Section, ...] = (
     Section("memory", 17, "memory comes back when an engine is closed"),
     Section("train", 50, "train: signal, resume at another stage, a micro-batch too large", memory=30),
 )
+TIMINGS = (
+    Section("syncs", 40, "host synchronizations, launches and idle share of a step"),
+    Section("step", 60, "a step of XL, L, B and S: time, utilization, over its three passes"),
+    Section("stock", 30, "the pair of passes beside diffusers' DiT"),
+    Section("sampling", 35, "samplers in fp32, tf32 and bf16, eager and compiled: rate and error"),
+    Section("attention", 8, "attention kernels at head sizes 72 and 64"),
+    Section("overlap", 16, "ZeRO stages with overlap on and off, the optimizer's step"),
+    Section("checkpoint", 33, "a checkpoint: memory, copy, wait, steps beside it"),
+    Section("loader", 8, "loader to device against what a step needs"),
+)
+SECTIONS: tuple[Section, ...] = PROOFS + TIMINGS
+
+
+def limit_of(name: str) -> int:
+    """Seconds of a section."""
+    return next(section.limit for section in SECTIONS if section.name == name)
