@@ -109,7 +109,7 @@ def _refused(report: Report, job: Job, run_dir: Path, log: Path) -> None:
     said = "out of memory" in status["reason"]
     report.check("micro-batch too large: the reason names the memory", said, equals=True)
     named = "train.micro_batch_size" in log.read_text(errors="replace")
-    report.figure("micro-batch too large: train.micro_batch_size is named", named)
+    report.check("micro-batch too large: train.micro_batch_size is named", named, equals=True)
 
 
 def _undisturbed(context: Context, words: Sequence[str]) -> list[float]:

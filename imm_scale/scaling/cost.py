@@ -54,15 +54,15 @@ def elementwise_bytes(net: DiTConfig, half: bool) -> float:
 def kernels(net: DiTConfig, objective: str, half: bool, checkpointing: bool, of_a_block: float = 1.0) -> float:
     """What the CPU launches for one micro-batch, forward and backward, views aside.
 
-    Counted by `python -m benchmarks.operators`. A block takes 20 operations in each branch, 39 backward and 18 more
-    where it is recomputed; under autocast 22, 51 and 28, and 8 casts of its weights for both branches together. Around
-    the blocks, where draws and loss are compiled, it is 134 for IMM and 67 for flow matching, under autocast 14 more.
+    Counted by `python -m benchmarks.operators`. A block takes 19 operations in each branch, 38 backward and 17 more
+    where it is recomputed; under autocast 21, 50 and 27, and 8 casts of its weights for both branches together. Around
+    the blocks, where draws and loss are compiled, it is 104 for IMM and 64 for flow matching, under autocast 14 more.
 
     Args:
         of_a_block: the share of a block's operations that is launched, below 1 where blocks are compiled.
     """
-    branch, casts, backward, again = (22, 8, 51, 28) if half else (20, 0, 39, 18)
-    branches, around = (1, 67) if objective == "flow_matching" else (2, 134)
+    branch, casts, backward, again = (21, 8, 50, 27) if half else (19, 0, 38, 17)
+    branches, around = (1, 64) if objective == "flow_matching" else (2, 104)
     block = branches * branch + casts + backward + again * checkpointing
     return of_a_block * net.depth * block + around + 14 * half
 

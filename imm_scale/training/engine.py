@@ -310,7 +310,8 @@ class Engine:
             state["step"].fill_(float(steps))
 
     def optimizer_steps(self) -> int:
-        return max(int(state["step"]) for state in self._base_optimizer().state.values())
+        """Adam's step counter, in one read: it is kept per tensor, on the device where its kernels are fused."""
+        return int(torch.stack([state["step"] for state in self._base_optimizer().state.values()]).max())
 
     def held_shards(self) -> Iterator[Shard]:
         """Everything this rank steps: at stage 0 whole parameters, above that its own slices."""

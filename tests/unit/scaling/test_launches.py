@@ -49,6 +49,8 @@ def test_compiled_draws_and_loss_keep_the_goal_around_the_blocks(objective):
     found = _compiled(objective)
     assert 0 < found.graphs < 40
     assert found.around + found.graphs <= GOAL
+    low = launches(objective, compiled=True, half=True)
+    assert low.around + low.graphs <= GOAL
     # One operator after the other it is several times as many, most of them Philox's.
     eager = _counted(objective)
     assert eager.graphs == 0 and eager.around > 4 * (found.around + found.graphs)
