@@ -8,7 +8,7 @@ DEMO := runs/demo
 TWO_RANKS := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m imm_scale
 ONE := $(BIN)/imm-scale
 
-.PHONY: help setup demo demo-data test check soak
+.PHONY: help setup demo demo-data test check soak gpu wheelhouse
 .DEFAULT_GOAL := help
 
 help: ## say what the targets do
@@ -53,6 +53,16 @@ soak: demo demo-seed-1 demo-seed-2 ## what is too long for every change: three s
 	IMM_SOAK=10 $(BIN)/python -m pytest tests/resume/test_elastic.py tests/distributed/test_equal_losses.py \
 		tests/distributed/test_plan.py
 	IMM_SOAK=1 $(BIN)/python -m pytest tests/slurm
+
+gpu: setup ## prove and time every GPU path on this machine's GPU, in at most eight minutes; tables into runs/gpu
+	$(BIN)/python -m benchmarks.gpu --out runs/gpu
+
+# Of the machine without a network: its Python, and the packages it has (torch==2.11.0,numpy,...).
+TARGET_PYTHON ?= 3.12
+HAVE ?=
+
+wheelhouse: setup ## collect the wheels that such a machine lacks: make wheelhouse TARGET_PYTHON=3.12 HAVE=torch==2.11.0,numpy
+	$(BIN)/python -m launchers.wheelhouse --python "$(TARGET_PYTHON)" --have "$(HAVE)"
 
 test: setup ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/unit

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imm_scale import storage
+from imm_scale import devices, storage
 from imm_scale.errors import UserError
 
 FORMAT_VERSION = 1
@@ -104,13 +104,13 @@ class Piece:
     Attributes:
         name, shape: of the whole parameter.
         offset: where the slice starts in it.
-        states: flat fp32 tensors on the host, by state.
+        states: by state the flat fp32 tensors on the host that make up the slice, one after the other.
     """
 
     name: str
     shape: tuple[int, ...]
     offset: int
-    states: Mapping[str, Tensor]
+    states: Mapping[str, Sequence[Tensor]]
 
 
 def checksum(name: str, offset: int, flat: Tensor) -> Tensor:
@@ -135,20 +135,23 @@ def write_rank(url: str, rank: int, pieces: Sequence[Piece], staging: str) -> No
         url: the checkpoint's folder.
         staging: a local folder that files for a remote store pass through.
     """
-    places = [(piece, state, tensor) for piece in pieces for state, tensor in piece.states.items()]
+    places = [(piece, state, parts) for piece in pieces for state, parts in piece.states.items()]
     file, digest, size = f"rank-{rank:05d}.safetensors", hashlib.sha256(), 0
 
     def chunks() -> Iterator[bytes | memoryview]:
         nonlocal size
-        for chunk in _safetensors({f"{state}/{piece.name}": tensor for piece, state, tensor in places}):
+        for chunk in _safetensors({f"{state}/{piece.name}": parts for piece, state, parts in places}):
             digest.update(chunk)
             size += len(chunk)
             yield chunk
 
     storage.write_chunks(storage.join(url, file), chunks(), staging)
     sums = {state: torch.zeros((), dtype=torch.int64) for _, state, _ in places}
-    for piece, state, tensor in places:
-        sums[state] += checksum(piece.name, piece.offset, tensor)
+    for piece, state, parts in places:
+        offset = piece.offset
+        for part in parts:
+            sums[state] += checksum(piece.name, offset, part)
+            offset += part.numel()
     description = {
         "file": file,
         "bytes": size,
@@ -160,26 +163,31 @@ def write_rank(url: str, rank: int, pieces: Sequence[Piece], staging: str) -> No
                 "name": piece.name,
                 "shape": piece.shape,
                 "offset": piece.offset,
-                "numel": tensor.numel(),
+                "numel": _numel(parts),
             }
-            for piece, state, tensor in places
+            for piece, state, parts in places
         ],
     }
     storage.write_text(storage.join(url, f"rank-{rank:05d}.json"), json.dumps(description))
 
 
-def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file of flat fp32 tensors, without the copy of them that the stock writer makes."""
+def _numel(parts: Sequence[Tensor]) -> int:
+    return sum(part.numel() for part in parts)
+
+
+def _safetensors(tensors: Mapping[str, Sequence[Tensor]]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file of flat fp32 tensors, given in parts, without the stock writer's copy of them."""
     header: dict[str, Any] = {}
     end = 0
-    for key, tensor in tensors.items():
-        start, end = end, end + 4 * tensor.numel()
-        header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for key, parts in tensors.items():
+        numel = _numel(parts)
+        start, end = end, end + 4 * numel
+        header[key] = {"dtype": "F32", "shape": [numel], "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
-        data = tensor.numpy().data.cast("B")
+    for part in (part for parts in tensors.values() for part in parts):
+        data = part.numpy().data.cast("B")
         for start in range(0, len(data), 4 * _CHUNK):
             yield data[start : start + 4 * _CHUNK]
 
@@ -355,5 +363,6 @@ def load_into(tensors: Sequence[tuple[str, str, int, Tensor]], checkpoint: Check
         for wanted in tensors:
             fill(wanted)
         return
-    with ThreadPoolExecutor(_READERS) as pool:
+    where = next((target.device for *_, target in tensors if target.is_cuda), torch.device("cpu"))
+    with ThreadPoolExecutor(_READERS, initializer=devices.use_device, initargs=(where,)) as pool:
         list(pool.map(fill, tensors))
