@@ -58,6 +58,7 @@ class HostCopy:
         self.taken.set()
 
     def begin(self) -> None:
+        """Marks the point in the training stream from which the slices may be copied. Called on the training thread."""
         self.taken.clear()
         if torch.cuda.is_available():
             self._stream = self._stream or torch.cuda.Stream()
