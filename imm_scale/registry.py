@@ -73,6 +73,7 @@ class Registry:
         return next(name for name, known in self._classes.items() if known is cls)
 
     def names(self) -> list[str]:
+        """All registered names."""
         load_built_in()
         return list(self._classes)
 
