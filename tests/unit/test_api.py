@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,24 @@ def test_an_evaluation_is_the_one_the_command_reads_again(trained, digits, tmp_p
     assert imm_scale.evaluate(given, [1], 64, repeats=2, overrides=overrides, out=f"{tmp_path}/ours") == json.loads(
         ours[0].read_text()
     )
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda run: imm_scale.load("nowhere"), "nowhere is not a run folder"),
+        (lambda run: imm_scale.load(run, ema=0.5), "no moving average of decay 0.5; it has 0.99"),
+        (lambda run: imm_scale.sample(run, steps=0), "steps=0 must be at least 1"),
+        (lambda run: imm_scale.sample(run, labels=[3, 10]), "the model knows classes 0 to 9"),
+        (lambda run: imm_scale.sample(run, sampler="euler"), "sampler='euler' is unknown"),
+        (lambda run: imm_scale.evaluate("nowhere"), "nowhere is not a run folder"),
+        (lambda run: imm_scale.evaluate(run, overrides=["evaluation.nmu=5"]), "evaluation.num"),
+        (lambda run: imm_scale.train("demo"), "neither a config file"),
+    ],
+)
+def test_a_mistake_is_named(trained, call, words):
+    with pytest.raises(imm_scale.UserError, match=re.escape(words)):
+        call(trained)
 
 
 def test_out_is_refused_where_it_does_nothing(trained):
