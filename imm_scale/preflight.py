@@ -30,6 +30,7 @@ class Plan:
 
     @property
     def manifest(self) -> Manifest:
+        """The data set's description."""
         return self.dataset.manifest
 
 

@@ -84,6 +84,7 @@ class Slice:
 
 
 def folder(run_dir: str, step: int) -> str:
+    """URL of the checkpoint of a step, whether it is there or not."""
     return storage.join(run_dir, _FOLDER, f"{_PREFIX}{step:08d}")
 
 
@@ -114,7 +115,7 @@ class Piece:
 
 
 def checksum(name: str, offset: int, flat: Tensor) -> Tensor:
-    """Of a slice of one state of one parameter, an int64 on the slice's device.
+    """Of a flat slice of one state of one parameter, an int64 on the slice's device.
 
     The sum over elements of bits * (2 * position + 1) * an odd number made from the name, mod 2^64: over any cut of a
     state into slices, on any ranks, the sums come to the same number, and one changed or misplaced element changes it.
@@ -256,6 +257,7 @@ class Checkpoint:
 
     @classmethod
     def of_step(cls, run_dir: str, step: int) -> "Checkpoint":
+        """The checkpoint of a step. Raises as the class does."""
         return cls(folder(run_dir, step))
 
     @classmethod
@@ -311,6 +313,7 @@ class Checkpoint:
 
     @property
     def states(self) -> list[str]:
+        """Names of the states it holds, sorted, such as "weight" and "ema-0.9999"."""
         return sorted({state for state, _ in self._slices})
 
     def read(self, state: str, name: str, offset: int = 0, numel: int | None = None) -> Tensor:
@@ -339,7 +342,7 @@ class Checkpoint:
         return out
 
     def weights(self, state: str = "weight") -> dict[str, Tensor]:
-        """{parameter: whole tensor} of one state, such as "weight" or "ema-0.9999"."""
+        """{parameter: tensor of its whole shape} of one state, such as "weight" or "ema-0.9999"."""
         if state not in self.states:
             raise UserError(f"{self.url} holds no {state!r}; it has {', '.join(self.states)}")
         return {name: self.read(state, name).view(shape) for name, shape in self.shapes.items()}

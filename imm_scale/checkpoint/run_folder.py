@@ -98,6 +98,7 @@ class MetricsLog:
                     storage.remove(storage.join(segments, name))
 
     def append(self, record: Record) -> None:
+        """Adds a record; a local file has it at once, an object store at the next commit."""
         self._unwritten.append(record)
         if self._local:
             self._write()

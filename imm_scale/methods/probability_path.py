@@ -20,10 +20,12 @@ class Interpolant(ABC):
     rate: float
 
     @abstractmethod
-    def alpha(self, t: Tensor) -> Tensor: ...
+    def alpha(self, t: Tensor) -> Tensor:
+        """Coefficient of the data at times t, of the same shape."""
 
     @abstractmethod
-    def sigma(self, t: Tensor) -> Tensor: ...
+    def sigma(self, t: Tensor) -> Tensor:
+        """Coefficient of the noise at times t, of the same shape."""
 
     @abstractmethod
     def eta_inverse(self, eta: Tensor) -> Tensor:

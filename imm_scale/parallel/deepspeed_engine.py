@@ -58,7 +58,7 @@ class LossModule(nn.Module):
         self.groups: GroupLosses | None = None
 
     def forward(self, x: Tensor, label: Tensor, ordinal: Tensor, weight: Tensor) -> Tensor:
-        """Sum of the losses of the real groups (weight 1), fp64; `groups` keeps those of the last call, detached."""
+        """Sum of the real groups' losses (weight 1), fp64 scalar; `groups` keeps those of the last call, detached."""
         losses = self.objective(self.flow_map, x, label, ordinal, self.seed)
         self.groups = GroupLosses(losses.loss_G.detach(), losses.t_G.detach())
         return (losses.loss_G * weight).sum()
@@ -220,7 +220,7 @@ class Engine:
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:
-        """Sum of the losses of a micro-batch's groups under the current weights, without dropout; all ranks call it."""
+        """Scalar sum of a micro-batch's losses under the current weights, without dropout; all ranks call it."""
         self._engine.eval()
         total = self._forward(batch).detach()
         self._engine.train()

@@ -33,6 +33,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which writes and speaks for all."""
         return self.rank == 0
 
 
@@ -113,17 +114,19 @@ def group_beside(patience: timedelta) -> dist.ProcessGroup:
 
 
 def shutdown() -> None:
+    """Ends torch's process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def barrier() -> None:
+    """Waits for all ranks; nothing in a world of one."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
 
 
 def all_sum(values: Tensor) -> Tensor:
-    """The sum over ranks, in place."""
+    """The sum over ranks, in place, of a tensor that has one shape on all of them."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         if dist.get_backend() == "nccl" and values.device.type == "cpu":  # NCCL sums on GPUs only
             there = values.cuda()
@@ -188,4 +191,5 @@ def together(action: Callable[[], None], where: torch.device, what: str, remedy:
 
 
 def hostname() -> str:
+    """Name of this node."""
     return socket.gethostname()

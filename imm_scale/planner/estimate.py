@@ -101,10 +101,12 @@ class Estimate:
 
     @property
     def world_size(self) -> int:
+        """Ranks of the run."""
         return self.nodes * self.gpus_per_node
 
     @property
     def images_per_second(self) -> Range:
+        """Training images a second, over all ranks."""
         batch = self.layout.global_batch_size
         return Range(batch / self.step_seconds.high, batch / self.step_seconds.low)
 

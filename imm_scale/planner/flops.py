@@ -89,6 +89,7 @@ def _numel(module: nn.Module, only_cast: bool) -> int:
 
 @cache
 def parameters(net: DiTConfig) -> Parameters:
+    """Counts a net's parameters on meta tensors, without memory for them."""
     with torch.device("meta"):
         model = DiT(net)
     block = model.blocks[0]

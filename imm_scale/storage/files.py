@@ -55,6 +55,7 @@ OnRetry = Callable[[Exception], None]
 
 
 def is_local(url: str) -> bool:
+    """Whether a URL is a path of this machine."""
     return "://" not in url or url.startswith("file://")
 
 
@@ -65,14 +66,17 @@ def local_path(url: str) -> str:
 
 
 def join(url: str, *parts: str) -> str:
+    """URL of a name below a folder."""
     return posixpath.join(url, *parts)
 
 
 def parent(url: str) -> str:
+    """URL of the folder a name lies in."""
     return posixpath.dirname(url.rstrip("/"))
 
 
 def name(url: str) -> str:
+    """The last part of a URL."""
     return posixpath.basename(url.rstrip("/"))
 
 
@@ -204,6 +208,7 @@ def _call(url: str, method: str, *args: Any, on_retry: OnRetry | None = None, **
 
 
 def exists(url: str) -> bool:
+    """Whether there is a file or a folder."""
     try:
         _call(url, "info")
     except (FileNotFoundError, NotADirectoryError):
@@ -242,6 +247,7 @@ def read_bytes(url: str) -> bytes:
 
 
 def read_text(url: str) -> str:
+    """A file's UTF-8 text. Raises FileNotFoundError."""
     return read_bytes(url).decode()
 
 
@@ -373,4 +379,5 @@ def is_temporary(file_name: str) -> bool:
 
 
 def write_text(url: str, text: str) -> None:
+    """Writes text as UTF-8, whole or not at all, as `write_bytes` does."""
     write_bytes(url, text.encode())

@@ -27,7 +27,7 @@ LAYERS = [
     {"evaluation"},
     {"sweeps"},
     {"report"},
-    {"doctor"},
+    {"api", "doctor"},
     {"cli"},
     {"__main__"},
 ]
