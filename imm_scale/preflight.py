@@ -51,7 +51,10 @@ def plan(config: Config, world_size: int) -> Plan:
     train = config.train
     layout = Layout(train.global_batch_size, config.method.group_size, world_size, train.micro_batch_size)
     steps_per_epoch(layout.global_batch_size, trained_samples(config, manifest))
-    return Plan(config, dataset, layout, build.model_spec(config, manifest))
+    spec = build.model_spec(config, manifest)
+    with torch.device("meta"):
+        build.net(spec)  # a method says here what it cannot use
+    return Plan(config, dataset, layout, spec)
 
 
 def trained_samples(config: Config, manifest: Manifest) -> int:
