@@ -1,6 +1,7 @@
 """`imm-scale completion`: scripts for shells, made from the parser by shtab."""
 
 import argparse
+import re
 from collections.abc import Iterator, Sequence
 
 from imm_scale import shipped
@@ -99,7 +100,8 @@ def script(shell: str) -> str:
         elif action.dest in _FOLDERS:
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
     made: str = shtab.complete(parser, shell, preamble=_functions(shell))
-    return made + (_BASH_END if shell == "bash" else "")
+    # For an argument of many words shtab writes what zsh reads as one word that excludes all others.
+    return re.sub(r'"\(\*\)::?', '"*:', made) if shell == "zsh" else made + (_BASH_END if shell == "bash" else "")
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

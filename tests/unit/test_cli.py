@@ -179,4 +179,5 @@ def test_bash_completes(words, offered, tmp_path):
 def test_every_shell_gets_commands_recipes_and_keys(shell, capsys):
     assert cli.main(["completion", shell]) == 0
     text = capsys.readouterr().out
+    assert '"(*)' not in text, "zsh would offer the first of many words only"
     assert all(word in text for word in [*table.COMMANDS, "imagenet256_dit_xl2", "optimizer.lr=", "h100-80gb"])
