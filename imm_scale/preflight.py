@@ -37,7 +37,7 @@ class Plan:
 def plan(config: Config, world_size: int) -> Plan:
     """Raises UserError for whatever can be known to be wrong before training."""
     if config.data.manifest is None:
-        raise UserError("data.manifest is not set: give the manifest.json that data_tools.encode wrote")
+        raise UserError("data.manifest is not set: give the manifest.json that imm-scale encode wrote")
     check_settings(config)
     # Opens every index and compares every shard's size: a short shard is found now and not after days.
     dataset = Dataset(config.data.manifest)

@@ -239,5 +239,5 @@ def _check_flip(flip: bool, manifest: Manifest) -> None:
     if flip and manifest.codec.kind != "pixels" and not manifest.flipped:
         raise UserError(
             "data.flip needs pixels or shards with mirrored latents: a mirrored image's vae latent is not the "
-            "mirrored latent. Encode with python -m data_tools.encode --flip, or set data.flip=false"
+            "mirrored latent. Encode with imm-scale encode --flip, or set data.flip=false"
         )
