@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import problem
-from benchmarks.gpu.problem import Samples
 from benchmarks.gpu.report import Context, Report
 from imm_scale.data.batch import Batch
 from imm_scale.methods.base import FlowMapMethod
@@ -34,7 +33,7 @@ def run(context: Context, report: Report) -> None:
     _compare_all(context, report, batch, here, there, _PUBLISHED_K, _FEWER)
 
 
-def _compare_all(context: Context, report: Report, batch: Samples, here: DiT, there: DiT, k: int, fewer: float) -> None:
+def _compare_all(context: Context, report: Report, batch: Batch, here: DiT, there: DiT, k: int, fewer: float) -> None:
     pairs = zip(problem.methods(here, k), problem.methods(there, k), strict=True)
     for (name, flow_map, method), (_, flow_map_there, _) in pairs:
         reference = _evaluate(flow_map, method, problem.on(batch.x.device, batch, torch.float64))

@@ -156,7 +156,7 @@ def _complete(tmp_path: Path, *words: str) -> set[str]:
     ("words", "offered"),
     [
         (("e",), {"encode", "evaluate", "export", "explain"}),
-        (("train", "imagenet256_dit_x"), {"imagenet256_dit_xl2", "imagenet256_dit_xl2_ts"}),
+        (("train", "imagenet256_dit_x"), {"imagenet256_dit_xl2", "imagenet256_dit_xl2_bf16", "imagenet256_dit_xl2_ts"}),
         (("train", "demo", "train.max_st"), {"train.max_steps="}),
         (("train", "demo", "--dry-run", "method.min_g"), {"method.min_gap="}),
         (("train", "my_"), {"my_run.yaml", "my_folder/"}),
@@ -166,7 +166,7 @@ def _complete(tmp_path: Path, *words: str) -> set[str]:
         (("submit", "demo", "--cluster", "p"), {"pyxis"}),
         (("verify", "--ad"), {"--adopt"}),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(sorted(value)),
 )
 def test_bash_completes(words, offered, tmp_path):
     (tmp_path / "my_run.yaml").touch()
