@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from imm_scale import storage
+from imm_scale import precision, storage
 from imm_scale.errors import UserError
 
 PACK_NAME = "pack.json"
@@ -18,6 +18,7 @@ PACK_VERSION = 1
 def run(parser: argparse.ArgumentParser, body: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
     """Runs a tool and returns its exit code: 0 done, 2 the user's mistake (one message, no traceback), 130 Ctrl-C."""
     args = parser.parse_args(argv)
+    precision.set_tf32(False)
     try:
         body(args)
     except UserError as error:

@@ -20,12 +20,13 @@ from data_tools import records, tasks
 from data_tools.common import PACK_NAME, ImageShard, Pack, load_pack, run
 from data_tools.records import Identity, Record
 from data_tools.statistics import ChannelSums
-from imm_scale import storage
+from imm_scale import precision, storage
 from imm_scale.data import tar
 from imm_scale.data.codec import ImageCodec, PixelsCodec, VAECodec
 from imm_scale.data.prefetch import Prefetcher
 from imm_scale.data.shards import LATENT_DTYPE, write_shard
 from imm_scale.errors import UserError
+from imm_scale.parallel import world
 
 _BATCHES_AHEAD = 4
 _DECODERS = 4  # threads that decode PNGs ahead of the encoder
@@ -64,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", required=True, help="folder written by data_tools.pack, a path or an fsspec URL")
     parser.add_argument("--out", required=True, help="output folder, a path or an fsspec URL")
     add_codec_arguments(parser)
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        choices=("fp32", "tf32"),
+        help="of the autoencoder: tf32 is faster on NVIDIA GPUs, and rounds inside it as storing fp16 does at its end",
+    )
     parser.add_argument("--flip", action="store_true", help="also store latents of the mirrored images, for data.flip")
     parser.add_argument("--task-index", type=int, metavar="I", help="default: from SLURM_ARRAY_TASK_ID, else 0")
     parser.add_argument("--num-tasks", type=int, metavar="N", help="default: from SLURM_ARRAY_TASK_COUNT, else 1")
@@ -93,8 +100,27 @@ def make_codec(args: argparse.Namespace) -> ImageCodec:
         return PixelsCodec()
     if args.vae is None:
         raise UserError("--codec vae needs --vae PATH, the folder or hub name of a diffusers AutoencoderKL")
-    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-    return VAECodec(args.vae, f"cuda:{local_rank}" if args.device == "cuda" else args.device)
+    return VAECodec(args.vae, _device(args.device))
+
+
+def _device(name: str) -> str:
+    """The torch device asked for, which `cuda` leaves to the rank. Raises UserError for one that is not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name} is no device of torch: use cpu, cuda or, say, cuda:1") from error
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        seen = torch.cuda.device_count()
+        raise UserError(f"--device {name}: torch sees {seen} GPUs here; use another or --device cpu")
+    return str(world.device(world.detect())) if name == "cuda" else name
+
+
+def _set_precision(codec: ImageCodec, asked: str) -> None:
+    """Raises UserError for tf32 where nothing, or no GPU, computes in it."""
+    if asked != "fp32" and codec.kind != "vae":
+        raise UserError(f"--precision {asked} is for --codec vae: {codec.kind} computes nothing")
+    precision.check(asked, "--precision")
+    codec.precision = asked
 
 
 def load_images(folder: str) -> Pack:
@@ -110,6 +136,7 @@ def load_images(folder: str) -> Pack:
 def encode(args: argparse.Namespace) -> None:
     """Does what the command line asks. Raises UserError."""
     codec = make_codec(args)
+    _set_precision(codec, args.precision)
     pack = load_images(args.images)
     identity = records.identify(pack, codec, args.flip)
     records.check_manifest(args.out, identity)

@@ -17,7 +17,7 @@ _SHOWN = 5  # names listed in a message
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes latents of two tasks belong together."""
+    """What makes latents of two tasks belong together; the manifest says all of it but the precision."""
 
     kind: str
     weights_hash: str
@@ -25,13 +25,14 @@ class Identity:
     channels: int
     factor: int
     flipped: bool
+    precision: str = "fp32"
 
     def __str__(self) -> str:
         weights = f" with weights {self.weights_hash[:12]}" if self.weights_hash else ""
         mirrored = ", with mirrored latents" if self.flipped else ""
         return (
             f"{self.kind}{weights}, {self.image_size} pixels a side, {self.channels} channels, factor {self.factor}"
-            f"{mirrored}"
+            f"{mirrored}, {self.precision}"
         )
 
 
@@ -44,7 +45,7 @@ def identify(pack: Pack, codec: ImageCodec, flipped: bool) -> Identity:
             f"{codec.factor}: pack them with --size"
         )
     channels = codec.latent_channels(image_channels)
-    return Identity(codec.kind, codec.weights_hash, height, channels, codec.factor, flipped)
+    return Identity(codec.kind, codec.weights_hash, height, channels, codec.factor, flipped, codec.precision)
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def check_manifest(out: str, identity: Identity) -> None:
         return
     manifest = Manifest.load(url)
     fields = {key: value for key, value in asdict(manifest.codec).items() if key not in ("mean", "std")}
-    _check_same(Identity(**fields, flipped=manifest.flipped), identity, url)
+    existing = Identity(**fields, flipped=manifest.flipped, precision=identity.precision)
+    _check_same(existing, identity, url)
 
 
 def _check_same(existing: Identity, wanted: Identity, url: str) -> None:
@@ -170,7 +172,7 @@ def _manifest(records: list[Record], class_names: tuple[str, ...]) -> Manifest:
             f"{_numbers(measured[1])}, off by {shift:.1%} of a std and by {scale:.1%} of the std"
         )
     side = identity.image_size // identity.factor
-    fields = {key: value for key, value in asdict(identity).items() if key != "flipped"}
+    fields = {key: value for key, value in asdict(identity).items() if key not in ("flipped", "precision")}
     return Manifest(
         codec=Codec(**fields, mean=mean, std=std),
         latent_shape=(identity.channels, side, side),

@@ -10,7 +10,7 @@ from imm_scale import config as configs
 from imm_scale import storage
 from imm_scale.checkpoint import run_folder
 from imm_scale.config.schema import Config
-from imm_scale.evaluation.records import read_evaluations
+from imm_scale.evaluation.records import arithmetic, read_evaluations
 
 
 def run(*words: str) -> None:
@@ -25,10 +25,10 @@ def config_of(run_dir: str) -> Config:
 
 
 def distances(run_dir: str) -> dict[int, dict[str, Any]]:
-    """{steps: result} of the newest checkpoint's evaluations."""
+    """{steps: result} of the newest checkpoint's evaluations in fp32."""
     evaluations = read_evaluations(run_dir)
     newest = max(e["step"] for e in evaluations)
-    return {r["steps"]: r for e in evaluations if e["step"] == newest for r in e["results"]}
+    return {r["steps"]: r for e in evaluations if e["step"] == newest for r in e["results"] if not arithmetic(r)}
 
 
 def training_minutes(run_dir: str) -> float:

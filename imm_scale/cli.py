@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from imm_scale import config as configs
-from imm_scale import storage
+from imm_scale import precision, storage
 from imm_scale.errors import RunError, UserError
 from imm_scale.parallel import world as distributed
 from imm_scale.planner import hardware
@@ -62,6 +62,8 @@ def _overrides(args: argparse.Namespace) -> list[str]:
         "sampling.batch_size": args.batch_size,
         "sampling.grid": args.grid,
         "sampling.sampler": args.sampler,
+        "sampling.precision": args.precision,
+        "sampling.compile": "true" if args.compile else None,
         "sampling.vae": getattr(args, "vae", None),
         f"{args.section}.num": args.num,
         "evaluation.repeats": getattr(args, "repeats", None),
@@ -227,6 +229,8 @@ def _add_sampling_flags(parser: argparse.ArgumentParser, section: str) -> None:
     parser.add_argument("--sampler", help="pushforward, restart, pushforward_restart or heun")
     parser.add_argument("--ema", type=float, help="decay of the average to use; 0 for the raw weights")
     parser.add_argument("--batch-size", type=int, help="images held at once; sample i is the same whatever it is")
+    parser.add_argument("--precision", help="of the network: fp32 (default), tf32, bf16 or fp16")
+    parser.add_argument("--compile", action="store_true", help="compile the network first: worth it for many images")
 
 
 def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
@@ -352,6 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The deepspeed launcher inserts --local_rank=N; ranks come from the environment.
     words = [word for word in words if not re.fullmatch(r"--local[_-]rank=\d+", word)]
     args = _parse(words)
+    precision.set_tf32(False)  # training and sampling allow it where their keys say so
     try:
         return args.action(args)
     except (UserError, RunError) as error:

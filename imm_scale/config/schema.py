@@ -170,6 +170,15 @@ class SamplingConfig:
     ema: float | None = option(
         None, "Decay of the moving average to sample from; null takes the first, 0 the raw weights."
     )
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = option(
+        "fp32", "Precision of the network's matrix products in sampling, whatever it was trained in; see precision."
+    )
+    compile: bool = option(
+        False, "torch.compile each block for sampling: minutes at first (C++ compiler on CPU, triton on GPUs)."
+    )
+    vae_precision: Literal["fp32", "tf32"] = option(
+        "fp32", "Precision of the autoencoder that decodes: tf32 is faster on NVIDIA GPUs."
+    )
 
 
 @dataclass(frozen=True)

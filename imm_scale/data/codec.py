@@ -17,6 +17,7 @@ from torch import Tensor
 from imm_scale import rng
 from imm_scale.data.manifest import Codec
 from imm_scale.errors import UserError
+from imm_scale.precision import computing
 
 # Published mean and std per channel of the raw latents, by the sha256 of the weights.
 KNOWN_STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -41,6 +42,7 @@ class ImageCodec(Protocol):
     kind: str
     weights_hash: str
     factor: int
+    precision: str
 
     def latent_channels(self, image_channels: int) -> int:
         """Channels of the raw latent of images with so many channels. Raises UserError if it takes no such images."""
@@ -61,6 +63,7 @@ class PixelsCodec:
     kind = "pixels"
     weights_hash = ""
     factor = 1
+    precision = "fp32"
 
     def latent_channels(self, image_channels: int) -> int:
         return image_channels
@@ -77,13 +80,16 @@ class VAECodec:
 
     Latents are the autoencoder's own, without diffusers' scaling_factor: the manifest's mean and std do that work.
 
+    Args:
+        precision: `fp32`, or `tf32`: the weights stay as they are, a GPU rounds what it multiplies.
+
     Raises:
         UserError: no such folder, name or weights, diffusers missing, or a model that takes other than RGB.
     """
 
     kind = "vae"
 
-    def __init__(self, folder: str, device: str = "cpu") -> None:
+    def __init__(self, folder: str, device: str = "cpu", precision: str = "fp32") -> None:
         try:
             from diffusers import AutoencoderKL
         except ImportError as error:
@@ -98,7 +104,8 @@ class VAECodec:
         self._model = model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
         if self._model.config.in_channels != 3:
             raise UserError(f"the autoencoder in {folder} takes {self._model.config.in_channels} channels, not RGB")
-        self._device = device
+        self._device = torch.device(device)
+        self.precision = precision
         self.factor: int = 2 ** (len(self._model.config.block_out_channels) - 1)
 
     def latent_channels(self, image_channels: int) -> int:
@@ -108,12 +115,15 @@ class VAECodec:
 
     @torch.no_grad()
     def encode(self, images_NHWC: Tensor) -> Tensor:
-        posterior = self._model.encode(_to_unit_range(images_NHWC.to(self._device))).latent_dist
+        with computing(self.precision, self._device):
+            posterior = self._model.encode(_to_unit_range(images_NHWC.to(self._device))).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1).cpu()
 
     @torch.no_grad()
     def decode(self, raw_NCHW: Tensor) -> Tensor:
-        return _to_uint8(self._model.decode(raw_NCHW.to(self._device, torch.float32)).sample)
+        with computing(self.precision, self._device):
+            pixels_NCHW = self._model.decode(raw_NCHW.to(self._device, torch.float32)).sample
+        return _to_uint8(pixels_NCHW)
 
 
 def _from_hub(name: str) -> str:
@@ -130,8 +140,8 @@ def _from_hub(name: str) -> str:
         ) from error
 
 
-def open_codec(codec: Codec, vae_folder: str | None = None, device: str = "cpu") -> ImageCodec:
-    """The codec a manifest names, ready to decode.
+def open_codec(codec: Codec, vae_folder: str | None = None, device: str = "cpu", precision: str = "fp32") -> ImageCodec:
+    """The codec a manifest names, ready to decode; `precision` is that of a vae.
 
     Raises:
         UserError: a vae codec without its folder, with other weights than encoded the data, or with unknown ones.
@@ -145,7 +155,7 @@ def open_codec(codec: Codec, vae_folder: str | None = None, device: str = "cpu")
         )
     if vae_folder is None:
         raise UserError("the data set holds vae latents: name the autoencoder's folder to decode them")
-    vae = VAECodec(vae_folder, device)
+    vae = VAECodec(vae_folder, device, precision)
     if vae.weights_hash != codec.weights_hash:
         raise UserError(
             f"the autoencoder in {vae_folder} has weights {vae.weights_hash[:12]}, the data was encoded with "

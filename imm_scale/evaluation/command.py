@@ -6,12 +6,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from imm_scale import storage
 from imm_scale.checkpoint import export
 from imm_scale.config.schema import Config
-from imm_scale.data import codec as codecs
 from imm_scale.data.manifest import Manifest
 from imm_scale.errors import UserError
 from imm_scale.evaluation import extractors as extractors
@@ -23,7 +23,7 @@ from imm_scale.evaluation.sets import measure_images
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
 from imm_scale.sampling import source as sources
-from imm_scale.sampling.job import decoded
+from imm_scale.sampling.job import decoded, open_decoder
 from imm_scale.sampling.source import Source
 
 Announce = Callable[[str], None]
@@ -131,9 +131,13 @@ def _write_search(words: Words, evaluator: Evaluator, found: Sequence[search.Bes
     """RUN/searches/step-NNNNNNNN-ID.json; the points themselves are ordinary evaluation files."""
     if evaluator.source.run_dir is None:
         return
-    key = hashlib.sha256(json.dumps([*words.search, *map(str, found)]).encode()).hexdigest()[:12]
+    sampling = evaluator.config.sampling
+    computed = {"precision": sampling.precision, "compile": sampling.compile}
+    key = hashlib.sha256(json.dumps([*words.search, computed, *map(str, found)]).encode()).hexdigest()[:12]
     url = storage.join(evaluator.source.run_dir, "searches", f"step-{evaluator.source.step:08d}-{key}.json")
-    storage.write_text(url, json.dumps({"asked": words.search, "best": [best.as_dict() for best in found]}, indent=1))
+    storage.write_text(
+        url, json.dumps({"asked": words.search, **computed, "best": [best.as_dict() for best in found]}, indent=1)
+    )
 
 
 # --- reference ---
@@ -151,7 +155,7 @@ def _make_reference(words: Words, overrides: Sequence[str], world: World, announ
     most = config.evaluation.compared
     if asked.endswith(".json"):
         sigma_data = config.data.space.sigma_data  # type: ignore[attr-defined]
-        decode = _decoder(asked, config, str(device)) if extractor.takes == "images" else None
+        decode = _decoder(asked, config, device) if extractor.takes == "images" else None
         arguments = (config.seed, sigma_data, decode)
         made = reference.of_manifest(asked, extractor, most, world, *arguments)
     else:
@@ -161,8 +165,8 @@ def _make_reference(words: Words, overrides: Sequence[str], world: World, announ
         announce(f"{words.out}: {made.count} images, {len(made.mean)} features of {extractor.name}, id {made.id[:12]}")
 
 
-def _decoder(manifest_url: str, config: Config, device: str) -> Callable[[Tensor], Tensor]:
+def _decoder(manifest_url: str, config: Config, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Latents of a data set to images."""
     codec = Manifest.load(manifest_url).codec
-    image_codec = codecs.open_codec(codec, config.sampling.vae, device)
+    image_codec = open_decoder(codec, config.sampling, device)
     return lambda z: decoded(z, codec, image_codec, config.data.space.sigma_data)  # type: ignore[attr-defined]

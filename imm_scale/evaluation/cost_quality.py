@@ -27,7 +27,8 @@ def more_is_better(metric: str) -> bool:
 def curves(evaluations: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:
     """{metric: points by function evaluations} of one checkpoint's evaluations.
 
-    Several guidance scales, grids or samplers at one cost are one choice: the best of them stands for it.
+    Several guidance scales, grids or samplers at one cost are one choice: the best of them stands for it. Other
+    precisions are no such choice: they have curves of their own.
     """
     best: dict[str, dict[int, Point]] = {}
     for evaluation in evaluations:

@@ -24,7 +24,7 @@ from imm_scale.evaluation import extractors as extractors
 from imm_scale.evaluation import measures, reference
 from imm_scale.evaluation.collect import Collector, Features
 from imm_scale.evaluation.metrics import Measure
-from imm_scale.evaluation.records import FOLDER, SCHEMA_VERSION, evaluation_url, read_evaluations
+from imm_scale.evaluation.records import FOLDER, SCHEMA_VERSION, arithmetic, evaluation_url, read_evaluations
 from imm_scale.evaluation.reference import Reference
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
@@ -71,6 +71,8 @@ class Distance:
     flops_per_image: int
     seconds: float
     measures: dict[str, dict[str, Any]]
+    precision: str
+    compile: bool
 
 
 class Evaluator:
@@ -99,8 +101,7 @@ class Evaluator:
 
     @cached_property
     def model(self) -> Model:
-        config = self.config.sampling
-        return Model.load(self.source, config.ema, config.vae, self.device, decoding=self.extractor.takes == "images")
+        return Model.load(self.source, self.config.sampling, self.device, decoding=self.extractor.takes == "images")
 
     @cached_property
     def checkpoint(self) -> Checkpoint | None:
@@ -120,6 +121,8 @@ class Evaluator:
         assert url is not None
         most, run_dir, spec = self.config.evaluation.compared, self.source.run_dir, self.model.spec
         key = [Manifest.load(url).hash, extractors.identity_hash(self.extractor.identity), self.config.seed, most]
+        if self.extractor.takes == "images":
+            key.append(self.config.sampling.vae_precision)
         name = hashlib.sha256(json.dumps([*key, spec.space.sigma_data]).encode()).hexdigest()[:12]
         kept = storage.join(run_dir, "references", f"{name}.npz") if run_dir is not None else None
         found = kept is not None and self.world.is_main and storage.exists(kept)
@@ -187,6 +190,9 @@ class Evaluator:
             "guidance_interval": list(sampling.guidance_interval),
             "labels": sampling.labels,
             "grid": sampling.grid,
+            "precision": sampling.precision,
+            "compile": sampling.compile,
+            "vae_precision": sampling.vae_precision if self.extractor.takes == "images" else None,
             "samples_per_call": SAMPLES_PER_CALL,
             "steps": steps,
             "repeats": evaluation.repeats,
@@ -284,6 +290,8 @@ class Evaluator:
             flops_per_image=2 * forward_multiply_adds(self.model.spec.net) * evaluations,
             seconds=seconds,
             measures=summaries,
+            precision=plan.precision,
+            compile=plan.compile,
         )
 
 
@@ -317,9 +325,10 @@ def describe(result: Mapping[str, Any]) -> str:
     """A result in words: a line for the distance, and one for each further metric."""
     steps = f"{result['steps']} step" + ("" if result["steps"] == 1 else "s")
     guidance = "" if result["guidance_scale"] == 1.0 else f", guidance {result['guidance_scale']:g}"
+    computed = f", {arithmetic(result)}" if arithmetic(result) else ""
     lines = [
         f"{result['metric']}  {steps:>9}  {result['mean']:.4f} +- {_error(result):.4f}"
-        f"  ({len(result['seeds'])} x {result['num']} samples{guidance})"
+        f"  ({len(result['seeds'])} x {result['num']} samples{guidance}{computed})"
     ]
     for name, one in result.get("measures", {}).items():
         if name != result["metric"]:

@@ -26,6 +26,7 @@ from imm_scale.errors import UserError
 from imm_scale.evaluation import extractors as extractors
 from imm_scale.evaluation.extractors import Extractor
 from imm_scale.evaluation.metrics import neighbours
+from imm_scale.evaluation.records import arithmetic
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
 from imm_scale.sampling.draw import Drawer, plan_of
@@ -106,17 +107,18 @@ def _same_noise(source: Source, others: Sequence[Source], config: Config, device
     asked += [(one.at_newest(), sampling.steps) for one in others]
     for one, step_counts in asked:
         ours = one.run_dir == newest.run_dir
-        model = Model.load(one, sampling.ema if ours else None, sampling.vae, device)
+        model = Model.load(one, sampling if ours else dataclasses.replace(sampling, ema=None), device)
         shape = shape or model.spec.latent_shape
         if model.spec.latent_shape != shape:
             raise UserError(f"{one.url} draws latents of {model.spec.latent_shape}, {source.url} of {shape}")
         for steps in step_counts:
-            yield Strip(_caption(one, steps), model.decode(draw(model, sampling, steps, COLUMNS)).numpy())
+            yield Strip(_caption(one, steps, sampling), model.decode(draw(model, sampling, steps, COLUMNS)).numpy())
 
 
-def _caption(source: Source, steps: int) -> str:
+def _caption(source: Source, steps: int, sampling: SamplingConfig) -> str:
     where = storage.name(source.url) + (f" at step {source.step}" if source.step is not None else "")
-    return f"{where}, {steps} step" + ("" if steps == 1 else "s")
+    computed = arithmetic({"precision": sampling.precision, "compile": sampling.compile})
+    return f"{where}, {steps} step" + ("" if steps == 1 else "s") + (f", {computed}" if computed else "")
 
 
 def draw(model: Model, sampling: SamplingConfig, steps: int, num: int) -> Tensor:
@@ -132,7 +134,7 @@ def _nearest(source: Source, config: Config, device: torch.device) -> tuple[list
     """A strip per sample: itself, then its nearest training images; and whether samples lie closer than images do."""
     assert config.data.manifest is not None
     sampling = config.sampling
-    model = Model.load(source.at_newest(), sampling.ema, sampling.vae, device)
+    model = Model.load(source.at_newest(), sampling, device)
     extractor = extractors.open_extractor(config.evaluation.extractor, device)
     dataset = Dataset(config.data.manifest)
     steps = max(sampling.steps)

@@ -1,9 +1,13 @@
-"""Networks as feature extractors: a TorchScript or ONNX file, named by its sha256."""
+"""Networks as feature extractors: a TorchScript or ONNX file, named by its sha256.
+
+They compute in fp32, in whatever precision samples are drawn.
+"""
 
 import hashlib
 import os
 import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +18,7 @@ from imm_scale import storage
 from imm_scale.config.schema import ExtractorConfig
 from imm_scale.errors import UserError
 from imm_scale.evaluation.extractors import Output, Preprocessing, identity_hash, identity_of
+from imm_scale.precision import computing
 
 # The Inception network of published FIDs (Heusel et al., arXiv 1706.08500), 2015-12-05, as TorchScript: the file
 # inception-2015-12-05.pt that StyleGAN2-ADA and EDM measure with. It resizes inside and takes 0..255.
@@ -103,9 +108,13 @@ class TorchScript(Network):
         self._module = _load_torchscript(data, config.file or "", device)
 
     @torch.no_grad()
+    def _compute(self, images: Tensor, arguments: Mapping[str, Any]) -> Any:
+        with computing("fp32", self._device):
+            return self._module(images.to(self._device), **arguments)
+
     def _run(self, images: Tensor) -> Any:
         try:
-            return self._module(images.to(self._device), **self._arguments)
+            return self._compute(images, self._arguments)
         except RuntimeError as error:
             shape = "x".join(str(n) for n in images.shape)
             first = str(error).strip().splitlines()[-1]
@@ -134,11 +143,10 @@ class Inception(TorchScript):
         self.name = "inception"
         self.identity = INCEPTION_IDENTITY
 
-    @torch.no_grad()
     def __call__(self, samples: Tensor) -> Output:
         images = self._preprocess(samples).to(self._device)
-        features = self._module(images, **_INCEPTION_FEATURES).double().cpu()
-        return Output(features, self._module(images, **_INCEPTION_PROBABILITIES).double().cpu())
+        features = self._compute(images, _INCEPTION_FEATURES).double().cpu()
+        return Output(features, self._compute(images, _INCEPTION_PROBABILITIES).double().cpu())
 
 
 class Onnx(Network):
@@ -151,12 +159,11 @@ class Onnx(Network):
             from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, InvalidProtobuf
         except ImportError as error:
             raise UserError(f"an ONNX extractor needs onnxruntime ({error}): pip install 'imm-scale[onnx]'") from error
-        available = onnxruntime.get_available_providers()
-        wanted = ["CUDAExecutionProvider"] if device.type == "cuda" and "CUDAExecutionProvider" in available else []
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         try:
-            self._session = onnxruntime.InferenceSession(data, options, providers=[*wanted, "CPUExecutionProvider"])
+            providers = _providers(device, onnxruntime.get_available_providers())
+            self._session = onnxruntime.InferenceSession(data, options, providers=providers)
         except (Fail, InvalidGraph, InvalidProtobuf) as error:
             raise UserError(f"{config.file} is no ONNX network: {error}") from error
         self._input = self._session.get_inputs()[0].name
@@ -172,3 +179,9 @@ class Onnx(Network):
         tensors = [torch.from_numpy(np.asarray(output)) for output in outputs]
         named = dict(zip(self._names, tensors, strict=True))
         return {**named, **{str(i): tensor for i, tensor in enumerate(tensors)}}
+
+
+def _providers(device: torch.device, available: Sequence[str]) -> list[Any]:
+    """onnxruntime's: this rank's GPU, without its default of tf32, where it is built for GPUs; then the CPU."""
+    cuda = ("CUDAExecutionProvider", {"device_id": device.index or 0, "use_tf32": 0})
+    return [*([cuda] if device.type == "cuda" and cuda[0] in available else []), "CPUExecutionProvider"]

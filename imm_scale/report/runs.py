@@ -14,7 +14,7 @@ from imm_scale.checkpoint import run_folder
 from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
 from imm_scale.evaluation import cost_quality, gallery
-from imm_scale.evaluation.records import read_evaluations
+from imm_scale.evaluation.records import arithmetic, read_evaluations
 from imm_scale.report.page import COLOURS, axes, image, page, svg
 
 
@@ -28,6 +28,10 @@ class Run:
     distances: list[dict[str, Any]]
     samples: dict[str, bytes]
     environment: dict[str, Any]
+
+    def computed(self, how: str) -> list[dict[str, Any]]:
+        """The distances of samples drawn so (`evaluation.files.arithmetic`)."""
+        return [d for d in self.distances if arithmetic(d) == how]
 
     @property
     def name(self) -> str:
@@ -72,7 +76,8 @@ def comparisons(runs: Sequence[Run]) -> list[str]:
     many = [d for run in runs if run.config.method.name == "flow_matching" for d in run.distances]
     lines = []
     for ours in few:
-        longer = [d for d in many if d["steps"] >= 10 * ours["steps"] and d["metric"] == ours["metric"]]
+        alike = [d for d in many if d["metric"] == ours["metric"] and arithmetic(d) == arithmetic(ours)]
+        longer = [d for d in alike if d["steps"] >= 10 * ours["steps"]]
         if longer:
             theirs = min(longer, key=lambda d: d["steps"])
             lines.append(
@@ -89,7 +94,10 @@ def table(run_dirs: Sequence[str]) -> str:
     for run in runs:
         for d in run.distances:
             value = f"{d['mean']:.4f} +- {d['std']:.4f}"
-            lines.append(f"{run.name:<24} {d['steps']:>6} {d['function_evaluations']:>12} {value:>20}  {d['metric']}")
+            lines.append(
+                f"{run.name:<24} {d['steps']:>6} {d['function_evaluations']:>12} {value:>20}  {d['metric']}"
+                + (f", {arithmetic(d)}" if arithmetic(d) else "")
+            )
     return "\n".join([*lines, "", *comparisons(runs)]).rstrip()
 
 
@@ -97,7 +105,7 @@ def table(run_dirs: Sequence[str]) -> str:
 
 
 def distance_figure(runs: Sequence[Run]) -> str:
-    """Distance against function evaluations of all runs, with its error bars.
+    """Distance against function evaluations of all runs, with its error bars, a line for each precision.
 
     Where runs were measured in several ways, the first of them is shown; at each cost, the best guidance.
     """
@@ -105,8 +113,9 @@ def distance_figure(runs: Sequence[Run]) -> str:
     plot = axes(figure, 1, 1, 1)
     metric = next(d["metric"] for run in runs for d in run.distances)
     ticks: set[int] = set()
-    for colour, run in zip(COLOURS * len(runs), runs, strict=False):
-        points = cost_quality.curves([{"results": run.distances}]).get(metric, [])
+    drawn = [(run, how) for run in runs for how in sorted({arithmetic(d) for d in run.distances})]
+    for colour, (run, how) in zip(COLOURS * len(drawn), drawn, strict=False):
+        points = cost_quality.curves([{"results": run.computed(how)}]).get(metric, [])
         cost = [point.function_evaluations for point in points]
         ticks |= set(cost)
         if points:
@@ -117,7 +126,7 @@ def distance_figure(runs: Sequence[Run]) -> str:
                 marker="o",
                 capsize=3,
                 color=colour,
-                label=run.name,
+                label=run.name + (f", {how}" if how else ""),
             )
     plot.set_xscale("log")
     plot.set_yscale("log")
@@ -149,12 +158,13 @@ def _distance_table(runs: Sequence[Run]) -> str:
     rows = "".join(
         f"<tr><td>{html.escape(run.name)}</td><td>{d['steps']}</td><td>{d['function_evaluations']}</td>"
         f"<td>{d['mean']:.4f} &plusmn; {d['std']:.4f}</td><td>{len(d['seeds'])} &times; {d['num']}</td>"
-        f"<td>{d['grid']}</td><td>{d['guidance_scale']:g}</td><td>{html.escape(d['metric'])}</td></tr>"
+        f"<td>{d['grid']}</td><td>{d['guidance_scale']:g}</td><td>{arithmetic(d) or 'fp32'}</td>"
+        f"<td>{html.escape(d['metric'])}</td></tr>"
         for run in runs
         for d in run.distances
     )
     head = "<tr><th>run</th><th>steps</th><th>evaluations</th><th>distance</th><th>samples</th>"
-    head += "<th>grid</th><th>guidance</th><th>metric</th></tr>"
+    head += "<th>grid</th><th>guidance</th><th>precision</th><th>metric</th></tr>"
     return f'<div class="wide"><table>{head}{rows}</table></div>'
 
 

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from imm_scale import precision
 from imm_scale.build import ModelSpec
 from imm_scale.config.schema import SamplingConfig
 from imm_scale.errors import UserError
 from imm_scale.methods.flow_map import FlowMap
 from imm_scale.methods.samplers import SAMPLERS, Guidance, fresh_noise, starting_noise
 from imm_scale.methods.time_grids import default_grid, time_grid
+from imm_scale.models.base import Backbone
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
 
@@ -32,7 +34,8 @@ class SamplingPlan:
         labels: image i has label labels[i mod n].
         guidance_interval: (low, high] of t in which guidance is in force.
         batch_size: samples held at once, rounded up to whole calls of the net; decides none of their bits.
-        sampler, num, seed, guidance_scale: as in the `sampling` section of the config.
+        compile: whether the net's blocks are compiled.
+        sampler, num, seed, guidance_scale, precision: as in the `sampling` section of the config.
     """
 
     steps: int
@@ -44,6 +47,8 @@ class SamplingPlan:
     batch_size: int = 64
     sampler: str = "pushforward"
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    precision: str = "fp32"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -89,7 +94,16 @@ def plan_of(config: SamplingConfig, spec: ModelSpec, steps: int, num: int, seed:
         batch_size=config.batch_size,
         sampler=config.sampler,
         guidance_interval=(config.guidance_interval[0], config.guidance_interval[1]),
+        precision=config.precision,
+        compile=config.compile,
     )
+
+
+def check_machine(config: SamplingConfig) -> None:
+    """Raises UserError for a precision, or compilation, that this machine is not up to."""
+    precision.check(config.precision, "sampling.precision")
+    if config.compile:
+        precision.check_compiler("sampling.compile")
 
 
 def has_counts(labels: str) -> bool:
@@ -140,6 +154,7 @@ class Drawer:
         self.times = times_of(flow_map, spec, plan)
         self._flow_map, self._shape = flow_map, spec.latent_shape
         self._device = next(flow_map.parameters()).device
+        _set_compiled(flow_map.model, plan.compile)
 
     def draw(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
         """Samples [start, stop); start is a multiple of SAMPLES_PER_CALL.
@@ -160,6 +175,7 @@ class Drawer:
             raise UserError(
                 f"sample {bad} (class {int(label[bad - start])}, seed {self.plan.seed}, {self.plan.steps} steps) is "
                 "not finite: the weights have diverged, or guidance is too strong; try an earlier checkpoint"
+                + (", or sampling.precision=bf16, which has the range of fp32" if self.plan.precision == "fp16" else "")
             )
         return index, label, z
 
@@ -168,7 +184,21 @@ class Drawer:
         label, there = self.plan.label(index).to(self._device), index.to(self._device)
         noise = starting_noise(self._flow_map, self._shape, there, self.plan.seed)
         fresh = fresh_noise(self._flow_map, self._shape, there, self.plan.seed)
-        return SAMPLERS[self.plan.sampler](self._flow_map, noise, self.times, label, self.plan.guidance, fresh).cpu()
+        sampler, guidance = SAMPLERS[self.plan.sampler], self.plan.guidance
+        # Around the net in fp64 there are no matrix products, and autocast leaves its conditioning in fp32.
+        with precision.computing(self.plan.precision, self._device):
+            z = sampler(self._flow_map, noise, self.times, label, guidance, fresh)
+        return z.cpu()
+
+
+def _set_compiled(net: Backbone, wanted: bool) -> None:
+    """Compiles a net's blocks, or takes that back, so that a plan's samples do not depend on the plan before."""
+    compiled = [module for module in net.modules() if module._compiled_call_impl is not None]
+    if not wanted:
+        for module in compiled:
+            module._compiled_call_impl = None
+    elif not compiled:
+        net.compile_blocks()
 
 
 def sample(

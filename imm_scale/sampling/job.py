@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from imm_scale import storage
+from imm_scale import precision, storage
 from imm_scale.build import ModelSpec
 from imm_scale.checkpoint import export, run_folder
 from imm_scale.config.schema import SamplingConfig
@@ -24,7 +24,7 @@ from imm_scale.methods.flow_map import FlowMap
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
 from imm_scale.sampling import outputs
-from imm_scale.sampling.draw import SAMPLES_PER_CALL, Drawer, SamplingPlan, plan_of
+from imm_scale.sampling.draw import SAMPLES_PER_CALL, Drawer, SamplingPlan, check_machine, plan_of
 from imm_scale.sampling.parts import Parts
 from imm_scale.sampling.source import Source
 
@@ -66,18 +66,24 @@ class Model:
     weights_id: str
 
     @classmethod
-    def load(
-        cls, source: Source, ema: float | None, vae: str | None, device: torch.device, decoding: bool = True
-    ) -> "Model":
-        """Raises UserError for weights or a codec that are not there."""
-        spec, flow_map = export.load_flow_map(source.weights_url, ema)
-        image_codec = codecs.open_codec(spec.space.codec, vae, str(device)) if decoding else None
+    def load(cls, source: Source, config: SamplingConfig, device: torch.device, decoding: bool = True) -> "Model":
+        """Raises UserError for weights or a codec that are not there, or what this machine cannot compute."""
+        check_machine(config)
+        spec, flow_map = export.load_flow_map(source.weights_url, config.ema)
+        image_codec = open_decoder(spec.space.codec, config, device) if decoding else None
         return cls(spec, flow_map.to(device), image_codec, export.identity(spec, flow_map))
 
     def decode(self, z_NCHW: Tensor) -> Tensor:
         """uint8 (N, H, W, channels) images, a few at a time."""
         assert self.codec is not None, "loaded for latents alone"
         return decoded(z_NCHW, self.spec.space.codec, self.codec, self.spec.space.sigma_data)
+
+
+def open_decoder(codec: Codec, config: SamplingConfig, device: torch.device) -> ImageCodec:
+    """The codec as the `sampling` section wants it. Raises UserError as `codec.open_codec` does."""
+    if codec.kind == "vae":
+        precision.check(config.vae_precision, "sampling.vae_precision")
+    return codecs.open_codec(codec, config.vae, str(device), config.vae_precision)
 
 
 def decoded(z_NCHW: Tensor, codec: Codec, image_codec: ImageCodec, sigma_data: float) -> Tensor:
@@ -94,7 +100,7 @@ def run(source: Source, config: SamplingConfig, request: Request, world: World, 
     Raises:
         UserError: whatever the user can mend.
     """
-    model = Model.load(source.at_newest(), config.ema, config.vae, distributed.device(world))
+    model = Model.load(source.at_newest(), config, distributed.device(world))
     for scale in request.guidance:
         for steps in config.steps:
             chosen = dataclasses.replace(config, guidance_scale=scale)
@@ -138,7 +144,10 @@ class _SetOfSamples:
             "guidance_scale": plan.guidance_scale,
             "guidance_interval": list(plan.guidance_interval),
             "labels": f"sha256 {labels}" if len(plan.labels) > 1000 else list(plan.labels),
+            "precision": plan.precision,
+            "compile": plan.compile,
             "codec": dataclasses.asdict(spec.space.codec),
+            "vae_precision": self.model.codec.precision if self.model.codec is not None else None,
             "latents": self.request.latents,
             "samples_per_call": SAMPLES_PER_CALL,
             "device": next(self.model.flow_map.parameters()).device.type,

@@ -99,10 +99,13 @@ def outcomes(sweep: Sweep, activity: Callable[[Cell], str | None] = lambda cell:
 
 
 def _results(cell: Cell) -> Iterator[dict[str, Any]]:
+    """Of the last checkpoint, in the precision the sweep asks for: whoever measured it in others too, mixes nothing."""
+    wanted = cell.config.sampling.precision, cell.config.sampling.compile
     for evaluation in read_evaluations(cell.run_dir):
         if evaluation["step"] == cell.config.train.max_steps:
             for result in evaluation["results"]:
-                yield {**result, "ema": evaluation.get("ema"), "evaluation_seconds": evaluation.get("seconds")}
+                if (result["precision"], result["compile"]) == wanted:
+                    yield {**result, "ema": evaluation.get("ema"), "evaluation_seconds": evaluation.get("seconds")}
 
 
 def divergence(records: Sequence[dict[str, Any]]) -> str:
@@ -162,13 +165,14 @@ def _train_seconds(records: Sequence[dict[str, Any]]) -> float | None:
     return total if records else None
 
 
+_DRAWN = ("steps", "function_evaluations", "sampler", "grid", "guidance_scale", "precision", "compile", "ema", "num")
+
+
 def _result_columns(cell: Cell, result: dict[str, Any] | None) -> dict[str, Any]:
     if result is None:
-        names = "metric steps function_evaluations sampler grid guidance_scale ema num repeats mean std inference_flops"
-        return dict.fromkeys(names.split())
-    columns = ("metric", "steps", "function_evaluations", "sampler", "grid", "guidance_scale", "ema", "num")
+        return dict.fromkeys(["metric", *_DRAWN, "repeats", "mean", "std", "inference_flops"])
     return {
-        **{name: result[name] for name in columns},
+        **{name: result[name] for name in ("metric", *_DRAWN)},
         "repeats": len(result["values"]),
         "mean": result["mean"],
         "std": result["std"],

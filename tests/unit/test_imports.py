@@ -12,7 +12,7 @@ LAYERS = [
     {"errors"},
     {"choices"},
     {"registry"},
-    {"devices", "rng", "storage"},
+    {"devices", "precision", "rng", "storage"},
     {"config"},
     {"data"},
     {"models"},

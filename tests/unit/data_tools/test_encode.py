@@ -1,3 +1,4 @@
+import argparse
 import contextlib
 import io
 import json
@@ -319,3 +320,59 @@ def test_kills_at_random_moments_leave_nothing_behind(tmp_path: Path) -> None:
     assert interrupted >= 10
     assert ranks.run(_run_encode, 1, images, out) == [0]
     assert _contents(Path(out)) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "env", "visible", "device"),
+    [
+        ("cuda", {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "3"}, 1, "cuda:0"),
+        ("cuda", {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "3"}, 4, "cuda:3"),
+        ("cuda", {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}, 8, "cuda:1"),
+        ("cuda", {}, 8, "cuda:0"),
+        ("cuda:5", {}, 8, "cuda:5"),
+        ("cpu", {}, 8, "cpu"),
+    ],
+    ids=["srun --gpus-per-task 1", "srun", "torchrun", "alone", "by number", "cpu"],
+)
+def test_a_task_encodes_on_the_gpu_the_trainer_would_take(asked, env, visible, device, monkeypatch):
+    taken: list[str] = []
+    monkeypatch.setattr(encode, "VAECodec", lambda folder, device: taken.append(device))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    encode.make_codec(argparse.Namespace(codec="vae", vae="x", device=asked, batch_size=1))
+    assert taken == [device]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--codec", "vae", "--vae", "x", "--device", "cuda"], ["--device cuda", "0 GPUs", "--device cpu"]),
+        (["--codec", "vae", "--vae", "x", "--device", "gpu"], ["--device gpu", "cuda:1"]),
+        (["--codec", "pixels", "--precision", "tf32"], ["--precision tf32", "--codec vae"]),
+    ],
+)
+def test_devices_and_precisions_that_are_not_there(arguments, words, tmp_path, capsys):
+    assert encode.main(["--images", "x", "--out", str(tmp_path / "out"), *arguments]) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_of_two_precisions_are_not_mixed(packed, tmp_path, capsys):
+    vae, out = save_small_vae(tmp_path / "vae"), tmp_path / "out"
+    arguments = ("--vae", vae, "--task-index", 0, "--num-tasks", 2)
+    assert _encode(packed, out, *arguments, codec="vae") == 0
+    with pytest.warns(UserWarning, match="tf32"):
+        assert _encode(packed, out, *arguments, "--precision", "tf32", codec="vae") == 2
+    message = capsys.readouterr().err
+    assert "fp32)" in message and "tf32)" in message and "another --out" in message
+    # Records from before there was a choice are of fp32.
+    for path in out.glob("latents-*.json"):
+        record = json.loads(path.read_text())
+        del record["identity"]["precision"]
+        path.write_text(json.dumps(record))
+    capsys.readouterr()
+    assert _encode(packed, out, "--vae", vae, codec="vae") == 0
+    assert "1 shards in" in capsys.readouterr().out

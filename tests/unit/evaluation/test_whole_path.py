@@ -177,7 +177,7 @@ def test_the_gallery_shows_one_noise_and_the_nearest_digits(flow, trained, digit
     ]
     assert len(document["nearest"]) == 10
     # The nearest of the first sample among all digits, as stock webdataset reads them.
-    model = Model.load(find(flow).at_newest(), None, None, torch.device("cpu"))
+    model = Model.load(find(flow).at_newest(), SamplingConfig(), torch.device("cpu"))
     z = gallery.draw(model, SamplingConfig(), 4, 1)
     shards = [str(Path(digits).parent / shard["name"]) for shard in json.loads(Path(digits).read_text())["shards"]]
     files = [sample["latent.npy"] for sample in wds.WebDataset(shards, shardshuffle=False)]

@@ -105,6 +105,21 @@ def test_the_table_is_tidy(made):
     assert (first["last_loss"], first["train_step_reached"]) == (0.2, cell.config.train.max_steps)
 
 
+def test_results_in_other_precisions_than_the_sweeps_are_not_its_rows(made):
+    cell = made.cells[0]
+    _finish(made, cell, 2.0)
+    (file,) = (Path(cell.run_dir) / "evaluations").iterdir()
+    document = json.loads(file.read_text())
+    for result in document["results"]:
+        result |= {"precision": "bf16", "compile": True, "mean": 9.0}
+    (file.parent / f"{file.stem}-bf16.json").write_text(json.dumps(document))
+    one = results.outcome(made, cell)
+    assert [row["mean"] for row in results.rows(made, [one])] == [2.0, 1.0]
+    assert {(row["precision"], row["compile"]) for row in results.rows(made, [one])} == {("fp32", False)}
+    file.unlink()
+    assert results.outcome(made, cell).state == "interrupted", "it has yet to be measured in its own precision"
+
+
 def test_mixed_code_is_warned_of_with_both_commits(made, capsys):
     _finish(made, made.cells[0], 2.0, code="aaaaaaaaaaaa")
     _finish(made, made.cells[1], 2.0, code="bbbbbbbbbbbb+12345678")
