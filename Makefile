@@ -8,7 +8,7 @@ DEMO := runs/demo
 TWO_RANKS := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m imm_scale
 ONE := $(BIN)/imm-scale
 
-.PHONY: help setup demo demo-data test check soak
+.PHONY: help setup demo demo-data test check docs soak gpu wheelhouse
 .DEFAULT_GOAL := help
 
 help: ## say what the targets do
@@ -17,7 +17,7 @@ help: ## say what the targets do
 setup: $(VENV)/.ready ## create .venv with the tested set of packages
 
 $(VENV)/.ready: pyproject.toml constraints.txt
-	@echo "installing into $(VENV): about a minute, 1.6 GB"
+	@echo "installing into $(VENV): about a minute, 1.7 GB"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	# For the trained ONNX network inside it, which a test reads; what it depends on is not needed and too old.
@@ -54,11 +54,25 @@ soak: demo demo-seed-1 demo-seed-2 ## what is too long for every change: three s
 		tests/distributed/test_plan.py
 	IMM_SOAK=1 $(BIN)/python -m pytest tests/slurm
 
+gpu: setup ## prove and time every GPU path on this machine's GPU, in at most eight minutes; tables into runs/gpu
+	$(BIN)/python -m benchmarks.gpu --out runs/gpu
+
+# Of the machine without a network: its Python, and the packages it has (torch==2.11.0,numpy,...).
+TARGET_PYTHON ?= 3.12
+HAVE ?=
+
+wheelhouse: setup ## collect the wheels that such a machine lacks: make wheelhouse TARGET_PYTHON=3.12 HAVE=torch==2.11.0,numpy
+	$(BIN)/python -m launchers.wheelhouse --python "$(TARGET_PYTHON)" --have "$(HAVE)"
+
 test: setup ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/unit
 
-check: setup ## lint, format and types
+docs: setup ## build the site of docs/ and docstrings into site/; a broken link is an error
+	# Not --quiet: then --strict counts no warnings.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+check: setup docs ## lint, format, types, and the site's links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -8,6 +8,8 @@ step's, and what is written over the state (16 bytes a parameter: weights, two m
 import argparse
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data_tools import encode, pack
+from data_tools import pack
 from imm_scale import build
 from imm_scale import config as configs
 from imm_scale.checkpoint.async_saver import Saver
@@ -29,7 +31,10 @@ from imm_scale.training.run_log import RunLog
 
 def _manifest(folder: str) -> str:
     assert pack.main(["--source", "digits", "--out", f"{folder}/images"]) == 0
-    assert encode.main(["--images", f"{folder}/images", "--out", f"{folder}/latents", "--codec", "pixels"]) == 0
+    # As a world of its own: the ranks of this one would share the shards out among them.
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    command = [sys.executable, "-m", "data_tools.encode", "--images", f"{folder}/images", "--out", f"{folder}/latents"]
+    subprocess.run([*command, "--codec", "pixels"], env=alone, check=True)
     return f"{folder}/latents/manifest.json"
 
 

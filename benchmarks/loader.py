@@ -31,31 +31,14 @@ import numpy as np
 import torch
 import webdataset as wds
 
+from benchmarks.random_shards import SHAPE, SHARD, write
 from imm_scale import storage
 from imm_scale.data.loader import Loader
-from imm_scale.data.manifest import Codec, Manifest
 from imm_scale.data.sample_order import Layout
-from imm_scale.data.shards import write_shard
 
-SHAPE, BATCH, SHARD, EPOCHS = (8, 32, 32), 256, 1024, 1
+BATCH, EPOCHS = 256, 1
 _PEER = ["mosaicml-streaming==0.13.0", "boto3", "s3transfer", "brotli", "python-snappy", "cramjam", "zstd", "paramiko"]
 _PEER += ["catalogue", "transformers<5", "tokenizers<0.23", "huggingface_hub<1"]
-
-
-def latents(shard: int) -> np.ndarray:
-    values = np.random.default_rng(shard).standard_normal((SHARD, *SHAPE), np.float32)
-    return np.clip(np.abs(values) / 8, 0, 1).astype(np.float16)
-
-
-def write_ours(url: str, kind: str, shards: int) -> str:
-    infos = [
-        write_shard(url, f"s-{s:03d}.tar", [f"{s:03d}{i:05d}" for i in range(SHARD)], latents(s), [0] * SHARD)
-        for s in range(shards)
-    ]
-    channels, factor = (SHAPE[0], 1) if kind == "pixels" else (SHAPE[0] // 2, 8)
-    codec = Codec(kind, "", 32 * factor, channels, factor, (0.5,) * channels, (0.2,) * channels)
-    Manifest(codec, (channels, *SHAPE[1:]), 1, (), tuple(infos)).save(f"{url}/manifest.json")
-    return f"{url}/manifest.json"
 
 
 def rate(batches: Callable[[], Iterator[int]], samples: int) -> float:
@@ -185,11 +168,11 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         shards = args.samples // SHARD
-        local = {kind: write_ours(str(folder / kind), kind, shards) for kind in ("pixels", "vae")}
+        local = {kind: write(str(folder / kind), kind, shards) for kind in ("pixels", "vae")}
         compare("local files", local, args, folder, None)
         if args.s3:
             with s3_server(folder) as bucket:
-                url = {kind: write_ours(f"{bucket}/{kind}", kind, shards) for kind in ("pixels", "vae")}
+                url = {kind: write(f"{bucket}/{kind}", kind, shards) for kind in ("pixels", "vae")}
                 compare("S3 on this machine", url, args, folder, f"{bucket}/mds")
     finally:
         if not args.folder:

@@ -38,7 +38,7 @@ def mixture(order: NDArray[np.int64], batch: int, group_N: NDArray[np.int64], st
 
 
 def meeting_again(first: NDArray[np.int64], second: NDArray[np.int64], batch: int, window: int = 1) -> float:
-    """How many times as often as under a full shuffle two samples that met in one epoch meet in the next.
+    """How many times as often as under a full shuffle two samples that met in one epoch (N,) meet in the next.
 
     To meet is to be in batches of which at most `window` - 1 lie between, counted in windows of that many steps. 1 is
     a full shuffle; N / (window * B) would be the same windows over again.
@@ -61,7 +61,7 @@ def meeting_again(first: NDArray[np.int64], second: NDArray[np.int64], batch: in
 
 
 def read_amplification(order: NDArray[np.int64], table: BlockTable, batch: int, world: int) -> float:
-    """Samples fetched over samples used in an epoch, over all ranks of a world that share `batch` positions.
+    """Samples fetched over samples used in an epoch (N,), over all ranks of a world that share `batch` positions.
 
     Samples of a shard take the same number of bytes, so it is also bytes fetched over the bytes of the tar used.
     """

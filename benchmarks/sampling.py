@@ -64,8 +64,8 @@ def plan(spec: ModelSpec, steps: int, name: str = "fp32", compiled: bool = False
     """As many samples as there are digits, as `imm-scale evaluate` draws them."""
     return SamplingPlan(
         steps=steps,
-        grid=default_grid(spec.objective, steps),
-        labels=tuple(range(spec.net.num_classes)),
+        grid=default_grid(spec.method.name, steps),
+        labels=tuple(range(spec.space.num_classes)),
         num=DIGITS,
         seed=seed,
         precision=name,
@@ -103,7 +103,7 @@ def digits(spec: ModelSpec) -> Moments:
 
     images = np.round(load_digits().images * 255 / 16).astype(np.uint8)  # as `data_tools.pack` makes them, fp16 latents
     stored = codecs.PixelsCodec().encode(torch.from_numpy(images)[..., None]).half()
-    z = codecs.normalize(stored, spec.codec.mean, spec.codec.std, spec.sigma_data)
+    z = codecs.normalize(stored, spec.space.codec.mean, spec.space.codec.std, spec.space.sigma_data)
     return moments(z)
 
 

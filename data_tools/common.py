@@ -45,6 +45,7 @@ def read_json(url: str) -> dict[str, Any]:
 
 
 def write_json(url: str, document: dict[str, Any]) -> None:
+    """Writes a document with sorted keys, so that equal ones are equal bytes."""
     storage.write_text(url, json.dumps(document, indent=2, sort_keys=True) + "\n")
 
 
@@ -70,9 +71,11 @@ class Pack:
 
     @property
     def num_images(self) -> int:
+        """Images of all shards."""
         return sum(shard.samples for shard in self.shards)
 
     def save(self, folder: str) -> None:
+        """Writes pack.json; it is written last, so a pack with one is whole."""
         write_json(storage.join(folder, PACK_NAME), asdict(self))
 
 

@@ -177,6 +177,7 @@ class Busy:
 
     @property
     def share(self) -> float:
+        """Part of the wall time in which the encoder was at work."""
         return self.encoder_seconds / self.wall_seconds
 
 

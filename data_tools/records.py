@@ -58,10 +58,12 @@ class Record:
     sums: ChannelSums
 
     def save(self, out: str, i: int) -> None:
+        """Writes the record of shard i; it is written last, so a shard with a record is finished."""
         write_json(_url(out, i), asdict(self))
 
     @classmethod
     def load(cls, url: str) -> "Record":
+        """Reads a record. Raises UserError for a file that is none."""
         document = read_json(url)
         try:
             return cls(
@@ -75,6 +77,7 @@ class Record:
 
 
 def stem(i: int) -> str:
+    """Name of latent shard i, without ending."""
     return f"latents-{i:06d}"
 
 

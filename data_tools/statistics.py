@@ -16,6 +16,7 @@ class ChannelSums:
 
     @classmethod
     def zero(cls, channels: int) -> "ChannelSums":
+        """The sums over no samples."""
         return cls(0, [0.0] * channels, [0.0] * channels)
 
     @classmethod

@@ -19,6 +19,7 @@ class Tasks:
     count: int = 1
 
     def owns(self, shard: int) -> bool:
+        """Whether this task encodes the shard."""
         return shard % self.count == self.index
 
 

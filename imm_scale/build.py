@@ -65,6 +65,7 @@ class ModelSpec:
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one sample as the net sees it, such as (C, H, W)."""
         return self.space.shape
 
 

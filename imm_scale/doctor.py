@@ -12,12 +12,15 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 
 from imm_scale import storage
 from imm_scale.errors import UserError
+from imm_scale.parallel import network
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
 
@@ -131,14 +134,14 @@ def _disk(path: str) -> Finding:
 
 
 def check_ranks(world: World, folder: str) -> list[Finding]:
-    """An all-reduce, the clocks, and whether each rank sees in the folder what the others write. A collective."""
+    """An all-reduce, gloo, the clocks, and whether each rank sees in the folder what the others write. A collective."""
     try:
         distributed.init(world, patience=_PATIENCE)
         seconds = _all_reduce(distributed.device(world), world.size)
     except (RuntimeError, UserError) as error:
-        remedy = "check that the ranks' hosts reach each other (MASTER_ADDR, firewalls, NCCL_SOCKET_IFNAME)"
+        remedy = f"check that the ranks' hosts reach each other (MASTER_ADDR, firewalls); {_naming_an_interface()}"
         return [Finding("FAIL", "all-reduce", f"{world.size} ranks: {error}", remedy)]
-    findings = [Finding("OK", "all-reduce", f"{world.size} ranks in {seconds * 1000:.0f} ms")]
+    findings = [Finding("OK", "all-reduce", f"{world.size} ranks in {seconds * 1000:.0f} ms"), _gloo(world)]
     distributed.barrier()
     clocks = distributed.gather_objects(time.time(), world)
     skew = max(clocks) - min(clocks)
@@ -147,6 +150,29 @@ def check_ranks(world: World, folder: str) -> list[Finding]:
     if storage.is_local(folder):
         findings.append(_shared(world, folder))
     return findings
+
+
+def _gloo(world: World) -> Finding:
+    """The group over which ranks agree on checkpoints, beside NCCL's where there are GPUs. A collective."""
+    began, problem = time.perf_counter(), ""
+    try:
+        group = distributed.group_beside(timedelta(seconds=_PATIENCE))
+        dist.all_reduce(torch.ones(1), group=group)
+    except RuntimeError as error:
+        problem = str(error)
+    seconds = time.perf_counter() - began
+    problem = distributed.problems(problem, distributed.device(world))
+    mine = os.environ.get(network.GLOO, "the address of this machine's name")
+    over = ", ".join(sorted(set(distributed.gather_objects(mine, world))))
+    found = f"{world.size} ranks over {over}" + (f": {problem}" if problem else f" in {seconds * 1000:.0f} ms")
+    return _judge(not problem, "gloo", found, _naming_an_interface(), "FAIL")
+
+
+def _naming_an_interface() -> str:
+    return (
+        f"name the interface that the nodes share, {network.GLOO}=NAME (and {network.NCCL}, for NCCL) under the site's "
+        f"`environment`; here are {network.describe()}"
+    )
 
 
 def _all_reduce(device: torch.device, size: int) -> float:
@@ -173,13 +199,13 @@ def _shared(world: World, folder: str) -> Finding:
 
 
 def check_two_local_ranks(folder: str) -> list[Finding]:
-    """The same on this machine alone, by two processes of this module."""
-    if torch.cuda.device_count() == 1:
-        return [Finding("OK", "all-reduce", "one GPU, so nothing to reduce with: start doctor by srun or torchrun")]
+    """The same on this machine alone, by two processes of this module; over gloo where there is one GPU for both."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    if torch.cuda.device_count() == 1:  # NCCL refuses two ranks on it
+        common["CUDA_VISIBLE_DEVICES"] = ""
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "imm_scale.doctor", folder],
@@ -198,10 +224,10 @@ def check_two_local_ranks(folder: str) -> list[Finding]:
         for rank in ranks:
             rank.kill()
     if all(rank.returncode == 0 for rank in ranks):
-        return [Finding("OK", "all-reduce", words[0][0].strip())]
+        return [Finding("OK", *line.split("\t")) for line in words[0][0].splitlines() if "\t" in line]
     last = words[0][1].strip().splitlines()[-1:]
     found = f"two processes on this machine do not reach each other: {(*last, words[0][0].strip())[0]}"
-    return [Finding("FAIL", "all-reduce", found, "check MASTER_ADDR, firewalls and NCCL_SOCKET_IFNAME")]
+    return [Finding("FAIL", "all-reduce", found, f"check MASTER_ADDR and firewalls; {_naming_an_interface()}")]
 
 
 def examine(folder: str, url: str | None, world: World) -> bool:
@@ -247,10 +273,10 @@ def _failed(findings: Sequence[Finding]) -> bool:
 def _as_one_of_two(folder: str) -> int:
     """What `check_two_local_ranks` starts."""
     world = distributed.detect()
-    finding = check_ranks(world, folder)[0]
-    print(finding.found)
+    findings = [finding for finding in check_ranks(world, folder) if finding.name in ("all-reduce", "gloo")]
+    print("\n".join(f"{finding.name}\t{finding.found}" for finding in findings))
     distributed.shutdown()
-    return int(_failed([finding]))
+    return int(_failed(findings))
 
 
 if __name__ == "__main__":

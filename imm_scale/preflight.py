@@ -15,7 +15,7 @@ from imm_scale.data.manifest import Manifest, check_expectations
 from imm_scale.data.sample_order import Layout, holdout_count, steps_per_epoch
 from imm_scale.errors import UserError
 from imm_scale.models.dit import parameter_count
-from imm_scale.parallel.zero_config import block_numel, check_extra, deepspeed_config
+from imm_scale.parallel.zero_config import block_numel, check_settings, deepspeed_config
 from imm_scale.planner import flops
 
 
@@ -30,6 +30,7 @@ class Plan:
 
     @property
     def manifest(self) -> Manifest:
+        """The data set's description."""
         return self.dataset.manifest
 
 
@@ -37,7 +38,7 @@ def plan(config: Config, world_size: int) -> Plan:
     """Raises UserError for whatever can be known to be wrong before training."""
     if config.data.manifest is None:
         raise UserError("data.manifest is not set: give the manifest.json that data_tools.encode wrote")
-    check_extra(config)
+    check_settings(config)
     # Opens every index and compares every shard's size: a short shard is found now and not after days.
     dataset = Dataset(config.data.manifest)
     manifest = dataset.manifest
@@ -92,7 +93,7 @@ def _deepspeed_settings(prepared: Plan) -> dict[str, Any]:
     with torch.device("meta"):
         unit = block_numel(prepared.spec.net.build())
     samples = layout.slots_per_micro_batch * layout.particles
-    return deepspeed_config(prepared.config, layout.accumulation, samples, unit)
+    return deepspeed_config(prepared.config, layout.world_size, layout.accumulation, samples, unit)
 
 
 def _has_padding(layout: Layout) -> bool:

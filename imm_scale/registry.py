@@ -73,6 +73,7 @@ class Registry:
         return next(name for name, known in self._classes.items() if known is cls)
 
     def names(self) -> list[str]:
+        """All registered names."""
         load_built_in()
         return list(self._classes)
 
@@ -89,14 +90,41 @@ METRICS = Registry("metric", "evaluation.metrics", MetricConfig, ("needs", "high
 REGISTRIES = {registry.section: registry for registry in (METHODS, BACKBONES, SPACES, METRICS)}
 
 
-def _register(registry: Registry) -> Callable[[str], Callable[[Class], Class]]:
-    return lambda name: lambda cls: registry.add(name, cls)
+def register_method(name: str) -> Callable[[Class], Class]:
+    """A class decorator: makes a method of the protocol in `imm_scale.methods.base` known under a name.
+
+    Raises:
+        UserError: a taken name, or a class that lacks a part of the protocol.
+    """
+    return lambda cls: METHODS.add(name, cls)
 
 
-register_method = _register(METHODS)
-register_backbone = _register(BACKBONES)
-register_space = _register(SPACES)
-register_metric = _register(METRICS)
+def register_backbone(name: str) -> Callable[[Class], Class]:
+    """A class decorator: makes a backbone of the protocol in `imm_scale.models.base` known under a name.
+
+    Raises:
+        UserError: a taken name, or a class that lacks a part of the protocol.
+    """
+    return lambda cls: BACKBONES.add(name, cls)
+
+
+def register_space(name: str) -> Callable[[Class], Class]:
+    """A class decorator: makes a sample space of the protocol in `imm_scale.data.spaces` known under a name.
+
+    Raises:
+        UserError: a taken name, or a class that lacks a part of the protocol.
+    """
+    return lambda cls: SPACES.add(name, cls)
+
+
+def register_metric(name: str) -> Callable[[Class], Class]:
+    """A class decorator: makes a metric of the protocol in `imm_scale.evaluation.metrics` known under a name.
+
+    Raises:
+        UserError: a taken name, or a class that lacks a part of the protocol.
+    """
+    return lambda cls: METRICS.add(name, cls)
+
 
 _is_loaded = False
 

@@ -32,20 +32,27 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
         Four int64 tensors, each holding 32 random bits.
     """
     words = torch.broadcast_tensors(*counter)
-    on_cpu = words[0].device.type == "cpu" and not torch.compiler.is_compiling()  # numpy would break the graph
-    return _philox_on_cpu(words, key) if on_cpu else _philox_on_tensors(words, key)
+    return _philox_on_cpu(words, key) if _by_numpy(words[0]) else _philox_on_tensors(words, key)
+
+
+def _by_numpy(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()  # numpy would break the graph
 
 
 def _philox_on_tensors(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    # A word may carry more than 32 bits as long as it is only xored: it is masked before it is multiplied or returned.
+    # Products of 32-bit words overflow int64, which compiled C++ leaves undefined. Both are above 2^31: less
+    # 2^32, a product stays within 63 bits, and its high word lacks just the other factor.
+    multiplier_0, multiplier_1 = (multiplier - (1 << 32) for multiplier in _MULTIPLIERS)
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # The 64-bit products wrap into the sign bit; the shift is arithmetic, so the high words are masked.
-        product_0, product_1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        high_0, high_1 = (product_0 >> 32) & _MASK, (product_1 >> 32) & _MASK
-        c0, c1, c2, c3 = high_1 ^ c1 ^ k0, product_1 & _MASK, high_0 ^ c3 ^ k1, product_0 & _MASK
+        product_0, product_1 = c0 * multiplier_0, c2 * multiplier_1
+        high_0, high_1 = (product_0 >> 32) + c0, (product_1 >> 32) + c2
+        c0, c2 = (high_1 ^ c1 ^ k0) & _MASK, (high_0 ^ c3 ^ k1) & _MASK
+        c1, c3 = product_1, product_0
         k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _MASK, (k1 + _KEY_INCREMENTS[1]) & _MASK
-    return c0, c1, c2, c3
+    return c0, c1 & _MASK, c2, c3 & _MASK
 
 
 def _philox_on_cpu(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -92,7 +99,8 @@ def _words(seed: int, purpose: str, ordinal_N: Tensor, blocks: int, stream: int)
     if not 0 <= stream <= _MASK:
         raise ValueError(f"stream must be a 32-bit number, got {stream}")
     ordinal = ordinal_N.to(torch.int64)[:, None]
-    block = torch.arange(blocks, device=ordinal.device)[None, :]
+    # Masked, so that the compiler takes it for data: an index times a multiplier would be an index to it, in int32.
+    block = (torch.arange(blocks, device=ordinal.device) & _MASK)[None, :]
     counter = (block, torch.full_like(block, stream), ordinal & _MASK, (ordinal >> 32) & _MASK)
     return philox4x32(counter, derive_key(seed, purpose))
 
@@ -118,14 +126,18 @@ def normal(seed: int, purpose: str, ordinal_N: Tensor, shape: tuple[int, ...], s
     """
     size = math.prod(shape)
     blocks = (size + 3) // 4
-    normals = torch.empty(len(ordinal_N), blocks, 4, device=ordinal_N.device)
     # On CPU a few rows at a time: the fp64 values between words and normals then never leave the cache.
-    rows = max(1, _PIECE // max(blocks, 1)) if ordinal_N.device.type == "cpu" else max(1, len(ordinal_N))
-    for piece, out in zip(ordinal_N.split(rows), normals.split(rows), strict=True):
-        w0, w1, w2, w3 = _words(seed, purpose, piece, blocks, stream)
-        for i, (radius_word, angle_word) in enumerate(((w0, w1), (w2, w3))):
-            radius = radius_word.to(torch.float64).add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
-            angle = angle_word.to(torch.float64).mul_(2.0 * math.pi * 2.0**-32)
-            out[..., i] = torch.cos(angle).mul_(radius)
-            out[..., 2 + i] = angle.sin_().mul_(radius)
+    rows = max(1, _PIECE // max(blocks, 1)) if _by_numpy(ordinal_N) else max(1, len(ordinal_N))
+    pieces = [_box_muller(_words(seed, purpose, piece, blocks, stream)) for piece in ordinal_N.split(rows)]
+    normals = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     return normals.flatten(1)[:, :size].reshape(-1, *shape)
+
+
+def _box_muller(words: tuple[Tensor, ...]) -> Tensor:
+    """(..., 4) normals in fp32 from four words of one shape: of a pair of words one is the radius, one the angle."""
+    normals = []
+    for radius_word, angle_word in (words[:2], words[2:]):
+        radius = radius_word.to(torch.float64).add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
+        angle = angle_word.to(torch.float64).mul_(2.0 * math.pi * 2.0**-32)
+        normals += [torch.cos(angle).mul_(radius).float(), angle.sin_().mul_(radius).float()]
+    return torch.stack([normals[0], normals[2], normals[1], normals[3]], dim=-1)

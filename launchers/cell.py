@@ -60,6 +60,7 @@ def _parts(found: Sweep, cell: Cell) -> tuple[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one cell of a sweep; its exit code is the command's."""
     parser = argparse.ArgumentParser("launchers.cell", description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", help="the sweep's folder, as `submit` made it")
     parser.add_argument("cell", nargs="?", help="the cell's name")

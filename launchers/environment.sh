@@ -16,12 +16,17 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}          # the default, all cores f
 export PYTHONUNBUFFERED=1                             # what a rank printed before it died is in the log
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}     # the checkout's code, whichever one is installed
 
-# --- NCCL ---
+# --- NCCL and gloo ---
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}                 # its errors name the host and the link
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}   # a failed collective ends the process
 export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}         # 17 s per retry: a rerouting fabric is no failure
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}             # which collective hung, on which rank
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}                      # what the dump is made of
+
+# Not set here, but by each rank for itself where neither the site nor the user has set it:
+# GLOO_SOCKET_IFNAME                imm_scale/parallel/network.py: the interface may have another name on another node, and rank.sh
+#                                   may run in a container that has no `ip` to ask
+# TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC  imm_scale/parallel/world.py: it follows from train.step_timeout
 
 # --- the step: a command in front of which nothing else is needed ---
 # --kill-on-bad-exit  a dead rank ends the step at once, instead of leaving its peers in a collective

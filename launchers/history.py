@@ -71,14 +71,17 @@ class History:
             raise UserError(f"{url} cannot be read ({error!r}): remove it, the restarts are counted anew") from error
 
     def save(self, run_dir: str) -> None:
+        """Writes launcher.json into the run folder."""
         storage.write_text(storage.join(run_dir, FILE), json.dumps(dataclasses.asdict(self), indent=1))
 
     @property
     def of_this_job(self) -> list[Start]:
+        """Starts under the job id at hand, oldest first."""
         return [start for start in self.starts if start.job == self.job]
 
     @property
     def ended(self) -> list[Start]:
+        """Those of them that have an outcome."""
         return [start for start in self.of_this_job if start.outcome is not None]
 
     @property

@@ -70,6 +70,7 @@ def exclude(job: str, nodes: Sequence[str]) -> None:
 
 
 def cancel(job: str | int) -> None:
+    """Cancels a job, whether it waits or runs."""
     _run(["scancel", str(job)])
 
 

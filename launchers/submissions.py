@@ -16,6 +16,7 @@ def new_folder(run_dir: str) -> str:
 
 
 def record(folder: str, job: int) -> None:
+    """Writes the job's id into the folder of its submission."""
     storage.write_text(storage.join(folder, _JOB), str(job))
 
 
@@ -43,4 +44,5 @@ def state_of(job: int) -> slurm.JobState | None:
 
 
 def is_over(state: slurm.JobState | None) -> bool:
+    """Whether SLURM will not run the job any more, or has forgotten it."""
     return state is None or state.state in _OVER

@@ -48,6 +48,7 @@ class Task:
 
     @classmethod
     def of(cls, env: Mapping[str, str]) -> "Task":
+        """The job as SLURM describes it in the environment; an element of an array is a job of its own."""
         job = env["SLURM_JOB_ID"]
         if "SLURM_ARRAY_TASK_ID" in env:
             job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
@@ -71,6 +72,7 @@ class Ended:
 
 
 def say(words: str) -> None:
+    """A line of the launcher's own in the job's log."""
     print(f"launcher: {words}", file=sys.stderr, flush=True)
 
 
@@ -166,6 +168,7 @@ class Run:
 
     @classmethod
     def of(cls, words: Sequence[str]) -> "Run":
+        """The run that `imm-scale train WORD...` would train. Raises UserError."""
         config = configs.load_words(words).config
         return cls(config.run_dir, config.train.max_steps)
 
@@ -176,14 +179,17 @@ class Run:
         return max(committed_steps(self.dir), default=0)
 
     def status(self) -> dict[str, Any]:
+        """What status.json says; empty before the first start."""
         from imm_scale.checkpoint.run_folder import read_status
 
         return read_status(self.dir)
 
     def finished(self) -> bool:
+        """Whether the last step is committed and the run says so."""
         return self.status().get("state") == "completed" and self.step() >= self.max_steps
 
     def cancelled(self, job: str) -> bool:
+        """Whether the user cancelled it under this job id."""
         url = storage.join(self.dir, CANCEL)
         return storage.exists(url) and storage.read_text(url).strip() == job
 

@@ -87,6 +87,12 @@ class Allocations:
         self.held = held
 
 
+def live_bytes() -> int:
+    """Bytes of all storages that Python's tensors hold in this process, uncollected garbage included."""
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
 SHAPE = (4, 16, 16)
 LATENTS = ["data.codec=pixels", "data.latent_shape=[4,16,16]", "data.num_classes=10"]
 
@@ -106,11 +112,8 @@ def engines(cases: list[list[str]]) -> list[dict[str, Any]]:
     One process may serve several: DeepSpeed remembers autocast, so 16-bit cases keep to themselves.
     """
     with collectives() as sent:  # before DeepSpeed takes the functions for its own
-        from imm_scale.parallel import deepspeed_engine as engine
         from imm_scale.parallel import world
 
-        # As on GPUs, and other than what training takes on CPU: torch's plain AdamW makes copies of what it steps.
-        engine._optimizer = lambda config, parameters: torch.optim.AdamW(parameters, lr=0.0, fused=True)
         world.init(world.detect())
         return [_engine(words, sent) for words in cases]
 

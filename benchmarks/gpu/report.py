@@ -1,7 +1,6 @@
-"""What a section hands back: figures, checks against bounds, and what it skipped and why."""
+"""What a section hands back: figures, checks and goals with their bounds, and what it skipped and why."""
 
 import json
-import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,18 +30,24 @@ class Context:
     def small(self) -> bool:
         return self.size == "small"
 
+    @property
+    def method(self) -> Literal["fork", "spawn"]:
+        """How a fresh process starts: CUDA allows no fork; without it a fork has all imports already."""
+        return "fork" if self.small else "spawn"
+
 
 @dataclass(frozen=True)
 class Entry:
     """One line of a section.
 
     Attributes:
-        kind: `figure` (measured), `check` (measured and held to a bound) or `skipped`.
-        bound: of a check, as words: "<= 1e-06".
-        passed: of a check; None otherwise.
+        kind: `figure` (measured), `check` (what is right: a miss fails the command), `goal` (how fast: a miss is
+            recorded and nothing more) or `skipped`.
+        bound: of a check or a goal, as words: "<= 1e-06".
+        passed: of a check or a goal; None otherwise.
     """
 
-    kind: Literal["figure", "check", "skipped"]
+    kind: Literal["figure", "check", "goal", "skipped"]
     name: str
     value: Value
     unit: str = ""
@@ -72,15 +77,13 @@ class Report:
         unit: str = "",
     ) -> None:
         """Something measured that must keep a bound: exactly one of the three. Not a number keeps none."""
-        assert [at_most, at_least, equals].count(None) == 2, name
-        if equals is not None:
-            bound, passed = f"= {equals}", value == equals
-        else:
-            assert isinstance(value, float | int), (name, value)
-            low, high = (-math.inf, at_most) if at_least is None else (at_least, math.inf)
-            assert low is not None and high is not None
-            bound, passed = (f">= {at_least:g}" if at_most is None else f"<= {at_most:g}"), low <= value <= high
-        self._add(Entry("check", name, value, unit, bound, passed))
+        self._add(Entry("check", name, value, unit, *_kept(value, at_most, at_least, equals)))
+
+    def goal(
+        self, name: str, value: float, *, at_most: float | None = None, at_least: float | None = None, unit: str = ""
+    ) -> None:
+        """Something measured beside the speed that is aimed at: exactly one of the two. A miss fails nothing."""
+        self._add(Entry("goal", name, value, unit, *_kept(value, at_most, at_least, None)))
 
     def skip(self, name: str, why: str) -> None:
         """Something this machine cannot do."""
@@ -88,10 +91,28 @@ class Report:
 
     @property
     def failed(self) -> list[Entry]:
-        return [entry for entry in self.entries if entry.passed is False]
+        """Checks that were not kept."""
+        return [entry for entry in self.entries if entry.kind == "check" and not entry.passed]
+
+    @property
+    def missed(self) -> list[Entry]:
+        """Goals that were not reached."""
+        return [entry for entry in self.entries if entry.kind == "goal" and not entry.passed]
 
     def _add(self, entry: Entry) -> None:
         self.entries.append(entry)
         draft = self.path.with_suffix(".part")
         draft.write_text(json.dumps([asdict(e) for e in self.entries], indent=1))
         os.replace(draft, self.path)
+
+
+def _kept(value: Value, at_most: float | None, at_least: float | None, equals: Value) -> tuple[str, bool]:
+    """A bound in words, exactly one of the three, and whether a value keeps it."""
+    assert [at_most, at_least, equals].count(None) == 2, (at_most, at_least, equals)
+    if equals is not None:
+        return f"= {equals}", value == equals
+    assert isinstance(value, float | int), value
+    if at_least is not None:
+        return f">= {at_least:g}", value >= at_least
+    assert at_most is not None
+    return f"<= {at_most:g}", value <= at_most

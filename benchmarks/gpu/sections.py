@@ -11,16 +11,48 @@ from benchmarks.gpu.report import Context, Report
 class Section:
     """A module of this package with a function `run(context, report)`.
 
+    Importing the module must not touch the GPU: it happens while the section before still runs.
+
     Attributes:
         limit: seconds it may take at full size on one H100; over all sections at most 480.
+        memory: GiB of GPU memory it needs at full size; with less it is skipped.
+        module: where `run` is; "" for this package's module of the section's name.
     """
 
     name: str
     limit: int
     what: str
+    memory: int = 2
+    module: str = ""
 
     def load(self) -> Callable[[Context, Report], None]:
-        return importlib.import_module(f"benchmarks.gpu.{self.name}").run
+        return importlib.import_module(self.module or f"benchmarks.gpu.{self.name}").run
 
 
-SECTIONS: tuple[Section, ...] = ()
+PROOFS = (
+    Section("versions", 25, "versions, NCCL, what the doctor says"),
+    Section("draws", 22, "draws on the device equal those on the CPU"),
+    Section("loss", 18, "losses and gradients in fp32 against fp64 on the CPU"),
+    Section("conditioning", 8, "embeddings tell t from r, in tf32 as in fp64"),
+    Section("branches", 35, "both branches in 16 bits: every gradient, no recompilation"),
+    Section("stages", 60, "ZeRO stages, precisions, offload, checkpointing, compile against stage 0 in fp32"),
+    Section("overflow", 15, "fp16 overflows are skipped, a group that is not finite is named"),
+    Section("memory", 17, "memory comes back when an engine is closed"),
+    Section("train", 50, "train: signal, resume at another stage, a micro-batch too large", memory=30),
+)
+TIMINGS = (
+    Section("syncs", 40, "host synchronizations, launches and idle share of a step"),
+    Section("step", 60, "a step of XL, L, B and S: time, utilization, over its three passes"),
+    Section("stock", 30, "the pair of passes beside diffusers' DiT"),
+    Section("sampling", 35, "samplers in fp32, tf32 and bf16, eager and compiled: rate and error"),
+    Section("attention", 8, "attention kernels at head sizes 72 and 64"),
+    Section("overlap", 16, "ZeRO stages with overlap on and off, the optimizer's step"),
+    Section("checkpoint", 33, "a checkpoint: memory, copy, wait, steps beside it"),
+    Section("loader", 8, "loader to device against what a step needs"),
+)
+SECTIONS: tuple[Section, ...] = PROOFS + TIMINGS
+
+
+def limit_of(name: str) -> int:
+    """Seconds of a section."""
+    return next(section.limit for section in SECTIONS if section.name == name)

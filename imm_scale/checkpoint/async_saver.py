@@ -13,25 +13,27 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from imm_scale import config as configs
 from imm_scale import storage
 from imm_scale.checkpoint import format as checkpoints
 from imm_scale.checkpoint import run_folder
 from imm_scale.checkpoint.format import Meta, Piece
+from imm_scale.checkpoint.host_copy import HostCopy
 from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.deepspeed_engine import Engine
 from imm_scale.parallel.ema import ShardedEma
+from imm_scale.parallel.param_slice import Shard
 from imm_scale.parallel.world import World
 from imm_scale.preflight import Plan
 
@@ -44,47 +46,17 @@ _LAST_WORDS_SECONDS = 60.0  # that a failing run waits for a save under way
 log = logging.getLogger("imm_scale")
 
 
-class HostCopy:
-    """Host memory for one copy of all slices, made at the first save and filled anew by each.
+@dataclass
+class SaveTally:
+    """What a run's saves have come to; it outlives a rewind, as the saver does not.
 
-    `begin` on the training thread, `take` on any other; nothing may write to the slices in between and until `taken`.
+    Attributes:
+        failed: saves that did not end in a commit; the same on every rank once they are over.
+        longest_seconds: the most a save has taken, from its beginning to its commit.
     """
 
-    def __init__(self) -> None:
-        self._flat = torch.empty(0)
-        self._stream: torch.cuda.Stream | None = None
-        self._ready: torch.cuda.Event | None = None
-        self.taken = threading.Event()
-        self.taken.set()
-
-    def begin(self) -> None:
-        self.taken.clear()
-        if torch.cuda.is_available():
-            self._stream = self._stream or torch.cuda.Stream()
-            self._ready = torch.cuda.current_stream().record_event()
-
-    def take(self, pieces: Sequence[Piece]) -> list[Piece]:
-        """The same pieces with the values of `begin`, safe from further steps until the next `begin`."""
-        try:
-            return self._take(pieces)
-        finally:
-            self.taken.set()
-
-    def _take(self, pieces: Sequence[Piece]) -> list[Piece]:
-        sources = [tensor.detach() for piece in pieces for tensor in piece.states.values()]
-        sizes = [tensor.numel() for tensor in sources]
-        if self._flat.numel() != sum(sizes):
-            self._flat = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=self._stream is not None)
-        views = list(self._flat.split(sizes))
-        with torch.cuda.stream(self._stream):  # of None: nothing at all
-            if self._stream is not None and self._ready is not None:
-                self._stream.wait_event(self._ready)
-            for view, source in zip(views, sources, strict=True):
-                view.copy_(source, non_blocking=True)
-        if self._stream is not None:
-            self._stream.synchronize()
-        copies = iter(views)
-        return [Piece(p.name, p.shape, p.offset, {state: next(copies) for state in p.states}) for p in pieces]
+    failed: int = 0
+    longest_seconds: float = 0.0
 
 
 class Saver:
@@ -93,27 +65,49 @@ class Saver:
     A save that fails is said, counted and left behind: training goes on, and the checkpoint before stays as it is.
     As a context manager it waits for the save under way.
 
-    Attributes:
-        failed_checkpoints: saves so far that did not end in a commit; the same on every rank once they are over.
-        longest_seconds: the most a save has taken so far, from its beginning to its commit.
+    Args:
+        tally: of the saves before these, to be counted on; None: there were none.
+
+    Raises:
+        UserError: on every rank, where one has no memory for the copy.
     """
 
-    def __init__(self, plan: Plan, world: World, engine: Engine, ema: ShardedEma):
-        self._plan, self._world, self._engine, self._ema = plan, world, engine, ema
-        self.failed_checkpoints = 0
-        self.longest_seconds = 0.0
+    def __init__(self, plan: Plan, world: World, engine: Engine, ema: ShardedEma, tally: SaveTally | None = None):
+        self._plan, self._world, self._engine = plan, world, engine
+        self._tally = tally or SaveTally()
         # Made once: writing YAML and asking for versions takes longer than the copy of a small state.
         self._words = (configs.to_yaml(plan.config), plan.spec.to_json(), run_folder.versions())
-        self._copy = HostCopy()
+        self._copy = HostCopy(_with_averages(ema))
         engine.before_update = self._copy.taken.wait
         self._staging = staging_folder(plan.config, world.rank)
-        self._group = (
-            dist.new_group(backend="gloo", timeout=SLOWEST_UPLOAD, group_desc=distributed.SAVER_GROUP)
-            if world.size > 1
-            else None
-        )
+        self._group = distributed.group_beside(SLOWEST_UPLOAD) if world.size > 1 else None
         self._under_way: Future[str] | None = None
         self._last_problem = ""
+        self._allocate()
+
+    def _allocate(self) -> None:
+        """Makes the memory of the copy at start, when failing costs nothing and all ranks can agree on what to do."""
+        if self._copy.from_gpu:
+            problem = self._everywhere(self._copy.allocate(pinned=True))
+            if not problem:
+                return
+            self._copy.release()  # all ranks do alike, for the slowest sets the pace
+            if self._world.is_main:
+                log.warning("checkpoints are copied to pageable memory, slower, for none can be pinned: %s", problem)
+        problem = self._everywhere(self._copy.allocate(pinned=False))
+        if problem:
+            raise UserError(
+                f"no host memory for the copy a checkpoint is written from: {problem}; "
+                "ask for more memory per node, fewer ranks on it, or more nodes"
+            )
+
+    @property
+    def failed_checkpoints(self) -> int:
+        return self._tally.failed
+
+    @property
+    def longest_seconds(self) -> float:
+        return self._tally.longest_seconds
 
     def save(
         self,
@@ -132,14 +126,13 @@ class Saver:
         """
         self.wait()
         self._copy.begin()
-        pieces = self._pieces()
         meta, outcome = self._meta(step, images_seen, skipped, guards or {}), Future[str]()
-        self._under_way = outcome
         # Not a pool's thread: those are waited for at exit, and a peer that died would make this one wait for long.
-        threading.Thread(target=self._run, args=(outcome, pieces, meta, committed), name="saver", daemon=True).start()
+        threading.Thread(target=self._run, args=(outcome, meta, committed), name="saver", daemon=True).start()
+        self._under_way = outcome
 
     def wait(self) -> None:
-        """Until no save is under way. Raises what the writing thread did not expect."""
+        """Until no save is under way. Raises RuntimeError where its ranks could not reach each other."""
         if self._under_way is not None:
             outcome, self._under_way = self._under_way, None
             self._last_problem = outcome.result()
@@ -170,34 +163,44 @@ class Saver:
 
     # --- on the writing thread ---
 
-    def _run(self, outcome: Future[str], pieces: Sequence[Piece], meta: Meta, committed: Callable[[int], None]) -> None:
+    def _run(self, outcome: Future[str], meta: Meta, committed: Callable[[int], None]) -> None:
         began = time.monotonic()
         try:
-            problem = self._write(self._copy.take(pieces), meta, committed)
-            self.longest_seconds = max(self.longest_seconds, time.monotonic() - began)
+            problem = self._write(meta, committed)
+            self._tally.longest_seconds = max(self._tally.longest_seconds, time.monotonic() - began)
             outcome.set_result(problem)
         except BaseException as error:  # noqa: BLE001 - it is raised where the outcome is asked for
             outcome.set_exception(error)
 
-    def _write(self, pieces: Sequence[Piece], meta: Meta, committed: Callable[[int], None]) -> str:
-        """Writes and commits. Returns what went wrong, the same on every rank, or ""."""
+    def _write(self, meta: Meta, committed: Callable[[int], None]) -> str:
+        """Copies, writes and commits. Returns what went wrong, the same on every rank, or ""."""
         url, rank = checkpoints.folder(self._plan.config.run_dir, meta.step), self._world.rank
-        # A damaged checkpoint that the run went back behind may still be there.
-        problem = self._everywhere(distributed.attempt(lambda: checkpoints.remove(url)) if rank == 0 else "")
-        if not problem:
-            part = distributed.attempt(lambda: checkpoints.write_rank(url, rank, pieces, self._staging))
-            problem = self._everywhere(part)
-        if not problem:
-            problem = self._everywhere(distributed.attempt(lambda: checkpoints.commit(url, meta)) if rank == 0 else "")
+        pieces: list[Piece] = []
+        stages: Sequence[Callable[[], None]] = (
+            lambda: pieces.extend(self._copy.take()),
+            # A damaged checkpoint that the run went back behind may still be there.
+            lambda: checkpoints.remove(url) if rank == 0 else None,
+            lambda: checkpoints.write_rank(url, rank, pieces, self._staging),
+            lambda: checkpoints.commit(url, meta) if rank == 0 else None,
+        )
+        problem = self._in_step(stages)
         if problem:
-            self.failed_checkpoints += 1
+            self._tally.failed += 1
             problem = f"cannot write checkpoint {storage.shown(url)}: {problem}"
             log.warning("%s; training goes on, the checkpoint before is intact", problem)
         if rank == 0:
-            left = distributed.attempt(lambda: checkpoints.remove(url) if problem else self._tidy(meta, committed))
+            left = _attempt(lambda: checkpoints.remove(url) if problem else self._tidy(meta, committed))
             if left:
                 log.warning("after the save of step %d: %s", meta.step, left)
         return problem
+
+    def _in_step(self, stages: Iterable[Callable[[], None]]) -> str:
+        """Does one after the other on all ranks, each once the one before has worked on all; what kept one from it."""
+        for stage in stages:
+            problem = self._everywhere(_attempt(stage))
+            if problem:
+                return problem
+        return ""
 
     def _everywhere(self, problem: str) -> str:
         return distributed.problems(problem, _HOST, self._group)
@@ -206,15 +209,7 @@ class Saver:
         config = self._plan.config
         committed(meta.step)
         checkpoints.prune(config.run_dir, meta.step, config.train.keep_last, config.train.keep_every)
-        run_folder.write_status(config.run_dir, "running", step=meta.step, images_seen=meta.images_seen)
-
-    # --- what is saved ---
-
-    def _pieces(self) -> list[Piece]:
-        return [
-            Piece(shard.name, shard.shape, shard.offset, {**shard.states, **self._ema.states(index)})
-            for index, shard in enumerate(self._ema.shards)
-        ]
+        run_folder.write_progress(config.run_dir, step=meta.step, images_seen=meta.images_seen)
 
     def _meta(self, step: int, images_seen: int, skipped: Ranges, guards: Mapping[str, Any]) -> Meta:
         loss_scale, (config, spec, versions) = self._engine.loss_scale, self._words
@@ -233,6 +228,24 @@ class Saver:
             skipped=tuple(skipped),
             guards=copy.deepcopy(dict(guards)),
         )
+
+
+def _attempt(action: Callable[[], None]) -> str:
+    """Does a rank's part of a save; what kept it from working, or "".
+
+    Whatever that is, the other ranks are told in the vote they wait in. A bug or a failing GPU has its traceback in the
+    log besides; the step under way meets a failing GPU too.
+    """
+    try:
+        return distributed.attempt(action)
+    except Exception as error:
+        log.exception("a save did not expect this")
+        return f"{type(error).__name__}: {error}"
+
+
+def _with_averages(ema: ShardedEma) -> list[Shard]:
+    """What is saved: this rank's slices with weights, moments and averages."""
+    return [replace(shard, states={**shard.states, **ema.states(index)}) for index, shard in enumerate(ema.shards)]
 
 
 def staging_folder(config: Config, rank: int) -> str:

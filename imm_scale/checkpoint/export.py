@@ -30,6 +30,7 @@ _FOLDER_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def is_file(source: str) -> bool:
+    """Whether `source` names an exported file, by its ending alone."""
     return source.endswith(".safetensors")
 
 
@@ -64,6 +65,8 @@ def ema_state(checkpoint: Checkpoint, ema: float | None) -> str:
 
 def read(source: str, ema: float | None = None, step: int | None = None) -> tuple[ModelSpec, dict[str, Tensor]]:
     """Spec and fp32 weights of a run folder (its newest checkpoint, or that of `step`), a checkpoint, or an export.
+
+    Weights are by parameter name, each in its parameter's shape.
 
     Raises:
         UserError: nothing there, an export that imm-scale did not write, or an average that is not held.
@@ -150,7 +153,7 @@ def export(
 
 
 def write(spec: ModelSpec, weights: dict[str, Tensor], out: str, format: str = "safetensors") -> None:
-    """Writes spec and weights: `safetensors` to one file, `diffusers` to a folder. `read` gives back the same bits.
+    """Writes spec and weights: `safetensors` to one file, `diffusers` to a folder. `read` gives back shapes and bits.
 
     Raises:
         UserError: an unknown format, or a name that does not fit it.

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imm_scale import storage
+from imm_scale import devices, storage
 from imm_scale.errors import UserError
 
 FORMAT_VERSION = 1
@@ -84,6 +84,7 @@ class Slice:
 
 
 def folder(run_dir: str, step: int) -> str:
+    """URL of the checkpoint of a step, whether it is there or not."""
     return storage.join(run_dir, _FOLDER, f"{_PREFIX}{step:08d}")
 
 
@@ -104,17 +105,17 @@ class Piece:
     Attributes:
         name, shape: of the whole parameter.
         offset: where the slice starts in it.
-        states: flat fp32 tensors on the host, by state.
+        states: by state the flat fp32 tensors on the host that make up the slice, one after the other.
     """
 
     name: str
     shape: tuple[int, ...]
     offset: int
-    states: Mapping[str, Tensor]
+    states: Mapping[str, Sequence[Tensor]]
 
 
 def checksum(name: str, offset: int, flat: Tensor) -> Tensor:
-    """Of a slice of one state of one parameter, an int64 on the slice's device.
+    """Of a flat slice of one state of one parameter, an int64 on the slice's device.
 
     The sum over elements of bits * (2 * position + 1) * an odd number made from the name, mod 2^64: over any cut of a
     state into slices, on any ranks, the sums come to the same number, and one changed or misplaced element changes it.
@@ -135,20 +136,23 @@ def write_rank(url: str, rank: int, pieces: Sequence[Piece], staging: str) -> No
         url: the checkpoint's folder.
         staging: a local folder that files for a remote store pass through.
     """
-    places = [(piece, state, tensor) for piece in pieces for state, tensor in piece.states.items()]
+    places = [(piece, state, parts) for piece in pieces for state, parts in piece.states.items()]
     file, digest, size = f"rank-{rank:05d}.safetensors", hashlib.sha256(), 0
 
     def chunks() -> Iterator[bytes | memoryview]:
         nonlocal size
-        for chunk in _safetensors({f"{state}/{piece.name}": tensor for piece, state, tensor in places}):
+        for chunk in _safetensors({f"{state}/{piece.name}": parts for piece, state, parts in places}):
             digest.update(chunk)
             size += len(chunk)
             yield chunk
 
     storage.write_chunks(storage.join(url, file), chunks(), staging)
     sums = {state: torch.zeros((), dtype=torch.int64) for _, state, _ in places}
-    for piece, state, tensor in places:
-        sums[state] += checksum(piece.name, piece.offset, tensor)
+    for piece, state, parts in places:
+        offset = piece.offset
+        for part in parts:
+            sums[state] += checksum(piece.name, offset, part)
+            offset += part.numel()
     description = {
         "file": file,
         "bytes": size,
@@ -160,26 +164,31 @@ def write_rank(url: str, rank: int, pieces: Sequence[Piece], staging: str) -> No
                 "name": piece.name,
                 "shape": piece.shape,
                 "offset": piece.offset,
-                "numel": tensor.numel(),
+                "numel": _numel(parts),
             }
-            for piece, state, tensor in places
+            for piece, state, parts in places
         ],
     }
     storage.write_text(storage.join(url, f"rank-{rank:05d}.json"), json.dumps(description))
 
 
-def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file of flat fp32 tensors, without the copy of them that the stock writer makes."""
+def _numel(parts: Sequence[Tensor]) -> int:
+    return sum(part.numel() for part in parts)
+
+
+def _safetensors(tensors: Mapping[str, Sequence[Tensor]]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file of flat fp32 tensors, given in parts, without the stock writer's copy of them."""
     header: dict[str, Any] = {}
     end = 0
-    for key, tensor in tensors.items():
-        start, end = end, end + 4 * tensor.numel()
-        header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for key, parts in tensors.items():
+        numel = _numel(parts)
+        start, end = end, end + 4 * numel
+        header[key] = {"dtype": "F32", "shape": [numel], "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
-        data = tensor.numpy().data.cast("B")
+    for part in (part for parts in tensors.values() for part in parts):
+        data = part.numpy().data.cast("B")
         for start in range(0, len(data), 4 * _CHUNK):
             yield data[start : start + 4 * _CHUNK]
 
@@ -248,6 +257,7 @@ class Checkpoint:
 
     @classmethod
     def of_step(cls, run_dir: str, step: int) -> "Checkpoint":
+        """The checkpoint of a step. Raises as the class does."""
         return cls(folder(run_dir, step))
 
     @classmethod
@@ -303,6 +313,7 @@ class Checkpoint:
 
     @property
     def states(self) -> list[str]:
+        """Names of the states it holds, sorted, such as "weight" and "ema-0.9999"."""
         return sorted({state for state, _ in self._slices})
 
     def read(self, state: str, name: str, offset: int = 0, numel: int | None = None) -> Tensor:
@@ -331,7 +342,7 @@ class Checkpoint:
         return out
 
     def weights(self, state: str = "weight") -> dict[str, Tensor]:
-        """{parameter: whole tensor} of one state, such as "weight" or "ema-0.9999"."""
+        """{parameter: tensor of its whole shape} of one state, such as "weight" or "ema-0.9999"."""
         if state not in self.states:
             raise UserError(f"{self.url} holds no {state!r}; it has {', '.join(self.states)}")
         return {name: self.read(state, name).view(shape) for name, shape in self.shapes.items()}
@@ -355,5 +366,6 @@ def load_into(tensors: Sequence[tuple[str, str, int, Tensor]], checkpoint: Check
         for wanted in tensors:
             fill(wanted)
         return
-    with ThreadPoolExecutor(_READERS) as pool:
+    where = next((target.device for *_, target in tensors if target.is_cuda), torch.device("cpu"))
+    with ThreadPoolExecutor(_READERS, initializer=devices.use_device, initargs=(where,)) as pool:
         list(pool.map(fill, tensors))

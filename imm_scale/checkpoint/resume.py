@@ -58,6 +58,7 @@ class Found:
 
     @property
     def step(self) -> int:
+        """The step to go on from; 0 for a fresh start."""
         return 0 if self.checkpoint is None else self.checkpoint.meta.step
 
 

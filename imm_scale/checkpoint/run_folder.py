@@ -24,6 +24,12 @@ def write_status(run_dir: str, state: str, **details: Any) -> None:
     storage.write_text(storage.join(run_dir, STATUS), json.dumps(status, indent=1))
 
 
+def write_progress(run_dir: str, **details: Any) -> None:
+    """Status `running`, unless some rank has said that the run failed, for launchers act on that."""
+    if read_status(run_dir).get("state") != "failed":
+        write_status(run_dir, "running", **details)
+
+
 def write_failure(run_dir: str, reason: str, **details: Any) -> None:
     """Status `failed`, unless some rank has already said so: the first failure is the cause of those that follow."""
     if read_status(run_dir).get("state") != "failed":
@@ -92,6 +98,7 @@ class MetricsLog:
                     storage.remove(storage.join(segments, name))
 
     def append(self, record: Record) -> None:
+        """Adds a record; a local file has it at once, an object store at the next commit."""
         self._unwritten.append(record)
         if self._local:
             self._write()

@@ -129,6 +129,11 @@ class ZeroConfig:
     offload: Literal["none", "optimizer", "parameters"] = option(
         "none", "Keep in host memory: the optimizer's state (stages 1-3), or that and the weights (stage 3)."
     )
+    reduce_precision: Literal["fp32", "autocast"] = option(
+        "fp32",
+        "Sum gradients over ranks in fp32, or in the 16 bits autocast computes them in (plain linear and conv layers): "
+        "half the bytes, but a sum of many ranks loses what is small beside it.",
+    )
     extra: dict[str, Any] = option({}, "DeepSpeed config keys, merged over the generated ones as they are.")
 
 

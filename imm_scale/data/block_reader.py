@@ -32,11 +32,13 @@ class Counters:
         self._values: Counter[str] = Counter()
 
     def add(self, name: str, amount: int = 1) -> None:
+        """Raises one of COUNTERS; safe from any thread."""
         assert name in COUNTERS, name
         with self._lock:
             self._values[name] += amount
 
     def values(self) -> dict[str, int]:
+        """All counts so far, by name."""
         with self._lock:
             return {name: self._values[name] for name in COUNTERS}
 

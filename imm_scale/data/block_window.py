@@ -87,6 +87,7 @@ class Window:
         return self._latents.nbytes + self._labels.nbytes + threads * LONGEST_READ
 
     def close(self) -> None:
+        """Ends the readers; reads under way are waited for, those in line are dropped."""
         self._reader.stop()
         self._pool.shutdown(wait=True, cancel_futures=True)
 

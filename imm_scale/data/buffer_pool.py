@@ -24,6 +24,7 @@ class Recycler:
         self._lock = threading.Lock()
 
     def take(self) -> Tensor:
+        """A tensor of the pool's shape, values undefined; its memory comes back when the last view of it dies."""
         with self._lock:
             memory = self._free.pop() if self._free else np.empty(math.prod(self._shape), self._dtype)
         view = memory.view()  # lives exactly as long as the tensors made of it

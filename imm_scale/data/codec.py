@@ -66,12 +66,15 @@ class PixelsCodec:
     precision = "fp32"
 
     def latent_channels(self, image_channels: int) -> int:
+        """As many as the images have."""
         return image_channels
 
     def encode(self, images_NHWC: Tensor) -> Tensor:
+        """(N, C, H, W) fp32 in [-1, 1] of (N, H, W, C) uint8 images."""
         return _to_unit_range(images_NHWC)
 
     def decode(self, raw_NCHW: Tensor) -> Tensor:
+        """(N, H, W, C) uint8 images of (N, C, H, W) values in [-1, 1], clamped and rounded."""
         return _to_uint8(raw_NCHW)
 
 
@@ -109,18 +112,21 @@ class VAECodec:
         self.factor: int = 2 ** (len(self._model.config.block_out_channels) - 1)
 
     def latent_channels(self, image_channels: int) -> int:
+        """Channels of the autoencoder's latent. Raises UserError for images that are not RGB."""
         if image_channels != 3:
             raise UserError(f"the vae codec takes RGB images, these have {image_channels} channel: pack with 3")
         return int(self._model.config.latent_channels)
 
     @torch.no_grad()
     def encode(self, images_NHWC: Tensor) -> Tensor:
+        """Posterior mean and standard deviation, (N, 2C, H', W') on CPU, of (N, H, W, 3) uint8 images."""
         with computing(self.precision, self._device):
             posterior = self._model.encode(_to_unit_range(images_NHWC.to(self._device))).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1).cpu()
 
     @torch.no_grad()
     def decode(self, raw_NCHW: Tensor) -> Tensor:
+        """(N, H, W, 3) uint8 images of (N, C, H', W') latents."""
         with computing(self.precision, self._device):
             pixels_NCHW = self._model.decode(raw_NCHW.to(self._device, torch.float32)).sample
         return _to_uint8(pixels_NCHW)

@@ -83,7 +83,7 @@ class Dataset:
 def read_all(
     manifest_url: str, chunk_samples: int = 256, seed: int = 0, sigma_data: float = 0.5
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every sample once, in the manifest's order: x and label as `read_indexed` yields them."""
+    """Every sample once, in the manifest's order: x (n, C, H, W) and label (n,) as `read_indexed` yields them."""
     for _, x, label in read_indexed(Dataset(manifest_url), chunk_samples, seed, sigma_data):
         yield x, label
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from imm_scale import rng, storage
+from imm_scale import devices, rng, storage
 from imm_scale.data import sample_order
 from imm_scale.data.batch import Batch, BatchMaker, Stored
 from imm_scale.data.block_cache import BlockCache
@@ -24,7 +24,6 @@ from imm_scale.data.dataset import Dataset
 from imm_scale.data.manifest import Manifest
 from imm_scale.data.prefetch import Prefetcher
 from imm_scale.data.sample_order import Layout
-from imm_scale.devices import use_device
 from imm_scale.errors import UserError
 
 _BATCHES_AHEAD = 2
@@ -136,7 +135,7 @@ class Loader:
             map(self._make_batch, gathered) if self._device.type == "cpu" else gathered,
             _BATCHES_AHEAD,
             # Pinned memory belongs to a CUDA context, and a thread that has chosen no device makes one on GPU 0.
-            prepare=partial(use_device, self._device),
+            prepare=partial(devices.use_device, self._device),
         )
 
     @property

@@ -47,6 +47,7 @@ class ShardInfo:
 
     @property
     def index_name(self) -> str:
+        """The index beside the shard, relative to the manifest."""
         return self.name.removesuffix(".tar") + ".index.npy"
 
 
@@ -70,6 +71,7 @@ class Manifest:
 
     @property
     def num_samples(self) -> int:
+        """Samples of all shards."""
         return sum(shard.samples for shard in self.shards)
 
     @property
@@ -89,6 +91,7 @@ class Manifest:
         return json.dumps({**asdict(self), _OWN_HASH: self.hash}, indent=2, sort_keys=True) + "\n"
 
     def save(self, url: str) -> None:
+        """Writes the manifest as JSON."""
         storage.write_text(url, self.to_json())
 
     @classmethod

@@ -32,4 +32,5 @@ class Prefetcher(Generic[Item]):
         return future.result()
 
     def close(self) -> None:
+        """Ends the thread once the batch under way is done."""
         self._pool.shutdown(wait=True, cancel_futures=True)

@@ -87,6 +87,7 @@ class Layout:
 
     @property
     def slots_per_micro_batch(self) -> int:
+        """Groups in a micro-batch of one rank, empty slots included."""
         return _ceil_div(self.slots_per_rank, self.accumulation)
 
     @property
@@ -107,7 +108,7 @@ class BlockTable:
     size: NDArray[np.int64]
 
     def block_of(self, sample: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The block of each global sample index."""
+        """The block of each global sample index, of the same shape."""
         return np.searchsorted(self.start, sample, side="right") - 1
 
 
@@ -142,7 +143,7 @@ def holdout_count(num_samples: int, holdout: float) -> int:
 
 
 def held_out(shard_samples: list[int], block_samples: int, seed: int, holdout: float) -> NDArray[np.int64]:
-    """Global indices of the samples that are never trained on, ascending: whole blocks drawn by the seed, the last one
+    """Global indices (n,) of the samples never trained on, ascending: whole blocks drawn by the seed, the last one
     cut so that the count is exact. They depend on nothing but the arguments."""
     table = block_table(shard_samples, block_samples)
     count = holdout_count(sum(shard_samples), holdout)

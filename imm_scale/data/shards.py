@@ -34,6 +34,7 @@ class DamagedBlockError(UserError):
 
 
 def index_dtype(flipped: bool) -> np.dtype[Any]:
+    """Type of an index's rows, with or without mirrored latents."""
     return FLIPPED_INDEX_DTYPE if flipped else INDEX_DTYPE
 
 

@@ -17,12 +17,12 @@ GROUPS = 10
 
 
 def group_of(index: Tensor) -> Tensor:
-    """Which of the GROUPS a sample belongs to: a function of its number alone."""
+    """Which of the GROUPS each of (n,) samples belongs to: a function of its number alone."""
     return rng.random_bits(0, "group", index) % GROUPS
 
 
 def chosen(num: int, most: int) -> Tensor:
-    """Ascending numbers of the samples whose features are kept: all of `num`, or `most` of them at random."""
+    """Ascending numbers, (K,), of the samples whose features are kept: all of `num`, or `most` of them at random."""
     if num <= most:
         return torch.arange(num)
     return rng.random_bits(0, "kept_features", torch.arange(num)).argsort(stable=True)[:most].sort().values
@@ -44,6 +44,7 @@ class Features:
 
     @property
     def moments(self) -> Moments:
+        """Moments of all samples, the groups merged."""
         return Moments.merged(self.groups)
 
 
@@ -69,7 +70,7 @@ class Collector:
         self._kept = torch.zeros(len(self._chosen), dim)
 
     def add(self, index: Tensor, output: Output) -> None:
-        """Raises UserError for features that are not finite, naming the sample."""
+        """Takes samples (n,) and what the extractor says of them; features that are not finite raise UserError."""
         finite = torch.isfinite(output.features).all(dim=1)
         if not finite.all():
             raise UserError(

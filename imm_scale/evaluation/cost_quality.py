@@ -21,6 +21,7 @@ _MORE_IS_BETTER = ("precision", "recall", "density", "coverage", "inception_scor
 
 
 def more_is_better(metric: str) -> bool:
+    """Whether a larger value of the metric is the better one."""
     return metric.startswith(_MORE_IS_BETTER)
 
 

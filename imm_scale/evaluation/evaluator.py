@@ -101,10 +101,12 @@ class Evaluator:
 
     @cached_property
     def model(self) -> Model:
+        """The weights, read at the first use, with a decoder only where images are compared."""
         return Model.load(self.source, self.config.sampling, self.device, decoding=self.extractor.takes == "images")
 
     @cached_property
     def checkpoint(self) -> Checkpoint | None:
+        """The checkpoint that is measured; None for exports."""
         return Checkpoint(self.source.weights_url) if self.source.step is not None else None
 
     @cached_property

@@ -38,13 +38,16 @@ class Extractor(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Named in results and messages, such as "latents"."""
 
     @property
-    def takes(self) -> Literal["latents", "images"]: ...
+    def takes(self) -> Literal["latents", "images"]:
+        """What it is called with: (N, C, H, W) normalized latents, or (N, H, W, C) uint8 images."""
 
     @property
-    def identity(self) -> Mapping[str, Any]: ...
+    def identity(self) -> Mapping[str, Any]:
+        """All that decides its features, to be hashed into evaluations and references."""
 
     def __call__(self, samples: Tensor) -> Output:
         """Features of (N, C, H, W) latents, or of (N, H, W, C) uint8 images."""
@@ -135,6 +138,7 @@ class Preprocessing:
 
 
 def preprocessing(config: ExtractorConfig) -> Preprocessing:
+    """The part of an extractor's config that says how images become the network's input."""
     given: dict[str, Any] = {name: getattr(config, name) for name in Preprocessing.__dataclass_fields__}
     for name in ("range", "mean", "std"):
         given[name] = tuple(given[name])
@@ -160,4 +164,5 @@ def describe(extractor: Extractor) -> dict[str, Any]:
 
 
 def identity_of(preprocess: Preprocessing, **network: Any) -> dict[str, Any]:
+    """Identity of a network and of what its input goes through."""
     return {**network, "preprocessing": asdict(preprocess)}

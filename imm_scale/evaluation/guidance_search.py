@@ -55,6 +55,7 @@ class Point:
 
     @property
     def mean(self) -> float:
+        """Mean distance over sampling seeds."""
         return statistics.fmean(self.values)
 
 
@@ -80,6 +81,7 @@ class Best:
     points: tuple[Point, ...]
 
     def describe(self) -> str:
+        """The best scale in a line, with the scales that are as good within two errors."""
         low, high = self.not_worse
         steps = f"{self.steps} step" + ("" if self.steps == 1 else "s")
         doubt = "no other point measured comes within 2 errors" if low == high else f"{low:g} to {high:g} are as good"
@@ -90,6 +92,7 @@ class Best:
         )
 
     def as_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
         return asdict(self)
 
 

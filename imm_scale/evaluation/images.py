@@ -103,6 +103,7 @@ class FolderImages:
         return len(self._files)
 
     def read(self, part: int = 0, parts: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `ImageSet.read`, (n,) and (n, H, W, C); chunks of files go to the parts in turn."""
         stack = _Stack()
         stack.decode(storage.read_bytes(self._files[0]), self._files[0])  # each rank compares with the same one
         for start in range(part * CHUNK, len(self._files), parts * CHUNK):
@@ -130,6 +131,7 @@ class ShardImages:
                     yield f"{shard}:{key}.{extension}", data[file.offset : file.offset + file.size]
 
     def read(self, part: int = 0, parts: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `ImageSet.read`, (n,) and (n, H, W, C); shards go to the parts in turn."""
         stack = _Stack()
         first = 0
         for number, (shard, count) in enumerate(zip(self._shards, self._counts, strict=True)):
@@ -170,6 +172,7 @@ class NpzImages:
         return self._shape[0]
 
     def read(self, part: int = 0, parts: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `ImageSet.read`; every part streams the file and keeps its chunks."""
         size = int(np.prod(self._shape[1:]))
         with self._open() as file:
             self._header(file)

@@ -61,6 +61,7 @@ class Reference:
 
     @cached_property
     def root(self) -> Root:
+        """Square root of the covariance, taken at the first use."""
         return square_root(self.covariance)
 
     def check(self, extractor: Extractor, image_size: tuple[int, int] | None = None) -> None:
@@ -90,6 +91,7 @@ class Reference:
             )
 
     def save(self, url: str) -> None:
+        """Writes an .npz with `mu` and `sigma` as other tools read them, and what `load` needs beside."""
         arrays: dict[str, Any] = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy()}
         if self.count is not None:
             arrays["count"] = np.int64(self.count)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from imm_scale.choices import option
 from imm_scale.errors import UserError
+from imm_scale.fusion import fused
 from imm_scale.methods.probability_path import Interpolant
 from imm_scale.models.base import Backbone
 
@@ -48,6 +49,10 @@ class Coefficients(NamedTuple):
     c_in: Tensor
     c_skip: Tensor
     c_out: Tensor
+
+
+# Samples (N, ...), c_noise (G,), second time (G,) or None, each of both branches: the order of `ConditionalNet.pair`
+PairInputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def check(trajectory: str, parameterization: str, second_time: str) -> None:
@@ -152,9 +157,12 @@ class FlowMap(nn.Module):
         second = {"s": s, "t_minus_s": t - s, "none": None}[self.second_time]
         return self.time_scale * t, None if second is None else self.time_scale * second
 
-    def _net_input(self, x: Tensor, c: Coefficients) -> Tensor:
-        weight = next(self.model.parameters(), x)
-        return (per_sample(c.c_in.to(x.dtype), x) * x).to(weight.dtype)
+    def _net_dtype(self, x: Tensor) -> torch.dtype:
+        return next(self.model.parameters(), x).dtype
+
+    @staticmethod
+    def _net_input(x: Tensor, c: Coefficients, dtype: torch.dtype) -> Tensor:
+        return (per_sample(c.c_in.to(x.dtype), x) * x).to(dtype)
 
     @staticmethod
     def _assemble(x: Tensor, c: Coefficients, out: Tensor) -> Tensor:
@@ -180,7 +188,7 @@ class FlowMap(nn.Module):
             UserError: guidance on a net without a null label.
         """
         c = self.coefficients(s, t)
-        scaled, times = self._net_input(x_t, c), self._c_noise(s, t)
+        scaled, times = self._net_input(x_t, c, self._net_dtype(x_t)), self._c_noise(s, t)
         out = self.model(scaled, *times, label).to(x_t.dtype)
         if guidance_scale != 1.0:
             if self.null_label is None:
@@ -203,14 +211,32 @@ class FlowMap(nn.Module):
 
         Shapes as in `forward`; dropout_key is (N,) keys of the dropout masks, or None to run without dropout.
         """
+        inputs, c_t, c_r = self._before_pair(x_t, x_r, s, r, t, self._net_dtype(x_t))
+        out_t, out_r = self.model.pair(*inputs, label, dropout_key)
+        return self._after_pair(x_t, x_r, out_t, out_r, c_t, c_r)
+
+    @fused()
+    def _before_pair(
+        self, x_t: Tensor, x_r: Tensor, s: Tensor, r: Tensor, t: Tensor, dtype: torch.dtype
+    ) -> tuple[PairInputs, Coefficients, Coefficients]:
+        """What the net is given, and the coefficients of each branch."""
         c_t, c_r = self.coefficients(s, t), self.coefficients(s, r)
         c_noise_t, second_t = self._c_noise(s, t)
         c_noise_r, second_r = self._c_noise(s, r)
-        inputs = self._net_input(x_t, c_t), self._net_input(x_r, c_r)
-        out_t, out_r = self.model.pair(*inputs, c_noise_t, c_noise_r, second_t, second_r, label, dropout_key)
+        in_t, in_r = self._net_input(x_t, c_t, dtype), self._net_input(x_r, c_r, dtype)
+        return (in_t, in_r, c_noise_t, c_noise_r, second_t, second_r), c_t, c_r
+
+    @fused()
+    def _after_pair(
+        self, x_t: Tensor, x_r: Tensor, out_t: Tensor, out_r: Tensor, c_t: Coefficients, c_r: Coefficients
+    ) -> tuple[Tensor, Tensor]:
         return self._assemble(x_t, c_t, out_t), self._assemble(x_r, c_r, out_r).detach()
 
     def raw(self, x_t: Tensor, t: Tensor, label: Tensor, dropout_key: Tensor | None = None) -> Tensor:
         """G(c_in(t) x_t, c_noise(t), second(t,t), label): what flow matching regresses on. Shapes as in `forward`."""
-        scaled = self._net_input(x_t, self.coefficients(t, t))
-        return self.model(scaled, *self._c_noise(t, t), label, dropout_key).to(x_t.dtype)
+        scaled, times = self._before_raw(x_t, t, self._net_dtype(x_t))
+        return self.model(scaled, *times, label, dropout_key).to(x_t.dtype)
+
+    @fused()
+    def _before_raw(self, x_t: Tensor, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
+        return self._net_input(x_t, self.coefficients(t, t), dtype), self._c_noise(t, t)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from imm_scale import rng
 from imm_scale.choices import option
+from imm_scale.fusion import fused
 from imm_scale.methods.base import FlowMapMethodConfig, GroupLosses, Objective, prior_noise
 from imm_scale.methods.flow_map import FlowMap, exact_target, per_sample
 from imm_scale.methods.probability_path import diffuse
@@ -31,12 +32,25 @@ class FlowMatching(Objective):
     particles: int = 1
 
     def __call__(self, flow_map: FlowMap, x: Tensor, label: Tensor, ordinal: Tensor, seed: int) -> GroupLosses:
+        x_t, target, t, label, dropout_key = self.draw(flow_map, x, label, ordinal, seed)
+        out = flow_map.raw(x_t, t, label, dropout_key)
+        return GroupLosses(_mean_square(out, target, t), t)
+
+    @fused()
+    def draw(
+        self, flow_map: FlowMap, x: Tensor, label: Tensor, ordinal: Tensor, seed: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """x_t, what the net shall answer, t (G,), labels and keys of the dropout masks."""
         t = self.t_min + (self.t_max - self.t_min) * rng.uniform(seed, "times", self.group(ordinal))[:, 0]
         eps = prior_noise(flow_map, x, ordinal, seed)
         t_N = per_sample(t, x)
         x_t = diffuse(flow_map.interp, x, eps, t_N)
         target = exact_target(flow_map.interp, flow_map.parameterization, x, eps, t_N, flow_map.sigma_data)
         label = self.drop_labels(flow_map, label, ordinal, seed)
-        out = flow_map.raw(x_t, t, label, self.dropout_key(ordinal, seed))
-        error = (out - target).square().reshape(t.shape[0], -1)
-        return GroupLosses(error.mean(dim=1).double(), t)
+        return x_t, target, t, label, self.dropout_key(ordinal, seed)
+
+
+@fused()
+def _mean_square(out: Tensor, target: Tensor, t_G: Tensor) -> Tensor:
+    """(G,) fp64 mean squared errors."""
+    return (out - target).square().reshape(t_G.shape[0], -1).mean(dim=1).double()

@@ -1,13 +1,14 @@
 """Inductive moment matching (alg 3, eq 67): particles sent from t to s must match particles sent from r to s."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 from torch import Tensor
 
 from imm_scale import rng
 from imm_scale.choices import Passes, option
 from imm_scale.errors import UserError
+from imm_scale.fusion import fused
 from imm_scale.methods import imm_times
 from imm_scale.methods.base import FlowMapMethodConfig, GroupLosses, Objective, prior_noise
 from imm_scale.methods.flow_map import FlowMap, per_sample
@@ -16,6 +17,18 @@ from imm_scale.methods.probability_path import diffuse
 from imm_scale.registry import register_method
 
 _MIN_C_OUT = 1e-8  # at s = t the bandwidth would be infinite, and the gradient NaN though the loss is 0
+
+
+class Draws(NamedTuple):
+    """A micro-batch as both branches meet it; times are (G,) in fp64."""
+
+    x_t: Tensor
+    x_r: Tensor
+    s: Tensor
+    r: Tensor
+    t: Tensor
+    label: Tensor
+    dropout_key: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -103,15 +116,22 @@ class InductiveMomentMatching(Objective):
         )
 
     def __call__(self, flow_map: FlowMap, x: Tensor, label: Tensor, ordinal: Tensor, seed: int) -> GroupLosses:
+        draws = self.draw(flow_map, x, label, ordinal, seed)
+        y_t, y_r = flow_map.pair(*draws)
+        return GroupLosses(self.discrepancy(flow_map, y_t, y_r, draws.s, draws.t), draws.t)
+
+    @fused()
+    def draw(self, flow_map: FlowMap, x: Tensor, label: Tensor, ordinal: Tensor, seed: int) -> Draws:
+        """All that is random about a micro-batch."""
         s, r, t = self.draw_times(flow_map, self.group(ordinal), seed)
         eps = prior_noise(flow_map, x, ordinal, seed)
         # DDIM(x_t, x, r, t) in its division-free form: the same eps as x_t, never fresh noise.
         x_t = diffuse(flow_map.interp, x, eps, per_sample(t, x))
         x_r = diffuse(flow_map.interp, x, eps, per_sample(r, x))
         label = self.drop_labels(flow_map, label, ordinal, seed)
-        y_t, y_r = flow_map.pair(x_t, x_r, s, r, t, label, self.dropout_key(ordinal, seed))
-        return GroupLosses(self.discrepancy(flow_map, y_t, y_r, s, t), t)
+        return Draws(x_t, x_r, s, r, t, label, self.dropout_key(ordinal, seed))
 
+    @fused()
     def discrepancy(self, flow_map: FlowMap, y_t: Tensor, y_r: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """w(s, t) times the V-statistic of each group, (G,) fp64."""
         bandwidth = 1.0 / flow_map.coefficients(s, t).c_out.abs().clamp_min(_MIN_C_OUT)

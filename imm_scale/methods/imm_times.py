@@ -70,13 +70,11 @@ def map_r(
     elif mapping == "t":
         stepped = t - fraction
     elif mapping == "log_snr":
-        ends = torch.tensor([LOG_SNR_RANGE_START, T_MAX[interp.name] if t_max is None else t_max], dtype=t.dtype)
-        highest, lowest = interp.log_snr(ends).tolist()
+        last = T_MAX[interp.name] if t_max is None else t_max
+        highest, lowest = (-2.0 * math.log(interp.eta_at(end)) for end in (LOG_SNR_RANGE_START, last))
         stepped = interp.log_snr_inverse(interp.log_snr(t) + (highest - lowest) * fraction)
     elif mapping == "inverse_eta":
-        ends = torch.tensor([INVERSE_ETA_RANGE_START, 1.0], dtype=t.dtype)
-        lowest_eta, highest_eta = interp.eta(ends).tolist()
-        step = (1.0 / lowest_eta - 1.0 / highest_eta) * fraction
+        step = (1.0 / interp.eta_at(INVERSE_ETA_RANGE_START) - 1.0 / interp.eta_at(1.0)) * fraction
         stepped = interp.eta_inverse(1.0 / (1.0 / interp.eta(t) + step))
     else:
         raise UserError(f"mapping {mapping!r} is unknown; choose one of {', '.join(MAPPINGS)}")

@@ -20,10 +20,12 @@ class Interpolant(ABC):
     rate: float
 
     @abstractmethod
-    def alpha(self, t: Tensor) -> Tensor: ...
+    def alpha(self, t: Tensor) -> Tensor:
+        """Coefficient of the data at times t, of the same shape."""
 
     @abstractmethod
-    def sigma(self, t: Tensor) -> Tensor: ...
+    def sigma(self, t: Tensor) -> Tensor:
+        """Coefficient of the noise at times t, of the same shape."""
 
     @abstractmethod
     def eta_inverse(self, eta: Tensor) -> Tensor:
@@ -32,6 +34,10 @@ class Interpolant(ABC):
     @abstractmethod
     def determinant(self, s: Tensor, t: Tensor) -> Tensor:
         """alpha(s) sigma(t) - sigma(s) alpha(t), written without the cancellation at s close to t."""
+
+    @abstractmethod
+    def eta_at(self, t: float) -> float:
+        """sigma / alpha at a single time known beforehand: no tensor, so nothing to wait for on any device."""
 
     def eta(self, t: Tensor) -> Tensor:
         """sigma / alpha."""
@@ -72,6 +78,9 @@ class OTFlowMatching(Interpolant):
     def determinant(self, s: Tensor, t: Tensor) -> Tensor:
         return t - s
 
+    def eta_at(self, t: float) -> float:
+        return t / (1.0 - t) if t < 1.0 else math.inf
+
 
 class VPCosine(Interpolant):
     """Variance preserving: alpha = cos(pi t / 2), sigma = sin(pi t / 2)."""
@@ -90,6 +99,9 @@ class VPCosine(Interpolant):
 
     def determinant(self, s: Tensor, t: Tensor) -> Tensor:
         return torch.sin((t - s) * (math.pi / 2))
+
+    def eta_at(self, t: float) -> float:
+        return math.sin(t * (math.pi / 2)) / math.cos(t * (math.pi / 2))
 
     def norm(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)

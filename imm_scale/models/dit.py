@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -172,15 +173,17 @@ class DiT(Backbone):
         return self.config.num_classes
 
     def _condition(self, c_noise_G: Tensor, second_G: Tensor | None, label_N: Tensor) -> Tensor:
-        """(N, D) sum of the embeddings; times are embedded once per group."""
+        """(N, D) SiLU of the sum of the embeddings, which every adaLN takes; times are embedded once per group."""
         assert (second_G is not None) == self.config.second_time, "the flow map and the net disagree on the second time"
         times = self.t_embedder(c_noise_G)
         if self.s_embedder is not None:
             times = times + self.s_embedder(second_G)
-        return times.repeat_interleave(label_N.shape[0] // times.shape[0], dim=0) + self.y_embedder(label_N)
+        repeated = times.repeat_interleave(label_N.shape[0] // times.shape[0], dim=0)
+        return F.silu(repeated + self.y_embedder(label_N))
 
     def _tokens(self, x_NCHW: Tensor) -> Tensor:
-        return self.x_embedder(x_NCHW).flatten(2).transpose(1, 2) + self.pos_embed
+        # Contiguous: sums keep the layout of their first term, and every norm would copy a transposed residual stream.
+        return self.x_embedder(x_NCHW).flatten(2).transpose(1, 2).contiguous() + self.pos_embed
 
     def _image(self, tokens_NTD: Tensor) -> Tensor:
         """Tokens whose channels are ordered (row in patch, column in patch, channel) back to (N, C, H, W)."""
@@ -188,16 +191,20 @@ class DiT(Backbone):
         grid = tokens_NTD.view(-1, c.height // p, c.image_width // p, p, p, c.channels)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, c.channels, c.height, c.image_width)
 
-    def _block(self, index: int, x: Tensor, condition: Tensor, dropout_key: Tensor | None) -> Tensor:
-        block = self.blocks[index]
-        # A key of its own for each layer, mixed out here: a number read inside would cost the compiler a graph a block.
-        if not self.training:
-            dropout_key = None
-        if dropout_key is not None and self.config.dropout:
-            dropout_key = rng.random_bits(0, "dropout_layer", dropout_key, stream=index)
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, condition, dropout_key, use_reentrant=False)
-        return block(x, condition, dropout_key)
+    def _dropout_keys(self, dropout_key: Tensor | None) -> list[Tensor | None]:
+        """A key for each block, mixed out here: a number read inside would cost the compiler a graph a block."""
+        if dropout_key is None or not self.training or not self.config.dropout:
+            return [None] * len(self.blocks)
+        return [rng.random_bits(0, "dropout_layer", dropout_key, stream=index) for index in range(len(self.blocks))]
+
+    @property
+    def _recomputes(self) -> bool:
+        return self.activation_checkpointing and torch.is_grad_enabled()
+
+    @staticmethod
+    def _recomputed(block: nn.Module, *inputs: Tensor | None) -> Tensor:
+        # Nothing in a block draws from torch's generators, so there is no state to keep for the second time.
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     def forward(
         self,
@@ -210,8 +217,8 @@ class DiT(Backbone):
         """G, of the shape of x (N, C, H, W); c_noise and second are (G,), label and dropout_key (N,)."""
         condition = self._condition(c_noise, second, label)
         x = self._tokens(x)
-        for index in range(len(self.blocks)):
-            x = self._block(index, x, condition, dropout_key)
+        for block, key in zip(self.blocks, self._dropout_keys(dropout_key), strict=True):
+            x = self._recomputed(block, x, condition, key) if self._recomputes else block(x, condition, key)
         return self._image(self.final_layer(x, condition))
 
     def pair(
@@ -230,16 +237,27 @@ class DiT(Backbone):
         The branch without gradient goes first: DeepSpeed's hooks take a module's last call for the one that comes back
         in the backward pass, and let go of its gathered weights then. After the other order they keep all to its end.
         """
+        second = None if second_t is None or second_r is None else torch.cat([second_t, second_r])
+        both = self._condition(torch.cat([c_noise_t, c_noise_r]), second, torch.cat([label, label]))
+        condition_t, condition_r = both.chunk(2)
         with torch.no_grad():
-            condition_r, x_r = self._condition(c_noise_r, second_r, label), self._tokens(x_r)
-        condition_t, x_t = self._condition(c_noise_t, second_t, label), self._tokens(x_t)
-        for index in range(len(self.blocks)):
-            with torch.no_grad():
-                x_r = self._block(index, x_r, condition_r, dropout_key)
-            x_t = self._block(index, x_t, condition_t, dropout_key)
+            x_r = self._tokens(x_r)
+        x_t = self._tokens(x_t)
+        for block, key in zip(self.blocks, self._dropout_keys(dropout_key), strict=True):
+            x_t, x_r = self._both(block, x_t, condition_t, key, x_r, condition_r)
         with torch.no_grad():
             out_r = self._image(self.final_layer(x_r, condition_r))
         return self._image(self.final_layer(x_t, condition_t)), out_r
+
+    def _both(
+        self, block: nn.Module, x_t: Tensor, condition_t: Tensor, key: Tensor | None, x_r: Tensor, condition_r: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Both branches through a block in one call; apart where the one with gradient, alone, is to be recomputed."""
+        if not self._recomputes:
+            return block(x_t, condition_t, key, x_r, condition_r)
+        with torch.no_grad():
+            x_r = block(x_r, condition_r, key)
+        return self._recomputed(block, x_t, condition_t, key), x_r
 
 
 def build(size: str, **overrides: Any) -> DiT:

@@ -6,7 +6,9 @@ Legend: N samples, T tokens, D width, H heads, K head width.
 import importlib.util
 import math
 import warnings
+from collections import OrderedDict
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from imm_scale import rng
 from imm_scale.errors import UserError
+from imm_scale.models.fp32_linear import Fp32Linear
 
 ATTENTIONS = ("sdpa", "xformers")
 TIME_EMBEDDINGS = ("positional", "fourier")
@@ -22,26 +25,20 @@ _MAX_PERIOD = 10000.0
 _FOURIER_SCALE = 16.0
 
 
-class Fp32Linear(nn.Linear):
-    """A linear layer that autocast leaves alone.
-
-    Conditioning goes through these: rounded to 16 bits, the embeddings of t and r(s, t) would be equal.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+@torch.compiler.assume_constant_result  # neither the search for a package nor a warning can be traced
+def xformers_works(device_type: str = "cuda") -> bool:
+    """Whether xformers' attention can run on such a device: it needs CUDA and the package. Warns once where not."""
+    return _xformers_works(device_type)
 
 
 @cache
-def xformers_works() -> bool:
-    """Whether xformers' attention can run here: it needs CUDA and the package."""
-    works = torch.cuda.is_available() and importlib.util.find_spec("xformers") is not None
-    if not works:
+def _xformers_works(device_type: str) -> bool:
+    works = device_type == "cuda" and torch.cuda.is_available() and importlib.util.find_spec("xformers") is not None
+    if not works and device_type != "meta":  # where only shapes are computed
         warnings.warn(
             "model.attention=xformers was asked for, but xformers needs a CUDA device and the [cuda] extra: "
             "using torch's scaled_dot_product_attention",
-            stacklevel=2,
+            stacklevel=4,
         )
     return works
 
@@ -50,7 +47,7 @@ def attend(q_NTHK: Tensor, k_NTHK: Tensor, v_NTHK: Tensor, attention: str = "sdp
     """Softmax attention, (N, T, H, K) in and out. Raises UserError for an unknown `attention`."""
     if attention not in ATTENTIONS:
         raise UserError(f"model.attention={attention!r} is unknown; choose one of {', '.join(ATTENTIONS)}")
-    if attention == "xformers" and xformers_works():
+    if attention == "xformers" and xformers_works(q_NTHK.device.type):
         from xformers.ops import memory_efficient_attention
 
         return memory_efficient_attention(q_NTHK, k_NTHK, v_NTHK)
@@ -101,6 +98,11 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+def adaln_projection(width: int, parts: int) -> nn.Sequential:
+    """The projection under its name in DiT, where a SiLU comes before it: all blocks share that one, outside them."""
+    return nn.Sequential(OrderedDict({"1": Fp32Linear(width, parts * width)}))
+
+
 class Block(nn.Module):
     """A transformer block with adaLN-Zero conditioning (Peebles and Xie, arXiv 2212.09748)."""
 
@@ -111,10 +113,10 @@ class Block(nn.Module):
         self.attn = Attention(width, heads, qk_norm, attention)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(width, int(width * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Fp32Linear(width, 6 * width))
+        self.adaLN_modulation = adaln_projection(width, 6)
 
-    def forward(self, x_NTD: Tensor, condition_ND: Tensor, dropout_key_N: Tensor | None = None) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition_ND).chunk(6, dim=1)
+    def _branch(self, x_NTD: Tensor, modulation: Tensor, dropout_key_N: Tensor | None) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
         attended = self.attn(modulate(self.norm1(x_NTD), shift_a, scale_a))
         attended = keyed_dropout(attended, self.dropout, dropout_key_N, stream=0)
         x_NTD = x_NTD + gate_a[:, None] * attended
@@ -122,13 +124,33 @@ class Block(nn.Module):
         mixed = keyed_dropout(mixed, self.dropout, dropout_key_N, stream=1)
         return x_NTD + gate_m[:, None] * mixed
 
+    def forward(
+        self,
+        x_NTD: Tensor,
+        condition_ND: Tensor,
+        dropout_key_N: Tensor | None = None,
+        still_NTD: Tensor | None = None,
+        still_condition_ND: Tensor | None = None,
+    ) -> Any:
+        """(N, T, D). With `still_NTD` and its condition, a branch without gradient, the pair of both.
+
+        Compiled together, the two branches share what depends on weights alone (their casts to 16 bits) and the masks.
+        The branch without gradient goes first: see `DiT.pair`.
+        """
+        if still_NTD is None:
+            return self._branch(x_NTD, self.adaLN_modulation(condition_ND), dropout_key_N)
+        modulation, still_modulation = self.adaLN_modulation[0](condition_ND, still_condition_ND)
+        with torch.no_grad():
+            still_NTD = self._branch(still_NTD, still_modulation, dropout_key_N)
+        return self._branch(x_NTD, modulation, dropout_key_N), still_NTD
+
 
 class FinalLayer(nn.Module):
     def __init__(self, width: int, patch_size: int, channels: int):
         super().__init__()
         self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(width, patch_size * patch_size * channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Fp32Linear(width, 2 * width))
+        self.adaLN_modulation = adaln_projection(width, 2)
 
     def forward(self, x_NTD: Tensor, condition_ND: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition_ND).chunk(2, dim=1)
@@ -148,14 +170,17 @@ def time_frequencies(kind: str) -> Tensor:
 class TimeEmbedder(nn.Module):
     """A time as 128 cosines, then 128 sines, then a two-layer MLP, all in fp32 or better."""
 
+    frequency_bits: Tensor
+
     def __init__(self, width: int, kind: str):
         super().__init__()
-        self.kind = kind
+        # fp64 as its bits: casts of a module (.half(), .to(torch.bfloat16)) leave integers alone.
+        self.register_buffer("frequency_bits", time_frequencies(kind).view(torch.int64), persistent=False)
         self.mlp = nn.Sequential(Fp32Linear(_TIME_CHANNELS, width), nn.SiLU(), Fp32Linear(width, width))
 
     def forward(self, c_noise_G: Tensor) -> Tensor:
         # The angles in fp64: rounding them is rounding t.
-        angles = c_noise_G.double()[:, None] * time_frequencies(self.kind).to(c_noise_G.device)
+        angles = c_noise_G.double()[:, None] * self.frequency_bits.view(torch.float64)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
 
 

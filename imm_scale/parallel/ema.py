@@ -49,5 +49,5 @@ class ShardedEma:
             torch._foreach_lerp_(averages, self._weights, 1.0 - decay**self._power)
 
     def states(self, index: int) -> dict[str, Tensor]:
-        """{state name: average} of the index-th slice."""
+        """{state name: flat fp32 average} of the index-th slice."""
         return {state_name(decay): averages[index] for decay, averages in self.averages.items()}

@@ -26,6 +26,7 @@ class Shard:
 
     @property
     def numel(self) -> int:
+        """Elements of the slice."""
         return self.states["weight"].numel()
 
     def even_part(self, part: int, parts: int) -> "Shard | None":

@@ -12,11 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from imm_scale import devices
 from imm_scale.errors import UserError
+from imm_scale.parallel import network
 
-PATIENCE_SECONDS = 1800.0  # of a collective; the watchdog is faster, and says more
+PATIENCE_SECONDS = 1800.0  # of a collective outside of training
 SAVER_GROUP = "saver"  # description of the process group over which ranks agree on checkpoints, beside training
 _FLIGHT_RECORDER = "TORCH_FR_BUFFER_SIZE"  # collectives torch remembers, for the watchdog to name the last one
+_HEARTBEAT = "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"  # after which torch ends a process whose NCCL thread is stuck
+_HEARTBEAT_MARGIN = 600.0  # it comes last, for it says least; torch's own 480 s would come first
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which writes and speaks for all."""
         return self.rank == 0
 
 
@@ -83,34 +88,45 @@ def init(world: World, env: Mapping[str, str] = os.environ, patience: float = PA
     if dist.is_initialized():
         return
     os.environ.setdefault(_FLIGHT_RECORDER, "2000")
-    timeout = timedelta(seconds=patience)
-    backend = "gloo"
+    os.environ.setdefault(_HEARTBEAT, f"{patience + _HEARTBEAT_MARGIN:.0f}")
+    options: dict[str, Any] = {"backend": "gloo", "timeout": timedelta(seconds=patience)}
     if torch.cuda.is_available():
-        backend = "nccl"
-        torch.cuda.set_device(device(world))
-        os.environ["LOCAL_RANK"] = str(device(world).index)  # deepspeed takes its GPU from there
+        here = device(world)
+        devices.use_device(here)
+        os.environ["LOCAL_RANK"] = str(here.index)  # deepspeed takes its GPU from there
+        # Without it torch guesses the GPU, and meets an NCCL that cannot start in the first collective only.
+        options |= {"backend": "nccl"} | ({"device_id": here} if world.size > 1 else {})
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # and insists on it everywhere
     if world.size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **options)
         return
     host, port = _rendezvous(env)
-    dist.init_process_group(
-        backend, init_method=f"tcp://{host}:{port}", rank=world.rank, world_size=world.size, timeout=timeout
-    )
+    # By each rank for itself: names differ from node to node, and a container need not have `ip` to ask.
+    interface = network.gloo_interface([host, *env.get("HOSTS", "").split()], env)
+    if interface is not None:
+        os.environ[network.GLOO] = interface
+    dist.init_process_group(init_method=f"tcp://{host}:{port}", rank=world.rank, world_size=world.size, **options)
+
+
+def group_beside(patience: timedelta) -> dist.ProcessGroup:
+    """All ranks over gloo, for what a thread of each has to agree on while training goes on; all ranks call it."""
+    return dist.new_group(backend="gloo", timeout=patience, group_desc=SAVER_GROUP)
 
 
 def shutdown() -> None:
+    """Ends torch's process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def barrier() -> None:
+    """Waits for all ranks; nothing in a world of one."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
 
 
 def all_sum(values: Tensor) -> Tensor:
-    """The sum over ranks, in place."""
+    """The sum over ranks, in place, of a tensor that has one shape on all of them."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         if dist.get_backend() == "nccl" and values.device.type == "cpu":  # NCCL sums on GPUs only
             there = values.cuda()
@@ -175,4 +191,5 @@ def together(action: Callable[[], None], where: torch.device, what: str, remedy:
 
 
 def hostname() -> str:
+    """Name of this node."""
     return socket.gethostname()

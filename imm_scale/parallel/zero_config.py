@@ -24,6 +24,8 @@ _OWN_SETTINGS = {
     "bf16": "precision",
     "torch_autocast.enabled": "precision",
     "torch_autocast.dtype": "precision",
+    "torch_autocast.lower_precision_safe_modules": "zero.reduce_precision",
+    "communication_data_type": "zero.reduce_precision",
     "zero_optimization.stage": "zero.stage",
     "zero_optimization.offload_optimizer.device": "zero.offload",
     "zero_optimization.offload_param.device": "zero.offload",
@@ -31,16 +33,22 @@ _OWN_SETTINGS = {
 
 
 def deepspeed_config(
-    config: Config, accumulation: int, samples_per_micro_batch: int, block_numel: int
+    config: Config, world_size: int, accumulation: int, samples_per_micro_batch: int, block_numel: int
 ) -> dict[str, Any]:
     """DeepSpeed's settings for a run.
 
     Args:
+        world_size: ranks.
         accumulation: micro-batches per step.
         samples_per_micro_batch: samples a rank runs at once.
         block_numel: of `block_numel`.
     """
-    zero: dict[str, Any] = {"stage": config.zero.stage, "reduce_bucket_size": REDUCE_BUCKET}
+    zero: dict[str, Any] = {
+        "stage": config.zero.stage,
+        "reduce_bucket_size": REDUCE_BUCKET,
+        # DeepSpeed's own default is to reduce beside the backward pass at stage 3 alone, and after it below.
+        "overlap_comm": world_size > 1,
+    }
     if config.zero.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
     if config.zero.offload == "parameters":
@@ -58,6 +66,7 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**12,
+        "timers": {"throughput": {"enabled": False}},  # waits for the device at each forward pass and step
         "data_types": {"grad_accum_dtype": "fp32"},
         # DeepSpeed's own default is to clip at 1. At stage 0 `Engine` clips.
         "gradient_clipping": (config.train.grad_clip or 0.0) if config.zero.stage > 0 else 0.0,
@@ -71,8 +80,23 @@ def deepspeed_config(
     return _merge(settings, config.zero.extra)
 
 
-def check_extra(config: Config) -> None:
-    """Raises UserError where `zero.extra` sets what another key of the config decides."""
+def halves_gradients(config: Config) -> bool:
+    """Whether gradients of autocast's layers are summed over ranks in 16 bits."""
+    return config.zero.reduce_precision == "autocast"
+
+
+def overlaps(config: Config, world_size: int) -> bool:
+    """Whether gradients are reduced beside the backward pass: wherever there is something to reduce, above stage 0."""
+    zero: Any = config.zero.extra.get("zero_optimization", {})
+    return config.zero.stage > 0 and bool(zero.get("overlap_comm", world_size > 1))
+
+
+def check_settings(config: Config) -> None:
+    """Raises UserError where `zero.extra` sets what another key decides, or gradients have no 16 bits to travel in."""
+    if halves_gradients(config) and config.precision not in ("bf16", "fp16"):
+        raise UserError(f"zero.reduce_precision=autocast with precision={config.precision}: leave it at fp32")
+    if halves_gradients(config) and config.zero.stage == 0:
+        raise UserError("zero.reduce_precision=autocast with zero.stage=0, which sums in fp32: use stage 1 to 3")
     for key, decided_by in _OWN_SETTINGS.items():
         if _has(config.zero.extra, key):
             raise UserError(f"zero.extra.{key} is not for zero.extra: set {decided_by}")

@@ -16,7 +16,7 @@ from imm_scale.data.manifest import Manifest, unseen
 from imm_scale.data.sample_order import Layout
 from imm_scale.errors import UserError
 from imm_scale.models.dit import DiTConfig
-from imm_scale.parallel.zero_config import REDUCE_BUCKET
+from imm_scale.parallel.zero_config import REDUCE_BUCKET, check_settings, halves_gradients, overlaps
 from imm_scale.planner import flops as cost
 from imm_scale.planner import hardware, memory
 from imm_scale.planner.flops import Parameters, Traffic
@@ -37,7 +37,7 @@ BANDWIDTH_SHARE = (0.9, 0.6)
 NETWORK_SHARE = (0.85, 0.5)
 COMPILED_TRAFFIC = 0.5  # of the eager memory traffic, with train.compile (assumed)
 LAUNCH_SECONDS = (5e-6, 10e-6)  # for the CPU to launch a kernel (assumed); a step is no shorter than its launches
-COMPILED_LAUNCHES = 0.3  # of the eager kernels, with train.compile (assumed)
+COMPILED_LAUNCHES = 0.3  # of the blocks' eager kernels, with train.compile (assumed)
 HOST_BANDWIDTH = (100e9, 50e9)  # bytes/s a node's CPUs step an offloaded optimizer with (assumed)
 STORAGE_BANDWIDTH = (2e9, 0.25e9)  # bytes/s a node writes a checkpoint with, hashing included (assumed)
 _NPY_HEADER, _TAR_BLOCK = 128, 512
@@ -101,10 +101,12 @@ class Estimate:
 
     @property
     def world_size(self) -> int:
+        """Ranks of the run."""
         return self.nodes * self.gpus_per_node
 
     @property
     def images_per_second(self) -> Range:
+        """Training images a second, over all ranks."""
         batch = self.layout.global_batch_size
         return Range(batch / self.step_seconds.high, batch / self.step_seconds.low)
 
@@ -126,6 +128,7 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str, link: str
     """
     if nodes < 1 or gpus_per_node < 1:
         raise UserError(f"{nodes} nodes with {gpus_per_node} GPUs each: both must be at least 1")
+    check_settings(config)
     device, network = hardware.gpu(gpu), hardware.link(link)
     if config.precision == "bf16" and not device.bf16:
         raise UserError(f"{device.name} does not compute in bf16: use precision=fp16 or another --gpu")
@@ -182,10 +185,12 @@ def setting(config: Config, net: DiTConfig, layout: Layout) -> Setting:
         world_size=layout.world_size,
         stage=config.zero.stage,
         half=config.precision in ("bf16", "fp16"),
+        half_gradients=halves_gradients(config),
         two_branches=config.method.passes.no_grad > 0,
         checkpointing=config.train.activation_checkpointing,
         offload=config.zero.offload == "optimizer",
         bucket=_reduce_bucket(config),
+        overlap=overlaps(config, layout.world_size),
         decays=tuple(config.ema.decays),
     )
 
@@ -211,14 +216,14 @@ def _estimate(
     forward = cost.forward_multiply_adds(net)
     forwards = config.method.passes.forwards + config.train.activation_checkpointing
     images = layout.slots * layout.particles  # of a rank, empty slots included
-    traffic = cost.wire(counted, config.zero.stage, held_setting.half, layout.accumulation, layout.world_size)
+    traffic = _traffic(held_setting, counted)
     compute = _compute_seconds(config, held_setting, device, 2.0 * forwards * forward * images, forwards * images)
     sent = sum(item.sent(layout.world_size) for item in traffic)
     bandwidth = device.intra if nodes == 1 else min(device.intra, network.per_node(gpus_per_node))
     send = Range(*(sent / bandwidth / share for share in NETWORK_SHARE))
     optimizer = _optimizer_seconds(held_setting, counted, device, gpus_per_node)
-    best = max(compute.low, send.low) if config.zero.stage == 3 else compute.low + send.low
-    step = Range(best + optimizer.low, compute.high + send.high + optimizer.high)
+    hidden = _hidden_seconds(held_setting, traffic, compute.low, bandwidth * NETWORK_SHARE[0], forwards)
+    step = Range(compute.low + send.low - hidden + optimizer.low, compute.high + send.high + optimizer.high)
     saved = 4.0 * counted.total * (3 + len(config.ema.decays))
     saving = Range(*(saved / nodes / speed for speed in STORAGE_BANDWIDTH))
     train = config.train
@@ -252,6 +257,19 @@ def _estimate(
     )
 
 
+def _traffic(s: Setting, p: Parameters) -> tuple[Traffic, ...]:
+    return cost.wire(p, s.stage, s.half, s.half_gradients, s.overlap, s.accumulation, s.world_size)
+
+
+def _hidden_seconds(s: Setting, traffic: tuple[Traffic, ...], compute: float, bandwidth: float, forwards: int) -> float:
+    """At best, the time of collectives behind computation: stage 3's behind all of it, gradients of stages 1 and 2
+    behind the backward pass (two forwards and the recomputation), which stage 1 has them in only once a step."""
+    beside = sum(item.sent(s.world_size) for item in traffic if item.overlaps) / bandwidth
+    backward = compute * (2 + s.checkpointing) / forwards
+    room = {1: backward / s.accumulation, 2: backward, 3: compute}.get(s.stage, 0.0)
+    return min(beside, room)
+
+
 def _reread(config: Config, data: Data) -> float:
     """Bytes read over bytes used: a block at the seam of two positions of the batch is read twice (sample_order.py)."""
     if data.num_samples is None:
@@ -267,8 +285,8 @@ def _compute_seconds(config: Config, s: Setting, device: Gpu, flops: float, pass
     micro-batches wait for the CPU that launches their kernels.
     """
     moved = passes * cost.elementwise_bytes(s.net, s.half) * (COMPILED_TRAFFIC if config.train.compile else 1.0)
-    kernels = cost.kernels(s.net, config.method.passes, s.half, s.checkpointing) * s.accumulation
-    launched = kernels * (COMPILED_LAUNCHES if config.train.compile else 1.0)
+    share = COMPILED_LAUNCHES if config.train.compile else 1.0
+    launched = cost.kernels(s.net, config.method.passes, s.half, s.checkpointing, share) * s.accumulation
     peak = device.peak(config.precision)
     shares = zip(MATMUL_SHARE, BANDWIDTH_SHARE, LAUNCH_SECONDS, strict=True)
     return Range(

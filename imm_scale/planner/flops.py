@@ -43,15 +43,21 @@ def elementwise_bytes(net: DiTConfig, half: bool) -> float:
     return net.depth * per_element * net.tokens * net.width
 
 
-def kernels(net: DiTConfig, passes: Passes, half: bool, checkpointing: bool) -> int:
-    """Tensor operations of one micro-batch, views aside: what an eager program launches one by one.
+def kernels(net: DiTConfig, passes: Passes, half: bool, checkpointing: bool, of_a_block: float = 1.0) -> float:
+    """What the CPU launches for one micro-batch, forward and backward, views aside.
 
-    Counted with a dispatch mode: a block takes 20 forward (26 under autocast with its casts), 39 (51) backward, and 18
-    (28) more where it is recomputed; what is around the blocks takes some 440.
+    Counted by `python -m benchmarks.operators`. A block takes 19 operations in each branch, 38 backward and 17 more
+    where it is recomputed; under autocast 21, 50 and 27, and 8 casts of its weights for both branches together. Around
+    the blocks, where draws and loss are compiled, it is 104 for IMM and 64 for flow matching, under autocast 14 more.
+
+    Args:
+        of_a_block: the share of a block's operations that is launched, below 1 where blocks are compiled.
     """
-    forward, backward, again = (26, 51, 28) if half else (20, 39, 18)
+    branch, casts, backward, again = (21, 8, 50, 27) if half else (19, 0, 38, 17)
     branches = passes.grad + passes.no_grad
-    return net.depth * (branches * forward + backward + again * checkpointing) + 440
+    around = 64 + 40 * (branches - 1)
+    block = branches * branch + casts + backward + again * checkpointing
+    return of_a_block * net.depth * block + around + 14 * half
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Parameters:
 
     Attributes:
         total: all of them.
-        half: those that 16-bit autocast casts, and DeepSpeed then sends in 16 bits (plain linear and conv layers).
+        half: those that 16-bit autocast casts, and DeepSpeed may send in 16 bits (plain linear and conv layers).
         block, block_half: the same of one block.
         tensors: how many parameters there are.
     """
@@ -83,6 +89,7 @@ def _numel(module: nn.Module, only_cast: bool) -> int:
 
 @cache
 def parameters(net: DiTConfig) -> Parameters:
+    """Counts a net's parameters on meta tensors, without memory for them."""
     with torch.device("meta"):
         model = DiT(net)
     block = model.blocks[0]
@@ -103,7 +110,7 @@ class Traffic:
         collective: all_reduce, all_gather or reduce_scatter.
         what: gradients or weights.
         payload: bytes of the whole tensors, summed over the step.
-        overlaps: whether DeepSpeed runs it beside the computation (stage 3) or after it.
+        overlaps: whether it runs beside the computation or after it.
     """
 
     collective: str
@@ -117,35 +124,40 @@ class Traffic:
         return passes * self.payload * (world_size - 1) / world_size
 
 
-def wire(p: Parameters, stage: int, half: bool, accumulation: int, world_size: int) -> tuple[Traffic, ...]:
+def wire(
+    p: Parameters, stage: int, half: bool, half_gradients: bool, overlap: bool, accumulation: int, world_size: int
+) -> tuple[Traffic, ...]:
     """What a step sends at a ZeRO stage, as DeepSpeed 0.19 does it (stages 1 and 2 all-reduce whole buckets).
 
     Args:
         p: of the net.
-        half: 16-bit autocast: its layers are sent in 16 bits, but weights at stages 1 and 2 in fp32.
+        half: 16-bit autocast: stage 3 gathers the weights of its layers in 16 bits.
+        half_gradients: gradients of these layers are reduced in 16 bits.
+        overlap: gradients are reduced beside the backward pass.
         accumulation: micro-batches per step. Stages 2 and 3 reduce after each, stages 0 and 1 once.
     """
     if world_size == 1:
         return ()
-    mixed = 4.0 * p.total - (2.0 * p.half if half else 0.0)
+    gradients = 4.0 * p.total - (2.0 * p.half if half_gradients else 0.0)
     if stage == 0:  # DeepSpeed's plain engine: in fp32 whatever autocast does
         return (Traffic("all_reduce", "gradients", 4.0 * p.total, False),)
     if stage < 3:
         times = accumulation if stage == 2 else 1
         return (
-            Traffic("all_reduce", "gradients", mixed * times, False),
+            Traffic("all_reduce", "gradients", gradients * times, overlap),
             Traffic("all_gather", "weights", 4.0 * p.total, False),
         )
+    weights = 4.0 * p.total - (2.0 * p.half if half else 0.0)
     return (
-        Traffic("all_gather", "weights", _gathered(p, mixed, half) * accumulation, True),
-        Traffic("reduce_scatter", "gradients", mixed * accumulation, True),
+        Traffic("all_gather", "weights", _gathered(p, weights, half) * accumulation, True),
+        Traffic("reduce_scatter", "gradients", gradients * accumulation, True),
     )
 
 
-def _gathered(p: Parameters, mixed: float, half: bool) -> float:
+def _gathered(p: Parameters, weights: float, half: bool) -> float:
     """Stage 3, one micro-batch: every weight for the forward passes (both branches at once) and again for the backward.
 
     The last blocks are still there when the backward pass begins, up to the limit of live parameters (two blocks).
     """
-    kept = min(2 * (4.0 * p.block - (2.0 * p.block_half if half else 0.0)), mixed)
-    return 2.0 * mixed - kept
+    kept = min(2 * (4.0 * p.block - (2.0 * p.block_half if half else 0.0)), weights)
+    return 2.0 * weights - kept

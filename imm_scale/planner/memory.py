@@ -28,8 +28,10 @@ class Setting:
         samples: N, of a micro-batch on this rank.
         particles: M.
         half: 16-bit autocast.
+        half_gradients: its layers' gradients are summed over ranks in 16 bits too.
         two_branches: IMM and its special cases; flow matching has one.
         bucket: elements of DeepSpeed's reduce bucket.
+        overlap: gradients are reduced beside the backward pass.
         decays: of the moving averages.
     """
 
@@ -40,10 +42,12 @@ class Setting:
     world_size: int
     stage: int
     half: bool
+    half_gradients: bool
     two_branches: bool
     checkpointing: bool
     offload: bool
     bucket: int
+    overlap: bool
     decays: tuple[float, ...]
 
 
@@ -149,32 +153,38 @@ def _held(s: Setting, p: Parameters) -> Memory:
     optimizer = 2 * size if s.stage == 0 else 3 * part
     gradients = part if s.stage == 3 else 0.0
     averages = tuple((decay, part) for decay in s.decays)
-    memory = Memory("between steps", weights, gradients, optimizer, averages)
+    copy = (3 + len(averages)) * part  # of weights, moments and averages, from which checkpoints are written
+    memory = Memory("between steps", weights, gradients, optimizer, averages, host=copy)
     if s.stage == 3:
         memory = replace(memory, communication=_buckets(s, p))
     if s.offload:
         host = optimizer + part + sum(average for _, average in averages)  # and the gradients it steps with
-        memory = replace(memory, optimizer=0.0, gradients=0.0, ema=tuple((d, 0.0) for d in s.decays), host=host)
+        memory = replace(memory, optimizer=0.0, gradients=0.0, ema=tuple((d, 0.0) for d in s.decays), host=copy + host)
     return memory
 
 
 def _dtypes(s: Setting, p: Parameters) -> list[tuple[int, int]]:
-    """(elements, bytes of an element) of the parameters that are sent in each type."""
-    return [(p.half, _HALF), (p.total - p.half, _FP32)] if s.half else [(p.total, _FP32)]
+    """(elements, bytes of an element) of the gradients that are sent in each type."""
+    return [(p.half, _HALF), (p.total - p.half, _FP32)] if s.half_gradients else [(p.total, _FP32)]
 
 
 def _buckets(s: Setting, p: Parameters) -> float:
-    """Contiguous buffers for gradients, one per type they are sent in: fp32 at stages 1 and 2, that type at stage 3."""
+    """Contiguous buffers for gradients, one per type they are sent in: fp32 at stages 1 and 2, that type at stage 3.
+
+    Where they are reduced beside the backward pass, stages 1 and 2 fill a second one meanwhile.
+    """
     if s.stage == 0:
         return 0.0
-    return float(sum(s.bucket * (size if s.stage == 3 else _FP32) for _, size in _dtypes(s, p)))
+    if s.stage == 3:
+        return float(sum(s.bucket * size for _, size in _dtypes(s, p)))
+    return float((1 + s.overlap) * s.bucket * _FP32 * len(_dtypes(s, p)))
 
 
 def _flattened(s: Setting, p: Parameters) -> float:
     """The copy of a full bucket that a collective runs on, the larger of the types."""
     limit = _PLAIN_BUCKET if s.stage == 0 else s.bucket
     copies = []
-    for numel, size in _dtypes(replace(s, half=s.half and s.stage > 0), p):
+    for numel, size in _dtypes(s, p):
         converted = size if s.stage in (1, 2) and size != _FP32 else 0
         copies.append(min(numel, limit) * ((size if s.stage == 3 else _FP32) + converted))
     return float(max(copies))

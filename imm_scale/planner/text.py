@@ -84,8 +84,9 @@ def _memory(found: Estimate) -> Iterator[str]:
     share = (m.total + m.reserved) / found.gpu.memory
     verdict = "fits" if found.fits else "DOES NOT FIT"
     yield _row("in all", _bytes(m.total + m.reserved), f"of {_bytes(found.gpu.memory)}: {share:.0%}, {verdict}")
-    if m.host:
-        yield _row("host memory, a node", _bytes(m.host * found.gpus_per_node), "offloaded optimizer and averages")
+    yield _row(
+        "host memory, a node", _bytes(m.host * found.gpus_per_node), "a checkpoint's copy, and what is offloaded"
+    )
 
 
 def _work(config: Config, found: Estimate) -> Iterator[str]:
@@ -98,7 +99,7 @@ def _work(config: Config, found: Estimate) -> Iterator[str]:
     yield _row("a GPU runs", _count(found.executed_flops) + "FLOPs", slots + recomputes)
     yield "sent by a GPU in a step (ring)"
     for item in found.traffic:
-        how = "beside the computation" if item.overlaps else "after the backward pass"
+        how = f"beside {_beside(config)}" if item.overlaps else "after the backward pass"
         if item.collective == "all_gather" and not item.overlaps:
             how = "after the optimizer"
         yield _row(f"{item.collective} {item.what}", _bytes(item.sent(found.world_size)), how)
@@ -106,9 +107,15 @@ def _work(config: Config, found: Estimate) -> Iterator[str]:
         yield _row("nothing", "0 B", "one rank")
 
 
+def _beside(config: Config) -> str:
+    """What collectives that overlap run beside."""
+    return "the computation" if config.zero.stage == 3 else "the backward pass"
+
+
 def _time(config: Config, found: Estimate) -> Iterator[str]:
     train = config.train
-    best = "hidden behind computation at best" if config.zero.stage == 3 else "not hidden"
+    hidden = any(item.overlaps for item in found.traffic)
+    best = f"hidden behind {_beside(config)} at best" if hidden else "not hidden"
     yield "time (model: shares of published peaks, no GPU was measured)"
     yield _row("computation", _seconds(found.compute_seconds), _shares("matrix peak", estimate.MATMUL_SHARE))
     yield _row("network", _seconds(found.network_seconds), f"{_shares('bandwidth', estimate.NETWORK_SHARE)}, {best}")

@@ -49,6 +49,7 @@ def axes(figure: Figure, *place: int) -> Any:
 
 
 def svg(figure: Figure) -> bytes:
+    """The figure as an SVG file, without a date."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     return buffer.getvalue()

@@ -35,6 +35,7 @@ class Run:
 
     @property
     def name(self) -> str:
+        """`run.name` of its config."""
         return self.config.run.name
 
 

@@ -19,6 +19,7 @@ _DASHES = ("-", "--", ":", "-.")
 
 
 def colour_of(names: Sequence[str]) -> dict[str, str]:
+    """A colour for each name, in their order."""
     return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
 
 

@@ -56,10 +56,11 @@ class SamplingPlan:
 
     @property
     def guidance(self) -> Guidance:
+        """Scale and interval of the guidance."""
         return Guidance(self.guidance_scale, *self.guidance_interval)
 
     def function_evaluations(self, times: Tensor) -> int:
-        """Forward passes of the network per image along a time grid."""
+        """Forward passes of the network per image along a time grid, (steps + 1,)."""
         calls = [2 if self.guidance.at(t) != 1.0 else 1 for t in times[:-1]]
         return sum(calls) + (sum(calls[1:]) if self.sampler == "heun" else 0)
 
@@ -70,11 +71,12 @@ class SamplingPlan:
         return [(start, min(start + size, self.num)) for start in range(0, self.num, size)]
 
     def label(self, index: Tensor) -> Tensor:
+        """(n,) labels of the samples of these (n,) numbers."""
         return torch.tensor(self.labels)[index % len(self.labels)]
 
 
 def times_of(flow_map: FlowMap, spec: ModelSpec, plan: SamplingPlan) -> Tensor:
-    """The plan's time grid for this model."""
+    """The plan's time grid for this model, (steps + 1,) fp64, falling."""
     return time_grid(flow_map.interp, plan.grid, plan.steps, spec.method.t_min, spec.method.t_max)
 
 
@@ -107,6 +109,7 @@ def check_machine(config: SamplingConfig) -> None:
 
 
 def has_counts(labels: str) -> bool:
+    """Whether labels say how many samples each class gets, as in 0:500,3-4:100."""
     return ":" in str(labels)
 
 
@@ -207,7 +210,7 @@ def sample(
     """This rank's share of the samples, batch by batch; batches go to ranks in turn.
 
     Yields:
-        (index, label, z) as `Drawer.draw` returns them.
+        (index, label, z) as `Drawer.draw` returns them: (n,), (n,) and (n, C, H, W).
 
     Raises:
         UserError: as `Drawer` does.

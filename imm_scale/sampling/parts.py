@@ -36,6 +36,7 @@ class Sample:
 
 
 def key_of(index: int) -> str:
+    """WebDataset key of sample number `index`."""
     return f"{index:06d}"
 
 
@@ -54,6 +55,7 @@ class Parts:
     ranges: list[tuple[int, int]]
 
     def url(self, part: int) -> str:
+        """URL of a part's shard, whether it is there or not."""
         return storage.join(self.folder, f"samples-{part:06d}.tar")
 
     def _record_url(self, part: int) -> str:

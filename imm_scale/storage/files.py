@@ -60,6 +60,7 @@ def _call(url: str, method: str, *args: Any, on_retry: OnRetry | None = None, **
 
 
 def exists(url: str) -> bool:
+    """Whether there is a file or a folder."""
     try:
         _call(url, "info")
     except (FileNotFoundError, NotADirectoryError):
@@ -98,6 +99,7 @@ def read_bytes(url: str) -> bytes:
 
 
 def read_text(url: str) -> str:
+    """A file's UTF-8 text. Raises FileNotFoundError."""
     return read_bytes(url).decode()
 
 
@@ -229,4 +231,5 @@ def is_temporary(file_name: str) -> bool:
 
 
 def write_text(url: str, text: str) -> None:
+    """Writes text as UTF-8, whole or not at all, as `write_bytes` does."""
     write_bytes(url, text.encode())

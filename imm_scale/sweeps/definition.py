@@ -86,14 +86,17 @@ class Cell:
 
     @property
     def run_dir(self) -> str:
+        """Folder of the cell's run."""
         return self.config.run_dir
 
     @property
     def images(self) -> int:
+        """Training images of the whole run."""
         return self.config.train.max_steps * self.config.train.global_batch_size
 
     @property
     def parameters(self) -> int:
+        """Parameters of its net."""
         return _parameters(self.net)
 
 
@@ -372,6 +375,7 @@ def _run_dir(folder: str, cell: str) -> str:
 
 
 def config_url(folder: str, cell: str) -> str:
+    """Where a cell's resolved config lies in the sweep's folder."""
     return storage.join(folder, "cells", f"{cell}.yaml")
 
 

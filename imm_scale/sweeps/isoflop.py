@@ -91,6 +91,7 @@ class Optimum:
     warnings: tuple[str, ...] = ()
 
     def size(self, C: Array | float) -> Array:
+        """Best size at a compute budget of C FLOPs: coefficient * C^exponent, of the shape of C."""
         return self.coefficient * np.asarray(C, float) ** self.exponent.value
 
 

@@ -43,6 +43,7 @@ class Outcome:
 
 
 def state_url(folder: str, cell: str) -> str:
+    """Where the outcome of a cell lies in the sweep's folder."""
     return storage.join(folder, "states", f"{cell}.json")
 
 

@@ -40,6 +40,7 @@ class Form:
 
     @property
     def parameters(self) -> int:
+        """Free parameters: a coefficient and an exponent a variable, and the offset."""
         return int(self.offset) + 2 * len(self.variables)
 
     def terms(self, theta_SP: Array, u_nV: Array) -> Array:
@@ -75,6 +76,7 @@ JOINT = Form((0, 1))
 
 
 def huber(residual: Array, delta: float) -> Array:
+    """Huber loss of residuals, of their shape: quadratic up to delta, linear beyond."""
     size = np.abs(residual)
     return np.where(size <= delta, 0.5 * residual**2, delta * (size - 0.5 * delta))
 
@@ -157,6 +159,7 @@ class Interval:
     high: float
 
     def covers(self, value: float) -> bool:
+        """Whether a value lies inside, ends included."""
         return self.low <= value <= self.high
 
     def __str__(self) -> str:
@@ -164,6 +167,7 @@ class Interval:
 
 
 def interval_of(value: float, samples_S: Array, level: float = LEVEL) -> Interval:
+    """The interval between quantiles of bootstrap samples, (S,), that holds `level` of them."""
     low, high = np.quantile(samples_S, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(value), float(low), float(high))
 

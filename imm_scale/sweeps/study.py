@@ -30,6 +30,7 @@ class Check:
 
     @property
     def inside(self) -> bool:
+        """Whether the prediction's interval covers what was measured."""
         return self.predicted.covers(self.measured)
 
 
@@ -92,6 +93,7 @@ def measured(rows: Sequence[Row], metric: str | None = None) -> list[Row]:
 
 
 def column(rows: Sequence[Row], name: str) -> np.ndarray:
+    """One column of n result rows, (n,) fp64."""
     return np.array([row[name] for row in rows], float)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from imm_scale import build
 from imm_scale.checkpoint import resume
-from imm_scale.checkpoint.async_saver import Saver
+from imm_scale.checkpoint.async_saver import Saver, SaveTally
 from imm_scale.checkpoint.format import Checkpoint
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.deepspeed_engine import Engine
@@ -19,13 +19,16 @@ from imm_scale.training.run_log import RunLog
 class State:
     """What a checkpoint holds, alive. Made anew from a checkpoint (None: at step 0) at each start and each rewind.
 
+    Args:
+        saves: of this start so far, before a rewind.
+
     Attributes:
         step, images_seen: the clock; steps that were skipped or stepped over count.
         stepped_over: ranges [first, last) of images_seen whose batches are not trained on, on purpose.
         guards: what the guards remember.
     """
 
-    def __init__(self, plan: Plan, world: World, resumed: Checkpoint | None):
+    def __init__(self, plan: Plan, world: World, resumed: Checkpoint | None, saves: SaveTally | None = None):
         self.plan, self.world = plan, world
         config, layout = plan.config, plan.layout
         self.device = distributed.device(world)
@@ -35,7 +38,7 @@ class State:
         samples = layout.slots_per_micro_batch * layout.particles
         self.engine = Engine(config, flow_map, build.objective(config), layout.num_groups, layout.accumulation, samples)
         self.ema = ShardedEma(self.engine.master_shards(), config.ema.decays, config.ema_power)
-        self.saver = Saver(plan, world, self.engine, self.ema)
+        self.saver = Saver(plan, world, self.engine, self.ema, saves)
         self.step = self.images_seen = 0
         self.stepped_over: list[tuple[int, int]] = []
         self.guards: dict[str, Any] = {}

@@ -90,7 +90,7 @@ def job_end(env: Mapping[str, str] = os.environ) -> float | None:
 
 
 def seconds_left(text: str) -> float | None:
-    """squeue's time left, [days-][hours:]minutes:seconds, in seconds; None where it is no time (UNLIMITED)."""
+    """squeue's time left, `[days-][hours:]minutes:seconds`, in seconds; None where it is no time (UNLIMITED)."""
     days, _, clock = text.rpartition("-")
     parts = clock.split(":")
     if not all(part.isdigit() for part in parts) or (days and not days.isdigit()):

@@ -1,12 +1,15 @@
 """A run from its config to its last checkpoint."""
 
+import torch
+
 from imm_scale import config as configs
 from imm_scale import storage
 from imm_scale.checkpoint import format as checkpoints
 from imm_scale.checkpoint import resume, run_folder
-from imm_scale.checkpoint.async_saver import remove_leftovers
+from imm_scale.checkpoint.async_saver import SaveTally, remove_leftovers
 from imm_scale.checkpoint.format import Checkpoint
 from imm_scale.config.schema import Config
+from imm_scale.data.sample_order import Layout
 from imm_scale.errors import UserError
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.deepspeed_engine import check_device
@@ -34,8 +37,7 @@ def train(config: Config, world: World | None = None) -> Outcome:
     check_device(config)
     prepared = plan(config, world.size)
     resume.check_run_folder(prepared)
-    # The watchdog comes first, however long a step may take.
-    distributed.init(world, patience=max(distributed.PATIENCE_SECONDS, 2 * (config.train.step_timeout or 0.0)))
+    distributed.init(world, patience=watchdog.collective_patience(config.train.step_timeout))
     found = resume.find(config, world)
     if found.checkpoint is not None:
         resume.check_net(found.checkpoint, prepared.spec)
@@ -54,8 +56,11 @@ def train(config: Config, world: World | None = None) -> Outcome:
             remove_leftovers(config, world)
             around = Surroundings(*watchdog.roll(world), signals, stop_signals.deadline(config.train.stop_before))
             return _train(prepared, world, around, found.checkpoint)
+        except torch.OutOfMemoryError as error:
+            remedy = _out_of_memory(config, prepared.layout, error)
+            _note_failure(config.run_dir, remedy, world.rank)
+            raise remedy from error
         except (UserError, RuntimeError, OSError) as error:
-            log.error("failed: %s", error)
             _note_failure(config.run_dir, error, world.rank)
             raise
 
@@ -63,9 +68,9 @@ def train(config: Config, world: World | None = None) -> Outcome:
 def _train(prepared: Plan, world: World, around: Surroundings, checkpoint: Checkpoint | None) -> Outcome:
     """Goes on from a checkpoint, and after each spike from the newest one, as if started again."""
     config = prepared.config
-    rewinds, rewind = Rewinds(config.train.max_rewinds), None
+    rewinds, rewind, saves = Rewinds(config.train.max_rewinds), None, SaveTally()
     while True:
-        state = State(prepared, world, checkpoint)
+        state = State(prepared, world, checkpoint, saves)
         if rewind is not None:
             rewinds.add(rewind, state.step, config.train.global_batch_size)
         state.step_over(rewinds.ranges)
@@ -73,10 +78,11 @@ def _train(prepared: Plan, world: World, around: Surroundings, checkpoint: Check
         try:
             outcome = loop.run()
         except Rewind as error:
-            rewind = error.with_traceback(None)  # which would keep the old engine alive
+            rewind = error.with_traceback(None)  # which would keep all that its frames hold
             loop.run_log.close()
-            state.engine.close()
-            del state, loop
+            engine = state.engine
+            del state, loop  # their slices are the engine's memory: nothing of it may be there when the next one comes
+            engine.close()
             checkpoint = resume.find(config, world).checkpoint
             continue
         _finish(loop, outcome)
@@ -112,7 +118,22 @@ def _finish(loop: Loop, outcome: Outcome) -> None:
     distributed.barrier()
 
 
+def _out_of_memory(config: Config, layout: Layout, error: torch.OutOfMemoryError) -> UserError:
+    """What to do where a micro-batch, or what a rank holds beside it, is too large for the device."""
+    samples = layout.slots_per_micro_batch * layout.particles
+    remedies = [
+        f"a smaller train.micro_batch_size (a rank runs {samples} samples at once)" * (samples > layout.particles),
+        "train.activation_checkpointing=true" * (not config.train.activation_checkpointing),
+        f"a higher zero.stage (now {config.zero.stage})" * (config.zero.stage < 3),
+        "zero.offload=optimizer" * (config.zero.offload == "none"),
+    ]
+    said = str(error).split(". ")[0].strip()
+    ways = "; ".join(filter(None, remedies)) or "a smaller model or GPUs with more memory"
+    return UserError(f"the GPU's memory is too small: {said}. Take {ways}. `imm-scale plan` shows what fits")
+
+
 def _note_failure(run_dir: str, error: Exception, rank: int) -> None:
+    log.error("failed: %s", error)
     steps = checkpoints.committed_steps(run_dir)
     try:
         run_folder.write_failure(run_dir, str(error), step=steps[-1] if steps else 0, rank=rank)

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from imm_scale import storage
+from imm_scale import devices, storage
 from imm_scale.checkpoint import run_folder
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
@@ -94,7 +94,7 @@ class Watchdog:
     """Use as a context manager around the training loop; `beat` at each phase of a step, `step_done` at its end.
 
     Args:
-        timeout: seconds a step may take; None: 20 times the median step, at least 600.
+        timeout: seconds a step may take; None: 20 times the median step, at least 600 and at most what the first may.
         hosts: host name of each rank.
         call: a word all ranks of this start share, so that an earlier start's answers are not read.
 
@@ -154,9 +154,10 @@ class Watchdog:
             return self._timeout
         if not self._durations:
             return START_SECONDS
-        return max(_FLOOR, _TIMES_MEDIAN * statistics.median(self._durations))
+        return max(_FLOOR, min(_TIMES_MEDIAN * statistics.median(self._durations), START_SECONDS))
 
     def _watch(self) -> None:
+        devices.use_device(distributed.device(self._world))  # for torch's flight recorder
         while not self._left.wait(min(1.0, self.limit / 10)):
             if time.monotonic() - self._since > self.limit:
                 self.fired = True
@@ -202,6 +203,11 @@ class Watchdog:
             time.sleep(0.2)
             names = [name for name in storage.list_names(self._folder) if name.endswith(".json")]
         return [Answer(**json.loads(storage.read_text(storage.join(self._folder, name)))) for name in names]
+
+
+def collective_patience(timeout: float | None) -> float:
+    """Seconds after which torch gives up a collective: twice what a step may take, for the watchdog says who hangs."""
+    return 2.0 * max(START_SECONDS, timeout or 0.0)
 
 
 def roll(world: World) -> tuple[list[str], str]:

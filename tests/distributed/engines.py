@@ -24,8 +24,15 @@ def opened(*argv: str) -> Iterator[tuple[Config, Engine, Iterator[list[Batch]]]]
     prepared = plan(config, world.size)
     layout, objective = prepared.layout, build.objective(config)
     samples = layout.slots_per_micro_batch * layout.particles
-    flow_map = build.flow_map(prepared.spec, config.seed)
-    engine = Engine(config, flow_map, objective, layout.num_groups, layout.accumulation, samples)
+    # The net is the engine's alone, so that `close` ends it.
+    engine = Engine(
+        config,
+        build.flow_map(prepared.spec, config.seed),
+        objective,
+        layout.num_groups,
+        layout.accumulation,
+        samples,
+    )
     manifest = config.data.manifest
     assert manifest is not None
     try:

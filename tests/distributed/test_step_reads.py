@@ -36,9 +36,7 @@ def test_a_step_reads_its_gradient_norm_and_the_summary_of_the_last(stage, digit
             reads = found[step]
             # From host memory, once an event of the step before has passed.
             assert reads.pop("imm_scale/parallel/consensus.py") == 1
-            # The step counters of an AdamW that is not fused lie on the host.
-            reads.pop("torch/optim/optimizer.py", None)
-            # One number, looked at twice: whether it is finite, and its value.
-            norm = reads.pop("imm_scale/parallel/deepspeed_engine.py", 0) + reads.pop("deepspeed/runtime/utils.py", 0)
-            assert 1 <= norm <= 2
+            assert reads.pop("imm_scale/parallel/deepspeed_engine.py") == 1  # the norm
+            # DeepSpeed looks at the norm that the engine has brought to the host (test_synchronizations.py).
+            assert reads.pop("deepspeed/runtime/utils.py", 0) == (stage > 0)
             assert not reads, f"step {step} reads something else"

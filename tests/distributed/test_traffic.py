@@ -1,45 +1,15 @@
 """Bytes that a ZeRO-3 step sends: two gathers of the parameters and one reduce-scatter, and nothing for IMM's loss."""
 
-from collections import Counter
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks import traffic
 from tests import ranks
 from tests.conftest import ANY_METHOD
 from tests.distributed.engines import opened
 
 NET = ("model.width=64", "model.depth=8", "model.heads=2", "zero.stage=3")
-# Which argument of a collective is the whole of what is gathered or reduced: its position, its names.
-GATHERS = dict.fromkeys(("all_gather_into_tensor", "all_gather"), (0, ("output_tensor", "tensor_list")))
-SCATTERS = dict.fromkeys(("reduce_scatter_tensor", "reduce_scatter"), (1, ("input", "input_list")))
-OTHERS = dict.fromkeys(("all_reduce", "broadcast", "reduce", "gather"), (0, ("tensor",)))
-OTHERS |= dict.fromkeys(("all_to_all_single", "all_to_all"), (1, ("input", "input_tensor_list")))
-
-
-def _bytes(value: Any) -> int:
-    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else value.numel() * value.element_size()
-
-
-def _listen(counts: Counter[str]) -> None:
-    """Counts what every collective of torch.distributed carries; call it before anybody takes hold of them."""
-    for kind, functions in (("gather", GATHERS), ("scatter", SCATTERS), ("other", OTHERS)):
-        for name, (position, keywords) in functions.items():
-            setattr(dist, name, _counting(getattr(dist, name), counts, kind, position, keywords))
-
-
-def _counting(
-    function: Callable[..., Any], counts: Counter[str], kind: str, position: int, keywords: tuple[str, ...]
-) -> Callable[..., Any]:
-    def counted(*args: Any, **options: Any) -> Any:
-        named = [options[keyword] for keyword in keywords if keyword in options]
-        counts[kind] += _bytes(args[position] if len(args) > position else named[0])
-        return function(*args, **options)
-
-    return counted
 
 
 def _traffic(manifest: str, naive: bool, more: list[str]) -> dict[str, float]:
@@ -47,8 +17,7 @@ def _traffic(manifest: str, naive: bool, more: list[str]) -> dict[str, float]:
     from imm_scale.models.base import Backbone
     from imm_scale.models.dit import DiT
 
-    counts: Counter[str] = Counter()
-    _listen(counts)
+    counts = traffic.listen()
     if naive:
         DiT.pair = Backbone.pair  # one branch through all blocks, then the other
     with opened(*ANY_METHOD, *NET, f"data.manifest={manifest}", *more) as (_, engine, steps):
@@ -58,9 +27,9 @@ def _traffic(manifest: str, naive: bool, more: list[str]) -> dict[str, float]:
         engine.step(next(steps), 1e-3)
         total = sum(4 * shard.numel for shard in engine.master_shards())
     whole = torch.tensor(float(total))
-    traffic = dict(counts)
+    sent = dict(counts)
     dist.all_reduce(whole)
-    return {kind: traffic.get(kind, 0) / float(whole) for kind in ("gather", "scatter", "other")}
+    return {kind: sent.get(kind, 0) / float(whole) for kind in ("gather", "scatter", "other")}
 
 
 @pytest.fixture(scope="module")

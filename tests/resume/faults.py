@@ -79,6 +79,21 @@ def spikes(steps: list[int], *argv: str) -> tuple[int, str]:
     return ranks.command_and_words(*argv)
 
 
+def spikes_after_a_failed_save(steps: list[int], failing: int, *argv: str) -> tuple[int, str]:
+    """As `spikes`, and rank 1 cannot write its part of the checkpoint of one step before."""
+    from imm_scale.checkpoint import format as checkpoints
+
+    write = checkpoints.write_rank
+
+    def refused(url: str, *args: Any) -> None:
+        if _rank() == 1 and url.endswith(f"step-{failing:08d}"):
+            raise OSError("no room")
+        write(url, *args)
+
+    checkpoints.write_rank = refused
+    return spikes(steps, *argv)
+
+
 def stepping_over(step: int, *argv: str) -> int:
     """Leaves out one batch from the beginning, without any guard."""
     from imm_scale.training import step_guard
@@ -96,3 +111,15 @@ def sleeps_in_the_loader(*argv: str) -> int:
 
     _change_batches(sleep, rank=1)
     return ranks.command(*argv)
+
+
+def out_of_memory(*argv: str) -> tuple[int, str]:
+    """Rank 1's GPU is full at step 3."""
+
+    def change(loss: Tensor, step: int) -> Tensor:
+        if step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a capacity of ...")
+        return loss
+
+    _change_loss(change, 64, rank=1)
+    return ranks.command_and_words(*argv)

@@ -120,21 +120,131 @@ def test_one_rank_that_cannot_write_keeps_all_from_committing(digits, tmp_path):
     assert "File too large" in (run_dir / "logs" / "rank-00000.log").read_text(), "rank 0 says what rank 1 met"
 
 
+def _break(what: str, step: int) -> None:
+    """Rank 1's thread meets at this step, in a stage of the save, what no one foresaw."""
+    from imm_scale.checkpoint import host_copy
+
+    if os.environ["RANK"] != "1":
+        return
+    if what == "the copy":
+        plain = host_copy.HostCopy._copy
+
+        def copy(self: host_copy.HostCopy) -> None:
+            host_copy.HostCopy._copy = plain  # type: ignore[method-assign]
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        host_copy.HostCopy._copy = copy  # type: ignore[method-assign]
+    else:
+        write = checkpoints.write_rank
+
+        def failing(*args: Any) -> None:
+            checkpoints.write_rank = write
+            raise KeyError("a bug")
+
+        checkpoints.write_rank = failing
+
+
+def _break_the_copy(step: int, folder: Path) -> None:
+    if step == 4:
+        _break("the copy", step)
+
+
+def _break_the_writing(step: int, folder: Path) -> None:
+    if step == 4:
+        _break("the writing", step)
+
+
+@pytest.mark.parametrize(
+    ("hook", "cause"),
+    [(_break_the_copy, "RuntimeError: CUDA error: an illegal memory"), (_break_the_writing, "KeyError: 'a bug'")],
+)
+def test_whatever_ends_one_ranks_part_is_told_to_the_others_that_wait_for_it(hook, cause, digits, tmp_path):
+    run_dir = tmp_path / "run"
+    results = ranks.run(_train_with_hook, 2, hook, tmp_path, _argv(digits, run_dir))
+    assert results == [[0, 0, 1, 1]] * 2 and committed_steps(str(run_dir)) == [2, 6, 8]
+    words = [(run_dir / "logs" / f"rank-0000{rank}.log").read_text() for rank in (0, 1)]
+    assert all(f"{cause}" in text and "(rank 1); training goes on" in text for text in words)
+    assert "Traceback" in words[1] and "Traceback" not in words[0]
+
+
+def _train_without_memory(lacking: list[str], argv: list[str]) -> tuple[int, list[str], int]:
+    """With slices as if on a GPU, and rank 1 without these kinds of memory. (code, allocations, failed saves)."""
+    from imm_scale.checkpoint import host_copy
+    from imm_scale.checkpoint.async_saver import Saver as Made
+
+    allocations: list[str] = []
+    savers: list[Made] = []
+    begin, made = host_copy.HostCopy.begin, Made.__init__
+
+    def empty(numel: int, pinned: bool) -> Any:
+        import torch
+
+        kind = "pinned" if pinned else "pageable"
+        allocations.append(kind)
+        if os.environ["RANK"] == "1" and kind in lacking and allocations.count(kind) == 2:  # some of it was to be had
+            raise RuntimeError("CUDA error: out of memory")
+        return torch.empty(numel)
+
+    def begun(self: host_copy.HostCopy) -> None:
+        host_copy.HostCopy.from_gpu = False  # type: ignore[assignment,method-assign]
+        begin(self)
+
+    def noted(self: Made, *args: Any) -> None:
+        savers.append(self)
+        made(self, *args)
+
+    host_copy._empty, host_copy.HostCopy.begin, Made.__init__ = empty, begun, noted  # type: ignore[method-assign]
+    host_copy.HostCopy.from_gpu = True  # type: ignore[assignment,method-assign]
+    host_copy.LARGEST_CHUNK = 1 << 10
+    host_copy.SMALLEST_CHUNK = 1 << 8
+    code = ranks.command("train", *argv)
+    return code, allocations, savers[0].failed_checkpoints
+
+
+def test_a_rank_that_can_pin_nothing_has_all_copy_to_pageable_memory(digits, tmp_path):
+    run_dir = tmp_path / "run"
+    argv = [*_argv(digits, run_dir), "train.max_steps=4"]
+    results = ranks.run(_train_without_memory, 2, ["pinned"], argv)
+    for rank, (code, allocations, failed) in enumerate(results):
+        assert (code, failed) == (0, 0)
+        pinned = allocations.index("pageable")
+        assert (pinned == 2) == (rank == 1), "it stops at the chunk it cannot have"
+        assert set(allocations[pinned:]) == {"pageable"}
+    words = [(run_dir / "logs" / f"rank-0000{rank}.log").read_text() for rank in (0, 1)]
+    assert words[0].count("pageable memory") == 1 and "out of memory (rank 1)" in words[0]
+    assert "pageable memory" not in words[1]
+    # What went through many small chunks is what an undisturbed run saves; and it goes on from there.
+    reference = tmp_path / "reference"
+    ranks.train(2, *_argv(digits, reference))
+    assert Checkpoint.of_step(str(run_dir), 4).checksums == Checkpoint.of_step(str(reference), 4).checksums
+    ranks.train(2, *_argv(digits, run_dir))
+    assert Checkpoint.latest(str(run_dir)).checksums == Checkpoint.latest(str(reference)).checksums
+
+
+def test_a_rank_without_any_memory_for_the_copy_ends_all_at_start(digits, tmp_path):
+    argv = _argv(digits, tmp_path / "run")
+    for code, _, _ in ranks.run(_train_without_memory, 2, ["pinned", "pageable"], argv):
+        assert code == 2
+    words = (tmp_path / "run" / "logs" / "rank-00000.log").read_text()
+    assert "no host memory for the copy" in words and "(rank 1); ask for more memory per node" in words
+    assert not committed_steps(str(tmp_path / "run"))
+
+
 def _train_beside_a_slow_save(argv: list[str]) -> list[tuple[str, int]]:
     """What happened in which order: steps taken, writes begun and ended. A write ends when two steps went by.
 
     The copy is late as well: by then the next step would be over, did it not wait before it changes the weights.
     """
-    from imm_scale.checkpoint.async_saver import HostCopy
+    from imm_scale.checkpoint.host_copy import HostCopy
     from imm_scale.parallel.deepspeed_engine import Engine
 
-    take = HostCopy._take
+    copy = HostCopy._copy
 
-    def late(self: HostCopy, pieces: Any) -> Any:
+    def late(self: HostCopy) -> None:
         time.sleep(0.3)
-        return take(self, pieces)
+        copy(self)
 
-    HostCopy._take = late  # type: ignore[method-assign]
+    HostCopy._copy = late  # type: ignore[method-assign]
 
     events: list[tuple[str, int]] = []
     stepped, step, write = threading.Semaphore(0), Engine.step, checkpoints.write_rank

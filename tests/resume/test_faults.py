@@ -62,9 +62,9 @@ def test_a_run_that_only_skips_ends_with_the_reason(digits, tmp_path):
 
 
 def test_a_spike_rewinds_and_steps_over_its_batch(digits, tmp_path):
-    schedule = ["train.max_steps=26", "train.checkpoint_every=20", "train.log_every=2", "zero.stage=2"]
+    schedule = ["train.max_steps=26", "train.checkpoint_every=10", "train.log_every=2", "zero.stage=2"]
     settings = _settings(digits, tmp_path / "run", *schedule, "train.spike_factor=20")
-    assert [code for code, _ in ranks.run(faults.spikes, 2, [23], *settings)] == [0, 0]
+    assert [code for code, _ in ranks.run(faults.spikes_after_a_failed_save, 2, [23], 10, *settings)] == [0, 0]
     assert ranks.run(faults.stepping_over, 2, 23, *_settings(digits, tmp_path / "reference", *schedule)) == [0, 0]
     assert "step 23 spikes: the loss" in _log(tmp_path / "run")
     assert "Going back to step 20 and stepping over images 1408 to 1472" in _log(tmp_path / "run")
@@ -78,6 +78,7 @@ def test_a_spike_rewinds_and_steps_over_its_batch(digits, tmp_path):
     assert [record["step"] for record in records] == list(range(2, 27, 2)), "every step once, though some ran twice"
     assert [r["loss"] for r in records] == [r["loss"] for r in read_metrics(str(tmp_path / "reference"))]
     assert records[-1]["stepped_over_images"] == 64
+    assert records[-1]["failed_checkpoints"] == 1, "saves that failed before the rewind count on"
 
 
 def test_rewinds_are_bounded(digits, tmp_path):
@@ -88,6 +89,27 @@ def test_rewinds_are_bounded(digits, tmp_path):
         assert "1 rewinds to step 18 did not help (train.max_rewinds)" in words
     assert committed_steps(str(tmp_path / "run")) == [18]
     assert read_status(str(tmp_path / "run"))["state"] == "failed"
+
+
+def test_a_micro_batch_that_is_too_large_says_what_to_do(digits, tmp_path):
+    run_dir = tmp_path / "run"
+    settings = _settings(digits, run_dir, "train.micro_batch_size=16", "zero.stage=2", "train.step_timeout=600")
+    started = ranks.start(faults.out_of_memory, 2, *settings)
+    try:
+        pipe = started[1][1]
+        assert pipe.poll(BOUND), "rank 1 does not wait for rank 0, which its launcher will end"
+        worked, (code, words) = pipe.recv()
+    finally:
+        for process, _ in started:
+            process.kill()
+    assert worked and code == 2, words
+    assert "Tried to" not in words and "Traceback" not in words
+    status = read_status(str(run_dir))
+    assert status["state"] == "failed" and status["rank"] == 1
+    for text in (words, status["reason"], _log(run_dir, 1)):
+        assert "CUDA out of memory" in text
+        assert "a smaller train.micro_batch_size (a rank runs 16 samples at once)" in text
+        assert "train.activation_checkpointing=true; a higher zero.stage (now 2); zero.offload=optimizer" in text
 
 
 def _assert_ended_by_the_watchdog(run_dir: Path, survivors: list, began: float) -> dict:

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from imm_scale import doctor
+from imm_scale.parallel import network, world
 from imm_scale.parallel.world import World
 from tests import ranks
 
@@ -45,6 +46,7 @@ def test_ranks_see_each_other_and_the_folder(tmp_path):
     (code, words), (code_1, words_1) = ranks.run(ranks.command_and_words, 2, "doctor", "--dir", str(tmp_path))
     assert code == code_1 == 0, words + words_1
     assert "OK    all-reduce     2 ranks in" in words
+    assert "OK    gloo           2 ranks over the address of this machine's name in" in words
     assert "OK    shared folder  2 of 2 ranks' files seen" in words
     assert list(tmp_path.iterdir()) == []
 
@@ -67,3 +69,18 @@ def test_the_command_alone_tries_two_local_ranks_and_says_what_failed():
     assert code == 1
     assert "FAIL  run folder     /proc/nothing" in words
     assert "OK    all-reduce     2 ranks in" in words
+
+
+def _with_gloo_over(interface: str) -> list[str]:
+    """A main group that works, and gloo beside it over an interface that is not there, as NCCL's ^lo would be taken."""
+    rank = int(os.environ["RANK"])
+    world.init(World(rank, 2, rank))
+    os.environ["GLOO_SOCKET_IFNAME"] = interface
+    return [str(doctor._gloo(World(rank, 2, rank)))]
+
+
+def test_gloo_over_an_interface_that_is_not_there_fails_on_every_rank_with_what_to_do():
+    for (line,) in ranks.run(_with_gloo_over, 2, "^lo,docker0"):
+        assert line.startswith("FAIL  gloo           2 ranks over ^lo,docker0: ")
+        assert "(rank 0)" in line and "(rank 1)" in line
+        assert "GLOO_SOCKET_IFNAME=NAME" in line and network.describe() in line

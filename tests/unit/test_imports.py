@@ -12,7 +12,7 @@ LAYERS = [
     {"errors"},
     {"choices"},
     {"registry"},
-    {"devices", "precision", "rng", "storage"},
+    {"devices", "fusion", "precision", "rng", "storage"},
     {"config"},
     {"data"},
     {"models"},
@@ -27,7 +27,7 @@ LAYERS = [
     {"evaluation"},
     {"sweeps"},
     {"report"},
-    {"doctor"},
+    {"api", "doctor"},
     {"cli"},
     {"__main__"},
 ]

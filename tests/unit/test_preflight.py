@@ -5,7 +5,7 @@ import yaml
 
 from imm_scale import config as configs
 from imm_scale.errors import UserError
-from imm_scale.parallel.zero_config import check_extra
+from imm_scale.parallel.zero_config import check_settings
 from tests import ranks
 from tests.conftest import TINY
 
@@ -48,12 +48,22 @@ def test_offload_goes_where_it_is_told(capsys, digits):
         ("optimizer.type", "optimizer"),
         ("bf16.enabled", "precision"),
         ("zero_optimization.offload_param.device", "zero.offload"),
+        ("communication_data_type", "zero.reduce_precision"),
     ],
 )
 def test_extra_settings_may_not_contradict_the_config(key, instead):
     config = configs.load([], [f"zero.extra.{key}=x"]).config
     with pytest.raises(UserError, match=instead):
-        check_extra(config)
+        check_settings(config)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"), [(["precision=fp32"], "precision=fp32"), (["precision=bf16", "zero.stage=0"], "zero.stage=0")]
+)
+def test_16_bit_sums_need_16_bit_gradients_and_a_stage_that_makes_them(words, named):
+    config = configs.load([], ["zero.reduce_precision=autocast", *words]).config
+    with pytest.raises(UserError, match=named):
+        check_settings(config)
 
 
 def test_averages_may_count_in_images():

@@ -49,6 +49,7 @@ T_MINUS_S = IMAGENET | {
     "method.min_gap": 1e-4,
     "method.a": 2.0,
 }
+BF16 = IMAGENET | {"precision": "bf16", "method.min_gap": 1e-4, "train.compile": True}
 CIFAR10 = IMAGENET | {
     "data.latent_shape": [3, 32, 32],
     "data.num_classes": 1,
@@ -69,15 +70,24 @@ RECIPES = {
     "imagenet256_dit_l2": (IMAGENET, 80.71, 458),
     "imagenet256_dit_xl2": (IMAGENET, 118.64, 675),
     "imagenet256_dit_xl2_ts": (T_MINUS_S, 118.64, 675),
+    "imagenet256_dit_xl2_bf16": (BF16, 118.64, 675),
 }
 
 
 @pytest.mark.parametrize("name", [*RECIPES, "cifar10_dit"])
 def test_a_recipe_holds_the_published_settings(name):
     expected = CIFAR10 if name == "cifar10_dit" else RECIPES[name][0]
-    values = configs.flatten(configs.load([str(CONFIGS / f"{name}.yaml")]).config)
+    config = configs.load([str(CONFIGS / f"{name}.yaml")]).config
+    values = configs.flatten(config) | {"method.min_gap": config.method.resolved(config.precision).min_gap}
     assert {key: values[key] for key in expected} == expected
     assert values["run.name"] == name
+
+
+@pytest.mark.parametrize("name", ["imagenet256_dit_s2", "imagenet256_dit_xl2", "cifar10_dit"])
+@pytest.mark.parametrize(("precision", "gap"), [("fp32", 0.0), ("tf32", 0.0), ("bf16", 1e-4), ("fp16", 1e-4)])
+def test_a_recipe_leaves_the_gap_to_the_precision(name, precision, gap):
+    config = configs.load([str(CONFIGS / f"{name}.yaml")], [f"precision={precision}"]).config
+    assert config.method.resolved(precision).min_gap == gap
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -223,3 +223,11 @@ def test_draws_never_change_between_versions():
         w = [word for block in blocks for word in philox_reference(block, key)]
         expected = [((w[2 * i] >> 5) * 2**26 + (w[2 * i + 1] >> 6)) / 2**53 for i in range(2)]
         assert uniform[row].tolist() == expected
+
+
+@pytest.mark.parametrize("low_word", [5, 2**31 + 5])
+def test_compiled_draws_are_the_plain_ones_whatever_the_counters(low_word):
+    # Block numbers of 3 and more times a multiplier leave int32, and words of 2^31 and more leave int64.
+    ordinal = torch.arange(4) + (3 << 32) + low_word
+    compiled = torch.compile(rng.uniform, dynamic=False)
+    assert torch.equal(compiled(7, "dropout_mask", ordinal, 41), rng.uniform(7, "dropout_mask", ordinal, 41))

@@ -15,7 +15,7 @@ def _named() -> set[str]:
         if line[:1].strip():
             first = line.split()[0]
             room, inner = first if first.endswith("/") else "", ""
-        for word in re.findall(r"[a-z_]+/|[a-z_]+\.py|\)", line.removeprefix(room)):
+        for word in re.findall(r"[a-z_0-9]+/|[a-z_0-9]+\.py|\)", line.removeprefix(room)):
             inner = word if word.endswith("/") else "" if word == ")" else inner
             named |= {f"{room}{inner}{word}"} if word.endswith(".py") else set()
     return named

@@ -32,26 +32,40 @@ class Samples(Protocol):
     """
 
     @property
-    def groups(self) -> list[Moments]: ...
+    def groups(self) -> list[Moments]:
+        """Moments of each of the groups that the jackknife leaves out in turn."""
+
     @property
-    def kept(self) -> Tensor: ...
+    def kept(self) -> Tensor:
+        """Feature vectors, (n, F)."""
+
     @property
-    def classes(self) -> Sequence[ClassSums]: ...
+    def classes(self) -> Sequence[ClassSums]:
+        """Sums of class probabilities, group by group; none for an extractor without a classifier."""
+
     @property
-    def moments(self) -> Moments: ...
+    def moments(self) -> Moments:
+        """Moments of all samples."""
 
 
 class Target(Protocol):
     """Features that samples are compared with; `kept` is None where moments are all there is."""
 
     @property
-    def mean(self) -> Tensor: ...
+    def mean(self) -> Tensor:
+        """(F,) fp64 mean of the features."""
+
     @property
-    def covariance(self) -> Tensor: ...
+    def covariance(self) -> Tensor:
+        """(F, F) fp64 covariance of the features, unbiased."""
+
     @property
-    def root(self) -> Root: ...
+    def root(self) -> Root:
+        """Square root of the covariance, taken once."""
+
     @property
-    def kept(self) -> Tensor | None: ...
+    def kept(self) -> Tensor | None:
+        """Feature vectors, (n, F)."""
 
 
 class Metric(ABC):

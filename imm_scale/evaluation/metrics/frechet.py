@@ -17,10 +17,12 @@ class Gaussian(Protocol):
     """Mean (F,) and covariance (F, F) in fp64."""
 
     @property
-    def mean(self) -> Tensor: ...
+    def mean(self) -> Tensor:
+        """(F,) fp64."""
 
     @property
-    def covariance(self) -> Tensor: ...
+    def covariance(self) -> Tensor:
+        """(F, F) fp64, unbiased."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,12 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
+        """(F,) fp64."""
         return self._mean
 
     @property
     def covariance(self) -> Tensor:
-        """Unbiased. Raises UserError for fewer than two vectors."""
+        """(F, F) fp64, unbiased. Raises UserError for fewer than two vectors."""
         if self.count < 2:
             raise UserError(f"a covariance needs at least 2 samples, got {self.count}")
         return self._scatter / (self.count - 1)
@@ -95,7 +98,7 @@ class Root:
 
 
 def square_root(covariance: Tensor) -> Root:
-    """By eigenvalues. Those below F eps times the largest are rounding and count as 0.
+    """Of an (F, F) matrix, by eigenvalues. Those below F eps times the largest are rounding and count as 0.
 
     The error follows from that of the eigenvalues, delta = F eps lambda_max: ||A^(1/2) - B^(1/2)|| is at most
     ||A - B||^(1/2), and at most ||A - B|| / lambda_min^(1/2) where no eigenvalue is that small.

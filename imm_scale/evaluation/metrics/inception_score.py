@@ -23,6 +23,7 @@ class ClassSums:
         self._negative_entropy += torch.special.xlogy(probabilities, probabilities).sum()
 
     def merge_ranks(self) -> "ClassSums":
+        """The sums over all ranks."""
         merged = ClassSums(len(self._probability))
         merged.count = int(world.all_sum(torch.tensor(self.count)))
         merged._probability = world.all_sum(self._probability.clone())
@@ -31,6 +32,7 @@ class ClassSums:
 
     @property
     def score(self) -> float:
+        """exp E[KL(p(y|x) || p(y))], from 1 to the number of classes."""
         marginal = self._probability / self.count
         return float((self._negative_entropy / self.count - torch.special.xlogy(marginal, marginal).sum()).exp())
 

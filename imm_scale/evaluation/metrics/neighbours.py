@@ -34,6 +34,6 @@ def balls(x: Tensor, y: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean, and its standard error with the other set taken as given."""
+    """Mean of (n,) values, and its standard error with the other set taken as given."""
     values = values.double()
     return float(values.mean()), float(values.std() / len(values) ** 0.5)

@@ -41,13 +41,17 @@ hosts="127.0.0.1 localhost"$'\n'"$NET.254 $LOGIN login"$'\n'
 for i in $(seq "$NODES"); do hosts+="$NET.$i node$i"$'\n'"::ffff:$NET.$i node$i"$'\n'; done
 for i in $(seq "$NODES"); do
   node=node$i
-  mkdir -p /etc/netns/$node; printf '%s' "$hosts" >/etc/netns/$node/hosts
+  # As Debian has it, a node's own name stands for its loopback, where no other node reaches it.
+  mkdir -p /etc/netns/$node; sed "s/^.* node$i$/127.0.1.1 node$i/" <<<"$hosts" | uniq >/etc/netns/$node/hosts
   [ -e /run/netns/$node ] || ip netns add $node
   if ! ip link show vh-$node >/dev/null 2>&1; then
     ip link add vh-$node type veth peer name eth0 netns $node
     ip link set vh-$node master $BRIDGE
     ip -n $node addr add $NET.$i/24 dev eth0
   fi
+  # And as on many clusters, every node has a network that leads nowhere, before the one that does.
+  ip -n $node link show docker0 >/dev/null 2>&1 || ip -n $node link add docker0 type veth peer name docker1
+  ip -n $node addr replace 172.17.0.1/16 dev docker0; ip -n $node link set docker0 up; ip -n $node link set docker1 up
   ip link set vh-$node up; ip -n $node link set lo up; ip -n $node link set eth0 up
 done
 

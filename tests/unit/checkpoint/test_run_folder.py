@@ -9,7 +9,14 @@ import uuid
 import pytest
 
 from imm_scale import storage
-from imm_scale.checkpoint.run_folder import MetricsLog, read_metrics, read_status, write_status
+from imm_scale.checkpoint.run_folder import (
+    MetricsLog,
+    read_metrics,
+    read_status,
+    write_failure,
+    write_progress,
+    write_status,
+)
 
 
 def _steps(run_dir: str) -> list[int]:
@@ -78,3 +85,13 @@ def test_status_is_read_as_written(tmp_path):
     status = read_status(str(tmp_path))
     assert (status["state"], status["step"], status["reason"]) == ("preempted", 7, "signal")
     assert status["host"]
+
+
+def test_a_commit_does_not_hide_that_another_rank_has_failed(tmp_path):
+    write_status(str(tmp_path), "running", step=0)
+    write_progress(str(tmp_path), step=5)
+    assert read_status(str(tmp_path))["step"] == 5
+    write_failure(str(tmp_path), "rank 1 died", rank=1)
+    write_progress(str(tmp_path), step=10)
+    status = read_status(str(tmp_path))
+    assert (status["state"], status["reason"]) == ("failed", "rank 1 died")

@@ -57,6 +57,7 @@ def test_alpha_sigma_eta_log_snr_and_norm_are_the_textbook_ones(interp, t):
     assert close(interp.alpha(at), alpha)
     assert close(interp.sigma(at), sigma)
     assert close(interp.eta(at), sigma / alpha)
+    assert close(tensor(interp.eta_at(t)), sigma / alpha)
     # log-SNR passes through 0: its error is absolute, that of the relative error of eta.
     assert abs(mp.mpf(interp.log_snr(at).item()) - 2 * mp.log(alpha / sigma)) < FP64 * 10
     assert close(interp.norm(at), mp.sqrt(alpha**2 + sigma**2))
@@ -105,6 +106,8 @@ def test_eta_inverse_is_the_formula_of_the_table(eta):
 
 @both
 def test_eta_inverse_holds_at_both_ends(interp):
+    assert interp.eta_at(0.0) == 0.0
+    assert interp.eta_at(1.0) == interp.eta(tensor(1.0)).item(), "infinite, or 1.6e16 by the rounding of pi"
     ends = interp.eta_inverse(tensor(0.0, math.inf))
     assert ends[0] == 0.0
     assert ends[1] == 1.0, "t = 1 is a legal time and eta there is infinite"

@@ -424,11 +424,13 @@ def test_pair_under_bf16_autocast_has_the_gradient_of_two_separate_calls(checkpo
     together, apart = gradients(net, pair), gradients(net, separate)
     for name, gradient in together.items():
         assert gradient.abs().max() > 0, name
-        torch.testing.assert_close(gradient, apart[name], rtol=1e-5, atol=1e-5, msg=name)
+        # fp32 sums of some 100 terms in another order: a few roundings of the largest; 16 bits would be 4e-3 off
+        atol = 5e-6 * apart[name].abs().max().item()
+        torch.testing.assert_close(gradient, apart[name], rtol=0, atol=atol, msg=name)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_blocks_compiled_one_by_one_share_one_graph_and_give_the_same_result(dropout):
+def test_blocks_compiled_one_by_one_share_graphs_and_give_the_same_result(dropout):
     """A graph for each of 28 blocks would pass the compiler's limit of 8, and the rest silently run uncompiled."""
     torch.compiler.reset()
     net = randomized(tiny(depth=10, dropout=dropout), dtype=torch.float32)
@@ -443,9 +445,17 @@ def test_blocks_compiled_one_by_one_share_one_graph_and_give_the_same_result(dro
 
     for block in net.blocks:  # as compile_blocks does, with a backend that counts
         block.compile(backend=counting, fullgraph=True)
-    got = net.pair(*args)
+    for step in range(4):
+        got = net.pair(*args)
+        (got[0] - got[1]).square().sum().backward()
+        assert len(graphs) == 1, f"one for both branches, after step {step}"
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    assert len(graphs) == 2, "one for the branch with gradient, one for the other"
+    with torch.no_grad():
+        for _ in range(3):  # held-out samples: both branches without gradient and without dropout
+            net.eval().pair(*args)
+    assert len(graphs) == 2
+    net.train().pair(*args)
+    assert len(graphs) == 2
 
 
 def test_every_dropout_of_the_net_has_a_mask_of_its_own(monkeypatch):
@@ -473,3 +483,15 @@ def test_flow_map_of_a_fresh_net_keeps_x_under_euler_fm():
     times = torch.tensor([0.1, 0.2], dtype=torch.float64), torch.tensor([0.9, 0.8], dtype=torch.float64)
     assert torch.equal(f(x, *times, label), x)
     assert torch.equal(f(x, *times, label, guidance_scale=2.0), x)
+
+
+def test_compiled_blocks_drop_what_plain_ones_drop():
+    net = DiT(tiny(dropout=0.5))
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, times = torch.randn(4, net.config.channels, net.config.height, net.config.image_width), torch.rand(4).double()
+    arguments = (x, times, times, torch.zeros(4, dtype=torch.long), 3 * (2**31 + torch.arange(4)) + 2**62)
+    plain = net(*arguments)
+    net.compile_blocks()
+    # A mask that differs in one element moves the output by 1e-1, another order of sums by 1e-7.
+    torch.testing.assert_close(net(*arguments), plain, rtol=0, atol=1e-5)

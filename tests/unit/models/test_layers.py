@@ -1,8 +1,10 @@
 """Parts of the transformer against numpy written from the DiT paper's formulas."""
 
+import importlib.util
 import math
 import sys
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -14,11 +16,11 @@ from imm_scale.errors import UserError
 from imm_scale.methods.imm_times import map_r
 from imm_scale.methods.probability_path import OTFlowMatching
 from imm_scale.models import layers
+from imm_scale.models.fp32_linear import Fp32Linear
 from imm_scale.models.layers import (
     Attention,
     Block,
     FinalLayer,
-    Fp32Linear,
     TimeEmbedder,
     attend,
     keyed_dropout,
@@ -97,7 +99,7 @@ def test_block_is_the_adaln_zero_block(qk_norm):
     block = randomized(Block(8, 2, 4.0, qk_norm, 0.0, "sdpa"))
     x, condition = randn(3, 5, 8), randn(3, 8, seed=2)
     w = weights(block)
-    modulation = linear(w, "adaLN_modulation.1", silu(condition.numpy()))
+    modulation = linear(w, "adaLN_modulation.1", condition.numpy())  # the net takes the SiLU once for all
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (u[:, None] for u in np.split(modulation, 6, axis=1))
     h = x.numpy()
     h = h + gate_a * attention_reference(w, layer_norm(h) * (1 + scale_a) + shift_a, 2, "attn.", qk_norm)
@@ -110,7 +112,7 @@ def test_final_layer_is_modulated_norm_then_linear():
     layer = randomized(FinalLayer(8, 2, 3))
     x, condition = randn(3, 5, 8), randn(3, 8, seed=2)
     w = weights(layer)
-    shift, scale = (u[:, None] for u in np.split(linear(w, "adaLN_modulation.1", silu(condition.numpy())), 2, axis=1))
+    shift, scale = (u[:, None] for u in np.split(linear(w, "adaLN_modulation.1", condition.numpy()), 2, axis=1))
     expected = linear(w, "linear", layer_norm(x.numpy()) * (1 + scale) + shift)
     np.testing.assert_allclose(layer(x, condition).detach().numpy(), expected, rtol=0, atol=FP64)
 
@@ -181,6 +183,19 @@ def test_fp32_linear_ignores_autocast_and_is_a_linear_layer():
     torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(8, 32), rtol=1e-5, atol=1e-5)
 
 
+def test_fp32_linear_compiled_under_autocast_has_an_fp32_backward_pass():
+    """The compiler traces a backward pass under the forward's autocast, which would round both of its products."""
+    torch.compiler.reset()
+    layer, x = Fp32Linear(64, 64), torch.randn(32, 64, requires_grad=True)
+    grad = torch.randn(32, 64)
+    expected = torch.autograd.grad(layer(x), (x, *layer.parameters()), grad)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    got = torch.autograd.grad(out, (x, *layer.parameters()), grad)
+    # fp32 sums of 64 terms; with factors of 16 bits they would be 1e-2 off
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Positions
 
@@ -245,12 +260,40 @@ def test_dropout_keeps_the_dtype():
 
 def test_xformers_without_cuda_falls_back_to_torch_with_a_warning(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    layers.xformers_works.cache_clear()
+    layers._xformers_works.cache_clear()
     q, k, v = (randn(2, 5, 2, 4, seed=i) for i in range(3))
     with pytest.warns(UserWarning, match="xformers needs a CUDA device"):
         got = attend(q, k, v, "xformers")
-    layers.xformers_works.cache_clear()
+    layers._xformers_works.cache_clear()
     assert torch.equal(got, attend(q, k, v, "sdpa"))
+
+
+def test_xformers_is_a_matter_of_the_tensors_device_and_said_once_where_it_cannot_run(monkeypatch):
+    """A machine with CUDA and the package, a tensor on its CPU; on the meta device nothing is computed, or said."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "xformers")
+    layers._xformers_works.cache_clear()
+    assert layers.xformers_works("cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        q = torch.empty(2, 5, 2, 4, device="meta")
+        assert attend(q, q, q, "xformers").shape == q.shape
+    with pytest.warns(UserWarning, match="xformers needs a CUDA device") as said:
+        for _ in range(2):
+            attend(*(randn(2, 5, 2, 4, seed=i) for i in range(3)), "xformers")
+    layers._xformers_works.cache_clear()
+    assert len(said) == 1
+
+
+def test_a_block_that_asks_for_xformers_compiles_without_graph_breaks():
+    torch.compiler.reset()
+    layers._xformers_works.cache_clear()
+    block = Block(16, 2, 4.0, False, 0.0, "xformers")
+    x, condition = torch.randn(2, 4, 16), torch.randn(2, 16)
+    with pytest.warns(UserWarning, match="xformers needs a CUDA device"):
+        got = torch.compile(block, backend="eager", fullgraph=True)(x, condition)
+    torch.testing.assert_close(got, block(x, condition), rtol=1e-6, atol=1e-6)
+    layers._xformers_works.cache_clear()
 
 
 def test_xformers_is_handed_the_layout_it_documents_where_cuda_has_it(monkeypatch):
@@ -266,7 +309,7 @@ def test_xformers_is_handed_the_layout_it_documents_where_cuda_has_it(monkeypatc
     ops.memory_efficient_attention = memory_efficient_attention
     monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
     monkeypatch.setitem(sys.modules, "xformers.ops", ops)
-    monkeypatch.setattr(layers, "xformers_works", lambda: True)
+    monkeypatch.setattr(layers, "xformers_works", lambda device_type: True)
     q, k, v = (randn(2, 5, 3, 4, seed=i) for i in range(3))
     got = attend(q, k, v, "xformers")
     assert seen == [(2, 5, 3, 4)]

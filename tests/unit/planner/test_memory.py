@@ -102,4 +102,12 @@ def test_offload_moves_the_states_to_the_host():
         memory.between_steps(replace(s, offload=offload), flops.parameters(s.net)) for offload in (False, True)
     )
     assert away.optimizer == 0 and sum(size for _, size in away.ema) == 0
-    assert away.host >= here.optimizer + sum(size for _, size in here.ema)
+    assert away.host >= here.host + here.optimizer + sum(size for _, size in here.ema)
+
+
+def test_the_host_holds_a_copy_of_what_a_checkpoint_holds():
+    """16 bytes x parameters / ranks with one average, as docs/training.md says, 4 more for each other."""
+    for stage, world_size, decays in ((0, 8, (0.999,)), (1, 1, (0.999,)), (3, 64, (0.9, 0.99, 0.999))):
+        s = replace(_setting(_config(2)), stage=stage, world_size=world_size, decays=decays)
+        p = flops.parameters(s.net)
+        assert memory.between_steps(s, p).host == pytest.approx((12 + 4 * len(decays)) * p.total / world_size)

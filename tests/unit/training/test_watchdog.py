@@ -5,7 +5,7 @@ import time
 import pytest
 
 from imm_scale.parallel.world import World
-from imm_scale.training.watchdog import START_SECONDS, Answer, Watchdog, blame
+from imm_scale.training.watchdog import START_SECONDS, Answer, Watchdog, blame, collective_patience
 
 HOSTS = ["a", "b", "b", "c"]
 
@@ -52,6 +52,15 @@ def test_a_deadline_is_a_multiple_of_the_median_step_with_a_floor(monkeypatch):
         now[0] += 0.1
         dog.step_done()
     assert dog.limit == 600.0
+    for _ in range(200):
+        now[0] += 500.0
+        dog.step_done()
+    assert dog.limit == START_SECONDS, "beyond that torch's own timeout of a collective would come first"
+
+
+def test_torch_gives_up_a_collective_long_after_the_watchdog():
+    for timeout in (None, 60.0, 1800.0, 5000.0):
+        assert collective_patience(timeout) >= 1.5 * max(START_SECONDS, timeout or 0.0)
 
 
 def test_what_the_user_sets_holds_from_the_second_step_on():

@@ -1,0 +1,77 @@
+"""`python -m benchmarks.gpu --out DIR`: every GPU path, proven and timed, in at most eight minutes on one H100.
+
+Exit codes: 0 every section came to its end and every check holds; 1 not so; 2 there is no GPU, or a wrong argument.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu import abilities, machine, runner, table
+from benchmarks.gpu.report import Context
+from benchmarks.gpu.sections import SECTIONS, Section
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parse(argv)
+    if args.list:
+        print("\n".join(f"{section.name:<14} {section.limit:>3} s  {section.what}" for section in SECTIONS))
+        return 0
+    if args.size == "full" and not torch.cuda.is_available():
+        print("make gpu: torch sees no CUDA device here; --size small runs the same code on the CPU", file=sys.stderr)
+        return 2
+    out, device = Path(args.out), torch.device("cpu" if args.size == "small" else "cuda")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"make gpu: --out {out}: {error}; choose another folder", file=sys.stderr)
+        return 2
+    os.environ["DS_ACCELERATOR"] = device.type
+    if args.size == "small":
+        _prepare_small()
+    machine.remember_command()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no section is left behind
+    results = runner.run(args.sections, Context(args.size, device, out))
+    (out / "table.md").write_text(table.markdown(results, out))
+    print(table.text(results))
+    return 0 if runner.succeeded(results) else 1
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", default="runs/gpu", help="folder for JSON, logs and tables (default runs/gpu)")
+    parser.add_argument("--only", action="append", metavar="SECTION[,SECTION]", help="run these alone")
+    parser.add_argument("--size", choices=("small", "full"), default="full", help="small: tiny nets, on the CPU")
+    parser.add_argument("--list", action="store_true", help="say what sections there are")
+    args = parser.parse_args(argv)
+    args.sections = _chosen(parser, args.only)
+    return args
+
+
+def _chosen(parser: argparse.ArgumentParser, only: Sequence[str] | None) -> list[Section]:
+    names = [name for words in only or () for name in words.split(",")]
+    known = [section.name for section in SECTIONS]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        parser.error(f"--only {unknown[0]}: there is no such section; there are {', '.join(known)}")
+    return [section for section in SECTIONS if not names or section.name in names]
+
+
+def _prepare_small() -> None:
+    """The CPU alone, and imports that are paid once: sections are forked from here."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    abilities.compile_without_generating()
+    import deepspeed  # noqa: F401
+
+    import imm_scale.training.trainer  # noqa: F401
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Draws, times and loss never wait for a GPU: no value is read back from it, and nothing is copied to it.
+
+The device is `meta`, which has no values at all; a real GPU would only be slower where these fail.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from imm_scale.methods.base import Objective
+from imm_scale.methods.flow_map import PARAMETERIZATIONS, ConditionalNet, FlowMap
+from imm_scale.methods.flow_matching import FlowMatching
+from imm_scale.methods.imm import InductiveMomentMatching
+from imm_scale.methods.imm_times import MAPPINGS
+from imm_scale.methods.mmd import KERNELS
+from imm_scale.methods.special_cases import ConsistencyTraining, GenerativeMomentMatching
+from tests.unit.methods.small import COSINE, OT
+
+# Values that leave the device, and lists that are copied to it (behind the back of a dispatch mode).
+WAITING = (torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu)
+
+
+class NoLists(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert function not in WAITING, f"{function} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses reading a value, copies between devices, and operators on several; a 0-d tensor is a number."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert function.name() not in ("aten::_local_scalar_dense", "aten::is_nonzero"), f"{function} reads a value"
+        out = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
+        devices = {tensor.device.type for tensor in tensors if tensor.dim()}
+        assert len(devices) < 2, f"{function} is given {devices}"
+        return out
+
+
+class Scale(ConditionalNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x, c_noise, second, label, dropout_key=None):
+        return self.weight * x
+
+
+def _loss_on_meta(objective: Objective, interp=OT, parameterization: str = "simple_edm") -> None:
+    with torch.device("meta"):
+        flow_map = FlowMap(Scale(), interp, parameterization, null_label=5)
+        x, label, ordinal = torch.randn(8, 2, 3, 3), torch.zeros(8, dtype=torch.int64), torch.arange(8)
+    with NoLists(), OneDevice():
+        losses = objective(flow_map, x, label, ordinal, seed=0)
+        losses.loss_G.sum().backward()
+    assert (losses.loss_G.device.type, losses.loss_G.dtype) == ("meta", torch.float64)
+    assert flow_map.model.weight.grad is not None
+
+
+COMMON: dict[str, Any] = {"t_min": 0.0, "t_max": 0.994, "label_drop": 0.2, "dropout": True}
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS)
+@pytest.mark.parametrize("interp", [OT, COSINE], ids=lambda interp: interp.name)
+def test_every_mapping(mapping, interp):
+    _loss_on_meta(InductiveMomentMatching(particles=4, mapping=mapping, **COMMON), interp)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
+def test_every_kernel_and_parameterization(kernel, parameterization):
+    _loss_on_meta(InductiveMomentMatching(particles=4, kernel=kernel, **COMMON), OT, parameterization)
+
+
+@pytest.mark.parametrize("kind", [FlowMatching, ConsistencyTraining, GenerativeMomentMatching])
+def test_every_other_objective(kind):
+    _loss_on_meta(kind(particles=2, **COMMON))
+
+
+@pytest.mark.parametrize(
+    "waits",
+    [
+        lambda x: float(x.sum()),
+        lambda x: x.tolist(),
+        lambda x: x * torch.tensor([1.0, 2.0], device=x.device),
+        lambda x: x * torch.ones(2).to(x.device),
+        lambda x: x if x.any() else -x,
+    ],
+    ids=["float", "tolist", "tensor", "copy", "branch"],
+)
+def test_what_waits_is_seen(waits):
+    x = torch.ones(2, device="meta")
+    with pytest.raises((AssertionError, RuntimeError)), NoLists(), OneDevice():
+        waits(x)
