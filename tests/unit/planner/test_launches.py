@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from benchmarks.operators import Launches, Operators, launches
+from imm_scale.choices import Passes
 from imm_scale.models.dit import size_config
-from imm_scale.planner import flops
+from imm_scale.planner import activations
 
 GOAL = 150
+PASSES = {"imm": Passes(grad=1, no_grad=1), "flow_matching": Passes()}
 
 
 @cache
@@ -37,9 +39,9 @@ def test_views_and_memory_are_no_operators():
 @pytest.mark.parametrize("objective", ["imm", "flow_matching"])
 def test_the_planner_launches_as_many_operations_a_block_as_are_counted(objective, half, checkpointing):
     small, large = (size_config("DiT-S/2", depth=depth) for depth in (1, 2))
-    one, two = (flops.kernels(net, objective, half, checkpointing) for net in (small, large))
+    one, two = (activations.kernels(net, PASSES[objective], half, checkpointing) for net in (small, large))
     assert two - one == _counted(objective, half, checkpointing).a_block
-    halved = flops.kernels(small, objective, half, checkpointing, of_a_block=0.5)
+    halved = activations.kernels(small, PASSES[objective], half, checkpointing, of_a_block=0.5)
     assert one - halved == 0.5 * _counted(objective, half, checkpointing).a_block
 
 
@@ -62,4 +64,4 @@ def test_the_planner_launches_as_many_for_a_whole_net_as_are_counted(objective):
     net, found = size_config("DiT-XL/2"), _compiled(objective)
     whole = net.depth * found.a_block + found.around + found.graphs
     # 2 %: compilers differ in how many kernels they make of the same graph.
-    assert flops.kernels(net, objective, False, False) == pytest.approx(whole, rel=0.02)
+    assert activations.kernels(net, PASSES[objective], False, False) == pytest.approx(whole, rel=0.02)
