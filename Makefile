@@ -27,8 +27,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo-data: setup $(DIGITS)/latents/manifest.json ## pack and encode the 1,797 digits of scikit-learn
 
 $(DIGITS)/latents/manifest.json:
-	$(BIN)/python -m data_tools.pack --source digits --out $(DIGITS)/images
-	$(BIN)/python -m data_tools.encode --images $(DIGITS)/images --out $(DIGITS)/latents --codec pixels
+	$(ONE) pack --source digits --out $(DIGITS)/images
+	$(ONE) encode --images $(DIGITS)/images --out $(DIGITS)/latents --codec pixels
 
 demo: demo-data ## train IMM and flow matching on the digits, sample, measure, write runs/demo/report.html
 	$(TWO_RANKS) train configs/demo.yaml

@@ -61,8 +61,8 @@ class Run:
         self.config = configs.load([], words).config
         prepared = plan(self.config, self.world.size)
         layout = prepared.layout
-        flow_map = build.flow_map(prepared.spec)
-        self.engine = Engine(self.config, flow_map, build.objective(self.config), layout.num_groups, 1, 16)
+        flow_map = build.net(prepared.spec)
+        self.engine = Engine(self.config, flow_map, build.method(prepared.spec), layout.num_groups, 1, 16)
         self.ema = ShardedEma(self.engine.master_shards(), self.config.ema.decays)
         self.saver = Saver(prepared, self.world, self.engine, self.ema)
         self.log = RunLog(self.config, 0, self.world)

@@ -1,4 +1,4 @@
-"""How much of the time the encoder of data_tools.encode is at work: reading and writing should hide behind it.
+"""How much of the time the encoder of imm-scale encode is at work: reading and writing should hide behind it.
 
     python -m benchmarks.encode [--images 64] [--size 256]
 

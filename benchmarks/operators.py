@@ -16,17 +16,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imm_scale import fusion, rng
-from imm_scale.methods.base import Objective
+from imm_scale.methods.base import Method
 from imm_scale.methods.flow_map import FlowMap
-from imm_scale.methods.flow_matching import FlowMatching
-from imm_scale.methods.imm import InductiveMomentMatching
+from imm_scale.methods.flow_matching import FlowMatching, FlowMatchingConfig
+from imm_scale.methods.imm import ImmConfig, InductiveMomentMatching
 from imm_scale.methods.probability_path import OTFlowMatching
 from imm_scale.models.dit import DiT, DiTConfig
 from imm_scale.parallel.deepspeed_engine import LossModule
 
-OBJECTIVES: dict[str, Objective] = {
-    "imm": InductiveMomentMatching(particles=4, t_min=0.0, t_max=0.994),
-    "flow_matching": FlowMatching(t_min=0.0, t_max=1.0),
+METHODS: dict[str, Method] = {
+    "imm": InductiveMomentMatching(ImmConfig().resolved("fp32")),
+    "flow_matching": FlowMatching(FlowMatchingConfig().resolved("fp32")),
 }
 _SAMPLES, _WIDTH, _SIDE = 8, 32, 8
 _LAUNCH_NOTHING = ("aten::detach", "aten::_unsafe_view", "aten::empty", "aten::empty_like", "aten::empty_strided")
@@ -69,11 +69,11 @@ class Launches:
     graphs: int
 
 
-def launches(objective: str, compiled: bool, half: bool = False, checkpointing: bool = False) -> Launches:
+def launches(method: str, compiled: bool, half: bool = False, checkpointing: bool = False) -> Launches:
     """Counts them on nets of one block and of two.
 
     Args:
-        objective: `imm` or `flow_matching`.
+        method: `imm` or `flow_matching`.
         compiled: draws and loss as graphs, as on a GPU with triton; otherwise one operator after the other.
         half: under bf16 autocast.
         checkpointing: activations of blocks are computed again.
@@ -83,9 +83,9 @@ def launches(objective: str, compiled: bool, half: bool = False, checkpointing: 
     torch._dynamo.reset()
     with _as_on_a_gpu(compiled):
         before = metrics.generated_kernel_count
-        one = _operators(objective, 1, half, checkpointing)
+        one = _operators(method, 1, half, checkpointing)
         graphs = metrics.generated_kernel_count - before
-        two = _operators(objective, 2, half, checkpointing)
+        two = _operators(method, 2, half, checkpointing)
         # The graphs serve any net: nothing was compiled for the second.
         assert metrics.generated_kernel_count - before == graphs
     return Launches(2 * one - two, two - one, graphs)
@@ -97,14 +97,14 @@ def _as_on_a_gpu(compiled: bool) -> Iterator[None]:
         yield
 
 
-def _operators(objective: str, depth: int, half: bool, checkpointing: bool) -> int:
+def _operators(method: str, depth: int, half: bool, checkpointing: bool) -> int:
     """Of the second micro-batch: the first compiles. Gradients are gone in between, as DeepSpeed takes them away."""
-    net = DiT(DiTConfig(_WIDTH, depth, 2, 2, 4, _SIDE, _SIDE, num_classes=10, second_time=objective == "imm"))
+    net = DiT(DiTConfig(_WIDTH, depth, 2, 2, 4, _SIDE, _SIDE, num_classes=10, second_time=method == "imm"))
     net.activation_checkpointing = checkpointing
     second_time = "s" if net.config.second_time else "none"
     flow_map = FlowMap(net, OTFlowMatching(), second_time=second_time, null_label=net.null_label)
-    module = LossModule(flow_map, OBJECTIVES[objective], seed=0)
-    groups = _SAMPLES // OBJECTIVES[objective].particles
+    module = LossModule(flow_map, METHODS[method], seed=0)
+    groups = _SAMPLES // METHODS[method].group_size
     x, label = torch.randn(_SAMPLES, 4, _SIDE, _SIDE), torch.zeros(_SAMPLES, dtype=torch.int64)
     weight = torch.ones(groups)
     for ordinal in torch.arange(2 * _SAMPLES).split(_SAMPLES):
@@ -117,11 +117,11 @@ def _operators(objective: str, depth: int, half: bool, checkpointing: bool) -> i
 
 
 def main() -> None:
-    for objective in OBJECTIVES:
+    for method in METHODS:
         for compiled in (False, True):
-            found = launches(objective, compiled)
+            found = launches(method, compiled)
             print(
-                f"{objective:<14} {'compiled' if compiled else 'eager':<9} {found.around + found.graphs} around the "
+                f"{method:<14} {'compiled' if compiled else 'eager':<9} {found.around + found.graphs} around the "
                 f"blocks ({found.graphs} of them in graphs), {found.a_block} a block"
             )
 

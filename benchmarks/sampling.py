@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imm_scale import precision
+from imm_scale import build, precision
 from imm_scale.build import ModelSpec
 from imm_scale.checkpoint import export
 from imm_scale.data import codec as codecs
@@ -28,7 +28,6 @@ from imm_scale.errors import UserError
 from imm_scale.evaluation.extractors import LATENTS
 from imm_scale.evaluation.metrics.frechet import Moments, frechet_distance
 from imm_scale.methods.flow_map import FlowMap
-from imm_scale.methods.time_grids import default_grid
 from imm_scale.parallel.world import World
 from imm_scale.sampling.draw import Drawer, SamplingPlan, collect
 
@@ -64,7 +63,7 @@ def plan(spec: ModelSpec, steps: int, name: str = "fp32", compiled: bool = False
     """As many samples as there are digits, as `imm-scale evaluate` draws them."""
     return SamplingPlan(
         steps=steps,
-        grid=default_grid(spec.method.name, steps),
+        grid=build.method(spec).default_grid(steps),
         labels=tuple(range(spec.space.num_classes)),
         num=DIGITS,
         seed=seed,

@@ -1,1 +1,1 @@
-"""Tools that make data sets, run from the checkout: `python -m data_tools.pack`, `python -m data_tools.encode`."""
+"""Tools that make data sets: `imm-scale pack`, `encode`, `verify` and `stats`, or `python -m data_tools.pack`."""

@@ -18,15 +18,6 @@ from imm_scale.data.shards import INDEX_DTYPE, LABEL, LATENT, LATENT_DTYPE, npy_
 from imm_scale.errors import UserError
 
 
-def add_adopt_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options `adopt` reads, beside those of the codec."""
-    parser.add_argument(
-        "--adopt", nargs="+", metavar="TAR", help="shards beside the manifest with KEY.latent.npy (fp16) and KEY.cls"
-    )
-    parser.add_argument("--image-size", type=int, help="pixels on a side of the images, for --adopt")
-    parser.add_argument("--num-classes", type=int, help="for --adopt; default: the largest label + 1")
-
-
 def adopt(args: argparse.Namespace) -> None:
     """Writes an index beside each shard and a manifest; the shards stay as they are.
 

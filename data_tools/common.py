@@ -1,13 +1,12 @@
-"""What the data tools share: the command line's outcome, and the description of packed images."""
+"""What the data tools share: JSON files, and the description of packed images."""
 
-import argparse
+import contextlib
 import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from imm_scale import precision, storage
+from imm_scale import storage
 from imm_scale.errors import UserError
 
 PACK_NAME = "pack.json"
@@ -15,22 +14,13 @@ LABELS_NAME = "labels.json"
 PACK_VERSION = 1
 
 
-def run(parser: argparse.ArgumentParser, body: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
-    """Runs a tool and returns its exit code: 0 done, 2 the user's mistake (one message, no traceback), 130 Ctrl-C."""
-    args = parser.parse_args(argv)
-    precision.set_tf32(False)
+@contextlib.contextmanager
+def paths_are_the_users() -> Iterator[None]:
+    """Around a tool's work: a path that cannot be read or written raises UserError."""
     try:
-        body(args)
-    except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
+        yield
     except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
-        print(f"{parser.prog}: {error}; choose another path", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+        raise UserError(f"{error}; choose another path") from error
 
 
 def read_json(url: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Encodes image shards to latent shards: `python -m data_tools.encode --help`."""
+"""Encodes image shards to latent shards: `imm-scale encode --help`."""
 
 import argparse
 import hashlib
@@ -17,10 +17,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_tools import records, tasks
-from data_tools.common import PACK_NAME, ImageShard, Pack, load_pack, run
+from data_tools.common import PACK_NAME, ImageShard, Pack, load_pack, paths_are_the_users
 from data_tools.records import Identity, Record
 from data_tools.statistics import ChannelSums
 from imm_scale import precision, storage
+from imm_scale.cli import entry
 from imm_scale.data import tar
 from imm_scale.data.codec import ImageCodec, PixelsCodec, VAECodec
 from imm_scale.data.prefetch import Prefetcher
@@ -30,64 +31,6 @@ from imm_scale.parallel import world
 
 _BATCHES_AHEAD = 4
 _DECODERS = 4  # threads that decode PNGs ahead of the encoder
-
-_DESCRIPTION = """\
-Encodes the image shards of data_tools.pack to latent shards for training. For images-000000.tar it writes
-latents-000000.tar, its index latents-000000.index.npy and its record latents-000000.json (written last: a shard with a
-record is finished and is skipped when the command runs again). When all shards are there, the mean and standard
-deviation of each channel and the list of shards go into manifest.json, which data.manifest of a training config names.
-
-The pixels codec stores value / 127.5 - 1. The vae codec stores mean and standard deviation of the posterior of a
-diffusers AutoencoderKL; training draws from it anew each time."""
-
-_EXAMPLES = """\
-examples:
-  python -m data_tools.encode --images data/digits/images --out data/digits/latents --codec pixels
-  torchrun --nproc-per-node 8 -m data_tools.encode --images s3://b/images --out s3://b/latents \\
-      --codec vae --vae stabilityai/sd-vae-ft-mse --device cuda
-  sbatch --array=0-63 --gpus=1 --wrap 'python -m data_tools.encode --images ... --out ... --codec vae --vae ...'
-
-Task I of N encodes every N-th shard. Whoever finds all shards finished writes the manifest; --finalize only does that,
-and says what is missing. Killed or failed tasks are simply run again, all of them or only those."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run(_parser(), encode, argv)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "data_tools.encode",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--images", required=True, help="folder written by data_tools.pack, a path or an fsspec URL")
-    parser.add_argument("--out", required=True, help="output folder, a path or an fsspec URL")
-    add_codec_arguments(parser)
-    parser.add_argument(
-        "--precision",
-        default="fp32",
-        choices=("fp32", "tf32"),
-        help="of the autoencoder: tf32 is faster on NVIDIA GPUs, and rounds inside it as storing fp16 does at its end",
-    )
-    parser.add_argument("--flip", action="store_true", help="also store latents of the mirrored images, for data.flip")
-    parser.add_argument("--task-index", type=int, metavar="I", help="default: from SLURM_ARRAY_TASK_ID, else 0")
-    parser.add_argument("--num-tasks", type=int, metavar="N", help="default: from SLURM_ARRAY_TASK_COUNT, else 1")
-    parser.add_argument("--finalize", action="store_true", help="encode nothing: check all shards, write the manifest")
-    return parser
-
-
-def add_codec_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """The options `make_codec` reads."""
-    parser.add_argument("--codec", required=required, choices=("pixels", "vae"))
-    parser.add_argument(
-        "--vae", metavar="PATH", help="folder or hub name of a diffusers AutoencoderKL, for --codec vae"
-    )
-    parser.add_argument(
-        "--device", default="cpu", help="torch device of the autoencoder; cuda takes the rank's own (default cpu)"
-    )
-    parser.add_argument("--batch-size", type=int, default=32, help="images encoded at once (default 32)")
 
 
 def make_codec(args: argparse.Namespace) -> ImageCodec:
@@ -129,12 +72,14 @@ def load_images(folder: str) -> Pack:
         return load_pack(folder)
     except FileNotFoundError as error:
         raise UserError(
-            f"no {PACK_NAME} in {folder}: --images must name a folder that python -m data_tools.pack finished"
+            f"no {PACK_NAME} in {folder}: --images must name a folder that imm-scale pack finished"
         ) from error
 
 
+@paths_are_the_users()
 def encode(args: argparse.Namespace) -> None:
     """Does what the command line asks. Raises UserError."""
+    precision.set_tf32(False)  # but where --precision allows it
     codec = make_codec(args)
     _set_precision(codec, args.precision)
     pack = load_images(args.images)
@@ -299,6 +244,8 @@ def _decode(png: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     with Image.open(io.BytesIO(png)) as picture:
         return np.array(picture).reshape(shape)
 
+
+main = entry("encode")
 
 if __name__ == "__main__":
     sys.exit(main())

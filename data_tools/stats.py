@@ -1,48 +1,22 @@
-"""Numbers and a picture of a latent data set: `python -m data_tools.stats --help`."""
+"""Numbers and a picture of a latent data set: `imm-scale stats --help`."""
 
 import argparse
 import math
 import sys
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 
-from data_tools.common import run
+from data_tools.common import paths_are_the_users
 from data_tools.statistics import ChannelSums
+from imm_scale.cli import entry
 from imm_scale.data import codec as codecs
 from imm_scale.data import sample_order
 from imm_scale.data.dataset import Dataset
 from imm_scale.errors import UserError
 
 _CHUNK = 256
-_DESCRIPTION = """\
-Prints mean and standard deviation of every channel and the norms of latents, how many samples each class has, and what
-the codec makes of an image: positions of the sequence a transformer sees, and how many bits of pixels stand for one
-bit of latent, beside the same figure for tokens of a vocabulary. With --page draws a page of decoded samples."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run(_parser(), stats, argv)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "data_tools.stats",
-        description=_DESCRIPTION,
-        epilog="example:\n  python -m data_tools.stats data/digits/latents/manifest.json --page page.png",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("manifest", help="manifest.json, a path or an fsspec URL")
-    parser.add_argument("--page", metavar="PNG", help="file for a page of decoded samples, a row per class")
-    parser.add_argument("--columns", type=int, default=8, help="samples of a class on the page (default 8)")
-    parser.add_argument("--rows", type=int, default=10, help="classes on the page (default 10)")
-    parser.add_argument("--vae", metavar="PATH", help="folder or hub name of the autoencoder, to decode vae latents")
-    parser.add_argument("--patch-size", type=int, default=2, help="of the transformer (default 2)")
-    parser.add_argument("--latent-bits", type=int, default=16, help="bits of a latent value (default 16)")
-    parser.add_argument("--vocabulary", type=int, default=32768, help="of the tokens compared with (default 32768)")
-    return parser
 
 
 def bit_compression(pixels: int, image_channels: int, bits_per_position: float) -> float:
@@ -55,6 +29,7 @@ def bit_compression(pixels: int, image_channels: int, bits_per_position: float) 
     return pixels * image_channels * 8 / bits_per_position
 
 
+@paths_are_the_users()
 def stats(args: argparse.Namespace) -> None:
     """Does what the command line asks. Raises UserError."""
     dataset = Dataset(args.manifest)
@@ -128,6 +103,8 @@ def _page(dataset: Dataset, args: argparse.Namespace) -> Image.Image:
             page.paste(picture, (column * side, row * side))
     return page
 
+
+main = entry("stats")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,9 +1,8 @@
-"""Compares shards with their manifest, mends them, or adopts foreign ones: `python -m data_tools.verify --help`."""
+"""Compares shards with their manifest, mends them, or adopts foreign ones: `imm-scale verify --help`."""
 
 import argparse
 import hashlib
 import io
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -15,10 +14,11 @@ import numpy as np
 from tqdm import tqdm
 
 from data_tools import records
-from data_tools.adopt import add_adopt_arguments, adopt
-from data_tools.common import run
-from data_tools.encode import add_codec_arguments, encode_shards, load_images, make_codec
+from data_tools.adopt import adopt
+from data_tools.common import paths_are_the_users
+from data_tools.encode import encode_shards, load_images, make_codec
 from imm_scale import storage
+from imm_scale.cli import entry
 from imm_scale.data import tar
 from imm_scale.data.manifest import Manifest, ShardInfo
 from imm_scale.data.shards import FLIPPED, LABEL, LATENT, ShardReader, open_shard
@@ -26,44 +26,10 @@ from imm_scale.errors import UserError
 
 _EXTREME = 1e4  # no autoencoder's latent is that large; fp16 ends at 65504
 
-_DESCRIPTION = """\
-Reads every shard of a manifest and compares: size, sha256, the tar's members and labels with the index, checksums,
-arrays of the right shape, no NaN, values and standard deviations in range, every class present as often as in the
-index. Prints a line per problem and exits with 1 if there is one. With --repair the bad shards are encoded again from
-their images. With --adopt NAME.tar ... writes indices and a manifest for shards of stock webdataset's ShardWriter."""
 
-_EXAMPLES = """\
-examples:
-  python -m data_tools.verify data/digits/latents/manifest.json
-  python -m data_tools.verify s3://b/latents/manifest.json --workers 16
-  python -m data_tools.verify data/digits/latents/manifest.json --repair --images data/digits/images --codec pixels
-  python -m data_tools.verify foreign/manifest.json --adopt a-000.tar a-001.tar --codec pixels --image-size 8"""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """0 all is well, 1 something is wrong (and was not mended), 2 the user's mistake."""
-    outcome: list[int] = []
-    code = run(_parser(), lambda args: outcome.append(_act(args)), argv)
-    return code or outcome[0]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "data_tools.verify",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("manifest", help="manifest.json, a path or an fsspec URL")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
-    parser.add_argument("--repair", action="store_true", help="encode bad shards again from --images")
-    parser.add_argument("--images", help="folder of data_tools.pack, for --repair")
-    add_codec_arguments(parser, required=False)
-    add_adopt_arguments(parser)
-    return parser
-
-
-def _act(args: argparse.Namespace) -> int:
+@paths_are_the_users()
+def verify(args: argparse.Namespace) -> int:
+    """0 all is well, 1 something is wrong and was not mended. Raises UserError."""
     if args.adopt:
         adopt(args)
         return 0
@@ -185,7 +151,7 @@ def _print(reports: Sequence[Report], manifest: Manifest) -> None:
 def _repair(args: argparse.Namespace, folder: str, manifest: Manifest, bad: Sequence[str]) -> None:
     """Encodes these shards again; the manifest stays as it is, and so must their bytes."""
     if args.images is None or args.codec is None:
-        raise UserError("--repair needs the images: give --images, --codec (and --vae) as for data_tools.encode")
+        raise UserError("--repair needs the images: give --images, --codec (and --vae) as for imm-scale encode")
     codec, pack = make_codec(args), load_images(args.images)
     identity = records.identify(pack, codec, manifest.flipped)
     records.check_manifest(folder, identity)
@@ -195,6 +161,8 @@ def _repair(args: argparse.Namespace, folder: str, manifest: Manifest, bad: Sequ
     encode_shards(args.images, folder, pack, codec, identity, todo, args.batch_size)
     print(f"encoded {len(todo)} shards again")
 
+
+main = entry("verify")
 
 if __name__ == "__main__":
     sys.exit(main())

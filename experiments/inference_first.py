@@ -24,10 +24,11 @@ from experiments import common
 from imm_scale.build import ModelSpec
 from imm_scale.checkpoint.export import load_flow_map
 from imm_scale.data import dataset
+from imm_scale.data.spaces import Latents
 from imm_scale.evaluation.metrics.frechet import Moments, frechet_distance
 from imm_scale.methods.flow_map import FlowMap
 from imm_scale.methods.probability_path import OTFlowMatching, diffuse
-from imm_scale.methods.samplers import starting_noise
+from imm_scale.sampling.draw import STARTING_NOISE
 
 SEED = 0
 START = 0.994  # where the jumps begin: the last time IMM is trained on
@@ -79,12 +80,12 @@ def fine_path(flow_map: FlowMap, x_t: Tensor, label: Tensor, s: float) -> Tensor
     return x_t
 
 
-def marginal(manifest: str, sigma_data: float, s: float) -> Moments:
+def marginal(manifest: str, space: Latents, s: float) -> Moments:
     """Moments of x_s = alpha_s x + sigma_s eps over the training images."""
     generator = torch.Generator().manual_seed(SEED)
     interp, moments = OTFlowMatching(), None
-    for x, _ in dataset.read_all(manifest, sigma_data=sigma_data):
-        eps = sigma_data * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    for x, _ in dataset.read_all(manifest, space=space):
+        eps = space.sigma_data * torch.randn(x.shape, generator=generator, dtype=torch.float64)
         x_s = diffuse(interp, x.double(), eps, torch.tensor(s, dtype=torch.float64)).flatten(1)
         moments = moments or Moments(x_s.shape[1])
         moments.add(x_s)
@@ -97,7 +98,7 @@ def landing_distances(flow_map: FlowMap, spec: ModelSpec, references: dict[float
     count = next(iter(references.values())).count
     index = torch.arange(count)
     label = index % spec.space.num_classes
-    x_t = starting_noise(flow_map, spec.latent_shape, index, SEED)
+    x_t = spec.space.prior(SEED, STARTING_NOISE, index).double()
     values = []
     for s, reference in references.items():
         moments = Moments(len(reference.mean))
@@ -115,7 +116,7 @@ def draw(runs: Path, out: Path) -> dict[str, list[float]]:
     spec = loaded[NETS[0]][0]
     manifest = common.config_of(str(runs / NETS[0].folder)).data.manifest
     assert manifest is not None, "a trained run has a manifest"
-    references = {s: marginal(manifest, spec.space.sigma_data, s) for s in LANDINGS}
+    references = {s: marginal(manifest, spec.space, s) for s in LANDINGS}
     jumps = {net.title: landing_distances(flow_map, spec, references) for net, (_, flow_map) in loaded.items()}
     figure = Figure(figsize=(11, 8.2), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=(1, 1.05))
@@ -144,7 +145,7 @@ def _draw_jumps(figure: Figure, flow_maps: dict[str, FlowMap], spec: ModelSpec) 
     """A row a net: the same noise, one jump to each s; the last row takes the path of flow matching in small steps."""
     *_, (last_title, last) = flow_maps.items()
     label = torch.tensor([3])
-    x_t = starting_noise(last, spec.latent_shape, torch.tensor([3]), SEED)
+    x_t = spec.space.prior(SEED, STARTING_NOISE, torch.tensor([3])).double()
     rows = [(title, [jump(f, x_t, label, s) for s in LANDINGS]) for title, f in flow_maps.items()]
     fine = [fine_path(last, x_t, label, s) for s in LANDINGS]
     rows.append((f"{last_title.split(' (')[0]},\n{FINE_STEPS} small steps", fine))

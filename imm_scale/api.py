@@ -20,7 +20,7 @@ from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
 from imm_scale.sampling import draw
 from imm_scale.sampling import source as sources
-from imm_scale.sampling.job import Model, open_decoder
+from imm_scale.sampling.job import Model, open_artifacts
 from imm_scale.training import trainer
 from imm_scale.training.loop import Outcome
 
@@ -45,10 +45,9 @@ def load(
     where = torch.device(device) if device is not None else distributed.device(distributed.detect())
     config = SamplingConfig(ema=ema, vae=vae)
     model = Model.load(sources.find(source).at_newest(), config, where, decoding=False)
-    codec = model.spec.space.codec
-    if codec.kind == "vae" and vae is None:
+    if model.spec.space.needs_decoder and vae is None:
         return model
-    return dataclasses.replace(model, codec=open_decoder(codec, config, where))
+    return dataclasses.replace(model, artifacts=open_artifacts(model.spec.space, config, where))
 
 
 def sample(
@@ -89,7 +88,7 @@ def sample(
             are not finite, or images of vae latents without the autoencoder.
     """
     model = source if isinstance(source, Model) else load(source)
-    if model.codec is None and not latents:
+    if model.artifacts is None and not latents:
         raise UserError(
             "the model gives vae latents: name the autoencoder's folder, load(..., vae=FOLDER), or latents=True"
         )

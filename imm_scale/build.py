@@ -8,14 +8,11 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from imm_scale.choices import MethodConfig
 from imm_scale.config.schema import Config
 from imm_scale.data.manifest import Manifest
 from imm_scale.data.spaces import SampleSpace
 from imm_scale.errors import UserError
-from imm_scale.methods import probability_path
-from imm_scale.methods.base import Objective
-from imm_scale.methods.flow_map import FlowMap
+from imm_scale.methods.base import Method
 from imm_scale.models.base import Architecture
 from imm_scale.registry import BACKBONES, METHODS, SPACES, Registry
 
@@ -123,30 +120,18 @@ def architecture(config: Config, where: SampleSpace) -> Any:
     return backbone.architecture(config.model, where, config.method.has_second_time)
 
 
-def flow_map(spec: ModelSpec, seed: int = 0) -> FlowMap:
-    """A freshly initialized flow map; the same weights for the same seed."""
+def method(spec: ModelSpec) -> Method:
+    """The method of a model."""
+    made: Method = METHODS.get(spec.method.name)(spec.method)
+    return made
+
+
+def net(spec: ModelSpec, seed: int = 0) -> Any:
+    """A freshly initialized net, as the method wraps it; the same weights for the same seed. Raises UserError."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = spec.net.build()
-    settings = spec.method.flow_map
-    return FlowMap(
-        net,
-        probability_path.build(settings.trajectory),
-        settings.parameterization,
-        settings.second_time,
-        spec.space.sigma_data,
-        settings.time_scale,
-        net.null_label if spec.method.label_drop > 0 else None,
-    )
-
-
-def objective(config: Config) -> Objective:
-    """The training loss the config names."""
-    method: MethodConfig = config.method.resolved(config.precision)
-    fields = {key: value for key, value in vars(method).items() if key not in ("name", "flow_map")}
-    if "weight_factors" in fields:
-        fields["weight_factors"] = tuple(fields["weight_factors"])
-    return METHODS.get(method.name)(**fields, dropout=getattr(config.model, "dropout", 0.0) > 0)
+        backbone = spec.net.build()
+    return method(spec).wrap(backbone, spec.space)
 
 
 def describe_net(net: Architecture) -> dict[str, Any]:

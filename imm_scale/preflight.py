@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import yaml
 
 from imm_scale import build
@@ -35,7 +36,7 @@ class Plan:
 def plan(config: Config, world_size: int) -> Plan:
     """Raises UserError for whatever can be known to be wrong before training."""
     if config.data.manifest is None:
-        raise UserError("data.manifest is not set: give the manifest.json that data_tools.encode wrote")
+        raise UserError("data.manifest is not set: give the manifest.json that imm-scale encode wrote")
     check_settings(config)
     # Opens every index and compares every shard's size: a short shard is found now and not after days.
     dataset = Dataset(config.data.manifest)
@@ -49,7 +50,10 @@ def plan(config: Config, world_size: int) -> Plan:
     train = config.train
     layout = Layout(train.global_batch_size, config.method.group_size, world_size, train.micro_batch_size)
     steps_per_epoch(layout.global_batch_size, trained_samples(config, manifest))
-    return Plan(config, dataset, layout, build.model_spec(config, manifest))
+    spec = build.model_spec(config, manifest)
+    with torch.device("meta"):
+        build.net(spec)  # a method says here what it cannot use
+    return Plan(config, dataset, layout, spec)
 
 
 def trained_samples(config: Config, manifest: Manifest) -> int:

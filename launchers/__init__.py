@@ -1,1 +1,1 @@
-"""One line from a config to a cluster, run from the checkout: `python -m launchers.submit --help`."""
+"""One line from a config to a cluster: `imm-scale submit --help`, or `python -m launchers.submit --help`."""

@@ -9,7 +9,7 @@ from imm_scale.errors import UserError
 from imm_scale.planner import estimate
 from imm_scale.sweeps.definition import Cell, Sweep
 from launchers import checks, slurm, snapshot, submissions
-from launchers.cluster import CHECKOUT, Cluster
+from launchers.cluster import Cluster
 from launchers.script import Job, script
 
 _FOLDER = "launches"
@@ -41,7 +41,7 @@ def check(found: Sweep, job: Job, cluster: Cluster) -> None:
 
 def submit(found: Sweep, cells: Sequence[Cell], job: Job, cluster: Cluster) -> int:
     """Queues the array and notes which task is which cell; returns the array's id."""
-    text = script(job, cluster, CHECKOUT)
+    text = script(job, cluster, *snapshot.job_folders())
     folder = submissions.new_folder(found.folder)
     names = [cell.name for cell in cells]
     snapshot.save(folder, snapshot.read(), json.dumps(names), text)

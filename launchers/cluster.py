@@ -2,16 +2,13 @@
 
 import dataclasses
 import difflib
-import os
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 import yaml
 
+from imm_scale import shipped
 from imm_scale.errors import UserError
-
-CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-FOLDER = os.path.join(CHECKOUT, "configs", "cluster")
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,8 @@ class Cluster:
 
 
 def names() -> list[str]:
-    """The sites this checkout knows."""
-    return sorted(entry.removesuffix(".yaml") for entry in os.listdir(FOLDER) if entry.endswith(".yaml"))
+    """The sites that come along."""
+    return shipped.names("cluster")
 
 
 def load(name: str) -> Cluster:
@@ -65,13 +62,14 @@ def load(name: str) -> Cluster:
     Raises:
         UserError: no such site, or a key or a value that it cannot have.
     """
-    path = name if name.endswith((".yaml", ".yml")) else os.path.join(FOLDER, f"{name}.yaml")
+    path = name if name.endswith((".yaml", ".yml")) else shipped.find("cluster", name)
+    if path is None:
+        raise UserError(f"no cluster {name!r}: {shipped.known('cluster', name)}; or give a YAML file of your own")
     try:
         with open(path) as file:
             document = yaml.safe_load(file) or {}
     except OSError as error:
-        known = ", ".join(names())
-        raise UserError(f"no cluster {name!r} ({path}: {error.strerror}); there are {known}, or write one") from error
+        raise UserError(f"cannot read cluster {path!r}: {error.strerror}; {shipped.known('cluster', name)}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(document, dict):

@@ -14,7 +14,11 @@ export LAUNCH RANKS_PER_NODE HOSTS MASTER_ADDR MASTER_PORT
 export SRUN_CPUS_PER_TASK=${CPUS_PER_RANK:-${SLURM_CPUS_PER_TASK:-1}}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}          # the default, all cores for every rank, makes ranks fight
 export PYTHONUNBUFFERED=1                             # what a rank printed before it died is in the log
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}     # the checkout's code, whichever one is installed
+if [ -z "${IMM_CODE-}" ]; then
+  export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}   # the checkout's code, whichever one is installed
+else
+  export PYTHONSAFEPATH=1                             # the installed code, whatever lies in this folder
+fi
 
 # --- NCCL and gloo ---
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}                 # its errors name the host and the link

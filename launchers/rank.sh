@@ -23,7 +23,7 @@ case ${LAUNCH:-srun} in
   deepspeed)
     hostfile=$LOGS/hostfile.$SLURM_JOB_ID.$SLURM_NODEID
     printf "%s slots=$RANKS_PER_NODE\n" $HOSTS >"$hostfile"
-    start=(deepspeed --hostfile "$hostfile" --no_ssh --node_rank "$SLURM_NODEID"
+    start=(deepspeed --hostfile "$hostfile" --no_ssh --no_local_rank --node_rank "$SLURM_NODEID"
       --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" --module) ;;
   *)
     echo "LAUNCH=$LAUNCH does not exist: choose srun, torchrun or deepspeed" >&2

@@ -4,6 +4,7 @@ The text holds only what differs from job to job: #SBATCH lines, the site's sett
 sourcing launchers/KIND.sbatch, which does the work and can be submitted by hand as well.
 """
 
+import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -67,11 +68,12 @@ def ranks_per_node(job: Job, cluster: Cluster) -> int:
     return job.ranks_per_node or job.gpus_per_node or cluster.ranks_per_node or cluster.gpus_per_node or 1
 
 
-def script(job: Job, cluster: Cluster, checkout: str) -> str:
+def script(job: Job, cluster: Cluster, folder: str, code: str | None = None) -> str:
     """The whole text for sbatch.
 
     Args:
-        checkout: absolute path of the source tree, the same on all nodes; the job runs in it.
+        folder: absolute path the job runs in, the same on all nodes: the source tree, or any where code is given.
+        code: absolute path of the folder that holds an installed launchers/; None: the source tree's own.
 
     Raises:
         UserError: a value that cannot stand in an #SBATCH line.
@@ -82,13 +84,14 @@ def script(job: Job, cluster: Cluster, checkout: str) -> str:
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in _options(job, cluster)),
         "",
-        f"cd {quote(checkout)} || exit 1",
+        f"cd {quote(folder)} || exit 1",
         *cluster.setup,
         *(f"export {name}={quote(value)}" for name, value in _environment(job, cluster).items()),
         f"SRUN_OPTIONS=({_words(cluster.srun)})",
         f"WRAP=({_words(cluster.wrap)})",
         *_arguments(job.tasks),
-        f"source launchers/{job.kind}.sbatch",
+        *([f"IMM_CODE={quote(code)}"] if code else []),
+        f"source {quote(os.path.join(code or '', 'launchers', f'{job.kind}.sbatch'))}",
     ]
     return "\n".join(lines) + "\n"
 

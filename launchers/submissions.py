@@ -33,7 +33,7 @@ def job_of(run_dir: str) -> int:
     """Raises UserError for a run that was never submitted."""
     job = last_job(run_dir)
     if job is None:
-        raise UserError(f"{run_dir} was not submitted by launchers.submit: it has no {_FOLDER}/ with a job")
+        raise UserError(f"{run_dir} was not submitted by imm-scale submit: it has no {_FOLDER}/ with a job")
     return job
 
 

@@ -1,14 +1,4 @@
-"""A whole study: many runs of one sweep file, on SLURM or on this machine, and one table of what they found.
-
-python -m launchers.sweep plan    configs/sweep/digits_scaling.yaml
-python -m launchers.sweep plan    configs/sweep/my_sweep.yaml --nodes 2 --gpu h100-80gb
-python -m launchers.sweep submit  configs/sweep/my_sweep.yaml --nodes 2 --at-once 8 --cluster my_site
-python -m launchers.sweep submit  configs/sweep/digits_scaling.yaml --local 2
-python -m launchers.sweep status  configs/sweep/digits_scaling.yaml
-python -m launchers.sweep retry   configs/sweep/digits_scaling.yaml --local 2
-python -m launchers.sweep collect configs/sweep/digits_scaling.yaml
-imm-scale report sweeps/digits_scaling --out digits_scaling.html
-"""
+"""A whole study: many runs of one sweep file, on SLURM or on this machine, and one table of what they found."""
 
 import argparse
 import sys
@@ -16,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
+from imm_scale.cli import entry
 from imm_scale.errors import UserError
 from imm_scale.sweeps import definition, results
 from imm_scale.sweeps.definition import Cell, Sweep
@@ -181,60 +172,8 @@ def _collect(args: argparse.Namespace) -> int:
     return 0
 
 
-# --- command line ---
-
-
-def _parser() -> argparse.ArgumentParser:
-    summary, _, examples = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        "python -m launchers.sweep",
-        description=summary,
-        epilog=f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, action, help in (
-        ("plan", _plan, "print the cells and what they cost; nothing is written"),
-        ("submit", _submit, "start the cells that are missing or were interrupted; again and again, if you like"),
-        ("status", _status, "print the state of every cell"),
-        ("retry", _retry, "start the cells that failed or were interrupted, and no others"),
-        ("collect", _collect, "write results.parquet, with the cells that have no results listed"),
-    ):
-        command = commands.add_parser(name, help=help, description=help)
-        command.add_argument("sweep", metavar="SWEEP", help="a sweep file (*.yaml), or the folder it went to")
-        command.set_defaults(action=action)
-        if name in ("submit", "retry"):
-            command.add_argument("--local", type=int, metavar="N", help="run N cells at a time here, without SLURM")
-            command.add_argument("--at-once", type=int, default=8, metavar="N", help="most cells SLURM runs at a time")
-            for option in ("time", "partition", "account", "qos", "exclude"):
-                command.add_argument(f"--{option}", help="for sbatch, in place of the site's")
-        if name in ("plan", "submit", "retry"):
-            _add_machine(command)
-        if name == "status":
-            command.add_argument("--watch", type=float, metavar="SECONDS", help="print it again and again until done")
-    return parser
-
-
-def _add_machine(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--cluster", default="default", help="site: a name in configs/cluster, or a YAML file")
-    command.add_argument("--nodes", default="1", help="of each cell, a number or a range as in 2-4")
-    command.add_argument("--gpus-per-node", type=int, help="of each cell, in place of the site's")
-    command.add_argument("--gpu", help="kind of GPU, as `imm-scale plan` knows it: checks memory, estimates GPU-hours")
-    command.add_argument("--link", help="network between nodes, as `imm-scale plan` knows it")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 done, 1 cells did not finish, 2 the user's mistake, 130 Ctrl-C."""
-    args = _parser().parse_args(argv)
-    try:
-        return args.action(args)
-    except UserError as error:
-        print(f"launchers.sweep: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("launchers.sweep: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-
+ACTIONS = {"plan": _plan, "submit": _submit, "status": _status, "retry": _retry, "collect": _collect}
+main = entry("sweep")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""How a submitted run is doing, and how to end it: `status`, `logs` and `cancel` of launchers.submit."""
+"""How a submitted run is doing, and how to end it: `imm-scale status`, `logs` and `cancel`."""
 
 import os
 import time

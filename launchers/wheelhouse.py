@@ -23,8 +23,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from imm_scale.errors import UserError
-from launchers.cluster import CHECKOUT
 
+_CHECKOUT = Path(__file__).resolve().parents[1]
 _ONLY_SOURCES = ("deepspeed",)  # what publishes no wheels
 _LACKING = re.compile(r"No matching distribution found for ([\w.-]+)")
 
@@ -201,8 +201,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", default="wheelhouse")
     args = parser.parse_args(argv)
     try:
-        pins = pinned((Path(CHECKOUT) / "constraints.txt").read_text())
-        requirements = required(args.extras, (Path(CHECKOUT) / "pyproject.toml").read_text())
+        if not (_CHECKOUT / "constraints.txt").exists():
+            raise UserError(f"{_CHECKOUT} has no constraints.txt: collect wheels in a checkout")
+        pins = pinned((_CHECKOUT / "constraints.txt").read_text())
+        requirements = required(args.extras, (_CHECKOUT / "pyproject.toml").read_text())
         target = Target(args.python, had(args.have, pins), args.glibc, args.machine)
         wheels = collect(requirements, target, pins, args.build, Path(args.out))
     except UserError as error:

@@ -141,8 +141,8 @@ def _engine(words: list[str], sent: Counter[str]) -> dict[str, Any]:
     samples = layout.slots_per_micro_batch * layout.particles
     gc.collect()
     with Allocations() as construction:
-        flow_map = build.flow_map(spec_of(config))
-        objective = build.objective(config)
+        flow_map = build.net(spec_of(config))
+        objective = build.method(spec_of(config))
         engine = Engine(config, flow_map, objective, layout.num_groups, layout.accumulation, samples)
         ema = ShardedEma(engine.master_shards(), config.ema.decays)
         gc.collect()

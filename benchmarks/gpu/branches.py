@@ -8,9 +8,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from benchmarks.gpu import abilities, problem
-from benchmarks.gpu.problem import Samples
 from benchmarks.gpu.report import Context, Report
-from imm_scale.methods.base import Objective
+from imm_scale.data.batch import Batch
+from imm_scale.methods.base import FlowMapMethod
 from imm_scale.methods.flow_map import FlowMap
 from imm_scale.models.dit import DiT
 
@@ -29,14 +29,14 @@ _OTHER_KERNELS = {"bf16": 3e-2, "fp16": 4e-3}
 class _Case:
     model: DiT
     flow_map: FlowMap
-    objective: Objective
-    batch: Samples
+    method: FlowMapMethod
+    batch: Batch
     dtype: torch.dtype
 
     def gradients(self, cached: bool = True, seed: int = 0) -> dict[str, Tensor | None]:
         self.model.zero_grad(set_to_none=True)
         with torch.autocast(self.batch.x.device.type, self.dtype, cache_enabled=cached):
-            loss = self.objective(self.flow_map, self.batch.x, self.batch.label, self.batch.ordinal, seed).loss_G.mean()
+            loss = self.method.loss(self.flow_map, self.batch, seed).loss_G.mean()
         (loss * _SCALE).backward()
         return {name: parameter.grad for name, parameter in self.model.named_parameters()}
 
@@ -60,8 +60,8 @@ def run(context: Context, report: Report) -> None:
 
 def _case(context: Context, dtype: torch.dtype) -> _Case:
     model = problem.net(context.small).to(context.device)
-    _, flow_map, objective = next(problem.objectives(model, _K, _MIN_GAP))
-    return _Case(model, flow_map, objective, problem.samples(model, 16, context.device), dtype)
+    _, flow_map, method = next(problem.methods(model, _K, _MIN_GAP))
+    return _Case(model, flow_map, method, problem.samples(model, 16, context.device), dtype)
 
 
 def _complete(report: Report, precision: str, gradients: dict[str, Tensor | None]) -> None:

@@ -9,8 +9,9 @@ from torch import Tensor
 from benchmarks.gpu.problem import PARTICLES, wake
 from benchmarks.gpu.report import Context
 from benchmarks.gpu.timing import CPU, Action
+from imm_scale.data.batch import Batch
 from imm_scale.methods.flow_map import FlowMap
-from imm_scale.methods.imm import InductiveMomentMatching
+from imm_scale.methods.imm import ImmConfig, InductiveMomentMatching
 from imm_scale.methods.probability_path import OTFlowMatching
 from imm_scale.models.dit import DiT, DiTConfig, size_config
 from imm_scale.planner.flops import forward_multiply_adds
@@ -54,19 +55,20 @@ class Case:
         if compiled:
             self.net.compile_blocks()
         self.flow_map = FlowMap(self.net, OTFlowMatching(), null_label=self.net.null_label)
-        self.objective = InductiveMomentMatching(particles=particles, t_min=0.0, t_max=0.994, k=12)
+        self.method = InductiveMomentMatching(ImmConfig(particles=particles).resolved("fp32"))
         shape = (samples, config.channels, config.height, config.image_width)
         self.x = 0.5 * torch.randn(shape, device=device)
         self.label = torch.randint(config.num_classes, (samples,), device=device)
         self.ordinal = torch.arange(samples, device=device)
+        self.batch = Batch(0, self.x, self.label, self.ordinal, torch.ones(samples // particles, device=device))
         self.times = 1000 * torch.rand(samples // particles, dtype=torch.float64, device=device)
-        self._s, _, self._t = self.objective.draw_times(self.flow_map, self.objective.group(self.ordinal), SEED)
+        self._s, _, self._t = self.method.draw_times(self.flow_map, self.method.group(self.ordinal), SEED)
         self._output, self._gradient = torch.randn(shape, device=device), torch.randn(shape, device=device)
 
     @property
     def step_flops(self) -> float:
         """What the model needs for a step: four forwards' worth, a multiply-add counted twice."""
-        return 2.0 * self.objective.Config().passes.forwards * forward_multiply_adds(self.config) * self.samples
+        return 2.0 * self.method.passes.forwards * forward_multiply_adds(self.config) * self.samples
 
     def _forward(self) -> Tensor:
         return self.net(self.x, self.times, self.times, self.label)
@@ -75,7 +77,7 @@ class Case:
         """The whole of it: draws, both branches, loss, backward."""
         self.net.zero_grad(set_to_none=True)
         with computing(self.precision, self.device):
-            loss = self.objective(self.flow_map, self.x, self.label, self.ordinal, SEED).loss_G.mean()
+            loss = self.method.loss(self.flow_map, self.batch, SEED).loss_G.mean()
         loss.backward()
 
     def passes(self) -> None:
@@ -97,12 +99,12 @@ class Case:
 
     def draws(self) -> None:
         """All that is random about a micro-batch, and both branches' samples."""
-        self.objective.draw(self.flow_map, self.x, self.label, self.ordinal, SEED)
+        self.method.draw(self.flow_map, self.x, self.label, self.ordinal, SEED)
 
     def loss_only(self) -> None:
         """Kernels, weights and their backward pass on outputs that are there."""
         y_t = self._output.detach().requires_grad_()
-        self.objective.discrepancy(self.flow_map, y_t, self.x, self._s, self._t).mean().backward()
+        self.method.discrepancy(self.flow_map, y_t, self.x, self._s, self._t).mean().backward()
 
 
 def matmul(precision: str, size: int, device: torch.device = CPU) -> Action:

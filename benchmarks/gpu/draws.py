@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import abilities
-from benchmarks.gpu.problem import objectives
+from benchmarks.gpu.problem import methods
 from benchmarks.gpu.report import Context, Report
 from imm_scale import rng
 from imm_scale.methods.flow_map import FlowMap
@@ -81,13 +81,13 @@ def _place(values: Tensor) -> Tensor:
 
 
 def _times(context: Context, report: Report, ordinals: Tensor) -> None:
-    for name, flow_map, objective in objectives(torch.nn.Identity()):
-        if isinstance(objective, InductiveMomentMatching):
-            apart = _times_apart(objective, flow_map, ordinals, context.device)
+    for name, flow_map, method in methods(torch.nn.Identity()):
+        if isinstance(method, InductiveMomentMatching):
+            apart = _times_apart(method, flow_map, ordinals, context.device)
             report.check(f"(s, r, t) of {name}: largest difference", apart, at_most=_TIMES)
 
 
-def _times_apart(objective: InductiveMomentMatching, flow_map: FlowMap, groups: Tensor, device: torch.device) -> float:
-    here = torch.stack(objective.draw_times(flow_map, groups, _SEED))
-    there = torch.stack(objective.draw_times(flow_map, groups.to(device), _SEED))
+def _times_apart(method: InductiveMomentMatching, flow_map: FlowMap, groups: Tensor, device: torch.device) -> float:
+    here = torch.stack(method.draw_times(flow_map, groups, _SEED))
+    there = torch.stack(method.draw_times(flow_map, groups.to(device), _SEED))
     return float((here - there.cpu()).abs().max())

@@ -81,7 +81,7 @@ def opened(*overrides: str) -> Iterator[tuple[Engine, Iterator[list[Batch]], Pla
     layout, seed = prepared.layout, config.seed
     samples = layout.slots_per_micro_batch * layout.particles
     engine = Engine(
-        config, _flow_map(prepared), build.objective(config), layout.num_groups, layout.accumulation, samples
+        config, _flow_map(prepared), build.method(prepared.spec), layout.num_groups, layout.accumulation, samples
     )
     try:
         with Loader(
@@ -94,7 +94,7 @@ def opened(*overrides: str) -> Iterator[tuple[Engine, Iterator[list[Batch]], Pla
 
 def _flow_map(prepared: Plan) -> FlowMap:
     """The engine's alone, so that `close` ends it."""
-    flow_map = build.flow_map(prepared.spec, prepared.config.seed)
+    flow_map = build.net(prepared.spec, prepared.config.seed)
     assert isinstance(flow_map.model, DiT)
     wake(flow_map.model)
     return flow_map

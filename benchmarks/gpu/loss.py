@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import problem
-from benchmarks.gpu.problem import Samples
 from benchmarks.gpu.report import Context, Report
-from imm_scale.methods.base import Objective
+from imm_scale.data.batch import Batch
+from imm_scale.methods.base import FlowMapMethod
 from imm_scale.methods.flow_map import FlowMap
 from imm_scale.methods.imm import InductiveMomentMatching
 from imm_scale.models.dit import DiT
@@ -33,21 +33,21 @@ def run(context: Context, report: Report) -> None:
     _compare_all(context, report, batch, here, there, _PUBLISHED_K, _FEWER)
 
 
-def _compare_all(context: Context, report: Report, batch: Samples, here: DiT, there: DiT, k: int, fewer: float) -> None:
-    pairs = zip(problem.objectives(here, k), problem.objectives(there, k), strict=True)
-    for (name, flow_map, objective), (_, flow_map_there, _) in pairs:
-        reference = _evaluate(flow_map, objective, batch, torch.float64)
-        found = _evaluate(flow_map_there, objective, Samples(*(x.to(context.device) for x in batch)), torch.float32)
-        if isinstance(objective, InductiveMomentMatching):
+def _compare_all(context: Context, report: Report, batch: Batch, here: DiT, there: DiT, k: int, fewer: float) -> None:
+    pairs = zip(problem.methods(here, k), problem.methods(there, k), strict=True)
+    for (name, flow_map, method), (_, flow_map_there, _) in pairs:
+        reference = _evaluate(flow_map, method, problem.on(batch.x.device, batch, torch.float64))
+        found = _evaluate(flow_map_there, method, problem.on(context.device, batch, torch.float32))
+        if isinstance(method, InductiveMomentMatching):
             _compare(report, f"{name}, k = {k}", found, reference, fewer)
         elif k == _K:
             _compare(report, name, found, reference, 1.0)
 
 
-def _evaluate(flow_map: FlowMap, objective: Objective, batch: Samples, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _evaluate(flow_map: FlowMap, method: FlowMapMethod, batch: Batch) -> tuple[Tensor, Tensor]:
     """Losses of the groups and the gradient of their mean, flattened, both in fp64 on the CPU."""
     flow_map.zero_grad(set_to_none=True)
-    loss_G = objective(flow_map, batch.x.to(dtype), batch.label, batch.ordinal, _SEED).loss_G
+    loss_G = method.loss(flow_map, batch, _SEED).loss_G
     loss_G.mean().backward()
     gradients = [parameter.grad for parameter in flow_map.parameters()]
     assert all(gradient is not None for gradient in gradients), "a parameter has no gradient"

@@ -1,18 +1,19 @@
-"""A net, the flow maps around it, the objectives and a batch, for the sections that need no engine."""
+"""A net, the flow maps around it, the methods and a batch, for the sections that need no engine."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from imm_scale import rng
+from imm_scale.data.batch import Batch
 from imm_scale.methods import probability_path
-from imm_scale.methods.base import Objective
-from imm_scale.methods.flow_map import ConditionalNet, FlowMap
-from imm_scale.methods.flow_matching import FlowMatching
-from imm_scale.methods.imm import InductiveMomentMatching
+from imm_scale.methods.base import FlowMapMethod
+from imm_scale.methods.flow_map import FlowMap
+from imm_scale.methods.flow_matching import FlowMatching, FlowMatchingConfig
+from imm_scale.methods.imm import ImmConfig, InductiveMomentMatching
 from imm_scale.methods.imm_times import T_MAX
+from imm_scale.models.base import Backbone
 from imm_scale.models.dit import DiT, DiTConfig
 
 CLASSES = 10
@@ -26,14 +27,6 @@ KINDS = (
     ("vp_cosine", "simple_edm"),
     ("vp_cosine", "identity"),
 )
-
-
-class Samples(NamedTuple):
-    """x (N, C, H, W) fp32, label (N,), ordinal (N,)."""
-
-    x: Tensor
-    label: Tensor
-    ordinal: Tensor
 
 
 def net(small: bool, seed: int = 0) -> DiT:
@@ -54,17 +47,23 @@ def wake(model: DiT) -> DiT:
     return model
 
 
-def samples(model: DiT, groups: int, device: torch.device) -> Samples:
+def samples(model: DiT, groups: int, device: torch.device) -> Batch:
     """Groups of random samples of the data's standard deviation."""
     ordinal = torch.arange(groups * PARTICLES)
     shape = (model.config.channels, model.config.height, model.config.image_width)
     x = SIGMA_DATA * rng.normal(1, "data", ordinal, shape)
-    return Samples(x.to(device), (ordinal % CLASSES).to(device), ordinal.to(device))
+    return on(device, Batch(0, x, ordinal % CLASSES, ordinal, torch.ones(groups)))
 
 
-def objectives(model: nn.Module, k: int = 12, min_gap: float = 0.0) -> Iterator[tuple[str, FlowMap, Objective]]:
+def on(device: torch.device, batch: Batch, dtype: torch.dtype | None = None) -> Batch:
+    """A batch elsewhere, its samples in another dtype where one is named."""
+    condition, ordinal, weight = (tensor.to(device) for tensor in (batch.condition, batch.ordinal, batch.weight))
+    return Batch(batch.images_seen, batch.x.to(device, dtype or batch.x.dtype), condition, ordinal, weight)
+
+
+def methods(model: nn.Module, k: int = 12, min_gap: float = 0.0) -> Iterator[tuple[str, FlowMap, FlowMapMethod]]:
     """Every flow map around a net with IMM, and flow matching on both trajectories."""
-    assert isinstance(model, ConditionalNet | nn.Identity)
+    assert isinstance(model, Backbone | nn.Identity)
     null_label = getattr(model, "null_label", CLASSES)
     for trajectory, parameterization in KINDS:
         flow_map = FlowMap(
@@ -75,7 +74,7 @@ def objectives(model: nn.Module, k: int = 12, min_gap: float = 0.0) -> Iterator[
             null_label=null_label,
         )
         t_max = T_MAX[trajectory]
-        imm = InductiveMomentMatching(particles=PARTICLES, t_min=0.0, t_max=t_max, k=k, min_gap=min_gap)
+        imm = InductiveMomentMatching(ImmConfig(particles=PARTICLES, t_max=t_max, k=k, min_gap=min_gap))
         yield f"imm {trajectory} {parameterization}", flow_map, imm
         if parameterization == "simple_edm":
-            yield f"flow matching {trajectory}", flow_map, FlowMatching(t_min=0.0, t_max=1.0, particles=PARTICLES)
+            yield f"flow matching {trajectory}", flow_map, FlowMatching(FlowMatchingConfig(t_max=1.0))

@@ -11,7 +11,6 @@ import torch
 from benchmarks import random_shards
 from benchmarks.gpu.case import PARTICLES, make_net, net_config
 from benchmarks.gpu.report import Context
-from imm_scale import build
 from imm_scale import config as configs
 from imm_scale.config.schema import Config
 from imm_scale.data.loader import Batch
@@ -23,6 +22,7 @@ from imm_scale.parallel import world as distributed
 from imm_scale.parallel.deepspeed_engine import Engine
 from imm_scale.parallel.world import World
 from imm_scale.preflight import plan
+from imm_scale.registry import METHODS
 from imm_scale.training import loop as loops
 from imm_scale.training import stop_signals, watchdog
 from imm_scale.training.loop import Loop, Surroundings
@@ -99,9 +99,8 @@ def training_engine(context: Context, settings: Config, size: str) -> Iterator[t
     flow_map = FlowMap(net, OTFlowMatching(), null_label=net.null_label)
     train = settings.train
     layout = Layout(train.global_batch_size, PARTICLES, 1, train.micro_batch_size)
-    engine = Engine(
-        settings, flow_map, build.objective(settings), layout.num_groups, layout.accumulation, train.micro_batch_size
-    )
+    method = METHODS.get(settings.method.name)(settings.method.resolved(settings.precision))
+    engine = Engine(settings, flow_map, method, layout.num_groups, layout.accumulation, train.micro_batch_size)
     try:
         yield engine, random_batch(net.config, train.micro_batch_size, context.device)
     finally:

@@ -122,7 +122,7 @@ def _read_tensors(url: str) -> tuple[dict[str, str], dict[str, Tensor]]:
 def load_flow_map(source: str, ema: float | None = None, step: int | None = None) -> tuple[ModelSpec, FlowMap]:
     """A flow map ready to sample: in eval mode, without gradients."""
     spec, weights = read(source, ema, step)
-    flow_map = build.flow_map(spec)
+    flow_map = build.net(spec)
     put(flow_map, weights, source)
     return spec, flow_map.eval().requires_grad_(False)
 

@@ -15,8 +15,10 @@ from imm_scale.config.load import (
     to_yaml,
 )
 from imm_scale.config.moved import renamed
+from imm_scale.config.schema import Config
 
 __all__ = [
+    "Config",
     "Loaded",
     "changed",
     "check_key",

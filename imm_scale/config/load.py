@@ -16,6 +16,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from imm_scale import shipped
 from imm_scale.config import keys
 from imm_scale.config.checks import validate
 from imm_scale.config.keys import Entry, check_key, entries, flatten
@@ -243,7 +244,8 @@ def is_override(word: str) -> bool:
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """(config files, key=value overrides, other words) of a command line."""
+    """(config files, key=value overrides, other words) of a command line. The name of a recipe is its file."""
+    words = [shipped.find("recipe", word) or word for word in words]
     files = [word for word in words if word.endswith((".yaml", ".yml"))]
     overrides = [word for word in words if word not in files and is_override(word)]
     return files, overrides, [word for word in words if word not in files and word not in overrides]
@@ -253,7 +255,10 @@ def load_words(words: Sequence[str]) -> Loaded:
     """The config of `imm-scale train WORD...`. Raises UserError."""
     files, overrides, others = split_words(words)
     if others:
-        raise UserError(f"{others[0]!r} is neither a config file (*.yaml) nor an override (key=value)")
+        recipes = shipped.known("recipe", others[0])
+        raise UserError(
+            f"{others[0]!r} is no config file (*.yaml), no override (key=value) and no shipped recipe: {recipes}"
+        )
     return load(files, overrides)
 
 

@@ -7,10 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from imm_scale.data import codec as codecs
 from imm_scale.data.buffer_pool import Recycler
-from imm_scale.data.manifest import Manifest
 from imm_scale.data.sample_order import Layout
+from imm_scale.data.spaces import SampleSpace
 
 
 @dataclass(frozen=True)
@@ -19,8 +18,8 @@ class Batch:
 
     Attributes:
         images_seen: the clock BEFORE this step's batch.
-        x: (slots * M, C, H, W) fp32, normalized; zeros in padded slots.
-        label: (slots * M,) int64 class indices; 0 in padded slots.
+        x: (slots * M, ...) samples as the net sees them; zeros in padded slots.
+        condition: (slots * M,) int64 class indices; 0 in padded slots.
         ordinal: (slots * M,) int64 global ordinals images_seen + position, which name all random draws of a sample;
             0 in padded slots.
         weight: (slots,) fp32, 1 for a group and 0 for a padded slot.
@@ -28,7 +27,7 @@ class Batch:
 
     images_seen: int
     x: Tensor
-    label: Tensor
+    condition: Tensor
     ordinal: Tensor
     weight: Tensor
 
@@ -39,7 +38,7 @@ class Batch:
         size = slots // accumulation
         parts = zip(
             self.x.split(size * particles),
-            self.label.split(size * particles),
+            self.condition.split(size * particles),
             self.ordinal.split(size * particles),
             self.weight.split(size),
             strict=True,
@@ -75,29 +74,25 @@ class BatchMaker:
         self,
         positions: NDArray[np.int64],
         layout: Layout,
-        manifest: Manifest,
+        space: SampleSpace,
         seed: int,
-        sigma_data: float,
         device: torch.device,
     ):
-        self._kind, self._seed, self._sigma_data, self._device = manifest.codec.kind, seed, sigma_data, device
+        self._space, self._seed, self._device = space, seed, device
         samples = layout.slots * layout.particles
         is_real = torch.arange(samples) < len(positions)
         self._is_real = is_real.long().to(device)
         self._position = torch.from_numpy(np.pad(positions, (0, samples - len(positions)))).to(device)
         self._weight = is_real[:: layout.particles].float().to(device)
-        self._mean_C11 = codecs.per_channel(manifest.codec.mean, device)
-        self._std_C11 = codecs.per_channel(manifest.codec.std, device)
-        self._x_shape = (samples, *manifest.latent_shape)
-        self._x_memory = Recycler(self._x_shape, np.float32)
+        self._x_shape = (samples, *space.shape)
+        self._x_memory = Recycler(self._x_shape, torch.empty(0, dtype=space.dtype).numpy().dtype)
 
     def __call__(self, stored: Stored) -> Batch:
         real = len(stored.latents)
         ordinal = torch.add(self._position, self._is_real, alpha=stored.images_seen)
         latents = stored.latents.to(self._device, non_blocking=True)
-        raw = codecs.draw_raw(latents, self._kind, self._seed, "posterior", ordinal[:real])
         x = self._new_x()
-        codecs.normalize_into(x[:real], raw, self._mean_C11, self._std_C11, self._sigma_data)
+        self._space.from_stored(latents, self._seed, "posterior", ordinal[:real], out=x[:real])
         x[real:].zero_()
         label = stored.label.to(self._device, non_blocking=True)
         return Batch(stored.images_seen, x, label, ordinal, self._weight)
@@ -106,4 +101,4 @@ class BatchMaker:
         """Memory for a batch."""
         if self._device.type == "cpu":
             return self._x_memory.take()
-        return torch.empty(self._x_shape, device=self._device)
+        return torch.empty(self._x_shape, dtype=self._space.dtype, device=self._device)

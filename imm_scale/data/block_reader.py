@@ -154,7 +154,7 @@ class BlockReader:
                 return None
         where = f"{storage.shown(shard.url)}: block {target.block} (samples {start} to {stop - 1})"
         return BlockError(
-            f"{where} cannot be read: {problem}. Mend the shard (python -m data_tools.verify --repair), or go on "
+            f"{where} cannot be read: {problem}. Mend the shard (imm-scale verify --repair), or go on "
             "without such blocks: data.on_bad_block=skip"
         )
 

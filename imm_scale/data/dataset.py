@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from imm_scale import storage
-from imm_scale.data import codec as codecs
 from imm_scale.data import sample_order
 from imm_scale.data.manifest import Manifest, ShardInfo
 from imm_scale.data.shards import ShardReader, open_shard
+from imm_scale.data.spaces import Latents, LatentsConfig, SampleSpace
 
 _OPENING_THREADS = 16
+REFERENCE_POSTERIOR = "reference_posterior"  # purpose of what is drawn of samples that are looked at in order
 
 
 class Dataset:
@@ -81,33 +82,37 @@ class Dataset:
 
 
 def read_all(
-    manifest_url: str, chunk_samples: int = 256, seed: int = 0, sigma_data: float = 0.5
+    manifest_url: str, chunk_samples: int = 256, seed: int = 0, space: SampleSpace | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every sample once, in the manifest's order: x (n, C, H, W) and label (n,) as `read_indexed` yields them."""
-    for _, x, label in read_indexed(Dataset(manifest_url), chunk_samples, seed, sigma_data):
+    for _, x, label in read_indexed(Dataset(manifest_url), chunk_samples, seed, space):
         yield x, label
 
 
 def read_indexed(
-    dataset: Dataset, chunk_samples: int = 256, seed: int = 0, sigma_data: float = 0.5, part: int = 0, parts: int = 1
+    dataset: Dataset,
+    chunk_samples: int = 256,
+    seed: int = 0,
+    space: SampleSpace | None = None,
+    part: int = 0,
+    parts: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Samples in order, chunk by chunk; every `parts`-th chunk from the `part`-th on: the reference of an evaluation.
 
+    Args:
+        space: what samples are to the net; None: latents of standard deviation 0.5.
+
     Yields:
-        index (n,) int64, x (n, C, H, W) fp32 normalized and label (n,) int64, n at most `chunk_samples`. A `vae` latent
+        index (n,) int64, x (n, ...) as the net sees it and label (n,) int64, n at most `chunk_samples`. A `vae` latent
         is one draw of its posterior, named by the seed and the sample's index, so it is the same in every pass.
 
     Raises:
         UserError: a shard that is short or damaged.
     """
-    codec = dataset.manifest.codec
+    space = space or Latents.of(LatentsConfig(), dataset.manifest)
     table = sample_order.block_table(dataset.shard_samples, chunk_samples)
     for start, size in list(zip(table.start.tolist(), table.size.tolist(), strict=True))[part::parts]:
         stored = torch.from_numpy(dataset.read(start, start + size))
         index = torch.arange(start, start + size)
-        raw = codecs.draw_raw(stored, codec.kind, seed, "reference_posterior", index)
-        yield (
-            index,
-            codecs.normalize(raw, codec.mean, codec.std, sigma_data),
-            torch.from_numpy(dataset.labels[start : start + size]),
-        )
+        x = space.from_stored(stored, seed, REFERENCE_POSTERIOR, index)
+        yield index, x, torch.from_numpy(dataset.labels[start : start + size])

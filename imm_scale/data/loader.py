@@ -24,6 +24,7 @@ from imm_scale.data.dataset import Dataset
 from imm_scale.data.manifest import Manifest
 from imm_scale.data.prefetch import Prefetcher
 from imm_scale.data.sample_order import Layout
+from imm_scale.data.spaces import Latents, LatentsConfig, SampleSpace
 from imm_scale.errors import UserError
 
 _BATCHES_AHEAD = 2
@@ -67,7 +68,7 @@ class Loader:
         data: the opened data set, or the URL of its manifest.json.
         images_seen: where to start, a multiple of the global batch size.
         flip: mirror each sample left to right with probability 1/2; vae latents need shards that hold both.
-        sigma_data: standard deviation of the normalized data.
+        space: what samples are to the net; None: latents of standard deviation 0.5.
         device: where batches go. On a GPU they travel as stored and are drawn and normalized there.
         reading: cache and what to do about bad blocks.
         holdout: samples that never come, a share or a count as in `data.holdout`.
@@ -91,7 +92,7 @@ class Loader:
         block_samples: int = 32,
         images_seen: int = 0,
         flip: bool = False,
-        sigma_data: float = 0.5,
+        space: SampleSpace | None = None,
         device: torch.device | str = "cpu",
         reading: Reading = Reading(),
         holdout: float = 0.0,
@@ -100,6 +101,7 @@ class Loader:
         self._dataset = data if isinstance(data, Dataset) else Dataset(data)
         self.manifest = self._dataset.manifest
         _check_flip(flip, self.manifest)
+        self._space = space or Latents.of(LatentsConfig(), self.manifest)
         self._held = sample_order.held_out(self._dataset.shard_samples, block_samples, seed, holdout)
         self._num_samples = len(self._dataset) - len(self._held)
         sample_order.clock(images_seen, layout.global_batch_size, self._num_samples)
@@ -125,7 +127,7 @@ class Loader:
             held_blocks=frozenset(self._table.block_of(self._held).tolist()),
         )
         self.memory_bound_bytes = self._window.bound_bytes(threads) + self._batch_bytes()
-        self._make_batch = BatchMaker(self._positions, layout, self.manifest, seed, sigma_data, self._device)
+        self._make_batch = BatchMaker(self._positions, layout, self._space, seed, self._device)
         self._stored_shape = (len(self._positions), *self.manifest.stored_shape)
         self._stored_memory = Recycler(self._stored_shape, np.float16)
         self.data_seconds = 0.0
@@ -153,8 +155,8 @@ class Loader:
         return self._flip and self.manifest.codec.kind != "pixels"
 
     def _batch_bytes(self) -> int:
-        """Of the batches that wait, each as stored (fp16) and normalized (fp32)."""
-        stored = 2 * int(np.prod(self.manifest.stored_shape)) + 4 * int(np.prod(self.manifest.latent_shape))
+        """Of the batches that wait, each as stored (fp16) and as the net sees it."""
+        stored = 2 * int(np.prod(self.manifest.stored_shape)) + self._space.sample_bytes
         return (_BATCHES_AHEAD + 1) * self._layout.slots * self._layout.particles * stored
 
     def __enter__(self) -> "Loader":
@@ -237,5 +239,5 @@ def _check_flip(flip: bool, manifest: Manifest) -> None:
     if flip and manifest.codec.kind != "pixels" and not manifest.flipped:
         raise UserError(
             "data.flip needs pixels or shards with mirrored latents: a mirrored image's vae latent is not the "
-            "mirrored latent. Encode with python -m data_tools.encode --flip, or set data.flip=false"
+            "mirrored latent. Encode with imm-scale encode --flip, or set data.flip=false"
         )

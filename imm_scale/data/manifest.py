@@ -108,7 +108,7 @@ class Manifest:
                 text = storage.read_bytes(url)
             except (FileNotFoundError, IsADirectoryError) as error:
                 raise UserError(
-                    f"no manifest at {url}: data.manifest must name the manifest.json that data_tools.encode wrote"
+                    f"no manifest at {url}: data.manifest must name the manifest.json that imm-scale encode wrote"
                 ) from error
             try:
                 return parse(text, where=url)
@@ -130,7 +130,7 @@ def parse(text: str | bytes, where: str) -> Manifest:
     try:
         document = json.loads(text)
     except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error}): write it again with python -m data_tools.encode") from error
+        raise UserError(f"{where} is not JSON ({error}): write it again with imm-scale encode") from error
     version = document.get("format_version") if isinstance(document, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise UserError(f"{where} has format version {version}, this program reads {FORMAT_VERSION}: upgrade imm-scale")
@@ -151,7 +151,7 @@ def parse(text: str | bytes, where: str) -> Manifest:
     if own_hash != manifest.hash:
         raise UserError(
             f"{where}: its {_OWN_HASH} is {own_hash}, its contents have {manifest.hash}: it was edited or damaged; "
-            "write it again with python -m data_tools.encode --finalize"
+            "write it again with imm-scale encode --finalize"
         )
     return manifest
 
@@ -173,7 +173,7 @@ def _checked(document: Any, target: type, where: str) -> dict[str, Any]:
             raise UserError(f"{where} has an unknown field {key!r}: remove it, or write the file again")
     for key, kind in wanted.items():
         if key not in document:
-            raise UserError(f"{where} has no field {key!r}: write the file again with python -m data_tools.encode")
+            raise UserError(f"{where} has no field {key!r}: write the file again with imm-scale encode")
         # A tuple is a JSON list, a nested dataclass is checked by its own call.
         if kind in (int, str, bool) and type(document[key]) is not kind:
             raise UserError(f"{where}: {key} is {document[key]!r}: {kind.__name__} is needed")
@@ -223,7 +223,7 @@ def _check_consistent(manifest: Manifest, where: str) -> None:
     ]
     for holds, problem in rules:
         if not holds:
-            raise UserError(f"{where}: {problem}; write the file again with python -m data_tools.encode")
+            raise UserError(f"{where}: {problem}; write the file again with imm-scale encode")
 
 
 def check_expectations(

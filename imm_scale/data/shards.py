@@ -177,7 +177,7 @@ class ShardReader:
             if not alike.all():
                 raise UserError(
                     f"shard {self.url}: sample {start + int(np.argmin(alike))} is no fp16 array of shape "
-                    f"{self.stored_shape}: the shard was not written by data_tools.encode, encode it again"
+                    f"{self.stored_shape}: the shard was not written by imm-scale encode, encode it again"
                 )
             out[:, variant] = files[:, len(header) :].view(LATENT_DTYPE).reshape(-1, *self.stored_shape)
 

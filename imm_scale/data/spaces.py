@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Self
 
 import torch
@@ -14,6 +15,8 @@ from imm_scale.data.manifest import Codec, Manifest
 from imm_scale.errors import UserError
 from imm_scale.registry import register_space
 
+DECODED_AT_ONCE = 8  # images; fixed, because convolutions of other batches round differently
+
 
 class SampleSpace(ABC):
     """What a net works on. A frozen dataclass, for it travels with the weights.
@@ -23,6 +26,7 @@ class SampleSpace(ABC):
         dtype: of a sample as the net sees it.
         num_classes: labels are 0 to num_classes - 1.
         class_names: a name per class, or none.
+        sigma_data: standard deviation of samples and prior; flow maps need it, other spaces may lack it.
     """
 
     Config: ClassVar[type[SpaceConfig]]
@@ -46,12 +50,41 @@ class SampleSpace(ABC):
         """(N, *shape) samples of the prior, each a function of (seed, purpose, its index, stream) alone."""
 
     @abstractmethod
-    def from_stored(self, stored_N: Tensor, seed: int, purpose: str, ordinal_N: Tensor) -> Tensor:
-        """Samples (N, *shape) from stored ones, with whatever is drawn named by (seed, purpose, ordinal)."""
+    def from_stored(
+        self, stored_N: Tensor, seed: int, purpose: str, ordinal_N: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        """Samples (N, *shape) from stored ones, on their device, with what is drawn named by (seed, purpose, ordinal).
+
+        Args:
+            out: memory for them, which may be longer than this call's samples only by the caller's slicing.
+        """
 
     @abstractmethod
-    def artifacts(self, decoder: str | None, device: torch.device) -> "Artifacts":
-        """What turns samples into something people look at. Raises UserError where the decoder does not fit."""
+    def artifacts(self, decoder: str | None, device: torch.device, precision: str = "fp32") -> "Artifacts":
+        """What turns samples into something people look at.
+
+        Args:
+            decoder: folder of the network that decodes them, where one does (`sampling.vae`).
+            precision: of that network.
+
+        Raises:
+            UserError: the decoder does not fit.
+        """
+
+    @property
+    def needs_decoder(self) -> bool:
+        """Whether `artifacts` needs a network."""
+        return False
+
+    @property
+    @abstractmethod
+    def image_size(self) -> int | None:
+        """Side of the square images that `artifacts` makes, None where they have no such size."""
+
+    @property
+    @abstractmethod
+    def provenance(self) -> dict[str, str]:
+        """Kind and weights' hash of what made samples of images, for the record of an evaluation."""
 
     @property
     def sample_bytes(self) -> int:
@@ -60,7 +93,13 @@ class SampleSpace(ABC):
 
 
 class Artifacts(ABC):
-    """Samples as images or the like."""
+    """Samples as images.
+
+    Attributes:
+        precision: of the network that decodes, None where there is none.
+    """
+
+    precision: str | None = None
 
     @abstractmethod
     def __call__(self, x_N: Tensor) -> Tensor:
@@ -111,20 +150,44 @@ class Latents(SampleSpace):
         """N(0, sigma_d^2 I), fp32."""
         return self.sigma_data * rng.normal(seed, purpose, index_N, self.shape, stream)
 
-    def from_stored(self, stored_N: Tensor, seed: int, purpose: str, ordinal_N: Tensor) -> Tensor:
+    def from_stored(
+        self, stored_N: Tensor, seed: int, purpose: str, ordinal_N: Tensor, out: Tensor | None = None
+    ) -> Tensor:
         raw = codecs.draw_raw(stored_N, self.codec.kind, seed, purpose, ordinal_N)
-        return codecs.normalize(raw, self.codec.mean, self.codec.std, self.sigma_data)
+        z = torch.empty(raw.shape, dtype=torch.float32, device=raw.device) if out is None else out
+        codecs.normalize_into(z, raw, *_scale(self.codec, raw.device), self.sigma_data)
+        return z
 
-    def artifacts(self, decoder: str | None, device: torch.device) -> "Images":
-        return Images(self, codecs.open_codec(self.codec, decoder, str(device)))
+    @property
+    def needs_decoder(self) -> bool:
+        return self.codec.kind == "vae"
+
+    @property
+    def image_size(self) -> int:
+        return self.codec.image_size
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        return {"kind": self.codec.kind, "weights": self.codec.weights_hash}
+
+    def artifacts(self, decoder: str | None, device: torch.device, precision: str = "fp32") -> "Images":
+        return Images(self, codecs.open_codec(self.codec, decoder, str(device), precision))
 
 
-@dataclass(frozen=True)
+@cache
+def _scale(codec: Codec, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C, 1, 1) on a device, sent there once: every batch asks for them."""
+    return codecs.per_channel(codec.mean, device), codecs.per_channel(codec.std, device)
+
+
 class Images(Artifacts):
-    """Latents as the images they stand for."""
+    """Latents as the images they stand for, a few at a time."""
 
-    space: Latents
-    codec: codecs.ImageCodec
+    def __init__(self, space: Latents, codec: codecs.ImageCodec):
+        self._space, self._codec = space, codec
+        self.precision = codec.precision
 
     def __call__(self, x_N: Tensor) -> Tensor:
-        return codecs.decode(x_N, self.space.codec, self.codec, self.space.sigma_data)
+        space = self._space
+        parts = x_N.split(DECODED_AT_ONCE)
+        return torch.cat([codecs.decode(x, space.codec, self._codec, space.sigma_data) for x in parts])

@@ -6,10 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from imm_scale import storage
+from imm_scale import build, storage
 from imm_scale.checkpoint import export
 from imm_scale.config.schema import Config
 from imm_scale.data.manifest import Manifest
@@ -23,7 +20,7 @@ from imm_scale.evaluation.sets import measure_images
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
 from imm_scale.sampling import source as sources
-from imm_scale.sampling.job import decoded, open_decoder
+from imm_scale.sampling.job import open_artifacts
 from imm_scale.sampling.source import Source
 
 Announce = Callable[[str], None]
@@ -154,19 +151,11 @@ def _make_reference(words: Words, overrides: Sequence[str], world: World, announ
     extractor = extractors.open_extractor(config.evaluation.extractor, device)
     most = config.evaluation.compared
     if asked.endswith(".json"):
-        sigma_data = config.data.space.sigma_data  # type: ignore[attr-defined]
-        decode = _decoder(asked, config, device) if extractor.takes == "images" else None
-        arguments = (config.seed, sigma_data, decode)
-        made = reference.of_manifest(asked, extractor, most, world, *arguments)
+        space = build.space(config, Manifest.load(asked))
+        decode = open_artifacts(space, config.sampling, device) if extractor.takes == "images" else None
+        made = reference.of_manifest(asked, extractor, most, world, config.seed, space, decode)
     else:
         made = reference.of_images(images.find(asked), extractor, most, world)
     if world.is_main:
         made.save(words.out)
         announce(f"{words.out}: {made.count} images, {len(made.mean)} features of {extractor.name}, id {made.id[:12]}")
-
-
-def _decoder(manifest_url: str, config: Config, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Latents of a data set to images."""
-    codec = Manifest.load(manifest_url).codec
-    image_codec = open_decoder(codec, config.sampling, device)
-    return lambda z: decoded(z, codec, image_codec, config.data.space.sigma_data)  # type: ignore[attr-defined]

@@ -114,8 +114,9 @@ class Evaluator:
         """As given, or of the training data; the latter is kept in the run folder's references/."""
         given = self.config.evaluation.reference
         found = Reference.load(given) if given is not None else self._of_training_data()
-        size = self.model.spec.space.codec.image_size
-        found.check(self.extractor, (size, size) if self.extractor.takes == "images" else None)
+        size = self.model.spec.space.image_size
+        fixed = size is not None and self.extractor.takes == "images"
+        found.check(self.extractor, (size, size) if fixed else None)
         return found
 
     def _of_training_data(self) -> Reference:
@@ -125,12 +126,12 @@ class Evaluator:
         key = [Manifest.load(url).hash, extractors.identity_hash(self.extractor.identity), self.config.seed, most]
         if self.extractor.takes == "images":
             key.append(self.config.sampling.vae_precision)
-        name = hashlib.sha256(json.dumps([*key, spec.space.sigma_data]).encode()).hexdigest()[:12]
+        name = hashlib.sha256(json.dumps([*key, asdict(spec.space)]).encode()).hexdigest()[:12]
         kept = storage.join(run_dir, "references", f"{name}.npz") if run_dir is not None else None
         found = kept is not None and self.world.is_main and storage.exists(kept)
         if kept is not None and distributed.all_sum(_flag(found)):
             return Reference.load(kept)
-        arguments = (self.config.seed, spec.space.sigma_data, self.model.decode)
+        arguments = (self.config.seed, spec.space, self.model.decode)
         made = reference.of_manifest(url, self.extractor, most, self.world, *arguments)
         if kept is not None and self.world.is_main:
             made.save(kept)
@@ -205,12 +206,11 @@ class Evaluator:
 
     def _provenance(self) -> dict[str, Any]:
         """What else a reader needs in order to get the numbers again."""
-        codec = self.model.spec.space.codec
         return {
             "run": self.config.run.name,
             "weights": self.model.weights_id,
             "reference": {"id": self.reference.id, "count": self.reference.count, **self.reference.source},
-            "codec": {"kind": codec.kind, "weights": codec.weights_hash},
+            "codec": self.model.spec.space.provenance,
             "rounding": "uint8, nearest" if self.extractor.takes == "images" else "none: latents are compared",
             "device": self.device.type,
             "ranks": self.world.size,
@@ -220,7 +220,7 @@ class Evaluator:
     def _warnings(self, count: int) -> list[str]:
         found = measures.warnings(count, len(self.reference.mean), self.reference)
         decoded = self.extractor.takes == "images" and "manifest" in self.reference.source
-        if decoded and self.model.spec.space.codec.kind == "vae":
+        if decoded and self.model.spec.space.needs_decoder:
             found.append(
                 "the reference is made of decoded latents, so the autoencoder's own error does not count: for numbers "
                 "like published ones make a reference of the images themselves (--make-reference)"
@@ -239,7 +239,7 @@ class Evaluator:
         seeds = range(sampling.seed, sampling.seed + evaluation.repeats)
         plans = [plan_of(sampling, self.model.spec, steps, num, seed) for seed in seeds]
         found = [self._measure(plan, evaluation) for plan in plans]
-        times = times_of(self.model.flow_map, self.model.spec, plans[0])
+        times = times_of(self.model.spec, plans[0])
         distance = self._summarize(plans[0], times, seeds, found, time.perf_counter() - began)
         self._announce(describe(asdict(distance)))
         return distance

@@ -20,8 +20,7 @@ from torch import Tensor
 from imm_scale import storage
 from imm_scale.checkpoint.format import committed_steps
 from imm_scale.config.schema import Config, SamplingConfig
-from imm_scale.data import codec as codecs
-from imm_scale.data.dataset import Dataset, read_indexed
+from imm_scale.data.dataset import REFERENCE_POSTERIOR, Dataset, read_indexed
 from imm_scale.errors import UserError
 from imm_scale.evaluation import extractors as extractors
 from imm_scale.evaluation.extractors import Extractor
@@ -166,7 +165,7 @@ class _Training:
         return self._extractor(z if self._extractor.takes == "latents" else self._model.decode(z)).features
 
     def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for index, z, _ in read_indexed(self._dataset, 64, self._seed, self._model.spec.space.sigma_data):
+        for index, z, _ in read_indexed(self._dataset, 64, self._seed, self._model.spec.space):
             yield index, z
 
     def first(self, num: int) -> Tensor:
@@ -195,8 +194,7 @@ class _Training:
         spec = self._model.spec
         stored = [torch.from_numpy(self._dataset.read(i, i + 1)) for i in number.flatten().tolist()]
         index = number.flatten()
-        raw = codecs.draw_raw(torch.cat(stored), spec.space.codec.kind, self._seed, "reference_posterior", index)
-        z = codecs.normalize(raw, spec.space.codec.mean, spec.space.codec.std, spec.space.sigma_data)
+        z = spec.space.from_stored(torch.cat(stored), self._seed, REFERENCE_POSTERIOR, index)
         images = self._model.decode(z).numpy()
         return images.reshape(*number.shape, *images.shape[1:])
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from imm_scale import storage
 from imm_scale.data.dataset import Dataset, read_indexed
+from imm_scale.data.spaces import SampleSpace
 from imm_scale.errors import UserError
 from imm_scale.evaluation import extractors as extractors
 from imm_scale.evaluation.collect import Collector, Features
@@ -179,25 +180,26 @@ def shown(batches: Iterable[_Batch], num: int, world: World) -> Iterable[_Batch]
 
 
 def of_manifest(
-    manifest_url: str, extractor: Extractor, most: int, world: World, seed: int, sigma_data: float, decode: Any
+    manifest_url: str, extractor: Extractor, most: int, world: World, seed: int, space: SampleSpace, decode: Any
 ) -> Reference:
     """Of a data set of latents: themselves, or the images the codec makes of them.
 
     Args:
-        seed, sigma_data: of the latents' posterior noise and scale.
+        seed: of what is drawn of a stored sample.
+        space: what samples are to the net.
         decode: latents to uint8 images; called only where the extractor takes images.
     """
     dataset = Dataset(manifest_url)
     collector = Collector(len(dataset), most, "training image")
-    batches = read_indexed(dataset, CHUNK, seed, sigma_data, world.rank, world.size)
+    batches = read_indexed(dataset, CHUNK, seed, space, world.rank, world.size)
     for index, z, _ in shown(batches, len(dataset), world):
         collector.add(index, extractor(z if extractor.takes == "latents" else decode(z)))
     source: dict[str, Any] = {
         "manifest": storage.shown(manifest_url),
         "manifest_hash": dataset.manifest.hash,
-        "codec": dataset.manifest.codec.weights_hash or dataset.manifest.codec.kind,
+        "codec": space.provenance["weights"] or space.provenance["kind"],
         "posterior_seed": seed,
     }
     if extractor.takes == "images":
-        source["image_size"] = [dataset.manifest.codec.image_size] * 2
+        source["image_size"] = [space.image_size] * 2
     return _reference(collector.merge_ranks(), extractor, source)

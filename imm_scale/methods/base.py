@@ -1,20 +1,27 @@
-"""What every objective has in common: its result, and the draws that depend on the ordinals alone.
+"""What a method is, and what those have in common that train a flow map.
 
 Legend: N samples, G groups of M particles, N = G M. `ordinal` is a sample's global ordinal on the clock, its group
 ordinal // M; every draw follows from (seed, purpose, ordinal) and so from nothing a rank or a micro-batch decides.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imm_scale import rng
-from imm_scale.choices import MethodConfig, option
+from imm_scale.choices import MethodConfig, Passes, option
+from imm_scale.data.batch import Batch
+from imm_scale.data.spaces import SampleSpace
 from imm_scale.errors import UserError
+from imm_scale.methods import probability_path
 from imm_scale.methods.flow_map import FlowMap, FlowMapConfig
+from imm_scale.methods.samplers import NO_GUIDANCE, SAMPLERS, Guidance
+from imm_scale.methods.time_grids import time_grid
+from imm_scale.models.base import Backbone
 
 
 @dataclass(frozen=True)
@@ -52,24 +59,68 @@ class GroupLosses(NamedTuple):
     t_G: Tensor
 
 
-class Objective(ABC):
-    """A loss per group. `dropout` says whether the net has any."""
+class Steps(NamedTuple):
+    """How samples are to be drawn.
 
-    particles: int
-    label_drop: float
-    dropout: bool
+    Attributes:
+        times: decreasing times (steps + 1,) fp64, or whatever `Method.grid` gave.
+        sampler: name of the sampler, as in `sampling.sampler`.
+        guidance: scale and interval of classifier-free guidance.
+        fresh_noise: samples of the prior for the i-th step of samplers that add some.
+    """
+
+    times: Tensor
+    sampler: str = "pushforward"
+    guidance: Guidance = NO_GUIDANCE
+    fresh_noise: Callable[[int], Tensor] | None = None
+
+
+class Method(ABC):
+    """How to sample, and what to minimize so that this sampler is right. Built from its own Config, as it is resolved.
+
+    A method knows tensors: no other section of a config, no ranks. `net` is what its `wrap` gave.
+
+    Attributes:
+        group_size: samples that must stay together on one rank, neighbours in a batch.
+        passes: forward passes of a step.
+    """
+
+    Config: ClassVar[type[MethodConfig]]
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    @property
+    def group_size(self) -> int:
+        return self.config.group_size
+
+    @property
+    def passes(self) -> Passes:
+        return self.config.passes
 
     @abstractmethod
-    def __call__(self, flow_map: FlowMap, x: Tensor, label: Tensor, ordinal: Tensor, seed: int) -> GroupLosses:
-        """Losses of whole groups.
+    def wrap(self, backbone: Backbone, space: SampleSpace) -> nn.Module:
+        """The net that is trained and sampled: a module with the backbone as `model`, and `null_label`.
 
-        Args:
-            flow_map: the map under training.
-            x: (N, ...) clean samples, fp32 or fp64, scaled to standard deviation sigma_d.
-            label: (N,) classes.
-            ordinal: (N,) int64 global ordinals; the M of a group are neighbours.
-            seed: the run's seed.
+        Raises:
+            UserError: a backbone or a space this method cannot use.
         """
+
+    @abstractmethod
+    def grid(self, kind: str, steps: int) -> Tensor:
+        """The times a sampler of so many steps visits; kinds as in `sampling.grid`. Raises UserError."""
+
+    def default_grid(self, steps: int) -> str:
+        """The kind that `sampling.grid=auto` stands for."""
+        return "uniform"
+
+    @abstractmethod
+    def sample(self, net: Any, start: Tensor, condition: Tensor, steps: Steps) -> Tensor:
+        """Samples (N, ...) in the dtype of `start`, (N, ...) of the prior; condition (N,)."""
+
+    @abstractmethod
+    def loss(self, net: Any, batch: Batch, seed: int) -> GroupLosses:
+        """Losses of whole groups, (G,) fp64, and their times."""
 
     def group(self, ordinal: Tensor) -> Tensor:
         """(G,) global group numbers.
@@ -77,30 +128,61 @@ class Objective(ABC):
         Raises:
             UserError: samples that are not whole groups. Ordinals on a GPU are not looked at: that would wait for it.
         """
-        if ordinal.shape[0] % self.particles:
-            raise UserError(f"{ordinal.shape[0]} samples are not whole groups of particles={self.particles}")
-        group = ordinal.view(-1, self.particles) // self.particles
+        size = self.group_size
+        if ordinal.shape[0] % size:
+            raise UserError(f"{ordinal.shape[0]} samples are not whole groups of {size}")
+        group = ordinal.view(-1, size) // size
         readable = ordinal.device.type == "cpu" and not torch.compiler.is_compiling()
         if readable and not torch.equal(group, group[:, :1].expand_as(group)):
             split = int(group[(group != group[:, :1]).any(dim=1)][0, 0])
-            raise UserError(
-                f"group {split} is not whole on this rank: its {self.particles} particles must be neighbours"
-            )
+            raise UserError(f"group {split} is not whole on this rank: its {size} particles must be neighbours")
         return group[:, 0]
 
+
+class FlowMapMethod(Method):
+    """What the methods share that train a flow map: how it is sampled, and the draws of every loss."""
+
+    Config: ClassVar[type[FlowMapMethodConfig]]
+
+    def wrap(self, backbone: Backbone, space: SampleSpace) -> FlowMap:
+        settings = self.config.flow_map
+        sigma_data = getattr(space, "sigma_data", None)
+        if sigma_data is None:
+            raise UserError(
+                f"method.name={self.config.name} trains a flow map from Gaussian noise: it needs a sample space with a "
+                f"sigma_data, as data.space.name=latents has; {type(space).__name__} has none"
+            )
+        return FlowMap(
+            backbone,
+            probability_path.build(settings.trajectory),
+            settings.parameterization,
+            settings.second_time,
+            sigma_data,
+            settings.time_scale,
+            backbone.null_label if self.config.label_drop > 0 else None,
+        )
+
+    def grid(self, kind: str, steps: int) -> Tensor:
+        interp = probability_path.build(self.config.flow_map.trajectory)
+        return time_grid(interp, kind, steps, self.config.t_min, self.config.t_max)
+
+    def sample(self, net: FlowMap, start: Tensor, condition: Tensor, steps: Steps) -> Tensor:
+        return SAMPLERS[steps.sampler](net, start, steps.times, condition, steps.guidance, steps.fresh_noise)
+
     def drop_labels(self, flow_map: FlowMap, label: Tensor, ordinal: Tensor, seed: int) -> Tensor:
-        """Labels with a share `label_drop` replaced by the null label, decided per sample, once for all passes."""
-        if self.label_drop == 0.0:
+        """(N,) labels with a share `label_drop` replaced by the null label, decided per sample, once for all passes."""
+        if self.config.label_drop == 0.0:
             return label
         assert flow_map.null_label is not None, "label drop needs a null label"
-        dropped = rng.uniform(seed, "label_drop", ordinal)[:, 0] < self.label_drop
+        dropped = rng.uniform(seed, "label_drop", ordinal)[:, 0] < self.config.label_drop
         return torch.where(dropped, flow_map.null_label, label)
 
-    def dropout_key(self, ordinal: Tensor, seed: int) -> Tensor | None:
-        """(N,) keys of the dropout masks, shared by both branches; None without dropout."""
-        return rng.random_bits(seed, "dropout", ordinal) if self.dropout else None
+    @staticmethod
+    def dropout_key(flow_map: FlowMap, ordinal: Tensor, seed: int) -> Tensor | None:
+        """(N,) keys of the dropout masks, shared by both branches; None for a net without dropout."""
+        return rng.random_bits(seed, "dropout", ordinal) if flow_map.model.has_dropout else None
 
 
 def prior_noise(flow_map: FlowMap, x: Tensor, ordinal: Tensor, seed: int) -> Tensor:
-    """eps ~ N(0, sigma_d^2 I) of the shape and dtype of x, keyed by sample."""
+    """eps ~ N(0, sigma_d^2 I) of the shape and dtype of x (N, ...), keyed by sample."""
     return flow_map.sigma_data * rng.normal(seed, "noise", ordinal, tuple(x.shape[1:])).to(x.dtype)

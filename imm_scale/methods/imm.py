@@ -7,10 +7,11 @@ from torch import Tensor
 
 from imm_scale import rng
 from imm_scale.choices import Passes, option
+from imm_scale.data.batch import Batch
 from imm_scale.errors import UserError
 from imm_scale.fusion import fused
 from imm_scale.methods import imm_times
-from imm_scale.methods.base import FlowMapMethodConfig, GroupLosses, Objective, prior_noise
+from imm_scale.methods.base import FlowMapMethod, FlowMapMethodConfig, GroupLosses, prior_noise
 from imm_scale.methods.flow_map import FlowMap, per_sample
 from imm_scale.methods.mmd import grouped_mmd
 from imm_scale.methods.probability_path import diffuse
@@ -82,43 +83,31 @@ class ImmConfig(FlowMapMethodConfig):
 
 
 @register_method("imm")
-@dataclass(frozen=True)
-class InductiveMomentMatching(Objective):
+class InductiveMomentMatching(FlowMapMethod):
     """Inductive moment matching: particles sent from t and from r to s must agree in distribution."""
 
     Config = ImmConfig
 
-    particles: int
-    t_min: float
-    t_max: float
-    k: int = 12
-    min_gap: float = 0.0
-    mapping: str = "eta"
-    eta_max: float = imm_times.ETA_MAX
-    eta_min: float = imm_times.ETA_MIN
-    kernel: str = "laplace"
-    a: float = 1.0
-    b: float = 4.0
-    weight_factors: tuple[str, ...] = imm_times.WEIGHT_FACTORS
-    label_drop: float = 0.1
-    dropout: bool = False
+    def default_grid(self, steps: int) -> str:
+        """The paper's choice: a middle point at eta = 1.4 for two steps."""
+        return "eta_1.4" if steps == 2 else "uniform"
+
+    def loss(self, net: FlowMap, batch: Batch, seed: int) -> GroupLosses:
+        draws = self.draw(net, batch.x, batch.condition, batch.ordinal, seed)
+        y_t, y_r = net.pair(*draws)
+        return GroupLosses(self.discrepancy(net, y_t, y_r, draws.s, draws.t), draws.t)
 
     def draw_times(self, flow_map: FlowMap, group: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """(s, r, t) of each group, fp64, shape (G,)."""
+        c = self.config
         u = rng.uniform(seed, "times", group, 2)
-        t, s = imm_times.draw(u[:, 0], u[:, 1], self.t_min, self.t_max)
+        t, s = imm_times.draw(u[:, 0], u[:, 1], c.t_min, c.t_max)
         return s, self.map_r(flow_map, s, t), t
 
     def map_r(self, flow_map: FlowMap, s: Tensor, t: Tensor) -> Tensor:
         """r(s, t), (G,)."""
-        return imm_times.map_r(
-            flow_map.interp, s, t, self.k, self.min_gap, self.mapping, self.eta_max, self.eta_min, self.t_max
-        )
-
-    def __call__(self, flow_map: FlowMap, x: Tensor, label: Tensor, ordinal: Tensor, seed: int) -> GroupLosses:
-        draws = self.draw(flow_map, x, label, ordinal, seed)
-        y_t, y_r = flow_map.pair(*draws)
-        return GroupLosses(self.discrepancy(flow_map, y_t, y_r, draws.s, draws.t), draws.t)
+        c = self.config
+        return imm_times.map_r(flow_map.interp, s, t, c.k, c.min_gap, c.mapping, c.eta_max, c.eta_min, c.t_max)
 
     @fused()
     def draw(self, flow_map: FlowMap, x: Tensor, label: Tensor, ordinal: Tensor, seed: int) -> Draws:
@@ -129,12 +118,12 @@ class InductiveMomentMatching(Objective):
         x_t = diffuse(flow_map.interp, x, eps, per_sample(t, x))
         x_r = diffuse(flow_map.interp, x, eps, per_sample(r, x))
         label = self.drop_labels(flow_map, label, ordinal, seed)
-        return Draws(x_t, x_r, s, r, t, label, self.dropout_key(ordinal, seed))
+        return Draws(x_t, x_r, s, r, t, label, self.dropout_key(flow_map, ordinal, seed))
 
     @fused()
     def discrepancy(self, flow_map: FlowMap, y_t: Tensor, y_r: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """w(s, t) times the V-statistic of each group, (G,) fp64."""
         bandwidth = 1.0 / flow_map.coefficients(s, t).c_out.abs().clamp_min(_MIN_C_OUT)
-        shape = (t.shape[0], self.particles, -1)
-        mmd = grouped_mmd(y_t.reshape(shape), y_r.reshape(shape), bandwidth, self.kernel)
-        return imm_times.weight(flow_map.interp, t, self.a, self.b, self.weight_factors) * mmd
+        c, shape = self.config, (t.shape[0], self.group_size, -1)
+        mmd = grouped_mmd(y_t.reshape(shape), y_r.reshape(shape), bandwidth, c.kernel)
+        return imm_times.weight(flow_map.interp, t, c.a, c.b, c.weight_factors) * mmd

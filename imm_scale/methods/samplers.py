@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imm_scale import rng
 from imm_scale.errors import UserError
 from imm_scale.methods.flow_map import FlowMap
 from imm_scale.methods.probability_path import diffuse
@@ -32,16 +31,6 @@ class Guidance:
 
 
 NO_GUIDANCE = Guidance()
-
-
-def starting_noise(flow_map: FlowMap, shape: tuple[int, ...], index: Tensor, seed: int) -> Tensor:
-    """x_N ~ N(0, sigma_d^2 I), fp64, (N, *shape): a function of the seed and each sample's index alone."""
-    return flow_map.sigma_data * rng.normal(seed, "sample", index, shape).double()
-
-
-def fresh_noise(flow_map: FlowMap, shape: tuple[int, ...], index: Tensor, seed: int) -> Noise:
-    """Noise for restarts, as much a function of seed, index and step alone as the starting noise."""
-    return lambda step: flow_map.sigma_data * rng.normal(seed, "restart", index, shape, stream=step).double()
 
 
 def _jump(flow_map: FlowMap, x: Tensor, s: Tensor, t: Tensor, label: Tensor, guidance: Guidance) -> Tensor:

@@ -34,7 +34,6 @@ class GmmnConfig(ImmConfig):
 
 
 @register_method("consistency")
-@dataclass(frozen=True)
 class ConsistencyTraining(InductiveMomentMatching):
     """IMM with one particle, s fixed at t_min and the energy or pseudo-Huber kernel (Lemma 1).
 
@@ -44,14 +43,13 @@ class ConsistencyTraining(InductiveMomentMatching):
     Config = ConsistencyConfig
 
     def draw_times(self, flow_map: FlowMap, group: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        u = rng.uniform(seed, "times", group)[:, 0]
-        t = self.t_min + (self.t_max - self.t_min) * u
-        s = torch.full_like(t, self.t_min)
+        c = self.config
+        t = c.t_min + (c.t_max - c.t_min) * rng.uniform(seed, "times", group)[:, 0]
+        s = torch.full_like(t, c.t_min)
         return s, self.map_r(flow_map, s, t), t
 
 
 @register_method("gmmn")
-@dataclass(frozen=True)
 class GenerativeMomentMatching(InductiveMomentMatching):
     """IMM with t = t_max and s = r = t_min: a generative moment matching network (app G.3), one jump from noise.
 
@@ -61,6 +59,6 @@ class GenerativeMomentMatching(InductiveMomentMatching):
     Config = GmmnConfig
 
     def draw_times(self, flow_map: FlowMap, group: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        t = torch.full(group.shape, self.t_max, dtype=torch.float64, device=group.device)
-        s = torch.full_like(t, self.t_min)
+        t = torch.full(group.shape, self.config.t_max, dtype=torch.float64, device=group.device)
+        s = torch.full_like(t, self.config.t_min)
         return s, s, t

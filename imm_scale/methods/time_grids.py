@@ -13,11 +13,6 @@ _RHO = 7.0
 _MIDDLE_ETA = 1.4  # of the paper's two-step grid
 
 
-def default_grid(objective: str, steps: int) -> str:
-    """The paper's choice: a middle point at eta = 1.4 for two steps of IMM, uniform for all else."""
-    return "eta_1.4" if objective == "imm" and steps == 2 else "uniform"
-
-
 def explicit_grid(text: str, steps: int) -> Tensor:
     """The times of "0.994,0.5,0".
 

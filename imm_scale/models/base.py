@@ -30,6 +30,7 @@ class Backbone(nn.Module):
     Attributes:
         blocks: the units of activation checkpointing, compilation and ZeRO-3 gathering, of one size each.
         activation_checkpointing: recompute each block in the backward pass.
+        has_dropout: takes keys of dropout masks.
         null_label: the label that stands for "no condition", or None for a net that has none.
 
     `forward(x_NCHW, c_noise_G, second_G, label_N, dropout_key_N)` returns G of the shape of x; c_noise and second
@@ -41,6 +42,7 @@ class Backbone(nn.Module):
     blocks: nn.ModuleList
     activation_checkpointing: bool = False
     null_label: int | None = None
+    has_dropout: bool = False
 
     @classmethod
     def architecture(cls, config: Any, space: SampleSpace, second_time: bool) -> Any:

@@ -132,7 +132,7 @@ class DiT(Backbone):
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
+        self.has_dropout = config.dropout > 0
         c = config
         self.x_embedder = nn.Conv2d(c.channels, c.width, c.patch_size, stride=c.patch_size)
         self.t_embedder = TimeEmbedder(c.width, c.time_embedding)

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from imm_scale import precision
 from imm_scale.config.schema import Config
-from imm_scale.data.loader import Batch
-from imm_scale.methods.base import GroupLosses, Objective
-from imm_scale.methods.flow_map import FlowMap
-from imm_scale.models.dit import DiT
+from imm_scale.data.batch import Batch
+from imm_scale.methods.base import GroupLosses, Method
+from imm_scale.models.base import Backbone
 from imm_scale.parallel.loss_scale import LossScale
 from imm_scale.parallel.param_slice import MOMENTS, Shard
 from imm_scale.parallel.zero_config import block_numel, deepspeed_config, halves_gradients
@@ -50,16 +49,16 @@ class StepResult:
 class LossModule(nn.Module):
     """The module the engine wraps: a micro-batch in, its share of the loss out, both branches inside."""
 
-    def __init__(self, flow_map: FlowMap, objective: Objective, seed: int):
+    def __init__(self, net: nn.Module, method: Method, seed: int):
         super().__init__()
-        self.flow_map = flow_map
-        self.objective = objective
+        self.net = net
+        self.method = method
         self.seed = seed
         self.groups: GroupLosses | None = None
 
-    def forward(self, x: Tensor, label: Tensor, ordinal: Tensor, weight: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, ordinal: Tensor, weight: Tensor) -> Tensor:
         """Sum of the real groups' losses (weight 1), fp64 scalar; `groups` keeps those of the last call, detached."""
-        losses = self.objective(self.flow_map, x, label, ordinal, self.seed)
+        losses = self.method.loss(self.net, Batch(0, x, condition, ordinal, weight), self.seed)
         self.groups = GroupLosses(losses.loss_G.detach(), losses.t_G.detach())
         return (losses.loss_G * weight).sum()
 
@@ -121,12 +120,12 @@ def _forget(net: nn.Module) -> None:
 
 
 class Engine:
-    """A flow map under training.
+    """A net under training.
 
     Args:
         config: the run.
-        flow_map: with the weights to start from; every rank must hold the same.
-        objective: the loss.
+        net: as the method wraps it, with the weights to start from; every rank must hold the same.
+        method: the loss.
         num_groups: G of the global batch.
         accumulation, samples_per_micro_batch: from the layout.
 
@@ -137,8 +136,8 @@ class Engine:
     def __init__(
         self,
         config: Config,
-        flow_map: FlowMap,
-        objective: Objective,
+        net: Any,
+        method: Method,
         num_groups: int,
         accumulation: int,
         samples_per_micro_batch: int,
@@ -146,19 +145,18 @@ class Engine:
         check_device(config)
         deepspeed = _import_deepspeed()
         precision.set_tf32(config.precision == "tf32")
-        net = flow_map.model
-        if isinstance(net, DiT):
-            net.activation_checkpointing = config.train.activation_checkpointing
-            if config.train.compile and config.zero.stage < 3:
-                net.compile_blocks()
-        self._named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+        backbone: Backbone = net.model
+        backbone.activation_checkpointing = config.train.activation_checkpointing
+        if config.train.compile and config.zero.stage < 3:
+            backbone.compile_blocks()
+        self._named = [(name, p) for name, p in backbone.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in self._named]
         self._shapes = {name: tuple(p.shape) for name, p in self._named}
         settings = deepspeed_config(
-            config, dist.get_world_size(), accumulation, samples_per_micro_batch, block_numel(net)
+            config, dist.get_world_size(), accumulation, samples_per_micro_batch, block_numel(backbone)
         )
         deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
-        self._module = LossModule(flow_map, objective, config.seed)
+        self._module = LossModule(net, method, config.seed)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=self._module,
             optimizer=_optimizer(config, [p for _, p in self._named]),
@@ -227,7 +225,7 @@ class Engine:
         return total
 
     def _forward(self, batch: Batch) -> Tensor:
-        tensors = (batch.x, batch.label, batch.ordinal, batch.weight)
+        tensors = (batch.x, batch.condition, batch.ordinal, batch.weight)
         return self._engine(*(tensor.to(self.device, non_blocking=True) for tensor in tensors))
 
     @torch.no_grad()

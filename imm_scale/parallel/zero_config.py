@@ -3,11 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
-from imm_scale.models.dit import DiT
+from imm_scale.models.base import Backbone
 
 # Elements of the buffers gradients are reduced in. DeepSpeed's own 5e8 would hold 1.9 GiB, under autocast 3.7, whatever
 # the size of the net; 200 MB are as long a message as links ask for.
@@ -108,9 +106,9 @@ def _has(settings: Mapping[str, Any], key: str) -> bool:
     return first in settings and (not rest or (isinstance(inner, Mapping) and _has(inner, rest)))
 
 
-def block_numel(net: nn.Module) -> int:
-    """Parameters of one transformer block, the unit in which stage 3 gathers weights."""
-    return sum(p.numel() for p in net.blocks[0].parameters()) if isinstance(net, DiT) else 10**6
+def block_numel(net: Backbone) -> int:
+    """Parameters of the largest block, the unit in which stage 3 gathers weights."""
+    return max(sum(p.numel() for p in block.parameters()) for block in net.blocks)
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

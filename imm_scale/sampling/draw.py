@@ -2,18 +2,19 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from imm_scale import precision
+from imm_scale import build, precision
 from imm_scale.build import ModelSpec
 from imm_scale.config.schema import SamplingConfig
 from imm_scale.errors import UserError
-from imm_scale.methods.flow_map import FlowMap
-from imm_scale.methods.samplers import SAMPLERS, Guidance, fresh_noise, starting_noise
-from imm_scale.methods.time_grids import default_grid, time_grid
+from imm_scale.methods.base import Steps
+from imm_scale.methods.samplers import SAMPLERS, Guidance
 from imm_scale.models.base import Backbone
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
@@ -22,6 +23,7 @@ ALONE = World()
 # Matrix products of other shapes round differently. So the net always sees this many samples, those whose index has
 # the same quotient by it, and sample i is computed in one way only.
 SAMPLES_PER_CALL = 64
+STARTING_NOISE = "sample"  # purpose of the draws that sampling starts from
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,9 @@ class SamplingPlan:
         return torch.tensor(self.labels)[index % len(self.labels)]
 
 
-def times_of(flow_map: FlowMap, spec: ModelSpec, plan: SamplingPlan) -> Tensor:
+def times_of(spec: ModelSpec, plan: SamplingPlan) -> Tensor:
     """The plan's time grid for this model, (steps + 1,) fp64, falling."""
-    return time_grid(flow_map.interp, plan.grid, plan.steps, spec.method.t_min, spec.method.t_max)
+    return build.method(spec).grid(plan.grid, plan.steps)
 
 
 def plan_of(config: SamplingConfig, spec: ModelSpec, steps: int, num: int, seed: int) -> SamplingPlan:
@@ -88,7 +90,7 @@ def plan_of(config: SamplingConfig, spec: ModelSpec, steps: int, num: int, seed:
     labels = parse_labels(config.labels, spec.space.num_classes)
     return SamplingPlan(
         steps=steps,
-        grid=default_grid(spec.method.name, steps) if config.grid == "auto" else config.grid,
+        grid=build.method(spec).default_grid(steps) if config.grid == "auto" else config.grid,
         labels=labels,
         num=len(labels) if has_counts(config.labels) else num,
         seed=seed,
@@ -148,16 +150,16 @@ class Drawer:
         UserError: a grid that does not fit, or guidance with a net trained without label drop.
     """
 
-    def __init__(self, flow_map: FlowMap, spec: ModelSpec, plan: SamplingPlan):
-        if plan.guidance_scale != 1.0 and flow_map.null_label is None:
+    def __init__(self, net: Any, spec: ModelSpec, plan: SamplingPlan):
+        if plan.guidance_scale != 1.0 and net.null_label is None:
             raise UserError(
                 f"guidance_scale={plan.guidance_scale} needs a net trained with method.label_drop above 0; use 1"
             )
         self.plan = plan
-        self.times = times_of(flow_map, spec, plan)
-        self._flow_map, self._shape = flow_map, spec.latent_shape
-        self._device = next(flow_map.parameters()).device
-        _set_compiled(flow_map.model, plan.compile)
+        self.times = times_of(spec, plan)
+        self._net, self._space, self._method = net, spec.space, build.method(spec)
+        self._device = next(net.parameters()).device
+        _set_compiled(net.model, plan.compile)
 
     def draw(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
         """Samples [start, stop); start is a multiple of SAMPLES_PER_CALL.
@@ -185,13 +187,16 @@ class Drawer:
     def _call(self, first: int) -> Tensor:
         index = torch.arange(first, first + SAMPLES_PER_CALL)
         label, there = self.plan.label(index).to(self._device), index.to(self._device)
-        noise = starting_noise(self._flow_map, self._shape, there, self.plan.seed)
-        fresh = fresh_noise(self._flow_map, self._shape, there, self.plan.seed)
-        sampler, guidance = SAMPLERS[self.plan.sampler], self.plan.guidance
+        start = self._space.prior(self.plan.seed, STARTING_NOISE, there).double()
+        steps = Steps(self.times, self.plan.sampler, self.plan.guidance, partial(self._fresh_noise, there))
         # Around the net in fp64 there are no matrix products, and autocast leaves its conditioning in fp32.
-        with precision.computing(self.plan.precision, self._device):
-            z = sampler(self._flow_map, noise, self.times, label, guidance, fresh)
+        with precision.computing(self.plan.precision, self._device), torch.no_grad():
+            z = self._method.sample(self._net, start, label, steps)
         return z.cpu()
+
+    def _fresh_noise(self, index: Tensor, step: int) -> Tensor:
+        """As much a function of seed, index and step alone as what sampling starts from."""
+        return self._space.prior(self.plan.seed, "restart", index, stream=step).double()
 
 
 def _set_compiled(net: Backbone, wanted: bool) -> None:
@@ -205,7 +210,7 @@ def _set_compiled(net: Backbone, wanted: bool) -> None:
 
 
 def sample(
-    flow_map: FlowMap, spec: ModelSpec, plan: SamplingPlan, world: World = ALONE, progress: str | None = None
+    net: Any, spec: ModelSpec, plan: SamplingPlan, world: World = ALONE, progress: str | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """This rank's share of the samples, batch by batch; batches go to ranks in turn.
 
@@ -215,7 +220,7 @@ def sample(
     Raises:
         UserError: as `Drawer` does.
     """
-    drawer = Drawer(flow_map, spec, plan)
+    drawer = Drawer(net, spec, plan)
     hidden = None if progress is not None and world.is_main else True  # None: shown on a terminal only
     batches = plan.batches[world.rank :: world.size]
     with tqdm(total=sum(b - a for a, b in batches), desc=progress, unit="image", disable=hidden, leave=False) as bar:
@@ -224,11 +229,9 @@ def sample(
             bar.update(stop - start)
 
 
-def collect(
-    flow_map: FlowMap, spec: ModelSpec, plan: SamplingPlan, world: World, progress: str | None = None
-) -> Tensor:
+def collect(net: Any, spec: ModelSpec, plan: SamplingPlan, world: World, progress: str | None = None) -> Tensor:
     """All samples in order, (num, C, H, W) fp32 latents, on every rank."""
-    out = torch.zeros(plan.num, *spec.latent_shape)
-    for index, _, z in sample(flow_map, spec, plan, world, progress):
+    out = torch.zeros(plan.num, *spec.space.shape)
+    for index, _, z in sample(net, spec, plan, world, progress):
         out[index] = z.float()
     return distributed.all_sum(out)

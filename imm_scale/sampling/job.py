@@ -16,9 +16,7 @@ from imm_scale import precision, storage
 from imm_scale.build import ModelSpec
 from imm_scale.checkpoint import export, run_folder
 from imm_scale.config.schema import SamplingConfig
-from imm_scale.data import codec as codecs
-from imm_scale.data.codec import ImageCodec
-from imm_scale.data.manifest import Codec
+from imm_scale.data.spaces import Artifacts, SampleSpace
 from imm_scale.errors import UserError
 from imm_scale.methods.flow_map import FlowMap
 from imm_scale.parallel import world as distributed
@@ -31,7 +29,6 @@ from imm_scale.sampling.source import Source
 Announce = Callable[[str], None]
 FORMAT_VERSION = 1
 TELL_SECONDS = 60.0
-DECODED_AT_ONCE = 8  # images; fixed, because convolutions of other batches round differently
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ class Model:
 
     spec: ModelSpec
     flow_map: FlowMap
-    codec: ImageCodec | None
+    artifacts: Artifacts | None
     weights_id: str
 
     @classmethod
@@ -70,25 +67,20 @@ class Model:
         """Raises UserError for weights or a codec that are not there, or what this machine cannot compute."""
         check_machine(config)
         spec, flow_map = export.load_flow_map(source.weights_url, config.ema)
-        image_codec = open_decoder(spec.space.codec, config, device) if decoding else None
-        return cls(spec, flow_map.to(device), image_codec, export.identity(spec, flow_map))
+        artifacts = open_artifacts(spec.space, config, device) if decoding else None
+        return cls(spec, flow_map.to(device), artifacts, export.identity(spec, flow_map))
 
-    def decode(self, z_NCHW: Tensor) -> Tensor:
-        """uint8 (N, H, W, channels) images, a few at a time."""
-        assert self.codec is not None, "loaded for latents alone"
-        return decoded(z_NCHW, self.spec.space.codec, self.codec, self.spec.space.sigma_data)
+    def decode(self, z_N: Tensor) -> Tensor:
+        """uint8 (N, H, W, channels) images of samples (N, ...)."""
+        assert self.artifacts is not None, "loaded for latents alone"
+        return self.artifacts(z_N)
 
 
-def open_decoder(codec: Codec, config: SamplingConfig, device: torch.device) -> ImageCodec:
-    """The codec as the `sampling` section wants it. Raises UserError as `codec.open_codec` does."""
-    if codec.kind == "vae":
+def open_artifacts(space: SampleSpace, config: SamplingConfig, device: torch.device) -> Artifacts:
+    """What makes images of samples, as the `sampling` section wants it. Raises UserError as `space.artifacts` does."""
+    if space.needs_decoder:
         precision.check(config.vae_precision, "sampling.vae_precision")
-    return codecs.open_codec(codec, config.vae, str(device), config.vae_precision)
-
-
-def decoded(z_NCHW: Tensor, codec: Codec, image_codec: ImageCodec, sigma_data: float) -> Tensor:
-    """uint8 (N, H, W, channels) images of latents, DECODED_AT_ONCE at a time."""
-    return torch.cat([codecs.decode(z, codec, image_codec, sigma_data) for z in z_NCHW.split(DECODED_AT_ONCE)])
+    return space.artifacts(config.vae, device, config.vae_precision)
 
 
 def run(source: Source, config: SamplingConfig, request: Request, world: World, announce: Announce) -> None:
@@ -146,8 +138,8 @@ class _SetOfSamples:
             "labels": f"sha256 {labels}" if len(plan.labels) > 1000 else list(plan.labels),
             "precision": plan.precision,
             "compile": plan.compile,
-            "codec": dataclasses.asdict(spec.space.codec),
-            "vae_precision": self.model.codec.precision if self.model.codec is not None else None,
+            "space": dataclasses.asdict(spec.space),
+            "vae_precision": self.model.artifacts.precision if self.model.artifacts is not None else None,
             "latents": self.request.latents,
             "samples_per_call": SAMPLES_PER_CALL,
             "device": next(self.model.flow_map.parameters()).device.type,

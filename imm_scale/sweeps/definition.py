@@ -14,7 +14,7 @@ from typing import Any, get_origin, get_type_hints
 
 import yaml
 
-from imm_scale import build, storage
+from imm_scale import build, shipped, storage
 from imm_scale import config as configs
 from imm_scale.config.schema import Config, DataConfig
 from imm_scale.errors import UserError
@@ -123,11 +123,13 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 
 
 def load(path: str) -> Sweep:
-    """The sweep of a file (*.yaml), or of a sweep folder that `submit` made.
+    """The sweep of a file (*.yaml), of a sweep folder that `submit` made, or of a file that comes along, by its name.
 
     Raises:
         UserError: what cannot be read, unknown keys, empty axes, cells that are the same run twice, bad values.
     """
+    if not path.endswith((".yaml", ".yml")) and not is_folder(path):
+        path = shipped.find("sweep", path) or path
     if not path.endswith((".yaml", ".yml")):
         return _from_folder(path)
     written = read_file(path)
@@ -402,7 +404,10 @@ def is_folder(path: str) -> bool:
 
 def _from_folder(folder: str) -> Sweep:
     if not is_folder(folder):
-        raise UserError(f"{folder} is neither a sweep file (*.yaml) nor the folder of a sweep: it has no {DESCRIPTION}")
+        raise UserError(
+            f"{folder} is neither a sweep file (*.yaml) nor the folder of a sweep (it has no {DESCRIPTION}) nor a "
+            f"shipped sweep: {shipped.known('sweep', folder)}"
+        )
     document = json.loads(storage.read_text(storage.join(folder, DESCRIPTION)))
     cells = []
     for entry in document["cells"]:

@@ -105,7 +105,7 @@ def analyse(rows: Sequence[Row]) -> Study:
     """
     usable = measured(rows)
     if not usable:
-        raise UserError("no cell of the sweep has a result: `python -m launchers.sweep status` says how far it is")
+        raise UserError("no cell of the sweep has a result: `imm-scale sweep status` says how far it is")
     study = Study(usable[0]["metric"], sorted({row["steps"] for row in usable}))
     if "size" not in usable[0]:
         study.notes.append("the sweep has no sizes: no law is fitted")

@@ -202,7 +202,7 @@ def _held_out(state: State) -> HeldOut | None:
     config = state.plan.config
     if config.data.holdout == 0:
         return None
-    return HeldOut(config, state.plan.dataset, state.plan.layout, state.world.rank, state.device)
+    return HeldOut(config, state.plan.dataset, state.plan.spec.space, state.plan.layout, state.world.rank, state.device)
 
 
 def _loader(state: State) -> Loader:
@@ -215,7 +215,7 @@ def _loader(state: State) -> Loader:
         config.data.block_samples,
         state.images_seen,
         config.data.flip,
-        config.data.space.sigma_data,  # type: ignore[attr-defined]
+        state.plan.spec.space,
         state.device,
         Reading(config.data.cache_dir, config.data.cache_bytes, config.data.on_bad_block),
         config.data.holdout,

@@ -32,11 +32,11 @@ class State:
         self.plan, self.world = plan, world
         config, layout = plan.config, plan.layout
         self.device = distributed.device(world)
-        flow_map = build.flow_map(plan.spec, config.seed)
+        net, method = build.net(plan.spec, config.seed), build.method(plan.spec)
         if resumed is None:
-            resume.load_init_weights(flow_map, plan)
+            resume.load_init_weights(net, plan)
         samples = layout.slots_per_micro_batch * layout.particles
-        self.engine = Engine(config, flow_map, build.objective(config), layout.num_groups, layout.accumulation, samples)
+        self.engine = Engine(config, net, method, layout.num_groups, layout.accumulation, samples)
         self.ema = ShardedEma(self.engine.master_shards(), config.ema.decays, config.ema_power)
         self.saver = Saver(plan, world, self.engine, self.ema, saves)
         self.step = self.images_seen = 0

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 import torch
 
 from imm_scale.config.schema import Config
-from imm_scale.data import codec as codecs
 from imm_scale.data import sample_order
 from imm_scale.data.dataset import Dataset
 from imm_scale.data.loader import Batch
 from imm_scale.data.sample_order import Layout
+from imm_scale.data.spaces import SampleSpace
 from imm_scale.errors import UserError
 from imm_scale.parallel import world
 from imm_scale.parallel.deepspeed_engine import Engine
@@ -29,25 +29,23 @@ class HeldOut:
         UserError: fewer held-out samples than one group.
     """
 
-    def __init__(self, config: Config, dataset: Dataset, layout: Layout, rank: int, device: torch.device):
+    def __init__(
+        self, config: Config, dataset: Dataset, space: SampleSpace, layout: Layout, rank: int, device: torch.device
+    ):
         held = sample_order.held_out(dataset.shard_samples, config.data.block_samples, config.seed, config.data.holdout)
         particles = layout.particles
         num_groups = len(held) // particles
         if num_groups == 0:
             raise UserError(
                 f"data.holdout={config.data.holdout:g} holds out {len(held)} samples, fewer than one group of "
-                f"method.particles={particles}: hold out more"
+                f"{particles} samples: hold out more"
             )
         # Not plan.rank_groups: more ranks than groups are fine here.
         first, last = rank * num_groups // layout.world_size, (rank + 1) * num_groups // layout.world_size
         self.num_groups, self._seed = num_groups, config.seed
         self._particles, self._micro = particles, layout.slots_per_micro_batch
         self._rounds = math.ceil(math.ceil(num_groups / layout.world_size) / self._micro)
-        self._sigma_data = config.data.space.sigma_data  # type: ignore[attr-defined]
-        self._device, self._shape = device, dataset.manifest.latent_shape
-        codec = dataset.manifest.codec
-        self._kind = codec.kind
-        self._mean_C11, self._std_C11 = codecs.per_channel(codec.mean, device), codecs.per_channel(codec.std, device)
+        self._space, self._device = space, device
         index = held[first * particles : last * particles]
         self._stored = torch.from_numpy(dataset.gather(index))
         self._label = torch.from_numpy(dataset.labels[index]).to(device)
@@ -67,13 +65,12 @@ class HeldOut:
         for start in range(0, self._rounds * size, size):
             part = slice(start, start + size)
             real = len(self._stored[part])
-            x = torch.zeros(size, *self._shape, device=self._device)
+            x = torch.zeros(size, *self._space.shape, dtype=self._space.dtype, device=self._device)
             label, ordinal = torch.zeros(2, size, dtype=torch.int64, device=self._device)
             weight = torch.zeros(self._micro, device=self._device)
             label[:real], ordinal[:real] = self._label[part], self._ordinal[part]
             weight[: real // self._particles] = 1.0
             if real:
                 stored = self._stored[part].to(self._device)
-                raw = codecs.draw_raw(stored, self._kind, self._seed, "posterior", ordinal[:real])
-                codecs.normalize_into(x[:real], raw, self._mean_C11, self._std_C11, self._sigma_data)
+                self._space.from_stored(stored, self._seed, "posterior", ordinal[:real], out=x[:real])
             yield Batch(0, x, label, ordinal, weight)

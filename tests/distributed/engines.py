@@ -22,12 +22,12 @@ def opened(*argv: str) -> Iterator[tuple[Config, Engine, Iterator[list[Batch]]]]
     distributed.init(world)
     config = configs.load([], argv).config
     prepared = plan(config, world.size)
-    layout, objective = prepared.layout, build.objective(config)
+    layout, objective = prepared.layout, build.method(prepared.spec)
     samples = layout.slots_per_micro_batch * layout.particles
     # The net is the engine's alone, so that `close` ends it.
     engine = Engine(
         config,
-        build.flow_map(prepared.spec, config.seed),
+        build.net(prepared.spec, config.seed),
         objective,
         layout.num_groups,
         layout.accumulation,

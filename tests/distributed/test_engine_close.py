@@ -27,7 +27,7 @@ def _alive_after_close(manifest: str, case: tuple[str, ...]) -> list[str]:
             engine.step(next(steps), 1e-3)
         module = engine._module
         references = {
-            "net": weakref.ref(module.flow_map.model),
+            "net": weakref.ref(module.net.model),
             "module": weakref.ref(module),
             "DeepSpeed's engine": weakref.ref(engine._engine),
             "DeepSpeed's optimizer": weakref.ref(engine._optimizer),

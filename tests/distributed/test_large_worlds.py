@@ -47,10 +47,8 @@ def _child(manifest: str, rank: int, world_size: int) -> None:
     for stage in range(4):
         config = configs.load([], [*TINY, f"data.manifest={manifest}", f"zero.stage={stage}"]).config
         spec = build.model_spec(config, Manifest.load(manifest))
-        engine = Engine(
-            config, build.flow_map(spec), build.objective(config), layout.num_groups, layout.accumulation, samples
-        )
-        sizes = [parameter.numel() for parameter in build.flow_map(spec).parameters()]
+        engine = Engine(config, build.net(spec), build.method(spec), layout.num_groups, layout.accumulation, samples)
+        sizes = [parameter.numel() for parameter in build.net(spec).parameters()]
         shards = engine.master_shards()
         held = sum(shard.numel for shard in shards)
         assert held == _share(sizes, stage, rank, world_size), f"stage {stage}: {held}"

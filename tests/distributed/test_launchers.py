@@ -83,3 +83,18 @@ def test_a_launcher_that_is_told_to_stop_leaves_a_commit(launch, code, tiny, tmp
     assert status["reason"] == "SIGTERM asked the run to stop"
     assert committed_steps(str(tmp_path / "run")) == [status["step"]]
     assert running.returncode == code, "as docs/training.md says of this launcher"
+
+
+@pytest.mark.parametrize("launch", ["srun", "torchrun", "deepspeed"])
+def test_rank_sh_hands_on_the_words_and_no_others(launch, tmp_path):
+    """To a module that takes no flag of a launcher's."""
+    slurm = {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_JOB_ID": "1", "SLURM_STEP_NUM_NODES": "1"}
+    site = {"LAUNCH": launch, "RANKS_PER_NODE": "1", "LOGS": str(tmp_path), "HOSTS": "localhost"}
+    master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks.free_port()), "DS_ACCELERATOR": "cpu"}
+    environment = {**os.environ, **slurm, **site, **master, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    command = ["bash", "launchers/rank.sh", "launchers.cell", "no folder", "--index", "0"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert "launchers.cell: no folder is neither" in done.stdout + done.stderr
+    assert "unrecognized" not in done.stdout + done.stderr

@@ -109,7 +109,7 @@ def test_averages_equal_those_of_a_single_process_at_every_stage_and_after_resum
         argv = [*_argv(digits, run_dir, world, number * STEPS_EACH), *common]
         ranks.train_each(world[0], [argv])
     config = configs.load([], [*_argv(digits, run_dir, (1, 0), 1), *common]).config
-    net = build.flow_map(build.model_spec(config, Manifest.load(digits)), config.seed).model
+    net = build.net(build.model_spec(config, Manifest.load(digits)), config.seed).model
     plain = {decay: {name: p.detach().double() for name, p in net.named_parameters()} for decay in DECAYS}
     for step in range(1, len(CHAIN) * STEPS_EACH + 1):
         checkpoint = Checkpoint(folder(str(run_dir), step))

@@ -98,7 +98,7 @@ def _consumed(argv: list[str]) -> dict[int, bytes]:
 def _rows(batch: Batch) -> dict[int, bytes]:
     """Values and label of every sample that is not padding."""
     real = batch.weight.repeat_interleave(len(batch.x) // len(batch.weight)) > 0
-    rows = zip(batch.ordinal[real].tolist(), batch.x[real], batch.label[real].tolist(), strict=True)
+    rows = zip(batch.ordinal[real].tolist(), batch.x[real], batch.condition[real].tolist(), strict=True)
     return {ordinal: x.numpy().tobytes() + bytes([label]) for ordinal, x, label in rows}
 
 

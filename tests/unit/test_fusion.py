@@ -1,7 +1,6 @@
 """Compiled draws and loss are those of the plain functions, and where they are compiled."""
 
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,12 +8,12 @@ from torch._dynamo.utils import counters
 
 from imm_scale import fusion, rng
 from imm_scale.methods.flow_map import FlowMap
-from imm_scale.methods.imm import InductiveMomentMatching
 from imm_scale.methods.probability_path import OTFlowMatching
 from imm_scale.models.dit import DiT, DiTConfig
+from tests.unit.methods.small import imm, losses
 
 # t_min > 0: otherwise t_min + (t_max - t_min) u would be one rounding with or without contraction.
-OBJECTIVE = InductiveMomentMatching(particles=4, t_min=0.006, t_max=0.994, label_drop=0.3, dropout=True)
+OBJECTIVE = imm(particles=4, t_min=0.006, t_max=0.994, label_drop=0.3)
 CLOCK = 2**40 + 2**33  # ordinals of more than 32 bits
 SIDE = 8
 
@@ -22,6 +21,7 @@ SIDE = 8
 def _flow_map(seed: int = 0) -> FlowMap:
     torch.manual_seed(seed)
     net = DiT(DiTConfig(32, 1, 2, 2, 4, SIDE, SIDE, num_classes=10))
+    net.has_dropout = True  # its keys are drawn; they change nothing
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -58,9 +58,9 @@ def test_numpy_plain_tensors_and_the_compiled_graph_draw_the_same_bits(monkeypat
 
 
 def _loss_and_gradients(flow_map: FlowMap) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    losses = OBJECTIVE(flow_map, *_batch(), seed=3).loss_G
-    gradients = torch.autograd.grad(losses.mean(), list(flow_map.parameters()))
-    return losses.detach(), list(gradients)
+    loss_G = losses(OBJECTIVE, flow_map, *_batch(), seed=3).loss_G
+    gradients = torch.autograd.grad(loss_G.mean(), list(flow_map.parameters()))
+    return loss_G.detach(), list(gradients)
 
 
 def test_compiled_loss_and_gradients_are_the_plain_ones():
@@ -80,7 +80,7 @@ def test_nothing_is_compiled_anew_for_the_next_step_another_net_or_a_restart():
         for step in range(3):
             flow_map = _flow_map(step)  # as after a rewind
             batch = _batch(clock=CLOCK + 64 * step)
-            OBJECTIVE(flow_map, *batch, seed=3).loss_G.mean().backward()
+            losses(OBJECTIVE, flow_map, *batch, seed=3).loss_G.mean().backward()
     assert graphs > 0
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"], "every function is one graph"
@@ -88,10 +88,9 @@ def test_nothing_is_compiled_anew_for_the_next_step_another_net_or_a_restart():
 
 def test_other_seeds_draw_other_numbers_when_compiled():
     """The key is a constant of the graph: it must not be that of the seed before."""
-    small = replace(OBJECTIVE, dropout=False)
     with fusion.override(True):
-        first, second = (small.draw(_flow_map(), *_batch(8), seed=seed) for seed in (3, 4))
-    assert torch.equal(second.x_t, small.draw(_flow_map(), *_batch(8), seed=4).x_t)
+        first, second = (OBJECTIVE.draw(_flow_map(), *_batch(8), seed=seed) for seed in (3, 4))
+    assert torch.equal(second.x_t, OBJECTIVE.draw(_flow_map(), *_batch(8), seed=4).x_t)
     assert not torch.equal(first.x_t, second.x_t)
 
 

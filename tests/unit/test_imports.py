@@ -10,7 +10,7 @@ PACKAGE = ROOT / "imm_scale"
 # The way of the data. A room may import the rooms above it and itself.
 LAYERS = [
     {"errors"},
-    {"choices"},
+    {"choices", "shipped"},
     {"registry"},
     {"devices", "fusion", "precision", "rng", "storage"},
     {"config"},
@@ -28,6 +28,7 @@ LAYERS = [
     {"sweeps"},
     {"report"},
     {"api", "doctor"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]
@@ -38,6 +39,7 @@ DOORS = {
     "wandb": {"imm_scale/training/run_log.py"},
     "xformers": {"imm_scale/models/layers.py"},
     "diffusers": {"imm_scale/data/codec.py"},
+    "shtab": {"imm_scale/commands/completion.py"},
     "onnxruntime": {"imm_scale/evaluation/networks.py"},
 }
 

@@ -41,8 +41,10 @@ def _on_gpu(monkeypatch: pytest.MonkeyPatch, bf16: bool = True, capability: tupl
 
 
 def test_commands_start_without_tf32(capsys):
-    assert cli.main(["explain", "method.k"]) == 0
-    assert _flags() == (False, False)
+    for command in ("sample", "evaluate"):
+        precision.set_tf32(True)
+        assert cli.main([command, "/nowhere"]) == 2
+        assert _flags() == (False, False)
 
 
 def test_data_tools_start_without_tf32(capsys):

@@ -39,7 +39,7 @@ LABELS = torch.tensor([0, 4, 2, 5])  # 5 is "no label"
 
 
 def _flow_map(released: mapping.Released) -> FlowMap:
-    flow_map = build.flow_map(released.spec)
+    flow_map = build.net(released.spec)
     export.put(flow_map, released.weights, "the test")
     return flow_map.eval().requires_grad_(False)
 
@@ -483,7 +483,7 @@ def _spec() -> build.ModelSpec:
 def exported(tmp_path: Path) -> tuple[build.ModelSpec, dict[str, Tensor], str]:
     """A spec, random weights, and the folder they were written to."""
     spec = _spec()
-    state = {name: torch.randn_like(value) for name, value in build.flow_map(spec).model.state_dict().items()}
+    state = {name: torch.randn_like(value) for name, value in build.net(spec).model.state_dict().items()}
     export.write(spec, state, str(tmp_path / "model"), "diffusers")
     return spec, state, str(tmp_path / "model")
 

@@ -50,7 +50,7 @@ def test_batches_are_those_of_the_plan_across_epochs(make_dataset: MakeDataset) 
         order = sample_order.epoch_order([30, 7, 31], BLOCK, SEED, i // steps)
         expected = batch_indices(order, BATCH, i % steps, np.arange(BATCH)).tolist()
         assert _sample_index(batch.x, url) == expected
-        assert batch.label.tolist() == [index % 7 for index in expected]
+        assert batch.condition.tolist() == [index % 7 for index in expected]
         assert batch.images_seen == i * BATCH
         assert batch.ordinal.tolist() == list(range(i * BATCH, (i + 1) * BATCH))
         assert batch.x.dtype == torch.float32 and batch.weight.tolist() == [1.0] * (BATCH // PARTICLES)
@@ -59,8 +59,8 @@ def test_batches_are_those_of_the_plan_across_epochs(make_dataset: MakeDataset) 
 def _real_rows(batch: Batch) -> dict[int, tuple[Tensor, int]]:
     real = batch.weight.repeat_interleave(PARTICLES) > 0
     padded = ~real
-    assert not batch.x[padded].any() and not batch.label[padded].any() and not batch.ordinal[padded].any()
-    rows = zip(batch.ordinal[real].tolist(), batch.x[real], batch.label[real].tolist(), strict=True)
+    assert not batch.x[padded].any() and not batch.condition[padded].any() and not batch.ordinal[padded].any()
+    rows = zip(batch.ordinal[real].tolist(), batch.x[real], batch.condition[real].tolist(), strict=True)
     return {ordinal: (x, label) for ordinal, x, label in rows}
 
 
@@ -95,7 +95,7 @@ def test_resume_continues_at_the_next_sample(make_dataset: MakeDataset, start: i
     resumed = _batches(url, 6 - start, images_seen=start * BATCH)
     for expected, batch in zip(whole[start:], resumed, strict=True):
         assert batch.images_seen == expected.images_seen
-        assert torch.equal(batch.x, expected.x) and torch.equal(batch.label, expected.label)
+        assert torch.equal(batch.x, expected.x) and torch.equal(batch.condition, expected.condition)
 
 
 def test_vae_batches_draw_the_posterior_by_ordinal(make_dataset: MakeDataset) -> None:
@@ -116,8 +116,12 @@ def test_batches_are_drawn_and_normalized_on_their_device(make_dataset: MakeData
         for _ in range(3):
             with Transfers() as seen:
                 batch = next(loader)
-            assert {t.device.type for t in (batch.x, batch.label, batch.ordinal, batch.weight)} == {"meta"}
-            assert batch.x.shape == (8, 2, 3, 3) and batch.x.dtype == torch.float32 and batch.label.dtype == torch.int64
+            assert {t.device.type for t in (batch.x, batch.condition, batch.ordinal, batch.weight)} == {"meta"}
+            assert (
+                batch.x.shape == (8, 2, 3, 3)
+                and batch.x.dtype == torch.float32
+                and batch.condition.dtype == torch.int64
+            )
             # Latents and labels, and nothing that waits.
             assert seen.copies == [("cpu", "meta", True)] * 2 and not seen.reads
 

@@ -173,7 +173,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         _pack("--help")
     text = capsys.readouterr().out
-    assert ended.value.code == 0 and "examples:" in text and "quarantine.txt" in text and "data_tools.encode" in text
+    assert ended.value.code == 0 and "examples:" in text and "quarantine.txt" in text and "imm-scale encode" in text
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (100, 70), (70, 257), (5, 9), (16, 16), (31, 33)])

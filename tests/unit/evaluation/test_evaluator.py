@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from imm_scale.data.manifest import Manifest
+from imm_scale.data.spaces import Latents, LatentsConfig
 from imm_scale.evaluation.extractors import LATENTS
 from imm_scale.evaluation.metrics.frechet import Moments, frechet_distance
 from imm_scale.evaluation.records import read_evaluations
@@ -42,7 +44,8 @@ def test_an_evaluation_says_how_to_get_it_again(evaluated):
 
 
 def _of_digits(manifest: str) -> Reference:
-    return of_manifest(manifest, LATENTS, 100, World(), seed=0, sigma_data=0.5, decode=None)
+    space = Latents.of(LatentsConfig(), Manifest.load(manifest))
+    return of_manifest(manifest, LATENTS, 100, World(), seed=0, space=space, decode=None)
 
 
 def test_the_value_is_the_distance_of_the_sampled_latents_to_the_digits(evaluated, trained, digits, tmp_path):

@@ -71,6 +71,16 @@ def test_the_text_is_the_golden_one(name):
     assert text == golden.read_text()
 
 
+def test_installed_code_is_named_and_not_the_folder_the_job_runs_in():
+    """A checkout is entered; an installed launchers/ lies elsewhere, and its scripts find each other there."""
+    job = Job("train", (("demo",),), "demo", "/shared/%j.out")
+    lines = script(job, cluster.load("lab"), "/work dir", "/env/site packages").splitlines()
+    assert "cd '/work dir' || exit 1" in lines
+    assert lines[-1:] == ["source '/env/site packages/launchers/train.sbatch'"]
+    assert "IMM_CODE='/env/site packages'" in lines
+    assert not any(line.startswith("IMM_CODE=") for line in script(job, cluster.load("lab"), "/work dir").splitlines())
+
+
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")), max_size=4))
 def test_bash_reads_back_every_word(words):
     line = " ".join(quote(word) for word in words)

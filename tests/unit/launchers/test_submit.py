@@ -1,4 +1,4 @@
-"""`launchers.submit` on a machine without SLURM: what it refuses, and what it would submit."""
+"""`imm-scale submit` on a machine without SLURM: what it refuses, and what it would submit."""
 
 import dataclasses
 from pathlib import Path
@@ -35,7 +35,7 @@ def _refused(capsys, words, *argv):
         (["--nodes", "0"], ["--nodes 0", "4-8"]),
         (["--nodes", "8-4"], ["8-4"]),
         (["--nodes", "many"], ["many"]),
-        (["--array", "0-3"], ["0-3", "launchers.sweep"]),
+        (["--array", "0-3"], ["0-3", "imm-scale sweep"]),
         (["--gpus-per-node", "16"], ["--gpus-per-node 16", "has 2", "--nodes"]),
         (["--cluster", "nowhere"], ["nowhere", "lab", "pyxis"]),
         (["--nodes", "40"], ["80 ranks"]),

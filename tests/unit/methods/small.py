@@ -1,18 +1,64 @@
 """A net with few weights, its flow map and a batch, for the tests of the objective."""
 
+import dataclasses
+
 import torch
 from torch import nn
 
+from imm_scale.data.batch import Batch
+from imm_scale.data.manifest import Codec
+from imm_scale.data.spaces import Latents
 from imm_scale.methods.flow_map import FlowMap
-from imm_scale.methods.imm import InductiveMomentMatching
+from imm_scale.methods.flow_matching import FlowMatching, FlowMatchingConfig
+from imm_scale.methods.imm import ImmConfig, InductiveMomentMatching
 from imm_scale.methods.probability_path import OTFlowMatching, VPCosine
+from imm_scale.methods.special_cases import GenerativeMomentMatching, GmmnConfig
 from imm_scale.models.base import Backbone
 from imm_scale.models.dit import DiT, DiTConfig
 
 OT, COSINE = OTFlowMatching(), VPCosine()
 SIGMA_D = 0.5
 
-BASE = InductiveMomentMatching(particles=4, t_min=0.0, t_max=0.994, k=12, label_drop=0.0)
+
+def imm(**settings):
+    """IMM with every setting named or as it is by default in fp32."""
+    return InductiveMomentMatching(ImmConfig(**settings).resolved("fp32"))
+
+
+def flow_matching(**settings):
+    return FlowMatching(FlowMatchingConfig(**settings).resolved("fp32"))
+
+
+def gmmn(**settings):
+    return GenerativeMomentMatching(GmmnConfig(**settings).resolved("fp32"))
+
+
+def varied(method, **changes):
+    """The same method with other settings."""
+    return type(method)(dataclasses.replace(method.config, **changes))
+
+
+def losses(method, net, x, label, ordinal, seed):
+    """What the method makes of whole groups."""
+    weight = torch.ones(len(x) // method.group_size, device=x.device)
+    return method.loss(net, Batch(0, x, label, ordinal, weight), seed)
+
+
+BASE = imm(particles=4, t_min=0.0, t_max=0.994, k=12, label_drop=0.0)
+
+
+def starting_noise(shape, index, seed):
+    """What sampling starts from, (N, *shape) fp64."""
+    return _space(shape).prior(seed, "sample", index).double()
+
+
+def fresh_noise(shape, index, seed):
+    """The noise that restarts add, by step."""
+    return lambda step: _space(shape).prior(seed, "restart", index, stream=step).double()
+
+
+def _space(shape):
+    return Latents(SIGMA_D, tuple(shape), Codec("pixels", "", 1, 1, 1, (0.0,), (1.0,)), 5, ())
 
 
 class Net(Backbone):
@@ -42,7 +88,7 @@ def clean(groups, m, shape=(2, 3, 3), seed=0, dtype=torch.float64):
 
 
 def batch(objective, groups, first_group=0, **kwargs):
-    m = objective.particles
+    m = objective.group_size
     x = clean(groups, m, **kwargs)
     ordinal = torch.arange(first_group * m, (first_group + groups) * m)
     return x, torch.arange(groups * m) % 5, ordinal

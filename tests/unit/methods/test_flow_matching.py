@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from imm_scale.methods.flow_map import FlowMap
-from imm_scale.methods.flow_matching import FlowMatching
 from imm_scale.methods.probability_path import OTFlowMatching, VPCosine
 from imm_scale.methods.samplers import pushforward
 from imm_scale.models.base import Backbone
+from tests.unit.methods.small import flow_matching, losses
 
 OT, COSINE = OTFlowMatching(), VPCosine()
 SIGMA_D = 0.5
-BASE = FlowMatching(t_min=0.0, t_max=1.0, label_drop=0.0)
+BASE = flow_matching(t_min=0.0, t_max=1.0, label_drop=0.0)
 
 
 class Net(Backbone):
@@ -40,7 +40,7 @@ LEGAL = [(OT, "euler_fm"), (OT, "simple_edm"), (OT, "identity"), (COSINE, "simpl
 def test_loss_is_the_mean_squared_error_of_what_makes_f_exact(interp, parameterization):
     net = Net()
     x, n = clean(8), 8
-    got = BASE(FlowMap(net, interp, parameterization, "none"), x, torch.arange(n), torch.arange(n), seed=1)
+    got = losses(BASE, FlowMap(net, interp, parameterization, "none"), x, torch.arange(n), torch.arange(n), seed=1)
     assert len(net.calls) == 1, "one pass"
     inputs, c_noise, second, _, _ = net.calls[0]
     assert second is None
@@ -64,9 +64,9 @@ def test_loss_is_the_mean_squared_error_of_what_makes_f_exact(interp, parameteri
 
 def test_each_sample_has_its_own_time_uniform_in_the_range():
     n = 20_000
-    objective = FlowMatching(t_min=0.1, t_max=0.9, label_drop=0.0)
+    objective = flow_matching(t_min=0.1, t_max=0.9, label_drop=0.0)
     x = torch.zeros(n, 1, dtype=torch.float64)
-    t = objective(FlowMap(Net(), OT, "euler_fm", "none"), x, torch.zeros(n), torch.arange(n), 0).t_G
+    t = losses(objective, FlowMap(Net(), OT, "euler_fm", "none"), x, torch.zeros(n), torch.arange(n), 0).t_G
     ranks = torch.arange(1, n + 1, dtype=torch.float64) / n
     # Kolmogorov and Smirnov at p = 1e-3
     assert (((t - 0.1) / 0.8).sort().values - ranks).abs().max() < 1.95 / math.sqrt(n) + 1 / n
@@ -76,19 +76,20 @@ def test_each_sample_has_its_own_time_uniform_in_the_range():
 
 def test_losses_depend_on_seed_and_ordinal_alone():
     f, x, ordinal = FlowMap(Net(), OT, "euler_fm", "none"), clean(10), torch.arange(2**40, 2**40 + 10)
-    whole = BASE(f, x, torch.zeros(10), ordinal, seed=3).loss_G
+    whole = losses(BASE, f, x, torch.zeros(10), ordinal, seed=3).loss_G
     order = [7, 2, 9]
-    part = BASE(f, x[order], torch.zeros(3), ordinal[order], seed=3).loss_G
+    part = losses(BASE, f, x[order], torch.zeros(3), ordinal[order], seed=3).loss_G
     torch.testing.assert_close(part, whole[order], rtol=1e-13, atol=0)
-    assert not (BASE(f, x, torch.zeros(10), ordinal, seed=4).loss_G == whole).any()
-    assert not (BASE(f, x, torch.zeros(10), ordinal + 10, seed=3).loss_G == whole).any()
+    assert not (losses(BASE, f, x, torch.zeros(10), ordinal, seed=4).loss_G == whole).any()
+    assert not (losses(BASE, f, x, torch.zeros(10), ordinal + 10, seed=3).loss_G == whole).any()
 
 
 def test_labels_are_dropped_and_dropout_keyed_as_in_imm():
     net, n = Net(), 4000
-    objective = FlowMatching(t_min=0.0, t_max=1.0, label_drop=0.2, dropout=True)
+    objective = flow_matching(t_min=0.0, t_max=1.0, label_drop=0.2)
+    net.has_dropout = True
     f = FlowMap(net, OT, "euler_fm", "none", null_label=9)
-    objective(f, torch.ones(n, 1, dtype=torch.float64), torch.full((n,), 3), torch.arange(n), 0)
+    losses(objective, f, torch.ones(n, 1, dtype=torch.float64), torch.full((n,), 3), torch.arange(n), 0)
     _, _, _, label, key = net.calls[0]
     assert set(label.tolist()) == {3, 9}
     assert abs((label == 9).double().mean().item() - 0.2) < 4.5 * math.sqrt(0.16 / n)
@@ -147,7 +148,7 @@ def test_loss_of_the_exact_velocity_is_the_posterior_variance():
     generator = torch.Generator().manual_seed(1)
     x = mu + s_data * torch.randn(n, 16, generator=generator, dtype=torch.float64)
     f = FlowMap(PosteriorVelocity(mu, s_data), OT, "euler_fm", "none", SIGMA_D)
-    loss, t = BASE(f, x, torch.zeros(n), torch.arange(n), seed=0)
+    loss, t = losses(BASE, f, x, torch.zeros(n), torch.arange(n), seed=0)
     variance = (1 - t) ** 2 * s_data**2 + t**2 * SIGMA_D**2
     covariance = t * SIGMA_D**2 - (1 - t) * s_data**2
     floor = (s_data**2 + SIGMA_D**2 - covariance**2 / variance) / SIGMA_D**2

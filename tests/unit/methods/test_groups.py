@@ -8,13 +8,13 @@ from imm_scale import rng
 from imm_scale.data.sample_order import Layout, rank_groups
 from imm_scale.errors import UserError
 from imm_scale.methods.flow_map import FlowMap
-from imm_scale.methods.imm import InductiveMomentMatching
 from imm_scale.methods.probability_path import OTFlowMatching
 from imm_scale.models.dit import DiT, DiTConfig
 from tests import ranks
+from tests.unit.methods.small import imm, losses
 
 PARTICLES, GROUPS, SEED, CLOCK = 4, 64, 7, 64 * 4 * 5
-OBJECTIVE = InductiveMomentMatching(particles=PARTICLES, t_min=0.0, t_max=0.994, k=10, label_drop=0.3, dropout=True)
+OBJECTIVE = imm(particles=PARTICLES, t_min=0.0, t_max=0.994, k=10, label_drop=0.3)
 
 
 def _flow_map() -> FlowMap:
@@ -30,7 +30,7 @@ def _draws(ordinal: torch.Tensor) -> dict[str, torch.Tensor]:
     """Everything random about these samples, a row per sample."""
     flow_map = FlowMap(torch.nn.Identity(), OTFlowMatching(), null_label=3)  # type: ignore[arg-type]
     s, r, t = OBJECTIVE.draw_times(flow_map, OBJECTIVE.group(ordinal), SEED)
-    key = OBJECTIVE.dropout_key(ordinal, SEED)
+    key = OBJECTIVE.dropout_key(_flow_map(), ordinal, SEED)
     assert key is not None
     return {
         "times": torch.stack([s, r, t], dim=1).repeat_interleave(PARTICLES, dim=0),
@@ -73,7 +73,7 @@ def _loss_and_gradient(micro_groups: int) -> tuple[float, list, int]:
     total = torch.zeros((), dtype=torch.float64)
     for ordinal in _parts(Layout(GROUPS * PARTICLES, PARTICLES, world.size, micro_groups * PARTICLES), world.rank):
         x = 0.5 * rng.normal(1, "data", ordinal, (1, 4, 4))
-        loss = OBJECTIVE(flow_map, x, ordinal % 3, ordinal, SEED).loss_G.sum() / GROUPS
+        loss = losses(OBJECTIVE, flow_map, x, ordinal % 3, ordinal, SEED).loss_G.sum() / GROUPS
         loss.backward()
         total += loss.detach()
     issued = len(calls)
@@ -94,7 +94,7 @@ def test_any_number_of_ranks_gives_the_same_loss_and_gradient_and_the_loss_needs
 
 
 def test_a_group_that_is_not_whole_is_refused():
-    with pytest.raises(UserError, match="7 samples are not whole groups of particles=4"):
+    with pytest.raises(UserError, match="7 samples are not whole groups of 4"):
         OBJECTIVE.group(torch.arange(7))
     with pytest.raises(UserError, match="group 0 is not whole on this rank"):
         OBJECTIVE.group(torch.arange(2, 10))

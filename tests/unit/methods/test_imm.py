@@ -1,7 +1,6 @@
 """The IMM objective (alg 3, eq 67): the loss itself and its special cases (section 4)."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +9,9 @@ import torch
 from imm_scale.methods.imm import InductiveMomentMatching
 from imm_scale.methods.imm_times import map_r
 from imm_scale.methods.probability_path import ddim, diffuse
-from imm_scale.methods.special_cases import ConsistencyTraining, GenerativeMomentMatching
+from imm_scale.methods.special_cases import ConsistencyTraining
 from imm_scale.models.base import Backbone
-from tests.unit.methods.small import BASE, COSINE, OT, SIGMA_D, Net, batch, clean, flow_map_of
+from tests.unit.methods.small import BASE, COSINE, OT, SIGMA_D, Net, batch, clean, flow_map_of, gmmn, losses, varied
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss as a whole, against a plain double loop
@@ -61,11 +60,11 @@ def loss_reference(net, calls, x, m, parameterization, kernel, a, b):
 @pytest.mark.parametrize("kernel", ["laplace", "rbf", "energy", "pseudo_huber"])
 @pytest.mark.parametrize("parameterization", ["euler_fm", "simple_edm", "identity"])
 def test_loss_is_equation_67(kernel, parameterization):
-    objective = replace(BASE, particles=3, k=8, kernel=kernel, a=2.0, b=5.0)
+    objective = varied(BASE, particles=3, k=8, kernel=kernel, a=2.0, b=5.0)
     net = Net()
     f = flow_map_of(net, parameterization=parameterization)
     x, label, ordinal = batch(objective, 7)
-    got = objective(f, x, label, ordinal, seed=3)
+    got = losses(objective, f, x, label, ordinal, seed=3)
     assert len(net.calls) == 2
     assert 0 < (net.calls[0][1] == net.calls[0][2]).sum() < 7, "some groups have the exact target r = s, some have not"
     expected = loss_reference(net, net.calls[:2], x, 3, parameterization, kernel, 2.0, 5.0)
@@ -80,9 +79,9 @@ def test_loss_is_equation_67(kernel, parameterization):
 def test_both_branches_see_the_same_noise_the_same_labels_and_their_own_times(interp, second_time):
     net = Net()
     f = flow_map_of(net, interp, "simple_edm", second_time)
-    objective = replace(BASE, k=8)
+    objective = varied(BASE, k=8)
     x, label, ordinal = batch(objective, 12)
-    objective(f, x, label, ordinal, seed=1)
+    losses(objective, f, x, label, ordinal, seed=1)
     (in_r, c_r, second_r, label_r, _), (in_t, c_t, second_t, label_t, _) = net.calls
     t, r = c_t / 1000, c_r / 1000
     s, s_of_r = (second_t / 1000, second_r / 1000)
@@ -111,9 +110,9 @@ def test_both_branches_see_the_same_noise_the_same_labels_and_their_own_times(in
 
 def test_noise_is_normal_with_standard_deviation_sigma_d_and_differs_between_samples():
     net = Net()
-    objective = replace(BASE, particles=2)
+    objective = varied(BASE, particles=2)
     x, label, ordinal = batch(objective, 500, shape=(40,))
-    objective(flow_map_of(net), 0 * x, label, ordinal, seed=1)
+    losses(objective, flow_map_of(net), 0 * x, label, ordinal, seed=1)
     t = (net.calls[1][1] / 1000).repeat_interleave(2)[:, None]
     eps = SIGMA_D * OT.norm(t) * net.calls[1][0] / t
     # 40,000 draws at 4.5 standard errors
@@ -123,7 +122,7 @@ def test_noise_is_normal_with_standard_deviation_sigma_d_and_differs_between_sam
 
 
 def test_times_of_many_groups_fill_their_range_and_reach_no_further():
-    objective = replace(BASE, t_min=0.006)
+    objective = varied(BASE, t_min=0.006)
     s, r, t = objective.draw_times(flow_map_of(), torch.arange(20_000), seed=0)
     u_t, u_s = (t - 0.006) / (0.994 - 0.006), (s - 0.006) / (t - 0.006)
     assert ((s >= 0.006) & (s <= r) & (r <= t) & (t <= 0.994)).all()
@@ -146,7 +145,7 @@ def test_times_of_many_groups_fill_their_range_and_reach_no_further():
     ids=lambda given: "-".join(given),
 )
 def test_r_follows_the_settings_of_the_objective(settings_of_r):
-    s, r, t = replace(BASE, **settings_of_r).draw_times(flow_map_of(), torch.arange(400), seed=0)
+    s, r, t = varied(BASE, **settings_of_r).draw_times(flow_map_of(), torch.arange(400), seed=0)
     others = {"min_gap": 0.0, "mapping": "eta", "eta_max": 160.0, "eta_min": 0.0, "k": 12, "t_max": 0.994}
     expected = map_r(OT, s, t, **{**others, **settings_of_r})
     assert torch.equal(r, expected)
@@ -193,12 +192,12 @@ def test_the_published_loss_at_initialization_follows_from_its_closed_form(dim, 
 
 
 def table_losses(dim, k, m, a, groups, net=None):
-    objective = replace(BASE, particles=m, k=k, a=a)
+    objective = varied(BASE, particles=m, k=k, a=a)
     shape = (4, int(math.sqrt(dim / 4)), int(math.sqrt(dim / 4)))
     x, label, ordinal = batch(objective, groups, shape=shape, dtype=torch.float32)
     f = flow_map_of(Net(zero=True) if net is None else net)
     with torch.no_grad():
-        loss, t = objective(f, x, label, ordinal, seed=0)
+        loss, t = losses(objective, f, x, label, ordinal, seed=0)
     s, _, _ = objective.draw_times(f, ordinal[::m] // m, seed=0)
     return loss.numpy(), t.numpy(), s.numpy()
 
@@ -249,11 +248,12 @@ def test_optimum_maps_the_prior_to_the_data_in_one_step():
 @pytest.mark.parametrize("kind", [InductiveMomentMatching, ConsistencyTraining])
 @pytest.mark.parametrize("parameterization", ["euler_fm", "simple_edm"])
 def test_one_particle_and_the_energy_kernel_is_consistency_training(kind, parameterization):
-    objective = kind(particles=1, t_min=0.006, t_max=0.994, kernel="energy", k=8, label_drop=0.0)
+    config = kind.Config(particles=1, t_min=0.006, t_max=0.994, kernel="energy", k=8, label_drop=0.0)
+    objective = kind(config.resolved("fp32"))
     net = Net()
     f = flow_map_of(net, parameterization=parameterization)
     x, label, ordinal = batch(objective, 20)
-    got, t = objective(f, x, label, ordinal, seed=0)
+    got, t = losses(objective, f, x, label, ordinal, seed=0)
     s, r, _ = objective.draw_times(f, ordinal, seed=0)
     (in_r, *_), (in_t, *_) = net.calls
     if kind is ConsistencyTraining:
@@ -290,9 +290,9 @@ def test_t_1_with_r_and_s_0_is_a_generative_moment_matching_network():
 def test_the_moment_matching_objective_compares_one_jump_from_noise_with_the_data(interp):
     net = Net()
     f = flow_map_of(net, interp, "simple_edm")
-    objective = GenerativeMomentMatching(particles=4, t_min=0.0, t_max=1.0, kernel="energy", label_drop=0.0)
+    objective = gmmn(particles=4, t_min=0.0, t_max=1.0, kernel="energy", label_drop=0.0)
     x, label, ordinal = batch(objective, 6)
-    got, t = objective(f, x, label, ordinal, seed=0)
+    got, t = losses(objective, f, x, label, ordinal, seed=0)
     assert (t == 1.0).all()
     eps = SIGMA_D * net.calls[1][0]  # c_in = 1 / sigma_d at t = 1
     jumped = -SIGMA_D * net(net.calls[1][0], 1000 * t, 0 * t, label)  # c_skip = 0, c_out = -sigma_d

@@ -1,14 +1,12 @@
 """Gradients of the IMM objective: finite at the edges, equal to finite differences, alike however they are computed."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from imm_scale.methods.flow_map import FlowMap
 from imm_scale.methods.probability_path import diffuse
 from imm_scale.models.base import Backbone
-from tests.unit.methods.small import BASE, OT, SIGMA_D, Net, batch, clean, flow_map_of, small_dit
+from tests.unit.methods.small import BASE, OT, SIGMA_D, Net, batch, clean, flow_map_of, losses, small_dit, varied
 
 
 @pytest.mark.parametrize("kernel", ["laplace", "rbf", "energy", "pseudo_huber"])
@@ -17,7 +15,7 @@ from tests.unit.methods.small import BASE, OT, SIGMA_D, Net, batch, clean, flow_
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_degenerate_times_give_finite_losses_and_gradients(kernel, parameterization, m, dtype):
     """s = t (loss 0), r = s, everything at 0, and the last time."""
-    objective = replace(BASE, particles=m, kernel=kernel)
+    objective = varied(BASE, particles=m, kernel=kernel)
     f = flow_map_of(parameterization=parameterization)
     t = torch.tensor([0.5, 0.5, 0.0, 0.994, 1e-9], dtype=torch.float64)
     s = torch.tensor([0.5, 0.2, 0.0, 0.0, 0.0], dtype=torch.float64)
@@ -66,11 +64,11 @@ class FrozenTarget(FlowMap):
 def test_gradient_agrees_with_finite_differences_at_a_fixed_target(kernel, parameterization):
     net = Net()
     f = FrozenTarget(net, OT, parameterization, "s", SIGMA_D)
-    objective = replace(BASE, particles=3, k=8, kernel=kernel)
+    objective = varied(BASE, particles=3, k=8, kernel=kernel)
     x, label, ordinal = batch(objective, 4)
 
     def loss():
-        return objective(f, x, label, ordinal, seed=2).loss_G.mean()
+        return losses(objective, f, x, label, ordinal, seed=2).loss_G.mean()
 
     (gradient,) = torch.autograd.grad(loss(), net.w)
     h = 1e-5
@@ -88,10 +86,10 @@ def test_gradient_agrees_with_finite_differences_at_a_fixed_target(kernel, param
 def test_the_target_branch_passes_no_gradient_on():
     """Freed, the target would add a second gradient: the two must differ, and the code's is that of a fixed target."""
     net = Net()
-    objective = replace(BASE, k=8)
+    objective = varied(BASE, k=8)
     f = flow_map_of(net)
     x, label, ordinal = batch(objective, 6)
-    (gradient,) = torch.autograd.grad(objective(f, x, label, ordinal, seed=2).loss_G.mean(), net.w)
+    (gradient,) = torch.autograd.grad(losses(objective, f, x, label, ordinal, seed=2).loss_G.mean(), net.w)
     s, r, t = objective.draw_times(f, torch.arange(6), seed=2)
     norms = [OT.norm(u.repeat_interleave(4)).view(-1, 1, 1, 1) for u in (r, t)]
     x_r, x_t = (call[0] * SIGMA_D * norm for call, norm in zip(net.calls, norms, strict=True))
@@ -106,7 +104,7 @@ def gradients_of(net, objective, groups=5, **kwargs):
     net.zero_grad()
     f = flow_map_of(net, null_label=5, **kwargs)
     x, label, ordinal = batch(objective, groups, shape=(2, 4, 4))
-    loss = objective(f, x, label, ordinal, seed=0).loss_G
+    loss = losses(objective, f, x, label, ordinal, seed=0).loss_G
     loss.mean().backward()
     return loss.detach(), {name: p.grad.clone() for name, p in net.named_parameters()}
 
@@ -114,7 +112,7 @@ def gradients_of(net, objective, groups=5, **kwargs):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_dit_branches_run_block_by_block_equal_two_separate_calls(dropout):
     net = small_dit(dropout=dropout)
-    objective = replace(BASE, k=8, dropout=dropout > 0)
+    objective = varied(BASE, k=8)
     loss, gradients = gradients_of(net, objective)
     net.pair = lambda *args: Backbone.pair(net, *args)
     separate_loss, separate = gradients_of(net, objective)
@@ -127,7 +125,7 @@ def test_dit_branches_run_block_by_block_equal_two_separate_calls(dropout):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_activation_checkpointing_changes_neither_loss_nor_gradient(dropout):
     net = small_dit(dropout=dropout)
-    objective = replace(BASE, k=8, dropout=dropout > 0)
+    objective = varied(BASE, k=8)
     loss, gradients = gradients_of(net, objective)
     net.activation_checkpointing = True
     recomputed_loss, recomputed = gradients_of(net, objective)

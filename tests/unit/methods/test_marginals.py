@@ -11,10 +11,10 @@ from torch import nn
 
 from imm_scale import rng
 from imm_scale.methods.flow_map import FlowMap
-from imm_scale.methods.imm import InductiveMomentMatching
 from imm_scale.methods.probability_path import OTFlowMatching
-from imm_scale.methods.samplers import pushforward, starting_noise
+from imm_scale.methods.samplers import pushforward
 from imm_scale.models.base import Backbone
+from tests.unit.methods.small import imm, losses, starting_noise
 
 BATCH = 256
 
@@ -45,13 +45,13 @@ class Mlp(Backbone):
 def _train(data, steps: int, k: int) -> FlowMap:
     torch.manual_seed(0)
     flow_map = FlowMap(Mlp(), OTFlowMatching(), "euler_fm", "s", 0.5)
-    objective = InductiveMomentMatching(particles=4, t_min=0.0, t_max=0.994, k=k, label_drop=0.0)
+    objective = imm(particles=4, t_min=0.0, t_max=0.994, k=k, label_drop=0.0)
     optimizer = torch.optim.Adam(flow_map.parameters(), lr=2e-3)
     average = copy.deepcopy(flow_map)
     label = torch.zeros(BATCH, dtype=torch.long)
     for step in range(steps):
         ordinal = torch.arange(step * BATCH, (step + 1) * BATCH)
-        loss = objective(flow_map, data(ordinal), label, ordinal, seed=1).loss_G.mean()
+        loss = losses(objective, flow_map, data(ordinal), label, ordinal, seed=1).loss_G.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -61,7 +61,7 @@ def _train(data, steps: int, k: int) -> FlowMap:
 
 
 def _samples(flow_map: FlowMap, grid: list[float], num: int = 20_000) -> torch.Tensor:
-    noise = starting_noise(flow_map, (2,), torch.arange(num), seed=5)
+    noise = starting_noise((2,), torch.arange(num), seed=5)
     return pushforward(flow_map, noise, torch.tensor(grid, dtype=torch.float64), torch.zeros(num, dtype=torch.long))
 
 

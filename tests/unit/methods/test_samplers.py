@@ -15,14 +15,13 @@ from imm_scale.methods.probability_path import OTFlowMatching, VPCosine
 from imm_scale.methods.samplers import (
     SAMPLERS,
     Guidance,
-    fresh_noise,
     heun,
     pushforward,
     pushforward_restart,
     restart,
-    starting_noise,
 )
 from imm_scale.models.base import Backbone
+from tests.unit.methods.small import fresh_noise, starting_noise
 
 OT, COSINE = OTFlowMatching(), VPCosine()
 SIGMA_D = 0.5
@@ -67,7 +66,7 @@ def test_an_exact_map_reaches_the_data_along_any_grid(interp, inner):
     inner = [t for t, below in itertools.pairwise([*sorted(inner, reverse=True), 0.0]) if t - below > 1e-3]
     grid = torch.tensor([0.994, *inner, 0.0], dtype=torch.float64)
     f = FlowMap(ProbabilityFlow(interp, 0.2), interp, "simple_edm", "s", SIGMA_D)
-    x = starting_noise(f, (3,), torch.arange(20), seed=0)
+    x = starting_noise((3,), torch.arange(20), seed=0)
     got = pushforward(f, x, grid, torch.zeros(20, dtype=torch.long))
     t = grid[:1]
     start = torch.sqrt(interp.alpha(t) ** 2 * 0.2**2 + interp.sigma(t) ** 2 * SIGMA_D**2)
@@ -162,23 +161,23 @@ def test_pushforward_restart_pushes_for_half_of_the_steps_rounded_up(steps, push
 def test_an_exact_map_restarted_still_gives_the_data_distribution():
     f = FlowMap(ProbabilityFlow(OT, 0.2), OT, "simple_edm", "s", SIGMA_D)
     index, grid = torch.arange(4000), torch.tensor([1.0, 0.7, 0.4, 0.0], dtype=torch.float64)
-    x = starting_noise(f, (5,), index, seed=0)
-    got = restart(f, x, grid, 0 * index, noise=fresh_noise(f, (5,), index, seed=0))
+    x = starting_noise((5,), index, seed=0)
+    got = restart(f, x, grid, 0 * index, noise=fresh_noise((5,), index, seed=0))
     n = got.numel()
     assert got.std().item() == pytest.approx(0.2, rel=4.5 / math.sqrt(2 * n))
     assert abs(np.corrcoef(got.flatten(), x.flatten())[0, 1]) < 0.9, "fresh noise was mixed in"
 
 
 def test_restart_noise_depends_on_seed_index_and_step_alone_and_is_no_other_noise():
-    f, index = FlowMap(Net(), OT, "euler_fm"), torch.tensor([5, 2**34, 0])
-    noise = fresh_noise(f, (40,), index, seed=1)
+    index = torch.tensor([5, 2**34, 0])
+    noise = fresh_noise((40,), index, seed=1)
     assert noise(0).dtype == torch.float64
-    assert torch.equal(noise(3), fresh_noise(f, (40,), index, seed=1)(3))
-    assert torch.equal(noise(3)[1], fresh_noise(f, (40,), index[1:2], seed=1)(3)[0])
-    others = [noise(1), fresh_noise(f, (40,), index, seed=2)(0), starting_noise(f, (40,), index, seed=1)]
+    assert torch.equal(noise(3), fresh_noise((40,), index, seed=1)(3))
+    assert torch.equal(noise(3)[1], fresh_noise((40,), index[1:2], seed=1)(3)[0])
+    others = [noise(1), fresh_noise((40,), index, seed=2)(0), starting_noise((40,), index, seed=1)]
     for other in others:
         assert not (noise(0) == other).any()
-    wide = fresh_noise(f, (100,), torch.arange(1000), seed=1)(2)
+    wide = fresh_noise((100,), torch.arange(1000), seed=1)(2)
     assert wide.std().item() == pytest.approx(SIGMA_D, rel=4.5 / math.sqrt(2e5))
 
 
@@ -248,7 +247,7 @@ def test_every_sampler_is_found_by_its_name():
 def test_the_state_is_fp64_whatever_the_network_runs_in(dtype):
     net, grid = Net(dtype), torch.linspace(0.994, 0.0, 9, dtype=torch.float64)
     f = FlowMap(net, OT, "euler_fm", "s", SIGMA_D)
-    x = starting_noise(f, (2, 2, 2), torch.arange(3), seed=0)
+    x = starting_noise((2, 2, 2), torch.arange(3), seed=0)
     assert x.dtype == torch.float64
     got = pushforward(f, x, grid, torch.arange(3))
     assert got.dtype == torch.float64
@@ -257,12 +256,11 @@ def test_the_state_is_fp64_whatever_the_network_runs_in(dtype):
 
 
 def test_noise_depends_on_the_seed_and_on_each_samples_index_alone():
-    f = FlowMap(Net(), OT, "euler_fm")
     index = torch.tensor([5, 2**34, 0, 3])
-    together = starting_noise(f, (2, 3), index, seed=4)
+    together = starting_noise((2, 3), index, seed=4)
     for row, i in enumerate(index.tolist()):
-        assert torch.equal(starting_noise(f, (2, 3), torch.tensor([i]), seed=4)[0], together[row])
-    assert not (starting_noise(f, (2, 3), index, seed=5) == together).any()
+        assert torch.equal(starting_noise((2, 3), torch.tensor([i]), seed=4)[0], together[row])
+    assert not (starting_noise((2, 3), index, seed=5) == together).any()
 
 
 def test_an_image_does_not_depend_on_the_batch_around_it():
@@ -270,18 +268,17 @@ def test_an_image_does_not_depend_on_the_batch_around_it():
     grid, label = torch.linspace(0.994, 0.0, 4, dtype=torch.float64), torch.arange(6)
 
     def sample(index):
-        return pushforward(f, starting_noise(f, (3,), index, seed=0), grid, label[index])
+        return pushforward(f, starting_noise((3,), index, seed=0), grid, label[index])
 
     whole = sample(torch.arange(6))
     torch.testing.assert_close(sample(torch.tensor([4, 1])), whole[[4, 1]], rtol=1e-14, atol=0)
 
 
 def test_noise_is_normal_with_standard_deviation_sigma_d():
-    f = FlowMap(Net(), OT, "euler_fm", sigma_data=0.25)
-    x = starting_noise(f, (100,), torch.arange(1000), seed=0)
+    x = starting_noise((100,), torch.arange(1000), seed=0)
     n = x.numel()
-    assert abs(x.mean().item()) < 4.5 * 0.25 / math.sqrt(n)
-    assert abs(x.std().item() - 0.25) < 4.5 * 0.25 / math.sqrt(2 * n)
+    assert abs(x.mean().item()) < 4.5 * SIGMA_D / math.sqrt(n)
+    assert abs(x.std().item() - SIGMA_D) < 4.5 * SIGMA_D / math.sqrt(2 * n)
 
 
 def test_noise_of_samples_is_not_the_noise_of_training():
@@ -290,4 +287,4 @@ def test_noise_of_samples_is_not_the_noise_of_training():
 
     f, index = FlowMap(Net(), OT, "euler_fm"), torch.arange(50)
     trained = prior_noise(f, torch.zeros(50, 4), index, seed=0)
-    assert not (starting_noise(f, (4,), index, seed=0) == trained.double()).any()
+    assert not (starting_noise((4,), index, seed=0) == trained.double()).any()

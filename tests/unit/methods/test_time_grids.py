@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from imm_scale.errors import UserError
 from imm_scale.methods.probability_path import OTFlowMatching, VPCosine
-from imm_scale.methods.time_grids import default_grid, time_grid
+from imm_scale.methods.time_grids import time_grid
+from tests.unit.methods.small import flow_matching, imm
 
 mp.mp.dps = 60  # one number in all tests: it is global
 OT, COSINE = OTFlowMatching(), VPCosine()
@@ -71,9 +72,9 @@ def test_two_steps_meet_at_eta_1_4(interp, middle):
 
 
 def test_default_is_the_papers_choice():
-    assert default_grid("imm", 2) == "eta_1.4"
-    assert {default_grid("imm", steps) for steps in (1, 4, 8, 16)} == {"uniform"}
-    assert default_grid("flow_matching", 2) == "uniform"
+    assert imm().default_grid(2) == "eta_1.4"
+    assert {imm().default_grid(steps) for steps in (1, 4, 8, 16)} == {"uniform"}
+    assert flow_matching().default_grid(2) == "uniform"
 
 
 def test_times_can_be_given_one_by_one():

@@ -5,23 +5,21 @@ from functools import cache
 import pytest
 import torch
 
-from benchmarks.operators import Launches, Operators, launches
-from imm_scale.choices import Passes
+from benchmarks.operators import METHODS, Launches, Operators, launches
 from imm_scale.models.dit import size_config
 from imm_scale.planner import activations
 
 GOAL = 150
-PASSES = {"imm": Passes(grad=1, no_grad=1), "flow_matching": Passes()}
 
 
 @cache
-def _counted(objective: str, half: bool = False, checkpointing: bool = False) -> Launches:
-    return launches(objective, compiled=False, half=half, checkpointing=checkpointing)
+def _counted(method: str, half: bool = False, checkpointing: bool = False) -> Launches:
+    return launches(method, compiled=False, half=half, checkpointing=checkpointing)
 
 
 @cache
-def _compiled(objective: str) -> Launches:
-    return launches(objective, compiled=True)
+def _compiled(method: str) -> Launches:
+    return launches(method, compiled=True)
 
 
 def test_views_and_memory_are_no_operators():
@@ -36,32 +34,32 @@ def test_views_and_memory_are_no_operators():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("objective", ["imm", "flow_matching"])
-def test_the_planner_launches_as_many_operations_a_block_as_are_counted(objective, half, checkpointing):
+@pytest.mark.parametrize("method", ["imm", "flow_matching"])
+def test_the_planner_launches_as_many_operations_a_block_as_are_counted(method, half, checkpointing):
     small, large = (size_config("DiT-S/2", depth=depth) for depth in (1, 2))
-    one, two = (activations.kernels(net, PASSES[objective], half, checkpointing) for net in (small, large))
-    assert two - one == _counted(objective, half, checkpointing).a_block
-    halved = activations.kernels(small, PASSES[objective], half, checkpointing, of_a_block=0.5)
-    assert one - halved == 0.5 * _counted(objective, half, checkpointing).a_block
+    one, two = (activations.kernels(net, METHODS[method].passes, half, checkpointing) for net in (small, large))
+    assert two - one == _counted(method, half, checkpointing).a_block
+    halved = activations.kernels(small, METHODS[method].passes, half, checkpointing, of_a_block=0.5)
+    assert one - halved == 0.5 * _counted(method, half, checkpointing).a_block
 
 
-@pytest.mark.parametrize("objective", ["imm", "flow_matching"])
-def test_compiled_draws_and_loss_keep_the_goal_around_the_blocks(objective):
+@pytest.mark.parametrize("method", ["imm", "flow_matching"])
+def test_compiled_draws_and_loss_keep_the_goal_around_the_blocks(method):
     """An H100's host needs about 5 us a launch; the blocks of a compiled XL/2 are some 700 of them."""
-    found = _compiled(objective)
+    found = _compiled(method)
     assert 0 < found.graphs < 40
     assert found.around + found.graphs <= GOAL
-    low = launches(objective, compiled=True, half=True)
+    low = launches(method, compiled=True, half=True)
     assert low.around + low.graphs <= GOAL
     # One operator after the other it is several times as many, most of them Philox's.
-    eager = _counted(objective)
+    eager = _counted(method)
     assert eager.graphs == 0 and eager.around > 4 * (found.around + found.graphs)
     assert eager.a_block == found.a_block
 
 
-@pytest.mark.parametrize("objective", ["imm", "flow_matching"])
-def test_the_planner_launches_as_many_for_a_whole_net_as_are_counted(objective):
-    net, found = size_config("DiT-XL/2"), _compiled(objective)
+@pytest.mark.parametrize("method", ["imm", "flow_matching"])
+def test_the_planner_launches_as_many_for_a_whole_net_as_are_counted(method):
+    net, found = size_config("DiT-XL/2"), _compiled(method)
     whole = net.depth * found.a_block + found.around + found.graphs
     # 2 %: compilers differ in how many kernels they make of the same graph.
-    assert activations.kernels(net, PASSES[objective], False, False) == pytest.approx(whole, rel=0.02)
+    assert activations.kernels(net, METHODS[method].passes, False, False) == pytest.approx(whole, rel=0.02)

@@ -30,9 +30,9 @@ def _config(depth: int, *words: str) -> Config:
 
 def _kept_and_peak(config: Config) -> tuple[int, int]:
     """Bytes alive after the forward pass of 8 samples, and at most during it and the backward pass."""
-    net = build.flow_map(spec_of(config))
+    net = build.net(spec_of(config))
     net.model.activation_checkpointing = config.train.activation_checkpointing
-    module = LossModule(net, build.objective(config), 0)
+    module = LossModule(net, build.method(spec_of(config)), 0)
     batch = (
         torch.randn(8, 4, 16, 16),
         torch.zeros(8, dtype=torch.long),

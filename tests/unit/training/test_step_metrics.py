@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from imm_scale import build, rng
-from imm_scale import config as configs
 from imm_scale.checkpoint.export import load_flow_map
 from imm_scale.checkpoint.format import Checkpoint
 from imm_scale.checkpoint.run_folder import read_metrics
 from imm_scale.data import codec as codecs
 from imm_scale.data import sample_order
+from imm_scale.data.batch import Batch
 from imm_scale.data.dataset import Dataset
 from imm_scale.methods.base import GroupLosses
 from imm_scale.parallel.deepspeed_engine import StepResult
@@ -103,20 +103,20 @@ def test_the_peak_is_measured_on_random_data(monkeypatch):
 
 
 def _held_out_loss(run_dir: Path, manifest: str) -> float:
-    """By the objective itself, one group at a time, on the weights of the last checkpoint."""
-    config = configs.from_yaml((run_dir / "config.yaml").read_text())
+    """By the method itself, one group at a time, on the weights of the last checkpoint."""
     dataset = Dataset(manifest)
     held = sample_order.held_out(dataset.shard_samples, 32, 0, 102.0)
-    spec, flow_map = load_flow_map(str(run_dir), 0.0, STEPS)
-    flow_map.model.eval()
-    objective, losses = build.objective(config), []
+    spec, net = load_flow_map(str(run_dir), 0.0, STEPS)
+    net.model.eval()
+    method, losses = build.method(spec), []
     for group in range(102 // 4):
         index = held[4 * group : 4 * group + 4]
         raw = torch.stack([torch.from_numpy(dataset.read(i, i + 1)[0]).float() for i in index])
         x = codecs.normalize(raw, spec.space.codec.mean, spec.space.codec.std, 0.5)
         ordinal = (1 << 48) + 4 * group + torch.arange(4)
         with torch.no_grad():
-            losses.append(float(objective(flow_map, x, torch.from_numpy(dataset.labels[index]), ordinal, 0).loss_G[0]))
+            batch = Batch(0, x, torch.from_numpy(dataset.labels[index]), ordinal, torch.ones(1))
+            losses.append(float(method.loss(net, batch, 0).loss_G[0]))
     return float(np.mean(losses))
 
 

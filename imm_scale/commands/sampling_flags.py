@@ -1,0 +1,50 @@
+"""Flags that `sample` and `evaluate` have in common, and the overrides they stand for."""
+
+import argparse
+
+from imm_scale.errors import UserError
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser, section: str) -> None:
+    """The flags; those that both sections of the config have set the key of `section`."""
+    parser.set_defaults(section=section)
+    parser.add_argument("words", nargs="*", metavar="key=value", help="overrides of the run's config")
+    parser.add_argument("--steps", help="step counts, as in 1,2,4,8")
+    parser.add_argument("--num", type=int, help="samples per step count")
+    parser.add_argument("--seed", type=int, help="seed of the starting noise")
+    parser.add_argument("--guidance", metavar="W[,W...]", help="guidance scales w, as in 1,1.5,2; 1 is off")
+    parser.add_argument("--labels", help="classes in turn: all, 0-9 or 3,7; or counts of each: 0:500,3-4:100")
+    parser.add_argument("--grid", help="time grid: auto, uniform, edm, eta_1.4 or times as in 0.994,0.5,0")
+    parser.add_argument("--sampler", help="pushforward, restart, pushforward_restart or heun")
+    parser.add_argument("--ema", type=float, help="decay of the average to use; 0 for the raw weights")
+    parser.add_argument("--batch-size", type=int, help="images held at once; sample i is the same whatever it is")
+    parser.add_argument("--precision", help="of the network: fp32 (default), tf32, bf16 or fp16")
+    parser.add_argument("--compile", action="store_true", help="compile the network first: worth it for many images")
+    parser.add_argument("--vae", help="folder of the AutoencoderKL that decodes vae latents")
+
+
+def overrides(args: argparse.Namespace) -> list[str]:
+    """What the flags and the key=value words set. Raises UserError."""
+    from imm_scale import config as configs
+
+    wrong = [word for word in args.words if not configs.is_override(word)]
+    if wrong:
+        raise UserError(f"{wrong[0]!r} is not an override (key=value)")
+    flags = {
+        f"{args.section}.steps": f"[{args.steps}]" if args.steps else None,
+        "sampling.seed": args.seed,
+        "sampling.labels": f"'{args.labels}'" if args.labels else None,
+        "sampling.ema": args.ema,
+        "sampling.batch_size": args.batch_size,
+        "sampling.grid": args.grid,
+        "sampling.sampler": args.sampler,
+        "sampling.precision": args.precision,
+        "sampling.compile": "true" if args.compile else None,
+        "sampling.vae": args.vae,
+        f"{args.section}.num": args.num,
+        "evaluation.repeats": getattr(args, "repeats", None),
+        "evaluation.reference": getattr(args, "reference", None),
+    }
+    if args.num is not None and args.labels is not None and ":" in args.labels:
+        raise UserError(f"--num {args.num} beside --labels {args.labels}: the counts say how many, leave --num out")
+    return [f"{key}={value}" for key, value in flags.items() if value is not None] + args.words

@@ -1,0 +1,38 @@
+"""`imm-scale train`."""
+
+import argparse
+
+from imm_scale.commands.base import EXIT_PREEMPTED, Command, add_config_words
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_words(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and what it means, then stop")
+    parser.add_argument("--world-size", type=int, help="ranks to assume for --dry-run")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from imm_scale import config as configs
+
+    loaded = configs.load_words(args.words)
+    from imm_scale import preflight
+    from imm_scale.parallel import world
+    from imm_scale.training import trainer
+
+    if args.dry_run:
+        print(preflight.describe(loaded.config, args.world_size or world.detect().size))
+        return 0
+    outcome = trainer.train(loaded.config)
+    world.shutdown()
+    return EXIT_PREEMPTED if outcome == "preempted" else 0
+
+
+TRAIN = Command(
+    _add_arguments,
+    _run,
+    """examples:
+  imm-scale train demo
+  imm-scale train my_run.yaml optimizer.lr=5e-4
+  imm-scale train demo run.name=wide model.width=128 --dry-run
+  torchrun --nproc-per-node 2 -m imm_scale train demo zero.stage=2""",
+)

@@ -1,0 +1,183 @@
+"""`imm-scale` as a whole: every command at hand at once, its help quick, its words completed."""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from imm_scale import cli, shipped
+from imm_scale.commands import completion, table
+from imm_scale.commands.table import COMMANDS
+
+ROOT = Path(__file__).parents[2]
+RATIO = 6.0  # of the time of `python -c pass`, which is what the interpreter itself takes
+LOADED = 1.5  # on a machine that runs other tests meanwhile
+
+
+def _python(*words: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, check=True)
+
+
+_HELP = """
+import sys
+from imm_scale import cli
+try:
+    cli.main(sys.argv[1:])
+except SystemExit as end:
+    assert end.code == 0
+heavy = {"torch", "numpy", "omegaconf", "deepspeed", "matplotlib", "shtab"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("words", [(), *((name,) for name in COMMANDS), ("sweep", "plan")], ids=" ".join)
+def test_help_imports_nothing_heavy_and_has_an_example(words):
+    text = _python("-c", _HELP, *words, "--help").stdout
+    assert "example" in text
+    assert f"imm-scale {' '.join(words)}".rstrip() in text.partition("example")[2]
+
+
+def test_help_is_quick():
+    """The two take turns, so that what else the machine does slows both."""
+
+    def seconds(*words: str) -> float:
+        start = time.perf_counter()
+        _python(*words)
+        return time.perf_counter() - start
+
+    pairs = [(seconds("-c", "pass"), seconds("-m", "imm_scale", "--help")) for _ in range(9)]
+    alone, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
+    assert ours <= RATIO * LOADED * alone, f"{ours / alone:.1f} x `python -c pass`"
+
+
+@pytest.mark.parametrize("module", ["data_tools.pack", "data_tools.encode", "data_tools.verify", "data_tools.stats",
+                                    "launchers.submit", "launchers.sweep"])  # fmt: skip
+def test_python_m_is_the_same_command(module):
+    name = module.rpartition(".")[2]
+    assert _python("-m", module, "--help").stdout == _python("-m", "imm_scale", name, "--help").stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_wrong_flag_is_refused(name, capsys):
+    """Whatever a command's arguments are, and wherever the flag stands."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, "--no-such-flag"])
+    assert ended.value.code == 2
+    assert f"imm-scale {name}: error: " in capsys.readouterr().err
+
+
+def test_words_after_two_dashes_go_on_as_they_are(monkeypatch):
+    from launchers import submit
+
+    seen = []
+    monkeypatch.setattr(submit, "run", lambda args: seen.append((args.words, args.array)) or 0)
+    assert cli.main(["submit", "encode", "--array", "0-3", "--", "--images", "x", "--array", "--"]) == 0
+    assert seen == [(["encode", "--images", "x", "--array", "--"], "0-3")]
+
+
+def test_an_interrupted_command_says_what_to_do(monkeypatch, capsys):
+    from data_tools import pack
+
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pack, "pack", interrupted)
+    assert pack.main(["--source", "digits", "--out", "nowhere"]) == 130
+    assert capsys.readouterr().err == "imm-scale pack: interrupted; the same command goes on\n"
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize("kind", ["recipe", "sweep", "cluster"])
+def test_what_comes_along_is_found_by_its_name(kind):
+    folder = {"recipe": "configs", "sweep": "configs/sweep", "cluster": "configs/cluster"}[kind]
+    files = {path.stem: str(path) for path in (ROOT / folder).glob("*.yaml")}
+    assert files and {name: shipped.find(kind, name) for name in shipped.names(kind)} == files
+
+
+@pytest.mark.parametrize("word", ["demo.yaml", "./demo", "sweep/k", "../configs/demo", "seed=0", "", "."])
+def test_a_path_or_an_override_is_no_name(word):
+    assert shipped.find("recipe", word) is None
+
+
+def test_a_recipe_by_name_is_its_file(tmp_path, monkeypatch):
+    from imm_scale import config as configs
+
+    by_path = configs.load_words([str(ROOT / "configs" / "imagenet256_dit_xl2.yaml"), "seed=3"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "imagenet256_dit_xl2").mkdir()  # a folder, as a run of that name may be
+    assert configs.load_words(["imagenet256_dit_xl2", "seed=3"]) == by_path
+
+
+def test_a_file_of_the_users_is_taken_by_its_suffix(tmp_path, monkeypatch):
+    from imm_scale import config as configs
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo.yaml").write_text("seed: 17\n")
+    assert configs.load_words(["demo.yaml"]).config.seed == 17
+    assert configs.load_words(["demo"]).config.seed == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "known"),
+    [
+        (["train", "imagenet256_dit_xxl2"], ["did you mean imagenet256_dit_xl2", "cifar10_dit"]),
+        (["sweep", "plan", "digits_scalling"], ["did you mean digits_scaling", "kernels"]),
+        (["submit", "demo", "--cluster", "nowhere"], ["pyxis", "lab"]),
+    ],
+)
+def test_an_unknown_name_lists_the_known_ones(argv, known, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert cli.main(argv) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in [argv[-1], *known]), message
+
+
+# --- completion ---
+
+
+def _complete(tmp_path: Path, *words: str) -> set[str]:
+    """What bash offers for the last word, by the script as a user would source it."""
+    (tmp_path / "script.bash").write_text(completion.script("bash"))
+    ask = 'source script.bash; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _imm_scale; printf "%s\\n" "${COMPREPLY[@]}"'
+    done = subprocess.run(
+        ["bash", "-c", ask, "bash", "imm-scale", *words], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (("e",), {"encode", "evaluate", "export", "explain"}),
+        (("train", "imagenet256_dit_x"), {"imagenet256_dit_xl2", "imagenet256_dit_xl2_bf16", "imagenet256_dit_xl2_ts"}),
+        (("train", "demo", "train.max_st"), {"train.max_steps="}),
+        (("train", "demo", "--dry-run", "method.min_g"), {"method.min_gap="}),
+        (("train", "my_"), {"my_run.yaml", "my_folder/"}),
+        (("plan", "demo", "--gpu", "h100"), {"h100-80gb", "h100-pcie"}),
+        (("sweep", "re"), {"retry"}),
+        (("sweep", "submit", "digits_scaling_"), {"digits_scaling_ci"}),
+        (("submit", "demo", "--cluster", "p"), {"pyxis"}),
+        (("verify", "--ad"), {"--adopt"}),
+    ],
+    ids=lambda value: " ".join(sorted(value)),
+)
+def test_bash_completes(words, offered, tmp_path):
+    (tmp_path / "my_run.yaml").touch()
+    (tmp_path / "my_notes.txt").touch()
+    (tmp_path / "my_folder").mkdir()
+    assert _complete(tmp_path, *words) == offered
+
+
+@pytest.mark.parametrize("shell", completion.SHELLS)
+def test_every_shell_gets_commands_recipes_and_keys(shell, capsys):
+    assert cli.main(["completion", shell]) == 0
+    text = capsys.readouterr().out
+    assert '"(*)' not in text, "zsh would offer the first of many words only"
+    assert all(word in text for word in [*table.COMMANDS, "imagenet256_dit_xl2", "optimizer.lr=", "h100-80gb"])
