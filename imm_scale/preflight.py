@@ -14,8 +14,7 @@ from imm_scale.data.dataset import Dataset
 from imm_scale.data.manifest import Manifest, check_expectations
 from imm_scale.data.sample_order import Layout, holdout_count, steps_per_epoch
 from imm_scale.errors import UserError
-from imm_scale.models.dit import parameter_count
-from imm_scale.parallel.zero_config import block_numel, check_settings, deepspeed_config
+from imm_scale.parallel.zero_config import check_settings, deepspeed_config
 from imm_scale.planner import flops
 
 
@@ -72,14 +71,15 @@ def describe(config: Config, world_size: int) -> str:
     """The resolved config, DeepSpeed's settings and what they mean on so many ranks, as `--dry-run` prints it."""
     prepared = plan(config, world_size)
     layout, net, samples = prepared.layout, prepared.spec.net, trained_samples(config, prepared.manifest)
-    forward = flops.forward_multiply_adds(net)
+    counted, forward = flops.parameters(net), flops.forward_multiply_adds(net)
     step = flops.training_multiply_adds(net, config.method.passes, layout.global_batch_size)
     micro = layout.slots_per_micro_batch * layout.particles
     lines = [
         f"global batch       {layout.global_batch_size} = micro-batch {micro} x accumulation {layout.accumulation} "
         f"x {world_size} ranks" + (" (the last slots of some ranks stay empty)" if _has_padding(layout) else ""),
         f"groups             {layout.num_groups} of {layout.particles} particles, {layout.slots_per_rank} on a rank",
-        f"parameters         {parameter_count(net):,} (with the position table)",
+        f"parameters         {counted.total + counted.fixed:,}"
+        + f" ({counted.fixed:,} of them fixed)" * (counted.fixed > 0),
         f"forward pass       {forward / 1e9:.4g} G multiply-adds per image",
         f"training step      {step / 1e12:.4g} T multiply-adds",
         f"data               {samples:,} images, {samples // layout.global_batch_size} steps per epoch, "
@@ -93,8 +93,7 @@ def describe(config: Config, world_size: int) -> str:
 
 def _deepspeed_settings(prepared: Plan) -> dict[str, Any]:
     layout = prepared.layout
-    with torch.device("meta"):
-        unit = block_numel(prepared.spec.net.build())
+    unit = flops.parameters(prepared.spec.net).block
     samples = layout.slots_per_micro_batch * layout.particles
     return deepspeed_config(prepared.config, layout.world_size, layout.accumulation, samples, unit)
 

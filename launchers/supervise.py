@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import IO, Any, Literal
 
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_random
+
 from imm_scale import config as configs
 from imm_scale import storage
 from imm_scale.errors import UserError
@@ -132,22 +134,26 @@ def fate(task: Task) -> Fate:
 def put_back(task: Task, excluded: Sequence[str]) -> None:
     """Requeues this job and waits for the end. Raises UserError where SLURM refuses."""
     _ignore_sigterm()
-    _patiently(lambda: slurm.requeue(task.id))
+    _retry(lambda: slurm.requeue(task.id))
     if excluded:  # SLURM takes this only now that the job waits
         before = [node for state in slurm.jobs([task.id]) for node in slurm.hostnames(state.excluded)]
-        _patiently(lambda: slurm.exclude(task.id, sorted({*before, *excluded})))
+        _retry(lambda: slurm.exclude(task.id, sorted({*before, *excluded})))
     time.sleep(600)
 
 
-def _patiently(ask: Callable[[], None], tries: int = 6, pause: float = 5.0) -> None:
-    """Asks again where SLURM's controller does not answer; raises its last UserError."""
-    for _ in range(tries - 1):
-        try:
-            return ask()
-        except UserError as error:
-            say(f"{error}; once more in {pause:g} s")
-            time.sleep(pause)
-    return ask()
+def _retry(ask: Callable[[], None]) -> None:
+    """Asks again where SLURM's controller does not answer; raises its last UserError. Jobs of an array spread out."""
+    Retrying(
+        retry=retry_if_exception_type(UserError),
+        wait=wait_random(4.0, 6.0),
+        stop=stop_after_attempt(6),
+        before_sleep=lambda state: say(f"{_error_of(state)}; once more in {state.upcoming_sleep:.1f} s"),
+        reraise=True,
+    )(ask)
+
+
+def _error_of(state: RetryCallState) -> BaseException | None:
+    return state.outcome.exception() if state.outcome else None
 
 
 # --- a run ---

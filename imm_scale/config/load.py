@@ -180,9 +180,19 @@ def _apply(config: Config, settings: Sequence[Setting]) -> Config:
     return made
 
 
+_typed: list[tuple[Config, Any]] = []  # the last config and its node: the variants of a sweep share their base
+
+
+def _typed_node(config: Config) -> Any:
+    """OmegaConf's node of a config, not to be changed; making it takes as long as merging into it."""
+    if not _typed or _typed[0][0] is not config:
+        _typed[:] = [(config, OmegaConf.structured(config))]
+    return _typed[0][1]
+
+
 def _merged(config: Config, settings: Sequence[Setting], known: Mapping[str, Entry]) -> Any:
     """The typed node of a config with settings merged in, at once where all of them fit."""
-    node: Any = OmegaConf.structured(config)
+    node = _typed_node(config)
     try:
         return OmegaConf.merge(node, *(_nested(s.key, s.value) for s in settings))
     except OmegaConfBaseException:

@@ -128,7 +128,7 @@ class BlockReader:
         self.counters.add("bytes", len(data))
         return data
 
-    def _on_retry(self, error: Exception) -> None:
+    def _on_retry(self, error: BaseException) -> None:
         self.counters.add("retries")
         if self._stopping.is_set():
             raise CancelledError from error

@@ -15,10 +15,11 @@ from imm_scale.config.schema import Config
 from imm_scale.data.manifest import Manifest, unseen
 from imm_scale.data.sample_order import Layout
 from imm_scale.errors import UserError
-from imm_scale.models.dit import DiTConfig
+from imm_scale.models.base import Architecture
 from imm_scale.parallel.zero_config import REDUCE_BUCKET, check_settings, halves_gradients, overlaps
 from imm_scale.planner import flops as cost
 from imm_scale.planner import hardware, memory
+from imm_scale.planner.activations import elementwise_bytes, kernels
 from imm_scale.planner.flops import Parameters, Traffic
 from imm_scale.planner.hardware import Gpu, Link
 from imm_scale.planner.memory import Memory, Setting
@@ -75,7 +76,7 @@ class Estimate:
         days, gpu_hours: of train.max_steps, checkpoints included.
     """
 
-    net: DiTConfig
+    net: Architecture
     parameters: Parameters
     layout: Layout
     nodes: int
@@ -139,7 +140,7 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str, link: str
     return _estimate(config, net, data, layout, nodes, gpus_per_node, device, network)
 
 
-def planned_net(config: Config, data: Data) -> DiTConfig:
+def planned_net(config: Config, data: Data) -> Architecture:
     """The net for data of which no more is known than its shape and classes. Raises UserError where it does not fit."""
     return build.architecture(config, build.space(config, unseen(data.shape, data.num_classes)))
 
@@ -175,7 +176,7 @@ def _record_bytes(config: Config, elements: int) -> float:
     return float(members * member + 2 * _TAR_BLOCK)
 
 
-def setting(config: Config, net: DiTConfig, layout: Layout) -> Setting:
+def setting(config: Config, net: Architecture, layout: Layout) -> Setting:
     """The part of a config and a layout that memory depends on."""
     return Setting(
         net=net,
@@ -202,7 +203,7 @@ def _reduce_bucket(config: Config) -> int:
 
 def _estimate(
     config: Config,
-    net: DiTConfig,
+    net: Architecture,
     data: Data,
     layout: Layout,
     nodes: int,
@@ -284,9 +285,9 @@ def _compute_seconds(config: Config, s: Setting, device: Gpu, flops: float, pass
     The two follow one another: an eager kernel is one or the other. `passes` are forward passes of one image. Small
     micro-batches wait for the CPU that launches their kernels.
     """
-    moved = passes * cost.elementwise_bytes(s.net, s.half) * (COMPILED_TRAFFIC if config.train.compile else 1.0)
+    moved = passes * elementwise_bytes(s.net, s.half) * (COMPILED_TRAFFIC if config.train.compile else 1.0)
     share = COMPILED_LAUNCHES if config.train.compile else 1.0
-    launched = cost.kernels(s.net, config.method.passes, s.half, s.checkpointing, share) * s.accumulation
+    launched = kernels(s.net, config.method.passes, s.half, s.checkpointing, share) * s.accumulation
     peak = device.peak(config.precision)
     shares = zip(MATMUL_SHARE, BANDWIDTH_SHARE, LAUNCH_SECONDS, strict=True)
     return Range(

@@ -3,61 +3,18 @@
 from dataclasses import dataclass
 from functools import cache
 
-import torch
 from torch import nn
 
 from imm_scale.choices import Passes
-from imm_scale.models.dit import DiT, DiTConfig
+from imm_scale.models.base import Architecture
+from imm_scale.planner.counting import forward_multiply_adds, on_meta
 
-_TIME_CHANNELS = 256
-
-
-def forward_multiply_adds(net: DiTConfig) -> int:
-    """Multiply-adds of one forward pass of one sample, embedders included."""
-    tokens, width = net.tokens, net.width
-    patch = net.patch_size**2 * net.channels
-    hidden = int(width * net.mlp_ratio)
-    attention = tokens * 4 * width**2 + 2 * tokens**2 * width
-    mlp = 2 * tokens * width * hidden
-    block = attention + mlp + 6 * width**2
-    final = tokens * width * patch + 2 * width**2
-    embedders = (2 if net.second_time else 1) * (_TIME_CHANNELS * width + width**2)
-    return tokens * patch * width + net.depth * block + final + embedders
+__all__ = ["Parameters", "Traffic", "forward_multiply_adds", "parameters", "training_multiply_adds", "wire"]
 
 
-def training_multiply_adds(net: DiTConfig, passes: Passes, global_batch_size: int) -> int:
+def training_multiply_adds(net: Architecture, passes: Passes, global_batch_size: int) -> int:
     """Multiply-adds of one optimizer step."""
     return passes.forwards * forward_multiply_adds(net) * global_batch_size
-
-
-def elementwise_bytes(net: DiTConfig, half: bool) -> float:
-    """Bytes that the kernels around the matrix products move in one eager forward pass of one image.
-
-    Per block and element of (T, D), reads and writes: two norms 4, two modulations 8, two gates 2 written, two
-    residual sums 6, all in fp32; two gates 2 read, attention 4 and GELU 2 r in the type of the matrix products;
-    under autocast two casts from fp32.
-    """
-    size = 2 if half else 4
-    hidden = int(net.width * net.mlp_ratio) / net.width
-    per_element = 20 * 4 + (6 + 2 * hidden) * size + (2 * (4 + 2) if half else 0)
-    return net.depth * per_element * net.tokens * net.width
-
-
-def kernels(net: DiTConfig, passes: Passes, half: bool, checkpointing: bool, of_a_block: float = 1.0) -> float:
-    """What the CPU launches for one micro-batch, forward and backward, views aside.
-
-    Counted by `python -m benchmarks.operators`. A block takes 19 operations in each branch, 38 backward and 17 more
-    where it is recomputed; under autocast 21, 50 and 27, and 8 casts of its weights for both branches together. Around
-    the blocks, where draws and loss are compiled, it is 104 for IMM and 64 for flow matching, under autocast 14 more.
-
-    Args:
-        of_a_block: the share of a block's operations that is launched, below 1 where blocks are compiled.
-    """
-    branch, casts, backward, again = (21, 8, 50, 27) if half else (19, 0, 38, 17)
-    branches = passes.grad + passes.no_grad
-    around = 64 + 40 * (branches - 1)
-    block = branches * branch + casts + backward + again * checkpointing
-    return of_a_block * net.depth * block + around + 14 * half
 
 
 @dataclass(frozen=True)
@@ -68,14 +25,17 @@ class Parameters:
         total: all of them.
         half: those that 16-bit autocast casts, and DeepSpeed may send in 16 bits (plain linear and conv layers).
         block, block_half: the same of one block.
-        tensors: how many parameters there are.
+        blocks, tensors: how many of them, and of parameters, there are.
+        fixed: elements that are not trained, as of a position table.
     """
 
     total: int
     half: int
     block: int
     block_half: int
+    blocks: int
     tensors: int
+    fixed: int
 
 
 # As DeepSpeed's torch_autocast.LOWER_PRECISION_SAFE_MODULES: the exact class, so that Fp32Linear stays in fp32.
@@ -88,17 +48,18 @@ def _numel(module: nn.Module, only_cast: bool) -> int:
 
 
 @cache
-def parameters(net: DiTConfig) -> Parameters:
+def parameters(net: Architecture) -> Parameters:
     """Counts a net's parameters on meta tensors, without memory for them."""
-    with torch.device("meta"):
-        model = DiT(net)
+    model = on_meta(net)
     block = model.blocks[0]
     return Parameters(
         total=_numel(model, False),
         half=_numel(model, True),
         block=_numel(block, False),
         block_half=_numel(block, True),
+        blocks=len(model.blocks),
         tensors=len(list(model.parameters())),
+        fixed=sum(buffer.numel() for buffer in model.buffers()),
     )
 
 

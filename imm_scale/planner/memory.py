@@ -1,15 +1,16 @@
 """What one GPU holds, part by part, at the moment of a step when it holds most.
 
-Closed forms from the code they describe: the tensors that autograd keeps of `models/layers.py` and `flow_map.pair`,
-and what DeepSpeed 0.19 allocates under fp32 parameters. Tests compare them with real engines. Bytes throughout.
+Closed forms of the order of a step (`flow_map.pair`, one backward pass) and of what DeepSpeed 0.19 allocates under fp32
+parameters; what a sample's passes keep is in activations.py. Tests compare them with real engines. Bytes throughout.
 
-Legend: N samples of a micro-batch, T tokens, D width, r mlp_ratio, u = N T D elements, P parameters, S = 4 P, W ranks.
+Legend: N samples of a micro-batch, P parameters, S = 4 P, W ranks.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from imm_scale.models.dit import DiTConfig
+from imm_scale.models.base import Architecture
+from imm_scale.planner.activations import activations
 from imm_scale.planner.flops import Parameters
 
 _FP32, _HALF, _FP64 = 4, 2, 8
@@ -35,7 +36,7 @@ class Setting:
         decays: of the moving averages.
     """
 
-    net: DiTConfig
+    net: Architecture
     samples: int
     particles: int
     accumulation: int
@@ -92,54 +93,13 @@ class Memory:
 
 
 def kept_by_block(s: Setting) -> float:
-    """Bytes autograd keeps of one block without activation checkpointing, without 16-bit copies of its weights.
-
-    fp32 (12 + 2r) u: residual, norm, modulated, q, k, v, attention, its projection, residual, norm, modulated, both
-    sides of the GELU, MLP. Autocast keeps residuals and norms in fp32, the other 8 + 2r in 16 bits.
-    """
-    net = s.net
-    u = s.samples * net.tokens * net.width
-    wide = 2 * int(net.width * net.mlp_ratio) / net.width
-    size = (4 * _FP32 + (8 + wide) * (_HALF if s.half else _FP32)) * u
-    if net.qk_norm:  # both sides of the norms of q and k, which autocast runs in fp32
-        size += (5 if s.half else 4) * _FP32 * u
-    if net.dropout:  # two masks
-        size += 2 * (_HALF if s.half else _FP32) * u
-    statistics = s.samples * net.tokens * (4 + net.heads) * _FP32  # of two norms, and the attention's log-sum-exp
-    condition = 9 * s.samples * net.width * _FP32  # SiLU, the six modulations, 1 + scale twice
-    return size + statistics + condition
+    """Bytes autograd keeps of one block without activation checkpointing, without 16-bit copies of its weights."""
+    return s.samples * activations(s.net, s.half).block
 
 
-def _unit(s: Setting) -> float:
-    return s.samples * s.net.tokens * s.net.width
-
-
-def _head(s: Setting) -> float:
-    """Final layer and loss: residual, norm, modulated; pairwise differences of M particles in fp64; inputs."""
-    elements = s.net.channels * s.net.height * s.net.image_width
-    final = (2 * _FP32 + (_HALF if s.half else _FP32)) * _unit(s)
-    return final + _pairs(s) + 2 * s.samples * elements * _FP32
-
-
-def _pairs(s: Setting) -> float:
-    """Two fp64 tensors (G, M, M, C H W): y_t against itself and against y_r."""
-    elements = s.net.channels * s.net.height * s.net.image_width
+def _pairs(s: Setting, elements: int) -> float:
+    """Two fp64 tensors (G, M, M, elements), differences of M particles: y_t against itself and against y_r."""
     return 2 * s.samples * s.particles * elements * _FP64 if s.two_branches else 0.0
-
-
-def _branch_without_gradient(s: Setting) -> float:
-    """x_r inside a block, at its widest in the MLP: four or five of (u), and both sides of the GELU."""
-    if not s.two_branches:
-        return 0.0
-    half = _HALF if s.half else _FP32
-    wide = 2 * int(s.net.width * s.net.mlp_ratio) / s.net.width
-    return (4 * _FP32 + (1 + wide) * half) * _unit(s)
-
-
-def _block_workspace(s: Setting) -> float:
-    """Gradients inside one block's backward pass: of the residual, and of the hidden layer of the MLP."""
-    wide = int(s.net.width * s.net.mlp_ratio) / s.net.width
-    return (_FP32 + wide * (_HALF if s.half else _FP32)) * _unit(s)
 
 
 # --- what ZeRO holds ---
@@ -217,9 +177,12 @@ def moments(s: Setting, p: Parameters) -> Iterator[Memory]:
     held = _held(s, p)
     before, gathered = _gradients_before(s, p), _gathered_weights(s, p)
     lasting = 0.0 if s.stage == 3 else _buckets(s, p)  # `held` has those of stage 3
-    depth = s.net.depth
-    block = kept_by_block(s)
-    saved = _FP32 * _unit(s) if s.checkpointing else block
+    depth = p.blocks
+    sample = activations(s.net, s.half)
+    block, workspace = s.samples * sample.block, s.samples * sample.workspace
+    saved = s.samples * sample.block_input if s.checkpointing else block
+    pairs = _pairs(s, sample.elements)
+    still = s.samples * sample.widest if s.two_branches else 0.0
 
     def at(when: str, gradients: float, activations: float, buffers: float, communication: float) -> Memory:
         return replace(
@@ -233,15 +196,15 @@ def moments(s: Setting, p: Parameters) -> Iterator[Memory]:
 
     # Buckets live from the first gradient of a step (stage 1) or of a micro-batch (stage 2) on.
     already = lasting if s.stage == 1 and s.accumulation > 1 else 0.0
-    yield at("forward", before, depth * saved, _branch_without_gradient(s) + _casts(s, p), already + gathered)
+    yield at("forward", before, depth * saved, still + _casts(s, p), already + gathered)
     graph_casts = 0.0 if s.checkpointing else _casts(s, p)
-    head = depth * saved + _head(s)
-    yield at("loss", before, head, _pairs(s) + graph_casts, already + gathered)
+    head = depth * saved + s.samples * sample.around + pairs
+    yield at("loss", before, head, pairs + graph_casts, already + gathered)
     rerun = block if s.checkpointing else 0.0
     one_cast = _casts(s, p) / depth if s.checkpointing else 0.0
-    buffers = _block_workspace(s) + rerun + graph_casts + one_cast
+    buffers = workspace + rerun + graph_casts + one_cast
     yield at("backward, last block", before, depth * saved, buffers, lasting + gathered)
-    buffers = _block_workspace(s) + rerun + one_cast
+    buffers = workspace + rerun + one_cast
     others = _gradients_after(s, p) * (1 - p.block / p.total)  # the block's own come as its activations go
     yield at("backward, first block", others, saved, buffers, lasting + gathered)
     yield at(

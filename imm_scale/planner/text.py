@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
+from imm_scale.models.base import Architecture
 from imm_scale.planner import estimate
 from imm_scale.planner.estimate import Change, Estimate, Range
 
@@ -54,9 +55,9 @@ def _head(config: Config, found: Estimate) -> Iterator[str]:
     link = f" over {found.link.name}" if found.nodes > 1 else ""
     yield f"{found.nodes} x {found.gpus_per_node} {found.gpu.name}{link}: {layout.world_size} ranks"
     yield (
-        f"{config.model.name} (width {net.width}, depth {net.depth}, {net.tokens} tokens), "
-        f"{found.parameters.total:,} trainable parameters, {config.method.name}, {config.precision}, "
-        f"ZeRO stage {config.zero.stage}" + (", activation checkpointing" * config.train.activation_checkpointing)
+        f"{config.model.name}{_shape(net)}, {found.parameters.total:,} trainable parameters, {config.method.name}, "
+        f"{config.precision}, ZeRO stage {config.zero.stage}"
+        + (", activation checkpointing" * config.train.activation_checkpointing)
     )
     yield (
         f"global batch {layout.global_batch_size} = micro-batch {micro} x accumulation {layout.accumulation} "
@@ -67,6 +68,13 @@ def _head(config: Config, found: Estimate) -> Iterator[str]:
     unknown += [f"zero_optimization.{key}" for key in inner if key != "reduce_bucket_size"]
     if unknown:
         yield f"not modelled: zero.extra.{', zero.extra.'.join(unknown)}"
+
+
+def _shape(net: Architecture) -> str:
+    """What a net says of its own shape, in brackets."""
+    shown = {"width": "width {}", "depth": "depth {}", "tokens": "{} tokens"}
+    said = [words.format(getattr(net, name)) for name, words in shown.items() if hasattr(net, name)]
+    return f" ({', '.join(said)})" if said else ""
 
 
 def _memory(found: Estimate) -> Iterator[str]:

@@ -1,38 +1,28 @@
 """Files on any fsspec URL, whole and by ranges."""
 
 from imm_scale.storage.files import (
-    PATIENCE,
-    OnRetry,
-    Patience,
     create_bytes,
     exists,
-    is_local,
     is_temporary,
-    join,
     list_names,
-    local_path,
-    log,
     make_folder,
-    name,
-    parent,
-    patiently,
     read_bytes,
     read_into,
     read_range,
     read_text,
     remove,
-    shown,
     size,
     write_bytes,
     write_chunks,
     write_file,
     write_text,
 )
+from imm_scale.storage.retries import OnRetry, RetryPolicy
+from imm_scale.storage.urls import is_local, join, local_path, name, parent, shown
 
 __all__ = [
-    "PATIENCE",
     "OnRetry",
-    "Patience",
+    "RetryPolicy",
     "create_bytes",
     "exists",
     "is_local",
@@ -40,11 +30,9 @@ __all__ = [
     "join",
     "list_names",
     "local_path",
-    "log",
     "make_folder",
     "name",
     "parent",
-    "patiently",
     "read_bytes",
     "read_into",
     "read_range",

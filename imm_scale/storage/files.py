@@ -1,88 +1,23 @@
-"""Files anywhere fsspec reaches (a path, s3://, memory://, ...), written whole or not at all.
-
-What a remote store does wrong for a while (it throttles, drops connections, restarts) is tried again with growing
-pauses; what the user can mend (credentials, a bucket that does not exist) is a UserError at once. No message holds a
-secret.
-"""
+"""Files anywhere fsspec reaches (a path, s3://, memory://, ...), written whole or not at all."""
 
 import contextlib
-import errno
-import logging
 import os
-import posixpath
-import random
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
 import fsspec
 
 from imm_scale.errors import UserError
-from imm_scale.storage import ranges
+from imm_scale.storage import ranges, retries
+from imm_scale.storage.retries import OnRetry, error_code, retry
+from imm_scale.storage.urls import is_local, local_path, name
 
-log = logging.getLogger("imm_scale")
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long a failing remote request is tried again.
-
-    Attributes:
-        seconds: after this long the error is raised; long enough for a server to restart.
-        first_pause: seconds before the second try; doubled for each further one.
-        longest_pause: bound of a pause; each is shortened by up to half at random, so that ranks spread out.
-        timeout: seconds to connect, or without a byte, after which one try counts as failed.
-    """
-
-    seconds: float = 180.0
-    first_pause: float = 0.1
-    longest_pause: float = 10.0
-    timeout: float = 20.0
-
-    def pause(self, attempt: int) -> float:
-        """Seconds to wait after failed try number `attempt` (0, 1, ...)."""
-        return min(self.longest_pause, self.first_pause * 2.0 ** min(attempt, 20)) * random.uniform(0.5, 1.0)
-
-
-PATIENCE = Patience()
 _SIGNED_SECONDS = 300  # temporary credentials, which end a signature too, are renewed longer than that before they end
 _COPY_BYTES = 1 << 20
-OnRetry = Callable[[Exception], None]
-
-
-def is_local(url: str) -> bool:
-    """Whether a URL is a path of this machine."""
-    return "://" not in url or url.startswith("file://")
-
-
-def local_path(url: str) -> str:
-    """The plain path of a local URL."""
-    assert is_local(url), url
-    return url.removeprefix("file://")
-
-
-def join(url: str, *parts: str) -> str:
-    """URL of a name below a folder."""
-    return posixpath.join(url, *parts)
-
-
-def parent(url: str) -> str:
-    """URL of the folder a name lies in."""
-    return posixpath.dirname(url.rstrip("/"))
-
-
-def name(url: str) -> str:
-    """The last part of a URL."""
-    return posixpath.basename(url.rstrip("/"))
-
-
-def shown(url: str) -> str:
-    """The URL as it may stand in a message: without a user name and password in it."""
-    return re.sub(r"//[^/@]*@", "//", url)
 
 
 @lru_cache(maxsize=32)
@@ -93,8 +28,8 @@ def _filesystem(protocol: str) -> Any:
     if protocol in ("s3", "s3a"):
         # One layer of retries, ours: it counts them, and knows which errors are final.
         options["config_kwargs"] = {
-            "connect_timeout": PATIENCE.timeout,
-            "read_timeout": PATIENCE.timeout,
+            "connect_timeout": retries.POLICY.timeout,
+            "read_timeout": retries.POLICY.timeout,
             "retries": {"total_max_attempts": 1},
             "max_pool_connections": 64,
             "signature_version": "s3v4",  # also of signed URLs, whose old form newer buckets refuse
@@ -116,95 +51,12 @@ def _locate(url: str) -> tuple[Any, str]:
     return filesystem, local_path(url) if protocol == "file" else filesystem._strip_protocol(url)
 
 
-@lru_cache(maxsize=1)
-def _network_errors() -> tuple[type[Exception], ...]:
-    """What asynchronous file systems raise besides OSError; imported only where a remote store is used."""
-    from aiohttp import ClientError
-    from botocore.exceptions import BotoCoreError, HTTPClientError
-    from botocore.exceptions import ClientError as BotoClientError
-
-    return (OSError, TimeoutError, ClientError, BotoCoreError, BotoClientError, HTTPClientError)
-
-
-_FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-_FINAL_ERRNO = (errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG)
-_DAMAGED_ON_THE_WAY = ("BadDigest", "IncompleteBody", "InvalidDigest", "XAmzContentSHA256Mismatch")
-
-
-def _code(error: BaseException) -> str:
-    """The store's own word for an error, "" if it has none."""
-    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None) or {}
-    return str(response.get("Error", {}).get("Code", ""))
-
-
-def _users_mistake(url: str, error: Exception) -> UserError | None:
-    """Errors that no second try mends but the user does. Their own text is left out: it may quote credentials."""
-    from botocore.exceptions import NoCredentialsError, PartialCredentialsError, ProfileNotFound
-
-    code, where = _code(error), shown(url)
-    if code == "NoSuchBucket":
-        return UserError(f"{where}: the bucket does not exist; create it, or correct the URL")
-    if isinstance(error, NoCredentialsError | PartialCredentialsError | ProfileNotFound):
-        return UserError(
-            f"{where}: no credentials ({type(error).__name__}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-            "AWS_PROFILE, or give the machine a role"
-        )
-    if isinstance(error, PermissionError):
-        return UserError(
-            f"{where}: access refused ({code or 'no permission'}); check the credentials (AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE), what they may do, and AWS_ENDPOINT_URL"
-        )
-    return None
-
-
-def _is_final(error: Exception) -> bool:
-    if isinstance(error, _FINAL):
-        return True
-    number = error.errno if isinstance(error, OSError) else None
-    return number in _FINAL_ERRNO and _code(error) not in _DAMAGED_ON_THE_WAY
-
-
-def patiently(url: str, action: Callable[[], Any], on_retry: OnRetry | None = None) -> Any:
-    """The action's result; a failure that may pass is tried again for `PATIENCE.seconds`.
-
-    Args:
-        url: what the action is about, for messages.
-        on_retry: told of every failure that is tried again.
-
-    Raises:
-        UserError: credentials, permissions, or no such bucket.
-        FileNotFoundError, OSError: what cannot be mended by waiting, and what did not pass in time.
-    """
-    began = time.monotonic()
-    attempt = 0
-    while True:
-        try:
-            return action()
-        except _network_errors() as error:
-            mistake = _users_mistake(url, error)
-            if mistake is not None:
-                raise mistake from None
-            if _is_final(error):
-                raise
-            pause = PATIENCE.pause(attempt)
-            if time.monotonic() - began + pause > PATIENCE.seconds:
-                cause = f"{type(error).__name__} {_code(error)}".rstrip()
-                raise OSError(
-                    errno.EIO, f"{shown(url)}: {cause}, still after {attempt + 1} tries in {PATIENCE.seconds:g} s"
-                ) from error
-            log.info("%s: %s, try %d follows in %.1f s", shown(url), type(error).__name__, attempt + 2, pause)
-            if on_retry is not None:
-                on_retry(error)
-        time.sleep(pause)
-        attempt += 1
-
-
 def _call(url: str, method: str, *args: Any, on_retry: OnRetry | None = None, **options: Any) -> Any:
     filesystem, path = _locate(url)
     action = getattr(filesystem, method)
     if is_local(url):
         return action(path, *args, **options)
-    return patiently(url, lambda: action(path, *args, **options), on_retry)
+    return retry(url, lambda: action(path, *args, **options), on_retry)
 
 
 def exists(url: str) -> bool:
@@ -262,7 +114,7 @@ def read_range(url: str, start: int, stop: int, on_retry: OnRetry | None = None)
     try:
         return bytes(_call(url, "cat_file", start=start, end=stop, on_retry=on_retry))
     except OSError as error:
-        if _code(error) in ("InvalidRange", "416"):
+        if error_code(error) in ("InvalidRange", "416"):
             return b""  # the file ends before `start`
         raise
 
@@ -277,7 +129,7 @@ def read_into(url: str, start: int, buffer: memoryview, on_retry: OnRetry | None
             os.close(descriptor)
     if url.startswith(("s3://", "s3a://")):
         with contextlib.suppress(ranges.RefusedError):
-            return int(patiently(url, lambda: _get_into(url, start, buffer), on_retry))
+            return int(retry(url, lambda: _get_into(url, start, buffer), on_retry))
         # The general client says why, or finds another way.
     data = read_range(url, start, start + len(buffer), on_retry)
     buffer[: len(data)] = data
@@ -288,7 +140,7 @@ def _get_into(url: str, start: int, buffer: memoryview) -> int:
     signed_url = _signed(url, int(time.monotonic() / _SIGNED_SECONDS))
     if not ranges.is_direct(signed_url):
         raise ranges.RefusedError("a proxy is in the way")
-    return ranges.get_into(signed_url, start, buffer, PATIENCE.timeout)
+    return ranges.get_into(signed_url, start, buffer, retries.POLICY.timeout)
 
 
 @lru_cache(maxsize=4096)
@@ -322,7 +174,7 @@ def write_chunks(url: str, chunks: Iterable[bytes | memoryview], staging: str) -
             os.replace(temporary, path)
         else:
             filesystem, remote = _locate(url)
-            patiently(url, lambda: filesystem.put_file(temporary, remote))
+            retry(url, lambda: filesystem.put_file(temporary, remote))
 
 
 def write_file(url: str, path: str) -> None:
@@ -332,7 +184,7 @@ def write_file(url: str, path: str) -> None:
             write_chunks(url, iter(lambda: source.read(_COPY_BYTES), b""), staging="")
     else:
         filesystem, remote = _locate(url)
-        patiently(url, lambda: filesystem.put_file(path, remote))
+        retry(url, lambda: filesystem.put_file(path, remote))
 
 
 def create_bytes(url: str, data: bytes) -> bool:
@@ -351,7 +203,7 @@ def create_bytes(url: str, data: bytes) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        if _code(error) in ("PreconditionFailed", "412"):
+        if error_code(error) in ("PreconditionFailed", "412"):
             return False
         raise
     return True

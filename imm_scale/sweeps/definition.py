@@ -18,7 +18,7 @@ from imm_scale import build, shipped, storage
 from imm_scale import config as configs
 from imm_scale.config.schema import Config, DataConfig
 from imm_scale.errors import UserError
-from imm_scale.models.dit import DiTConfig, parameter_count
+from imm_scale.models.base import Architecture
 from imm_scale.planner import flops
 from imm_scale.planner.estimate import Data, describe_data, planned_net
 
@@ -58,11 +58,6 @@ class SweepFile:
     hold_out: dict[str, int] = field(default_factory=dict)
 
 
-@lru_cache(maxsize=256)
-def _parameters(net: DiTConfig) -> int:
-    return parameter_count(net)
-
-
 @dataclass(frozen=True)
 class Cell:
     """One run of a sweep.
@@ -80,7 +75,7 @@ class Cell:
     factors: dict[str, Any]
     held_out: bool
     config: Config
-    net: DiTConfig
+    net: Architecture
     forward_flops: int
     training_flops: int
 
@@ -97,7 +92,8 @@ class Cell:
     @property
     def parameters(self) -> int:
         """Parameters of its net."""
-        return _parameters(self.net)
+        counted = flops.parameters(self.net)
+        return counted.total + counted.fixed
 
 
 @dataclass(frozen=True)
@@ -279,7 +275,7 @@ def _cell(written: SweepFile, folder: str, choice: _Choice, base: Config, source
     return _priced(name, choice.factors, config, net)
 
 
-def _priced(name: str, factors: dict[str, Any], config: Config, net: DiTConfig, held_out: bool = False) -> Cell:
+def _priced(name: str, factors: dict[str, Any], config: Config, net: Architecture, held_out: bool = False) -> Cell:
     step = flops.training_multiply_adds(net, config.method.passes, config.train.global_batch_size)
     forward = flops.forward_multiply_adds(net)
     return Cell(name, factors, held_out, config, net, forward, step * config.train.max_steps)
@@ -298,7 +294,7 @@ def _word(key: str, value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9._=]+", "_", text).strip("_") or "_"
 
 
-def _steps(config: Config, net: DiTConfig, unit: str, budget: float) -> int:
+def _steps(config: Config, net: Architecture, unit: str, budget: float) -> int:
     batch = config.train.global_batch_size
     per_step = flops.training_multiply_adds(net, config.method.passes, batch) if unit == "flops" else batch
     steps = round(budget / per_step)
@@ -313,7 +309,7 @@ def _data(manifest: str | None, shape: tuple[int, ...] | None, classes: int | No
     return describe_data(Config(data=DataConfig(manifest, latent_shape=list(shape or []) or None, num_classes=classes)))
 
 
-def net_of(config: Config) -> DiTConfig:
+def net_of(config: Config) -> Architecture:
     """The net a config means, by data.latent_shape and data.num_classes or by the manifest. Raises UserError."""
     shape = config.data.latent_shape
     data = _data(config.data.manifest, None if shape is None else tuple(shape), config.data.num_classes)

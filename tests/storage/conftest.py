@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from imm_scale import storage
+from imm_scale.storage import files
 from tests.storage.fault_proxy import Proxy
 from tests.storage.seaweed import Server
 
@@ -16,8 +16,8 @@ def use_store(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
 
     for key, value in env.items():
         monkeypatch.setenv(key, value)
-    storage._filesystem.cache_clear()
-    storage._signed.cache_clear()
+    files._filesystem.cache_clear()
+    files._signed.cache_clear()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
@@ -34,7 +34,7 @@ def bucket(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> s
     """URL of an empty bucket, reached without a proxy."""
     use_store(server.env(), monkeypatch)
     name = f"b{abs(hash(str(tmp_path))) % 10**12}"
-    storage._filesystem("s3").mkdir(name)
+    files._filesystem("s3").mkdir(name)
     return f"s3://{name}"
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from imm_scale import config as configs
-from imm_scale import storage
 from imm_scale.checkpoint.format import Checkpoint, committed_steps
 from imm_scale.checkpoint.run_folder import read_metrics
+from imm_scale.storage import retries
 from tests import ranks
 from tests.conftest import TINY
 from tests.storage.fault_proxy import Faults, Proxy
@@ -26,7 +26,7 @@ def _argv(digits: str, run_dir: str, staging: Path) -> list[str]:
 def _train(env: dict[str, str], patience: float, argv: list[str]) -> int:
     """Counts the saves that had failed by the end."""
     os.environ.update(env)
-    storage.PATIENCE = replace(storage.PATIENCE, seconds=patience, longest_pause=0.3)
+    retries.POLICY = replace(retries.POLICY, seconds=patience, longest_pause=0.3)
     from imm_scale.checkpoint.async_saver import Saver
     from imm_scale.training.trainer import train
 

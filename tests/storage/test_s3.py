@@ -9,6 +9,7 @@ import pytest
 
 from imm_scale import storage
 from imm_scale.errors import UserError
+from imm_scale.storage import retries
 from tests.storage.conftest import use_store
 from tests.storage.fault_proxy import Faults, Proxy
 from tests.storage.seaweed import SECRET_KEY, Server
@@ -18,7 +19,7 @@ DATA = bytes(range(256)) * 64
 
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(storage, "PATIENCE", storage.Patience(seconds=60, first_pause=0.02, longest_pause=0.5))
+    monkeypatch.setattr(retries, "POLICY", retries.RetryPolicy(seconds=60, first_pause=0.02, longest_pause=0.5))
     yield
 
 
@@ -81,7 +82,7 @@ def test_faults_are_tried_again_and_told(
 
 
 def test_patience_ends(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
-    monkeypatch.setattr(storage, "PATIENCE", storage.Patience(seconds=1, first_pause=0.05, longest_pause=0.2))
+    monkeypatch.setattr(retries, "POLICY", retries.RetryPolicy(seconds=1, first_pause=0.05, longest_pause=0.2))
     use_store(server.env(1), monkeypatch)  # nothing listens on port 1
     began = time.monotonic()
     with pytest.raises(OSError, match=r"s3://b/file: EndpointConnectionError, still after \d+ tries in 1 s"):

@@ -15,6 +15,7 @@ from imm_scale import storage
 from imm_scale.data.loader import Loader
 from imm_scale.data.manifest import Manifest
 from imm_scale.data.sample_order import Layout
+from imm_scale.storage import retries
 from tests import ranks
 from tests.conftest import TINY, losses
 from tests.storage.conftest import use_store
@@ -28,7 +29,7 @@ STEPS = 12 * SOAK  # blocks of 8 are used up in 8 steps, and little more than wh
 def _train(env: dict[str, str], argv: list[str]) -> int:
     os.environ.update(env)
     if SOAK == 1:  # else a server that is back after a second is missed for ten
-        storage.PATIENCE = storage.Patience(longest_pause=1.0)
+        retries.POLICY = retries.RetryPolicy(longest_pause=1.0)
     return ranks.command("train", *argv)
 
 

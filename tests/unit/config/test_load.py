@@ -1,6 +1,7 @@
 """Configs: includes, merging, overrides, and what a mistake is answered with."""
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,15 @@ def test_every_key_has_a_sentence_and_can_be_explained():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configs_are_valid(path):
     configs.load([str(path)])
+
+
+def test_variants_of_one_config_know_nothing_of_each_other():
+    base = configs.load([]).config
+    one = configs.changed(base, {"train.max_steps": 7, "ema.decays": [0.5]}, "one")
+    two = configs.changed(base, {"seed": 3}, "two")
+    assert (one.train.max_steps, one.ema.decays, one.seed) == (7, [0.5], 0)
+    assert two == replace(base, seed=3) and base == configs.load([]).config
+    two.ema.decays.append(0.1)
+    assert (
+        configs.changed(base, {"seed": 4}, "three").ema.decays == base.ema.decays == configs.load([]).config.ema.decays
+    )

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.operators import METHODS, Launches, Operators, launches
 from imm_scale.models.dit import size_config
-from imm_scale.planner import flops
+from imm_scale.planner import activations
 
 GOAL = 150
 
@@ -37,9 +37,9 @@ def test_views_and_memory_are_no_operators():
 @pytest.mark.parametrize("method", ["imm", "flow_matching"])
 def test_the_planner_launches_as_many_operations_a_block_as_are_counted(method, half, checkpointing):
     small, large = (size_config("DiT-S/2", depth=depth) for depth in (1, 2))
-    one, two = (flops.kernels(net, METHODS[method].passes, half, checkpointing) for net in (small, large))
+    one, two = (activations.kernels(net, METHODS[method].passes, half, checkpointing) for net in (small, large))
     assert two - one == _counted(method, half, checkpointing).a_block
-    halved = flops.kernels(small, METHODS[method].passes, half, checkpointing, of_a_block=0.5)
+    halved = activations.kernels(small, METHODS[method].passes, half, checkpointing, of_a_block=0.5)
     assert one - halved == 0.5 * _counted(method, half, checkpointing).a_block
 
 
@@ -62,4 +62,4 @@ def test_the_planner_launches_as_many_for_a_whole_net_as_are_counted(method):
     net, found = size_config("DiT-XL/2"), _compiled(method)
     whole = net.depth * found.a_block + found.around + found.graphs
     # 2 %: compilers differ in how many kernels they make of the same graph.
-    assert flops.kernels(net, METHODS[method].passes, False, False) == pytest.approx(whole, rel=0.02)
+    assert activations.kernels(net, METHODS[method].passes, False, False) == pytest.approx(whole, rel=0.02)

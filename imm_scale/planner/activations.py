@@ -1,0 +1,120 @@
+"""What passes of one sample keep, move and launch: closed forms for the DiT, counted for any other backbone.
+
+Legend: T tokens, D width, r mlp_ratio, u = T D elements of the residual stream of a sample.
+"""
+
+from dataclasses import dataclass
+
+from imm_scale.choices import Passes
+from imm_scale.models.base import Architecture
+from imm_scale.models.dit import DiTConfig
+from imm_scale.planner.counting import elements, footprint
+from imm_scale.planner.flops import parameters
+
+_FP32, _HALF = 4, 2
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one sample.
+
+    Attributes:
+        block: what autograd keeps of one block, without 16-bit copies of its weights.
+        block_input: what it keeps of a block that is recomputed.
+        around: what it keeps outside the blocks.
+        widest: of the branch without gradient, inside a block.
+        workspace: of the backward pass, inside a block.
+        elements: of a sample as the net sees it; a number.
+    """
+
+    block: float
+    block_input: float
+    around: float
+    widest: float
+    workspace: float
+    elements: int
+
+
+def activations(net: Architecture, half: bool) -> Activations:
+    """Of a net's passes in fp32, or under 16-bit autocast."""
+    if isinstance(net, DiTConfig):
+        return _of_dit(net, _HALF if half else _FP32)
+    found = footprint(net, half)
+    return Activations(
+        found.kept_by_block, found.block_input, found.kept_around, found.widest, found.workspace, elements(net)
+    )
+
+
+def _of_dit(net: DiTConfig, size: int) -> Activations:
+    """From the code of `models/layers.py`; `size` is that of an element of a matrix product.
+
+    The branch without gradient is at its widest in the MLP: four or five of (u), and both sides of the GELU. Beside
+    the blocks are residual, norm and modulated of the final layer, and the inputs. A block's backward pass holds the
+    gradients of the residual and of the hidden layer of the MLP.
+    """
+    u = net.tokens * net.width
+    wide = int(net.width * net.mlp_ratio) / net.width
+    pixels = net.channels * net.height * net.image_width
+    return Activations(
+        block=_dit_block(net, size),
+        block_input=_FP32 * u,
+        around=(2 * _FP32 + size) * u + 2 * pixels * _FP32,
+        widest=(4 * _FP32 + (1 + 2 * wide) * size) * u,
+        workspace=(_FP32 + wide * size) * u,
+        elements=pixels,
+    )
+
+
+def _dit_block(net: DiTConfig, size: int) -> float:
+    """fp32 (12 + 2r) u: residual, norm, modulated, q, k, v, attention, its projection, residual, norm, modulated, both
+    sides of the GELU, MLP. Autocast keeps residuals and norms in fp32, the other 8 + 2r in 16 bits.
+    """
+    u = net.tokens * net.width
+    wide = 2 * int(net.width * net.mlp_ratio) / net.width
+    kept = (4 * _FP32 + (8 + wide) * size) * u
+    if net.qk_norm:  # both sides of the norms of q and k, which autocast runs in fp32
+        kept += (5 if size == _HALF else 4) * _FP32 * u
+    if net.dropout:  # two masks
+        kept += 2 * size * u
+    statistics = net.tokens * (4 + net.heads) * _FP32  # of two norms, and the attention's log-sum-exp
+    condition = 9 * net.width * _FP32  # SiLU, the six modulations, 1 + scale twice
+    return kept + statistics + condition
+
+
+def elementwise_bytes(net: Architecture, half: bool) -> float:
+    """Bytes that the kernels around the matrix products move in one eager forward pass of one image.
+
+    The DiT's, per block and element of (T, D), reads and writes: two norms 4, two modulations 8, two gates 2 written,
+    two residual sums 6, all in fp32; two gates 2 read, attention 4 and GELU 2 r in the type of the matrix products;
+    under autocast two casts from fp32.
+    """
+    if not isinstance(net, DiTConfig):
+        return footprint(net, half).moved
+    size = _HALF if half else _FP32
+    hidden = int(net.width * net.mlp_ratio) / net.width
+    per_element = 20 * 4 + (6 + 2 * hidden) * size + (2 * (4 + 2) if half else 0)
+    return net.depth * per_element * net.tokens * net.width
+
+
+def kernels(net: Architecture, passes: Passes, half: bool, checkpointing: bool, of_a_block: float = 1.0) -> float:
+    """What the CPU launches for one micro-batch, forward and backward, views aside.
+
+    Of the DiT counted by `python -m benchmarks.operators`. A block takes 19 operations in each branch, 38 backward and
+    17 more where it is recomputed; under autocast 21, 50 and 27, and 8 casts of its weights for both branches together.
+    Around the blocks, where draws and loss are compiled, it is 104 for IMM and 64 for flow matching, under autocast 14
+    more. Of any other net the passes are counted, without draws and loss.
+
+    Args:
+        of_a_block: the share of a block's operations that is launched, below 1 where blocks are compiled.
+    """
+    branches = passes.grad + passes.no_grad
+    if not isinstance(net, DiTConfig):
+        found = footprint(net, half)
+        again = found.block_operators * checkpointing
+        share = found.block_operators / (found.block_operators + found.other_operators)
+        inside = branches * found.block_operators + share * found.backward_operators + again
+        return of_a_block * inside + branches * found.other_operators + (1 - share) * found.backward_operators
+    branch, casts, backward, once_more = (21, 8, 50, 27) if half else (19, 0, 38, 17)
+    around = 64 + 40 * (branches - 1)
+    block = branches * branch + casts + backward + once_more * checkpointing
+    return of_a_block * parameters(net).blocks * block + around + 14 * half
