@@ -54,9 +54,10 @@ def ema_state(checkpoint: Checkpoint, ema: float | None) -> str:
     Raises:
         UserError: an average the checkpoint does not hold.
     """
+    config = from_yaml(checkpoint.meta.config)
     if ema == RAW_WEIGHTS:
         return "weight"
-    decay = from_yaml(checkpoint.meta.config).ema.decays[0] if ema is None else ema
+    decay = config.ema.decays[0] if ema is None else ema
     if state_name(decay) not in checkpoint.states:
         held = ", ".join(state.removeprefix("ema-") for state in checkpoint.states if state.startswith("ema-"))
         raise UserError(f"{checkpoint.url} holds no moving average of decay {decay:g}; it has {held} (0: raw weights)")
@@ -79,7 +80,8 @@ def read(source: str, ema: float | None = None, step: int | None = None) -> tupl
         checkpoint = Checkpoint(source)
     else:
         checkpoint = Checkpoint.latest(source) if step is None else Checkpoint.of_step(source, step)
-    return ModelSpec.from_json(checkpoint.meta.spec), checkpoint.weights(ema_state(checkpoint, ema))
+    state = ema_state(checkpoint, ema)  # reads the config, whose plugins the spec may need
+    return ModelSpec.from_json(checkpoint.meta.spec), checkpoint.weights(state)
 
 
 def _read_file(source: str) -> tuple[ModelSpec, dict[str, Tensor]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from imm_scale import config as configs
 from imm_scale.checkpoint.format import Checkpoint
@@ -200,6 +201,35 @@ def test_weights_of_an_unknown_plugin_say_how_to_give_it(runs, tmp_path):
     _done("export", runs[1], "--out", tmp_path / "points.safetensors")
     said = _refused("sample", str(tmp_path / "points.safetensors"), "--out", str(tmp_path))
     assert "method 'denoiser'" in said and "plugins=[tests.points_plugin]" in said
+
+
+def test_it_is_planned_without_data_or_gpu(manifest):
+    settings = [*POINTS, f"data.manifest={manifest}"]
+    plan = json.loads(_done("plan", *settings, "--gpu", "h100-80gb", "--json"))
+    # Two linear maps and two blocks of 16 x 16 for each point, a multiply-add counted twice; one pass, then back.
+    forward = 2 * (3 * 16 + 2 * 16 * 16 + 16 * 2)
+    assert plan["forward_flops"] == forward
+    assert plan["step_flops"] == 3 * 32 * forward
+    assert "denoiser" in _done("plan", *settings, "--gpu", "h100-80gb")
+
+
+def test_it_is_swept(manifest, tmp_path):
+    base = tmp_path / "points.yaml"
+    base.write_text(configs.to_yaml(configs.load([], [*POINTS, f"data.manifest={manifest}"]).config))
+    sweep = tmp_path / "widths.yaml"
+    cell = {"evaluation.steps": [1], "evaluation.repeats": 1, "evaluation.num": 64, "train.max_steps": 4}
+    document = {
+        "configs": [str(base)],
+        "folder": str(tmp_path / "sweep"),
+        "settings": cell,
+        "grid": {"model.width": [8, 16], "method.samples_per_time": [2, 4]},
+    }
+    sweep.write_text(yaml.safe_dump(document))
+    command = [sys.executable, "-m", "imm_scale", "sweep"]
+    for words in (["submit", str(sweep), "--local", "1"], ["collect", str(sweep)]):
+        done = subprocess.run([*command, *words], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        assert done.returncode == 0, done.stderr + done.stdout
+    assert "4 of 4" in done.stdout, done.stdout
 
 
 def test_names_that_are_taken_stay_whose_they_are():
