@@ -83,9 +83,11 @@ def _is_missing(cls: type, part: str) -> bool:
     return not hasattr(cls, part) or getattr(getattr(cls, part), "__isabstractmethod__", False)
 
 
-METHODS = Registry("method", "method", MethodConfig, ())
-BACKBONES = Registry("backbone", "model", BackboneConfig, ())
-SPACES = Registry("sample space", "data.space", SpaceConfig, ())
+METHODS = Registry("method", "method", MethodConfig, ("wrap", "grid", "sample", "loss"))
+BACKBONES = Registry("backbone", "model", BackboneConfig, ("Architecture", "architecture"))
+SPACES = Registry(
+    "sample space", "data.space", SpaceConfig, ("of", "from_fields", "prior", "from_stored", "artifacts", "provenance")
+)
 METRICS = Registry("metric", "evaluation.metrics", MetricConfig, ("needs", "higher_is_better", "measure"))
 REGISTRIES = {registry.section: registry for registry in (METHODS, BACKBONES, SPACES, METRICS)}
 

@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from imm_scale.choices import BackboneConfig
-from imm_scale.data.spaces import SampleSpace
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,12 @@ class Architecture(ABC):
 
 
 class Backbone(nn.Module):
-    """A network G.
+    """A network G. Its class has two more names, which a registered one must have:
+
+        Architecture: the class of its architecture, a frozen dataclass.
+        architecture(config, space, second_time): classmethod, the Architecture that the `model` section means for a
+            sample space and for a method that does, or does not, tell the net a second time. Raises UserError where
+            the net does not fit the space.
 
     Attributes:
         blocks: the units of activation checkpointing, compilation and ZeRO-3 gathering, of one size each.
@@ -44,22 +49,22 @@ class Backbone(nn.Module):
     null_label: int | None = None
     has_dropout: bool = False
 
-    @classmethod
-    def architecture(cls, config: Any, space: SampleSpace, second_time: bool) -> Any:
-        """The `Architecture` that the `model` section means for a sample space and a method.
-
-        Args:
-            second_time: the method tells the net a second time.
-
-        Raises:
-            UserError: the net does not fit the space.
-        """
-        raise NotImplementedError
-
     def compile_blocks(self) -> None:
         """Compiles each block on its own: one graph serves them all, and nothing around them breaks it."""
         for block in self.blocks:
             block.compile()
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether blocks called now run again in the backward pass."""
+        return self.activation_checkpointing and torch.is_grad_enabled()
+
+    def run_block(self, block: nn.Module, *args: Any) -> Any:
+        """Calls a block, to be run again in the backward pass where `activation_checkpointing` asks for that."""
+        if self.recomputes:
+            # Nothing in a block draws from torch's generators, so there is no state to keep for the second time.
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+        return block(*args)
 
     def pair(
         self,

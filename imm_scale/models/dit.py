@@ -6,7 +6,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from imm_scale import rng
 from imm_scale.choices import BackboneConfig, option
@@ -197,15 +196,6 @@ class DiT(Backbone):
             return [None] * len(self.blocks)
         return [rng.random_bits(0, "dropout_layer", dropout_key, stream=index) for index in range(len(self.blocks))]
 
-    @property
-    def _recomputes(self) -> bool:
-        return self.activation_checkpointing and torch.is_grad_enabled()
-
-    @staticmethod
-    def _recomputed(block: nn.Module, *inputs: Tensor | None) -> Tensor:
-        # Nothing in a block draws from torch's generators, so there is no state to keep for the second time.
-        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-
     def forward(
         self,
         x: Tensor,
@@ -218,7 +208,7 @@ class DiT(Backbone):
         condition = self._condition(c_noise, second, label)
         x = self._tokens(x)
         for block, key in zip(self.blocks, self._dropout_keys(dropout_key), strict=True):
-            x = self._recomputed(block, x, condition, key) if self._recomputes else block(x, condition, key)
+            x = self.run_block(block, x, condition, key)
         return self._image(self.final_layer(x, condition))
 
     def pair(
@@ -253,11 +243,11 @@ class DiT(Backbone):
         self, block: nn.Module, x_t: Tensor, condition_t: Tensor, key: Tensor | None, x_r: Tensor, condition_r: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Both branches through a block in one call; apart where the one with gradient, alone, is to be recomputed."""
-        if not self._recomputes:
+        if not self.recomputes:
             return block(x_t, condition_t, key, x_r, condition_r)
         with torch.no_grad():
             x_r = block(x_r, condition_r, key)
-        return self._recomputed(block, x_t, condition_t, key), x_r
+        return self.run_block(block, x_t, condition_t, key), x_r
 
 
 def build(size: str, **overrides: Any) -> DiT:

@@ -1,0 +1,208 @@
+"""What is registered from outside the package goes all the way that a run goes (docs/extending.md walks through it)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from imm_scale import config as configs
+from imm_scale.checkpoint.format import Checkpoint
+from imm_scale.data.manifest import Codec, Manifest
+from imm_scale.data.shards import write_shard
+from imm_scale.errors import UserError
+from imm_scale.registry import METHODS, METRICS
+from tests import ranks
+from tests.conftest import losses
+
+PLUGIN = "plugins=[tests.points_plugin]"
+POINTS = (
+    PLUGIN,
+    "method.name=denoiser",
+    "model.name=perceptron",
+    "data.space.name=points",
+    "train.global_batch_size=32",
+    "train.micro_batch_size=16",
+    "train.max_steps=12",
+    "train.log_every=1",
+    "train.checkpoint_every=4",
+    "optimizer.lr=1e-2",
+    "ema.decays=[0.5]",
+    "wandb.mode=disabled",
+    "evaluation.metrics=[frechet,{name: mean_gap, power: 2}]",
+)
+CENTRES = np.array([[2.0, 0.0], [-2.0, 1.0]])
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """400 points around two centres, a class each."""
+    folder = tmp_path_factory.mktemp("points")
+    label = np.arange(400) % 2
+    points = CENTRES[label] + 0.1 * np.random.default_rng(0).standard_normal((400, 2))
+    keys = [f"{i:06d}" for i in range(400)]
+    shard = write_shard(str(folder), "a.tar", keys, points[:, :, None, None].astype(np.float16), label.tolist())
+    codec = Codec("pixels", "", 1, 2, 1, (0.0, 0.0), (1.0, 1.0))
+    Manifest(codec, (2, 1, 1), 2, ("right", "left"), (shard,)).save(str(folder / "manifest.json"))
+    return str(folder / "manifest.json")
+
+
+@pytest.fixture(scope="module")
+def runs(manifest: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """A run of two ranks at each of three ZeRO stages."""
+    folder = tmp_path_factory.mktemp("runs")
+    dirs = {stage: folder / f"stage-{stage}" for stage in (0, 1, 3)}
+    for stage, run_dir in dirs.items():
+        ranks.train(2, *_words(manifest, run_dir), f"zero.stage={stage}")
+    return dirs
+
+
+def _words(manifest: str, run_dir: Path) -> list[str]:
+    return [*POINTS, f"data.manifest={manifest}", f"run.dir={run_dir}"]
+
+
+def _done(*words: object) -> str:
+    code, printed = ranks.run(ranks.command_and_words, 1, *map(str, words))[0]
+    assert code == 0, printed
+    return printed
+
+
+def test_it_trains_alike_at_every_stage(runs):
+    curve = losses(runs[0])
+    assert len(curve) == 12 and curve[-1] < 0.8 * curve[0]
+    for stage in (1, 3):
+        # Sums of two ranks' fp32 gradients in another order, over 12 steps of Adam.
+        np.testing.assert_allclose(losses(runs[stage]), curve, rtol=1e-5)
+
+
+def test_it_is_killed_and_goes_on_to_the_same_bits(manifest, runs, tmp_path):
+    words = [*_words(manifest, tmp_path / "run"), "zero.stage=1"]
+    started = ranks.start(ranks.command, 2, "train", *words)
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 6) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for process, _ in started:
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    ranks.train(2, *words)
+    assert losses(tmp_path / "run") == losses(runs[1])
+    ours, theirs = (Checkpoint.latest(str(folder)) for folder in (tmp_path / "run", runs[1]))
+    for name, tensor in theirs.weights("weight").items():
+        assert tensor.equal(ours.weights("weight")[name]), name
+
+
+def test_it_is_recomputed_in_the_backward_pass_alike(manifest, runs, tmp_path):
+    words = [*_words(manifest, tmp_path / "run"), "zero.stage=0", "train.activation_checkpointing=true"]
+    ranks.train(2, *words)
+    assert losses(tmp_path / "run") == losses(runs[0])
+
+
+def test_it_is_sampled_from_the_run_and_from_an_export(runs, tmp_path):
+    export = tmp_path / "points.safetensors"
+    _done("export", runs[1], "--out", export)
+    for source, more in ((runs[1], ()), (export, (PLUGIN,))):
+        out = tmp_path / f"samples-{source.name}"
+        flags = ("--steps", 2, "--num", 8, "--latents", "--format", "npz,grid", "--out", out)
+        _done("sample", source, *flags, *more)
+    with np.load(tmp_path / f"samples-{runs[1].name}" / "steps-2.npz") as here:
+        with np.load(tmp_path / f"samples-{export.name}" / "steps-2.npz") as there:
+            assert np.array_equal(here["latents"], there["latents"])
+        assert here["arr_0"].shape == (8, 16, 16, 1) and (here["arr_0"].sum(axis=(1, 2, 3)) == 255).all()
+        assert here["latents"].shape == (8, 2)
+
+
+def test_it_is_measured_by_a_metric_of_its_own_and_reported(runs, manifest, tmp_path):
+    printed = _done("evaluate", runs[1], "--steps", "1,2", "--num", 64, "--repeats", 2)
+    assert "mean_gap_latents" in printed
+    (found,) = [
+        json.loads(file.read_text())["results"][0]
+        for file in (runs[1] / "evaluations").iterdir()
+        if json.loads(file.read_text())["steps"] == 2
+    ]
+    assert found["measures"]["mean_gap_latents"]["value"] > 0
+    page = tmp_path / "report.html"
+    _done("report", runs[1], "--out", page)
+    assert "denoiser" in page.read_text()
+
+
+def test_keys_are_its_own(manifest):
+    loaded = configs.load([], [*POINTS, "method.samples_per_time=4", "model.width=8"])
+    assert loaded.config.method.group_size == 4
+    assert "Samples of a group" in configs.explain("method.samples_per_time", loaded)
+    assert configs.from_yaml(configs.to_yaml(loaded.config)) == loaded.config
+    with pytest.raises(UserError, match=r"method\.k is a key of the method imm .* not of denoiser"):
+        configs.load([], [*POINTS, "method.k=3"])
+    with pytest.raises(UserError, match=r"mean_gap has name, power"):
+        configs.load([], [*POINTS, "evaluation.metrics=[{name: mean_gap, powr: 2}]"])
+
+
+# --- bad input ---
+
+
+def _refused(*words: str, env: dict[str, str] | None = None) -> str:
+    """What `imm-scale` says in a process of its own, where nothing is registered yet."""
+    command = [sys.executable, "-m", "imm_scale", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})})
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("import no_such_library", ["broken", "no_such_library", "PYTHONPATH"]),
+        (
+            "from imm_scale import register_method\nfrom imm_scale.methods import FlowMatching\n"
+            "@register_method('imm')\nclass Mine(FlowMatching): pass\n",
+            ["broken", "method 'imm'", "imm_scale.methods.imm", "choose another"],
+        ),
+        (
+            "from imm_scale import register_method\nfrom imm_scale.choices import MethodConfig\n"
+            "@register_method('half')\nclass Half:\n    Config = MethodConfig\n    def loss(self): pass\n",
+            ["broken", "method 'half'", "lacks wrap, grid, sample"],
+        ),
+        (
+            "from imm_scale import register_metric\n@register_metric('bare')\nclass Bare: pass\n",
+            ["broken", "metric 'bare'", "needs a Config", "MetricConfig"],
+        ),
+    ],
+)
+def test_a_plugin_that_is_none_is_named_with_what_it_lacks(source, says, tmp_path):
+    (tmp_path / "broken.py").write_text(source)
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    said = _refused("explain", "plugins=[broken]", env={"PYTHONPATH": path})
+    assert all(word in said for word in says), said
+
+
+def test_what_does_not_fit_together_is_refused_before_anything_starts(manifest, digits, tmp_path):
+    points = [*POINTS, f"run.dir={tmp_path}/run"]
+    for words, says in (
+        ([f"data.manifest={digits}"], ["points needs latents of (dimensions, 1, 1)", "(1, 8, 8)"]),
+        ([f"data.manifest={manifest}", "method.name=imm"], ["takes no second time"]),
+        (
+            [f"data.manifest={manifest}", "method.name=flow_matching", "method.flow_map.second_time=none"],
+            ["flow_matching", "sample space with a sigma_data", "Points has none"],
+        ),
+        ([f"data.manifest={manifest}", "model.name=dit"], ["dit works on samples of (channels, height, width)"]),
+    ):
+        code, said = ranks.run(ranks.command_and_words, 1, "train", *points, *words)[0]
+        assert code == 2 and all(word in said for word in says), said
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_an_unknown_plugin_say_how_to_give_it(runs, tmp_path):
+    _done("export", runs[1], "--out", tmp_path / "points.safetensors")
+    said = _refused("sample", str(tmp_path / "points.safetensors"), "--out", str(tmp_path))
+    assert "method 'denoiser'" in said and "plugins=[tests.points_plugin]" in said
+
+
+def test_names_that_are_taken_stay_whose_they_are():
+    with pytest.raises(UserError, match="choose another"):
+        METHODS.add("flow_matching", METHODS.get("imm"))
+    assert METRICS.get("frechet").__module__ == "imm_scale.evaluation.metrics.built_in"
