@@ -118,7 +118,7 @@ class Estimate:
 
 
 def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str, link: str | None = None) -> Estimate:
-    """What `config` needs on so many nodes. Cheap (no net is built) and without a GPU.
+    """What `config` needs on so many nodes. Cheap (a net is built without memory for it) and without a GPU.
 
     Args:
         gpu, link: names of the tables in hardware.py; no link means the default one.
