@@ -17,6 +17,8 @@ from imm_scale.evaluation import cost_quality, gallery
 from imm_scale.evaluation.records import arithmetic, read_evaluations
 from imm_scale.report.page import COLOURS, axes, image, page, svg
 
+_ABSENT = "\N{EM DASH}"  # a key that a run's method or model does not have
+
 
 @dataclass(frozen=True)
 class Run:
@@ -187,9 +189,12 @@ def _caption(name: str) -> str:
 
 def _config_section(runs: Sequence[Run]) -> str:
     flat = [configs.flatten(run.config) for run in runs]
-    differing = [key for key in flat[0] if any(other[key] != flat[0][key] for other in flat[1:])]
+    keys = dict.fromkeys(key for values in flat for key in values)  # another method or model has other keys
+    differing = [key for key in keys if any(values.get(key, _ABSENT) != flat[0].get(key, _ABSENT) for values in flat)]
     rows = "".join(
-        f"<tr><td>{key}</td>" + "".join(f"<td>{html.escape(str(values[key]))}</td>" for values in flat) + "</tr>"
+        f"<tr><td>{key}</td>"
+        + "".join(f"<td>{html.escape(str(values.get(key, _ABSENT)))}</td>" for values in flat)
+        + "</tr>"
         for key in differing
     )
     head = "<tr><th>key</th>" + "".join(f"<th>{html.escape(run.name)}</th>" for run in runs) + "</tr>"

@@ -112,7 +112,7 @@ def test_counts_of_labels_say_how_many(trained):
 
 def test_vae_latents_need_their_autoencoder(trained):
     model = imm_scale.load(trained)
-    without = dataclasses.replace(model, codec=None)  # as `load` leaves a model of vae latents
+    without = dataclasses.replace(model, artifacts=None)  # as `load` leaves a model of vae latents
     assert torch.equal(imm_scale.sample(without, num=3, latents=True), imm_scale.sample(model, num=3, latents=True))
     with pytest.raises(imm_scale.UserError, match="vae=FOLDER"):
         imm_scale.sample(without, num=3)
@@ -163,7 +163,7 @@ def test_an_evaluation_is_the_one_the_command_reads_again(trained, digits, tmp_p
         (lambda run: imm_scale.sample(run, sampler="euler"), "sampler='euler' is unknown"),
         (lambda run: imm_scale.evaluate("nowhere"), "nowhere is not a run folder"),
         (lambda run: imm_scale.evaluate(run, overrides=["evaluation.nmu=5"]), "evaluation.num"),
-        (lambda run: imm_scale.train("demo"), "neither a config file"),
+        (lambda run: imm_scale.train("dmeo"), "did you mean demo"),
     ],
 )
 def test_a_mistake_is_named(trained, call, words):

@@ -67,7 +67,7 @@ def test_every_format_holds_the_same_samples(undisturbed):
         assert int(found[i]["cls"]) == i % 10
         assert np.array_equal(np.load(io.BytesIO(found[i]["latent.npy"])), arrays["latents"][i])
     # The decoded latents are the images: pixels, undone by hand.
-    codec = json.loads((undisturbed / "steps-1.json").read_text())["settings"]["codec"]
+    codec = json.loads((undisturbed / "steps-1.json").read_text())["settings"]["space"]["codec"]
     values = (arrays["latents"] / 0.5 * codec["std"][0] + codec["mean"][0] + 1.0) * 127.5
     assert np.abs(np.clip(values, 0, 255)[:, 0] - images[..., 0]).max() <= 0.5 + 1e-3
 
