@@ -1,4 +1,4 @@
-"""A method, a backbone, a sample space and a metric of one's own, as docs/extending.md explains them.
+"""A method, a backbone, a sample space, a metric and a kernel of one's own, as docs/extending.md explains them.
 
 Points of the plane, a small perceptron, a denoiser that is sampled by steps towards what it expects, the distance
 of two means. A run uses it by `plugins: [tests.points_plugin]`; nothing in the package knows of it.
@@ -18,6 +18,7 @@ from imm_scale.data.manifest import Manifest
 from imm_scale.data.spaces import Artifacts, SampleSpace
 from imm_scale.evaluation.metrics import Measure, Metric
 from imm_scale.methods.base import GroupLosses, Method, Steps
+from imm_scale.methods.mmd import KERNELS
 from imm_scale.models.base import Architecture, Backbone
 
 # --- a sample space: what samples are to a net ---
@@ -229,3 +230,14 @@ class MeanGap(Metric):
         gap = float((samples.moments.mean - reference.mean).norm())
         variance = float(samples.moments.covariance.trace()) / samples.moments.count
         return {"mean_gap": Measure(gap**self.config.power, variance**0.5)}
+
+
+# --- a kernel: how IMM compares particles ---
+
+
+def multiquadric(distance: Tensor, bandwidth: Tensor, dim: int) -> Tensor:
+    """1 - sqrt(1 + w^2 d^2 / D), conditionally positive definite as the energy kernel is."""
+    return 1.0 - torch.sqrt(1.0 + (bandwidth * distance).square() / dim)
+
+
+KERNELS["multiquadric"] = multiquadric

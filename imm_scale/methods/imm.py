@@ -13,7 +13,7 @@ from imm_scale.fusion import fused
 from imm_scale.methods import imm_times
 from imm_scale.methods.base import FlowMapMethod, FlowMapMethodConfig, GroupLosses, prior_noise
 from imm_scale.methods.flow_map import FlowMap, per_sample
-from imm_scale.methods.mmd import grouped_mmd
+from imm_scale.methods.mmd import KERNELS, grouped_mmd
 from imm_scale.methods.probability_path import diffuse
 from imm_scale.registry import register_method
 
@@ -40,7 +40,7 @@ class ImmConfig(FlowMapMethodConfig):
 
     name: str = option("imm", "")
     particles: int = option(4, "M, samples that share one (s, r, t): 4 is best at fixed batch, 1 and 2 collapse.")
-    kernel: Literal["laplace", "rbf", "energy", "pseudo_huber"] = option("laplace", "Kernel of the discrepancy.")
+    kernel: str = option("laplace", "Kernel of the discrepancy: laplace, rbf, energy, pseudo_huber, or a plugin's.")
     mapping: Literal["eta", "t", "log_snr", "inverse_eta"] = option(
         "eta", "Coordinate in which r lies a constant step nearer to the data than t."
     )
@@ -70,6 +70,8 @@ class ImmConfig(FlowMapMethodConfig):
         super().validate()
         if self.particles < 1:
             raise UserError(f"method.particles={self.particles} must be above 0")
+        if self.kernel not in KERNELS:
+            raise UserError(f"method.kernel={self.kernel} is unknown; choose one of {', '.join(KERNELS)}")
         if self.k < 0:
             raise UserError(f"method.k={self.k} makes the step longer than the range: use at least 0, 10 to 15")
         if self.t_max == 1.0:

@@ -37,7 +37,7 @@ def _pseudo_huber(distance: Tensor, bandwidth: Tensor, dim: int) -> Tensor:
 
 
 # k(x, y) - k(x, x) rather than k: the constant drops out of the bracket, whose weights sum to 0, and expm1 keeps the
-# small differences that exp would round away.
+# small differences that exp would round away. A plugin adds its own here: (distance, bandwidth, D) to that difference.
 KERNELS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "laplace": _laplace,
     "rbf": _rbf,
@@ -53,7 +53,7 @@ def grouped_mmd(y_t_GMD: Tensor, y_r_GMD: Tensor, bandwidth_G: Tensor, kernel: s
         y_t_GMD: (G, M, D) particles with gradient, fp32 or fp64.
         y_r_GMD: (G, M, D) target particles.
         bandwidth_G: (G,) w~ = 1 / |c_out(s, t)|; `energy` and `pseudo_huber` ignore it.
-        kernel: `laplace`, `rbf`, `energy` or `pseudo_huber`.
+        kernel: a name of `KERNELS`.
 
     Returns:
         (G,) fp64.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from imm_scale import config as configs
@@ -17,6 +18,7 @@ from imm_scale.checkpoint.format import Checkpoint
 from imm_scale.data.manifest import Codec, Manifest
 from imm_scale.data.shards import write_shard
 from imm_scale.errors import UserError
+from imm_scale.methods.mmd import grouped_mmd
 from imm_scale.registry import METHODS, METRICS
 from tests import ranks
 from tests.conftest import losses
@@ -140,6 +142,33 @@ def test_keys_are_its_own(manifest):
         configs.load([], [*POINTS, "method.k=3"])
     with pytest.raises(UserError, match=r"mean_gap has name, power"):
         configs.load([], [*POINTS, "evaluation.metrics=[{name: mean_gap, powr: 2}]"])
+
+
+def test_a_kernel_of_its_own_trains_imm(digits, tmp_path):
+    small = ["model.width=16", "model.depth=1", "model.heads=2", "train.max_steps=2", "train.micro_batch_size=32"]
+    words = [
+        PLUGIN,
+        *small,
+        f"data.manifest={digits}",
+        "train.global_batch_size=32",
+        "train.log_every=1",
+        "wandb.mode=disabled",
+    ]
+    curves = {}
+    for kernel in ("multiquadric", "energy"):
+        ranks.train(1, *words, f"method.kernel={kernel}", f"run.dir={tmp_path}/{kernel}")
+        curves[kernel] = losses(tmp_path / kernel)
+    assert curves["multiquadric"] != curves["energy"]
+
+
+def test_a_kernel_of_its_own_is_that_of_its_formula():
+    configs.load([], [PLUGIN])  # registers it
+    x, y = torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[3.0, 4.0]]])
+    # One particle a side: 0 + 0 - 2 k(x, y), with k = 1 - sqrt(1 + (2 * 5)^2 / 2).
+    found = grouped_mmd(x, y, torch.tensor([2.0]), "multiquadric")
+    assert found.item() == pytest.approx(-2 * (1 - 51**0.5), rel=1e-12)
+    with pytest.raises(UserError, match=r"method\.kernel=multiquadratic is unknown; .*laplace.*multiquadric"):
+        configs.load([], [PLUGIN, "method.kernel=multiquadratic"])
 
 
 # --- bad input ---
