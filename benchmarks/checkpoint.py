@@ -63,12 +63,12 @@ class Run:
         layout = prepared.layout
         flow_map = build.net(prepared.spec)
         self.engine = Engine(self.config, flow_map, build.method(prepared.spec), layout.num_groups, 1, 16)
-        self.ema = ShardedEma(self.engine.master_shards(), self.config.ema.decays)
+        self.ema = ShardedEma(self.engine.master_slices(), self.config.ema.decays)
         self.saver = Saver(prepared, self.world, self.engine, self.ema)
         self.log = RunLog(self.config, 0, self.world)
         self.steps, self.held = 0, 0.0
         self._wait_for_copy, self.engine.before_update = self.engine.before_update, self._hold
-        parameters = torch.tensor(sum(shard.numel for shard in self.engine.master_shards()))
+        parameters = torch.tensor(sum(shard.numel for shard in self.engine.master_slices()))
         self.state_bytes = 16 * int(world.all_sum(parameters))
 
     def step(self) -> None:

@@ -42,7 +42,7 @@ from launchers.history import History
 SMALL_NET = ("model.width=32", "model.depth=2", "model.heads=2")
 SAMPLES = {True: 16, False: 32}  # of a micro-batch, by `small`
 # Seconds from the signal to the end of the step: srun sees a dead rank at once, the watchdog a stopped one after
-# train.step_timeout and its roll call.
+# train.step_timeout and its liveness check.
 STEP_TIMEOUT = 60
 BOUNDS = {"KILL": 60.0, "STOP": STEP_TIMEOUT + 90.0}
 BREAK_AT = 25

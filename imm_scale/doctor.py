@@ -188,11 +188,11 @@ def _all_reduce(device: torch.device, size: int) -> float:
 def _shared(world: World, folder: str) -> Finding:
     name = f".doctor-{distributed.gather_objects(uuid.uuid4().hex, world)[0]}-"
     ours = storage.join(folder, f"{name}{world.rank}")
-    problem = distributed.attempt(lambda: storage.write_text(ours, ""))
+    problem = distributed.error_of(lambda: storage.write_text(ours, ""))
     distributed.barrier()  # outside of what may fail, so that no rank waits for one that could not write
     seen = sum(entry.startswith(name) for entry in storage.list_names(folder))
     distributed.barrier()
-    problem = problem or distributed.attempt(lambda: storage.remove(ours))
+    problem = problem or distributed.error_of(lambda: storage.remove(ours))
     found = problem or f"{seen} of {world.size} ranks' files seen"
     remedy = "the run folder must lie on a file system that all nodes share, or in an object store"
     return _judge(seen == world.size and not problem, "shared folder", found, remedy, "FAIL")

@@ -27,7 +27,7 @@ class Start:
         step: committed when it began; end_step: when it ended.
         code: the state of the checkout.
         outcome: None while it runs.
-        culprits: nodes that failed in it.
+        failed_nodes: nodes that failed in it.
     """
 
     job: str
@@ -39,7 +39,12 @@ class Start:
     outcome: Outcome | None = None
     reason: str = ""
     end_step: int = 0
-    culprits: list[str] = field(default_factory=list)
+    failed_nodes: list[str] = field(default_factory=list)
+
+
+def _start(fields: dict[str, Any]) -> Start:
+    """A start from launcher.json; version 0.1 wrote failed_nodes as culprits."""
+    return Start(**{"failed_nodes" if key == "culprits" else key: value for key, value in fields.items()})
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class History:
             return cls(job)
         try:
             document: dict[str, Any] = json.loads(storage.read_text(url))
-            return cls(job, [Start(**start) for start in document["starts"]], document["stopped"])
+            return cls(job, [_start(fields) for fields in document["starts"]], document["stopped"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{url} cannot be read ({error!r}): remove it, the restarts are counted anew") from error
 
@@ -91,7 +96,7 @@ class History:
 
     def failures(self) -> Counter[str]:
         """How often each node failed."""
-        return Counter(node for start in self.ended for node in start.culprits)
+        return Counter(node for start in self.ended for node in start.failed_nodes)
 
     def excluded(self) -> list[str]:
         """Nodes the job is to be kept off."""
@@ -120,4 +125,4 @@ class History:
 
     def _just_excluded(self) -> bool:
         failures = self.failures()
-        return any(failures[node] == FAILURES_OF_A_NODE for node in self.ended[-1].culprits)
+        return any(failures[node] == FAILURES_OF_A_NODE for node in self.ended[-1].failed_nodes)

@@ -120,18 +120,14 @@ def _in_words(how: str) -> str:
     return how
 
 
-Fate = Literal["ours", "timeout", "taken"]
-
-
-def fate(task: Task) -> Fate:
-    """Who decides about this job now: we, while it runs or ran out of time, or SLURM, which ends or has put it back."""
+def job_owner(task: Task) -> Literal["supervisor", "slurm"]:
+    """Who decides about this job: this process, while it runs or ran out of time; SLURM, which ends or requeues it."""
     states = slurm.jobs([task.id])
-    if states and states[0].state == "RUNNING":
-        return "ours"
-    return "timeout" if states and states[0].reason == "TimeLimit" else "taken"
+    ours = bool(states) and (states[0].state == "RUNNING" or states[0].reason == "TimeLimit")
+    return "supervisor" if ours else "slurm"
 
 
-def put_back(task: Task, excluded: Sequence[str]) -> None:
+def requeue(task: Task, excluded: Sequence[str]) -> None:
     """Requeues this job and waits for the end. Raises UserError where SLURM refuses."""
     _ignore_sigterm()
     _retry(lambda: slurm.requeue(task.id))
@@ -210,7 +206,7 @@ def outcome(run: Run, task: Task, ended: Ended, began: float) -> tuple[Outcome, 
     if ended.code == EXIT_REFUSED:
         reason = status["reason"] if ours and status["state"] == "failed" else "see the message above"
         return "refused", f"a mistake that no restart would mend: {reason}"
-    if fate(task) == "taken":
+    if job_owner(task) == "slurm":
         return "interrupted", "SLURM ended the job or put it back"
     if ours and status["state"] == "preempted":
         return "preempted", status.get("reason", "")
@@ -234,14 +230,14 @@ def supervise_run(run: Run, task: Task, command: Sequence[str]) -> int:
     banned = sorted(set(task.nodes) & set(history.excluded()))
     if banned:
         say(f"{', '.join(banned)} failed twice: back to the queue for other nodes")
-        put_back(task, history.excluded())
+        requeue(task, history.excluded())
     start = _open(history, run, task)
     logs = run.log_folder(task.id)
     os.makedirs(logs, exist_ok=True)
     ended = run_step(command, {**os.environ, "LOGS": logs})
     _close(start, *outcome(run, task, ended, start.time), run.step())
     if start.outcome == "failed" and ended.node:
-        start.culprits = [ended.node]
+        start.failed_nodes = [ended.node]
     history.save(run.dir)
     return _after(history, run, task)
 
@@ -268,11 +264,11 @@ def _close_interrupted(history: History, run: Run) -> None:
     if start is not None:
         _close(start, "interrupted", "SLURM ended the job or put it back", run.step())
     last = history.ended[-1] if history.ended else None
-    if last is None or last.outcome != "interrupted" or last.culprits:
+    if last is None or last.outcome != "interrupted" or last.failed_nodes:
         return
-    last.culprits = slurm.lost(last.nodes)
-    if last.culprits:
-        last.reason = f"lost {', '.join(last.culprits)}"
+    last.failed_nodes = slurm.lost(last.nodes)
+    if last.failed_nodes:
+        last.reason = f"lost {', '.join(last.failed_nodes)}"
     say(f"start {len(history.ended)} was interrupted at step {last.end_step}: {last.reason}")
 
 
@@ -289,7 +285,7 @@ def _after(history: History, run: Run, task: Task) -> int:
     excluded = history.excluded()
     if excluded:
         say(f"from now on without {', '.join(excluded)}, where it failed twice")
-    put_back(task, excluded)
+    requeue(task, excluded)
     return 1
 
 
@@ -311,13 +307,13 @@ def supervise_command(task: Task, command: Sequence[str]) -> int:
     ended = run_step(command, {**os.environ, "LOGS": logs})
     if ended.code in (0, EXIT_REFUSED):
         return ended.code
-    if fate(task) == "taken":
+    if job_owner(task) == "slurm":
         return 1
     if task.restart >= task.max_restarts:
         say(f"stopped: failed {task.restart + 1} times, last: {ended.how or ended.code}")
         return 1
     say(f"{ended.how or f'the step ended with {ended.code}'}: back to the queue")
-    put_back(task, [])
+    requeue(task, [])
     return 1
 
 

@@ -144,7 +144,7 @@ def _engine(words: list[str], sent: Counter[str]) -> dict[str, Any]:
         flow_map = build.net(spec_of(config))
         objective = build.method(spec_of(config))
         engine = Engine(config, flow_map, objective, layout.num_groups, layout.accumulation, samples)
-        ema = ShardedEma(engine.master_shards(), config.ema.decays)
+        ema = ShardedEma(engine.master_slices(), config.ema.decays)
         gc.collect()
     n = samples * layout.accumulation
     batch = Batch(

@@ -48,7 +48,7 @@ def _step(state: State, batch: Batch) -> None:
 
 def _size(state: State) -> int:
     """Bytes of what this rank saves."""
-    kept = (shard.numel * (len(shard.states) + len(state.ema.averages)) for shard in state.ema.shards)
+    kept = (shard.numel * (len(shard.states) + len(state.ema.averages)) for shard in state.ema.slices)
     return 4 * sum(kept)
 
 

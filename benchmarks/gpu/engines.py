@@ -104,7 +104,7 @@ def states(engine: Engine) -> dict[tuple[str, str], Tensor]:
     """Copies of weights and moments, by state and parameter."""
     return {
         (state, shard.name): tensor.detach().clone()
-        for shard in engine.held_shards()
+        for shard in engine.held_slices()
         for state, tensor in shard.states.items()
     }
 

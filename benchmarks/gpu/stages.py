@@ -96,7 +96,7 @@ def _train(context: Context, manifest: str, case: _Case) -> _Trained:
 
 
 def _weights(engine: Engine) -> Tensor:
-    shards = sorted(engine.held_shards(), key=lambda shard: shard.name)
+    shards = sorted(engine.held_slices(), key=lambda shard: shard.name)
     return torch.cat([shard.states["weight"].double().cpu() for shard in shards])
 
 

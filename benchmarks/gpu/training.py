@@ -25,7 +25,7 @@ from imm_scale.preflight import plan
 from imm_scale.registry import METHODS
 from imm_scale.training import loop as loops
 from imm_scale.training import stop_signals, watchdog
-from imm_scale.training.loop import Loop, Surroundings
+from imm_scale.training.loop import Loop, RunContext
 from imm_scale.training.state import State
 from imm_scale.training.stop_signals import StopSignals
 
@@ -82,8 +82,8 @@ def training_state(settings: Config) -> Iterator[State]:
 @contextlib.contextmanager
 def loop_steps(state: State) -> Iterator[Callable[[], None]]:
     """One step of training after another, with all that watches over them, read from the data set."""
-    around = Surroundings(*watchdog.roll(state.world), StopSignals([]), stop_signals.deadline(None))
-    loop = Loop(state, around)
+    context = RunContext(*watchdog.hosts_and_call(state.world), StopSignals([]), stop_signals.deadline(None))
+    loop = Loop(state, context)
     try:
         with loop.watchdog, loops._loader(state) as loader:
             yield lambda: loop._step(loader)

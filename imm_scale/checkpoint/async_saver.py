@@ -33,7 +33,7 @@ from imm_scale.errors import UserError
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.deepspeed_engine import Engine
 from imm_scale.parallel.ema import ShardedEma
-from imm_scale.parallel.param_slice import Shard
+from imm_scale.parallel.param_slice import ParamSlice
 from imm_scale.parallel.world import World
 from imm_scale.preflight import Plan
 
@@ -237,15 +237,15 @@ def _attempt(action: Callable[[], None]) -> str:
     log besides; the step under way meets a failing GPU too.
     """
     try:
-        return distributed.attempt(action)
+        return distributed.error_of(action)
     except Exception as error:
         log.exception("a save did not expect this")
         return f"{type(error).__name__}: {error}"
 
 
-def _with_averages(ema: ShardedEma) -> list[Shard]:
+def _with_averages(ema: ShardedEma) -> list[ParamSlice]:
     """What is saved: this rank's slices with weights, moments and averages."""
-    return [replace(shard, states={**shard.states, **ema.states(index)}) for index, shard in enumerate(ema.shards)]
+    return [replace(shard, states={**shard.states, **ema.states(index)}) for index, shard in enumerate(ema.slices)]
 
 
 def staging_folder(config: Config, rank: int) -> str:

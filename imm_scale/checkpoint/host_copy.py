@@ -9,7 +9,7 @@ from torch import Tensor
 
 from imm_scale import devices
 from imm_scale.checkpoint.format import Piece
-from imm_scale.parallel.param_slice import Shard
+from imm_scale.parallel.param_slice import ParamSlice
 
 # Elements of a chunk. torch rounds what it pins up to a power of two: 16 GB for 10.8 in one piece.
 LARGEST_CHUNK, SMALLEST_CHUNK = 1 << 26, 1 << 18  # 256 MiB and 1 MiB of fp32
@@ -49,12 +49,12 @@ class HostCopy:
     `begin` on the training thread, `take` on any other; nothing may write to the slices in between and until `taken`.
 
     Args:
-        shards: the slices, live.
+        slices: the slices, live.
     """
 
-    def __init__(self, shards: Sequence[Shard]):
-        self._shards = shards
-        self._sources = [tensor.detach() for shard in shards for tensor in shard.states.values()]
+    def __init__(self, slices: Sequence[ParamSlice]):
+        self._slices = slices
+        self._sources = [tensor.detach() for part in slices for tensor in part.states.values()]
         self._device = next((s.device for s in self._sources if s.is_cuda), torch.device("cpu"))
         self._places: list[tuple[Tensor, ...]] = []
         self._stream: torch.cuda.Stream | None = None
@@ -96,7 +96,7 @@ class HostCopy:
         finally:
             self.taken.set()
         places = iter(self._places)
-        return [Piece(s.name, s.shape, s.offset, {state: next(places) for state in s.states}) for s in self._shards]
+        return [Piece(s.name, s.shape, s.offset, {state: next(places) for state in s.states}) for s in self._slices]
 
     def _copy(self) -> None:
         devices.use_device(self._device)

@@ -118,9 +118,9 @@ def restore(checkpoint: Checkpoint, engine: Engine, ema: ShardedEma) -> None:
     Raises:
         UserError: what arrived is not what was saved.
     """
-    meta, shards = checkpoint.meta, list(engine.held_shards())
-    held = [(state, shard, tensor) for shard in shards for state, tensor in shard.states.items()]
-    checkpoints.load_into([(state, shard.name, shard.offset, tensor) for state, shard, tensor in held], checkpoint)
+    meta, slices = checkpoint.meta, list(engine.held_slices())
+    held = [(state, part, tensor) for part in slices for state, tensor in part.states.items()]
+    checkpoints.load_into([(state, part.name, part.offset, tensor) for state, part, tensor in held], checkpoint)
     engine.publish_weights()
     engine.set_optimizer_steps(meta.optimizer_steps)
     if engine.loss_scale is not None and meta.loss_scale is not None:
@@ -130,7 +130,7 @@ def restore(checkpoint: Checkpoint, engine: Engine, ema: ShardedEma) -> None:
         if state_name(decay) not in checkpoint.states:
             log.warning("the checkpoint has no average of decay %g: it starts at the current weights", decay)
             continue
-        pairs = zip(ema.shards, averages, strict=True)
+        pairs = zip(ema.slices, averages, strict=True)
         checkpoints.load_into([(state_name(decay), s.name, s.offset, average) for s, average in pairs], checkpoint)
     _prove(checkpoint, engine, ema)
     log.info("resumed from %s at step %d (%d images seen)", checkpoint.url, meta.step, meta.images_seen)
@@ -170,10 +170,10 @@ def _read_back(engine: Engine, ema: ShardedEma) -> dict[str, tuple[int, int]]:
     """{state: (its checksum, how many of its elements are not zero)} over all ranks."""
     names = ["weight", *MOMENTS, *(state_name(decay) for decay in ema.averages)]
     totals = torch.zeros(len(names), 2, dtype=torch.int64, device=engine.device)
-    for index, shard in enumerate(engine.master_shards()):
-        for state, tensor in {**shard.states, **ema.states(index)}.items():
+    for index, part in enumerate(engine.master_slices()):
+        for state, tensor in {**part.states, **ema.states(index)}.items():
             row = totals[names.index(state)]
-            row[0] += checkpoints.checksum(shard.name, shard.offset, tensor).to(engine.device)
+            row[0] += checkpoints.checksum(part.name, part.offset, tensor).to(engine.device)
             row[1] += torch.count_nonzero(tensor).to(engine.device)
     distributed.all_sum(totals)
     return {name: (checksum, elements) for name, (checksum, elements) in zip(names, totals.tolist(), strict=True)}

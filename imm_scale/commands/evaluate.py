@@ -42,7 +42,7 @@ def _run(args: argparse.Namespace) -> int:
     bare = [word for word in words if word not in settings and word not in gallery]
     source = bare[0] if bare else None
     args.words = [word for word in settings if word not in search] + bare[1:]
-    asked = command.Words(
+    arguments = command.Arguments(
         source=source,
         guidance=numbers(args.guidance, "--guidance"),
         watch=args.watch,
@@ -52,7 +52,7 @@ def _run(args: argparse.Namespace) -> int:
         out=args.out,
         gallery=None if args.gallery is None else gallery,
     )
-    command.run(asked, overrides(args), world.detect(), say)
+    command.run(arguments, overrides(args), world.detect(), say)
     world.shutdown()
     return 0
 

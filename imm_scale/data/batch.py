@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from imm_scale.data.buffer_pool import Recycler
+from imm_scale.data.buffer_pool import BufferPool
 from imm_scale.data.sample_order import Layout
 from imm_scale.data.spaces import SampleSpace
 
@@ -85,7 +85,7 @@ class BatchMaker:
         self._position = torch.from_numpy(np.pad(positions, (0, samples - len(positions)))).to(device)
         self._weight = is_real[:: layout.particles].float().to(device)
         self._x_shape = (samples, *space.shape)
-        self._x_memory = Recycler(self._x_shape, torch.empty(0, dtype=space.dtype).numpy().dtype)
+        self._x_memory = BufferPool(self._x_shape, torch.empty(0, dtype=space.dtype).numpy().dtype)
 
     def __call__(self, stored: Stored) -> Batch:
         real = len(stored.latents)

@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 
-class Recycler:
+class BufferPool:
     """Hands out tensors of one shape, with whatever their memory holds.
 
     Fresh pages cost more than what is written to them, and allocators give large blocks back to the system at once.

@@ -19,7 +19,7 @@ from imm_scale.data.batch import Batch, BatchMaker, Stored
 from imm_scale.data.block_cache import BlockCache
 from imm_scale.data.block_reader import BlockReader
 from imm_scale.data.block_window import OnBadBlock, Visit, Window
-from imm_scale.data.buffer_pool import Recycler
+from imm_scale.data.buffer_pool import BufferPool
 from imm_scale.data.dataset import Dataset
 from imm_scale.data.manifest import Manifest
 from imm_scale.data.prefetch import Prefetcher
@@ -129,7 +129,7 @@ class Loader:
         self.memory_bound_bytes = self._window.bound_bytes(threads) + self._batch_bytes()
         self._make_batch = BatchMaker(self._positions, layout, self._space, seed, self._device)
         self._stored_shape = (len(self._positions), *self.manifest.stored_shape)
-        self._stored_memory = Recycler(self._stored_shape, np.float16)
+        self._stored_memory = BufferPool(self._stored_shape, np.float16)
         self.data_seconds = 0.0
         gathered = map(self._gather, self._located(first_step))
         # A GPU draws and normalizes in the consumer's stream; on CPU that is done ahead, in the background.

@@ -27,7 +27,7 @@ Announce = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Words:
+class Arguments:
     """The command's own flags.
 
     Attributes:
@@ -50,32 +50,32 @@ class Words:
     gallery: tuple[str, ...] | None
 
 
-def run(words: Words, overrides: Sequence[str], world: World, announce: Announce) -> None:
+def run(arguments: Arguments, overrides: Sequence[str], world: World, announce: Announce) -> None:
     """Raises UserError for flags that do not go together, and whatever else the user can mend."""
-    if words.poll <= 0:
-        raise UserError(f"--poll {words.poll} must be above 0")
-    if words.make_reference is not None:
-        _make_reference(words, overrides, world, announce)
+    if arguments.poll <= 0:
+        raise UserError(f"--poll {arguments.poll} must be above 0")
+    if arguments.make_reference is not None:
+        _make_reference(arguments, overrides, world, announce)
         return
-    if words.source is None:
+    if arguments.source is None:
         raise UserError("name a run, a checkpoint, exported weights or a set of images to evaluate")
-    if words.watch:
-        watch.wait_for_run(words.source, announce if world.is_main else lambda line: None, words.poll)
-    elif not export.is_export(words.source) and images.is_image_set(words.source):
+    if arguments.watch:
+        watch.wait_for_run(arguments.source, announce if world.is_main else lambda line: None, arguments.poll)
+    elif not export.is_export(arguments.source) and images.is_image_set(arguments.source):
         config = sources.config_of(Source(""), overrides)
         distributed.init(world)
-        measure_images(images.find(words.source), config, world, announce)
+        measure_images(images.find(arguments.source), config, world, announce)
         return
-    source = sources.find(words.source)
-    if words.out is not None and source.run_dir is not None:
-        raise UserError(f"--out {words.out}: evaluations of a run lie in its folder, leave --out away")
+    source = sources.find(arguments.source)
+    if arguments.out is not None and source.run_dir is not None:
+        raise UserError(f"--out {arguments.out}: evaluations of a run lie in its folder, leave --out away")
     config = sources.config_of(source, overrides)
     distributed.init(world)
-    _evaluate(words, source, config, world, announce)
+    _evaluate(arguments, source, config, world, announce)
 
 
-def _evaluate(words: Words, source: Source, config: Config, world: World, announce: Announce) -> None:
-    scales = words.guidance or (config.sampling.guidance_scale,)
+def _evaluate(arguments: Arguments, source: Source, config: Config, world: World, announce: Announce) -> None:
+    scales = arguments.guidance or (config.sampling.guidance_scale,)
 
     def at_all_scales(evaluator: Evaluator) -> None:
         for scale in scales:
@@ -89,15 +89,15 @@ def _evaluate(words: Words, source: Source, config: Config, world: World, announ
         assert evaluator.model is not None  # read now, before the run removes it
         return lambda: at_all_scales(evaluator)
 
-    if words.watch:
-        watch.watch(config, world, prepare, announce, words.poll)
-    elif words.search:
-        _search(words, Evaluator(source, config, world, announce), announce)
-    elif words.gallery is not None:
-        others = [sources.find(url) for url in words.gallery]
+    if arguments.watch:
+        watch.watch(config, world, prepare, announce, arguments.poll)
+    elif arguments.search:
+        _search(arguments, Evaluator(source, config, world, announce), announce)
+    elif arguments.gallery is not None:
+        others = [sources.find(url) for url in arguments.gallery]
         gallery.write(source, others, config, world, announce)
     else:
-        at_all_scales(Evaluator(source, config, world, announce, words.out or FOLDER))
+        at_all_scales(Evaluator(source, config, world, announce, arguments.out or FOLDER))
 
 
 # --- search ---
@@ -106,9 +106,9 @@ _TOLERANCE = 0.05  # of w; the distance is flat around its minimum
 _MOST_POINTS = 10
 
 
-def _search(words: Words, evaluator: Evaluator, announce: Announce) -> None:
+def _search(arguments: Arguments, evaluator: Evaluator, announce: Announce) -> None:
     config = evaluator.config
-    wanted = search.parse(words.search, config.evaluation.steps)
+    wanted = search.parse(arguments.search, config.evaluation.steps)
     found = []
     for steps in wanted.steps:
         evaluation = dataclasses.replace(config.evaluation, steps=[steps])
@@ -121,29 +121,29 @@ def _search(words: Words, evaluator: Evaluator, announce: Announce) -> None:
     lines = [best.describe() for best in found]
     if evaluator.world.is_main:
         announce("\n".join(lines))
-        _write_search(words, evaluator, found)
+        _write_search(arguments, evaluator, found)
 
 
-def _write_search(words: Words, evaluator: Evaluator, found: Sequence[search.Best]) -> None:
+def _write_search(arguments: Arguments, evaluator: Evaluator, found: Sequence[search.Best]) -> None:
     """RUN/searches/step-NNNNNNNN-ID.json; the points themselves are ordinary evaluation files."""
     if evaluator.source.run_dir is None:
         return
     sampling = evaluator.config.sampling
     computed = {"precision": sampling.precision, "compile": sampling.compile}
-    key = hashlib.sha256(json.dumps([*words.search, computed, *map(str, found)]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps([*arguments.search, computed, *map(str, found)]).encode()).hexdigest()[:12]
     url = storage.join(evaluator.source.run_dir, "searches", f"step-{evaluator.source.step:08d}-{key}.json")
     storage.write_text(
-        url, json.dumps({"asked": words.search, **computed, "best": [best.as_dict() for best in found]}, indent=1)
+        url, json.dumps({"asked": arguments.search, **computed, "best": [best.as_dict() for best in found]}, indent=1)
     )
 
 
 # --- reference ---
 
 
-def _make_reference(words: Words, overrides: Sequence[str], world: World, announce: Announce) -> None:
-    asked = words.make_reference
+def _make_reference(arguments: Arguments, overrides: Sequence[str], world: World, announce: Announce) -> None:
+    asked = arguments.make_reference
     assert asked is not None
-    if words.out is None or not words.out.endswith(".npz"):
+    if arguments.out is None or not arguments.out.endswith(".npz"):
         raise UserError(f"--make-reference {asked} needs --out FILE.npz")
     config = sources.config_of(Source(""), overrides)
     distributed.init(world)
@@ -157,5 +157,7 @@ def _make_reference(words: Words, overrides: Sequence[str], world: World, announ
     else:
         made = reference.of_images(images.find(asked), extractor, most, world)
     if world.is_main:
-        made.save(words.out)
-        announce(f"{words.out}: {made.count} images, {len(made.mean)} features of {extractor.name}, id {made.id[:12]}")
+        made.save(arguments.out)
+        announce(
+            f"{arguments.out}: {made.count} images, {len(made.mean)} features of {extractor.name}, id {made.id[:12]}"
+        )

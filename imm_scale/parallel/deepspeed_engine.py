@@ -23,7 +23,7 @@ from imm_scale.data.batch import Batch
 from imm_scale.methods.base import GroupLosses, Method
 from imm_scale.models.base import Backbone
 from imm_scale.parallel.loss_scale import LossScale
-from imm_scale.parallel.param_slice import MOMENTS, Shard
+from imm_scale.parallel.param_slice import MOMENTS, ParamSlice
 from imm_scale.parallel.zero_config import block_numel, deepspeed_config, halves_gradients
 
 
@@ -311,26 +311,26 @@ class Engine:
         """Adam's step counter, in one read: it is kept per tensor, on the device where its kernels are fused."""
         return int(torch.stack([state["step"] for state in self._base_optimizer().state.values()]).max())
 
-    def held_shards(self) -> Iterator[Shard]:
+    def held_slices(self) -> Iterator[ParamSlice]:
         """Everything this rank steps: at stage 0 whole parameters, above that its own slices."""
         state = self._base_optimizer().state
         for name, parameter in self._named:
             if self._stage == 0:
                 tensors = {key: state[parameter][key].view(-1) for key in MOMENTS}
-                yield Shard(name, self._shapes[name], 0, {"weight": parameter.data.view(-1), **tensors})
+                yield ParamSlice(name, self._shapes[name], 0, {"weight": parameter.data.view(-1), **tensors})
             elif self._stage == 3:
-                yield from self._stage3_shard(name, parameter)
+                yield from self._stage3_slices(name, parameter)
             elif parameter._hp_mapping is not None:  # type: ignore[attr-defined]
-                yield self._partition_shard(name, parameter._hp_mapping)  # type: ignore[attr-defined]
+                yield self._partition_slice(name, parameter._hp_mapping)  # type: ignore[attr-defined]
 
-    def _partition_shard(self, name: str, mapping: Any) -> Shard:
+    def _partition_slice(self, name: str, mapping: Any) -> ParamSlice:
         flat = self._flat_parameters()[mapping.param_group_index]
         address, state = mapping.hp_fragment_address, self._base_optimizer().state[flat]
         tensors = {"weight": flat.data, **{key: state[key] for key in MOMENTS}}
         views = {key: tensor.narrow(0, address.start, address.numel) for key, tensor in tensors.items()}
-        return Shard(name, self._shapes[name], mapping.lp_fragment_address.start, views)
+        return ParamSlice(name, self._shapes[name], mapping.lp_fragment_address.start, views)
 
-    def _stage3_shard(self, name: str, parameter: Any) -> Iterator[Shard]:
+    def _stage3_slices(self, name: str, parameter: Any) -> Iterator[ParamSlice]:
         """An even split of the flattened parameter; the last ranks' slices end in padding, which is left out.
 
         DeepSpeed's `safe_get_local_fp32_param` would be a copy where the state is offloaded; these are live.
@@ -343,18 +343,18 @@ class Engine:
             state = self._base_optimizer().state[flat]
             tensors = {"weight": flat.data, **{key: state[key] for key in MOMENTS}}
             views = {key: tensor.narrow(0, start, numel) for key, tensor in tensors.items()}
-            yield Shard(name, self._shapes[name], offset, views)
+            yield ParamSlice(name, self._shapes[name], offset, views)
 
-    def master_shards(self) -> list[Shard]:
+    def master_slices(self) -> list[ParamSlice]:
         """What this rank saves and averages: over all ranks every element of every parameter once."""
-        held = list(self.held_shards())
+        held = list(self.held_slices())
         if self._stage > 0:
             return held
         rank, world_size = dist.get_rank(), dist.get_world_size()
         return [part for shard in held if (part := shard.even_part(rank, world_size)) is not None]
 
     def publish_weights(self) -> None:
-        """Makes the net compute with the weights of `held_shards`, after these were written to."""
+        """Makes the net compute with the weights of `held_slices`, after these were written to."""
         if self._stage in (1, 2):
             self._optimizer.update_lp_params()
         elif self._stage == 3:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from imm_scale.parallel.param_slice import Shard
+from imm_scale.parallel.param_slice import ParamSlice
 
 
 def state_name(decay: float) -> str:
@@ -19,14 +19,14 @@ class ShardedEma:
     That is 4 bytes x parameters / ranks for each, at every ZeRO stage: those of stage 0 are even parts.
 
     Args:
-        shards: the slices this rank owns; their weights are live.
+        slices: the slices this rank owns; their weights are live.
         decays: which averages there are.
         power: what a decay is raised to for one update; 1 where decays are meant per step.
     """
 
-    def __init__(self, shards: Sequence[Shard], decays: Sequence[float], power: float = 1.0):
-        self.shards = list(shards)
-        self._weights = [shard.states["weight"] for shard in shards]
+    def __init__(self, slices: Sequence[ParamSlice], decays: Sequence[float], power: float = 1.0):
+        self.slices = list(slices)
+        self._weights = [part.states["weight"] for part in slices]
         self.averages: dict[float, list[Tensor]] = {
             decay: [torch.empty_like(weight) for weight in self._weights] for decay in decays
         }

@@ -5,7 +5,7 @@ own partition only, clipping meets gradients that are still scaled, and a step t
 """
 
 GROWTH_INTERVAL = 2000
-_FIRST, _LEAST, _MOST = 2.0**16, 1.0, 2.0**24
+_INITIAL_SCALE, _MIN_SCALE, _MAX_SCALE = 2.0**16, 1.0, 2.0**24
 
 
 class LossScale:
@@ -16,14 +16,14 @@ class LossScale:
         good_steps: steps since it last changed.
     """
 
-    def __init__(self, value: float = _FIRST, good_steps: int = 0):
+    def __init__(self, value: float = _INITIAL_SCALE, good_steps: int = 0):
         self.value, self.good_steps = value, good_steps
 
     def update(self, overflowed: bool) -> None:
         """Halves it after an overflow, doubles it after `GROWTH_INTERVAL` steps without one."""
         if overflowed:
-            self.value, self.good_steps = max(self.value / 2.0, _LEAST), 0
+            self.value, self.good_steps = max(self.value / 2.0, _MIN_SCALE), 0
             return
         self.good_steps += 1
         if self.good_steps == GROWTH_INTERVAL:
-            self.value, self.good_steps = min(self.value * 2.0, _MOST), 0
+            self.value, self.good_steps = min(self.value * 2.0, _MAX_SCALE), 0

@@ -9,7 +9,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Shard:
+class ParamSlice:
     """A contiguous slice of one flattened parameter, and live fp32 views of the states of that slice.
 
     Attributes:
@@ -29,10 +29,10 @@ class Shard:
         """Elements of the slice."""
         return self.states["weight"].numel()
 
-    def even_part(self, part: int, parts: int) -> "Shard | None":
+    def even_part(self, part: int, parts: int) -> "ParamSlice | None":
         """The part-th of `parts` nearly equal slices of this one; None where that is empty."""
         start, stop = part * self.numel // parts, (part + 1) * self.numel // parts
         if start == stop:
             return None
         states = {key: value[start:stop] for key, value in self.states.items()}
-        return Shard(self.name, self.shape, self.offset + start, states)
+        return ParamSlice(self.name, self.shape, self.offset + start, states)

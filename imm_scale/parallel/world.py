@@ -170,7 +170,7 @@ def problems(here: str, where: torch.device, group: dist.ProcessGroup | None = N
     return "; ".join(f"{word} (rank {rank})" for rank, word in enumerate(words) if word)
 
 
-def attempt(action: Callable[[], None]) -> str:
+def error_of(action: Callable[[], None]) -> str:
     """Does something with files; what kept it from working, or ""."""
     try:
         action()
@@ -179,13 +179,13 @@ def attempt(action: Callable[[], None]) -> str:
     return ""
 
 
-def together(action: Callable[[], None], where: torch.device, what: str, remedy: str) -> None:
+def all_ranks_or_raise(action: Callable[[], None], where: torch.device, what: str, remedy: str) -> None:
     """Does something with files on every rank, and goes on only when it worked on all of them.
 
     Raises:
         UserError: on every rank, when it failed on any.
     """
-    problem = problems(attempt(action), where)
+    problem = problems(error_of(action), where)
     if problem:
         raise UserError(f"cannot {what}: {problem}; {remedy}")
 

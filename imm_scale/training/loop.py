@@ -28,7 +28,7 @@ Outcome = Literal["completed", "preempted"]
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class RunContext:
     """What a run is in the middle of, and what outlives a rewind.
 
     Attributes:
@@ -47,8 +47,8 @@ class Surroundings:
 class Loop:
     """Steps a state to its last commit. Every rank has one, and calls its methods alike."""
 
-    def __init__(self, state: State, around: Surroundings):
-        self.state, self.around = state, around
+    def __init__(self, state: State, context: RunContext):
+        self.state, self.context = state, context
         self.config = config = state.plan.config
         train, run_dir, world = config.train, config.run_dir, state.world
         self.run_log = RunLog(config, state.step, world)
@@ -59,7 +59,7 @@ class Loop:
         self.skips = Skips(train.max_consecutive_skips, state.guards.get("skips", {}))
         self.spikes = SpikeGuard(train.spike_factor, state.guards.get("recent", {}))
         self.profiler = Profiler(run_dir, train.profile_steps, world)
-        self.watchdog = Watchdog(run_dir, world, train.step_timeout, around.hosts, around.call)
+        self.watchdog = Watchdog(run_dir, world, train.step_timeout, context.hosts, context.call)
         self.held_out = _held_out(state)
         self.stopping = False
         self._holdout_loss: float | None = None
@@ -126,9 +126,9 @@ class Loop:
         self._note_skip(result, batch, micro_batches)
         seconds = time.perf_counter() - began
         self.meter.add(result, batch.weight, seconds)
-        self.around.deadline.stepped(seconds)
+        self.context.deadline.stepped(seconds)
         self.watchdog.beat(number, "the ranks' consensus")
-        wants_to_stop = self.around.signals.heard is not None or self.around.deadline.is_near(
+        wants_to_stop = self.context.signals.heard is not None or self.context.deadline.is_near(
             state.saver.longest_seconds
         )
         self._act_on(self.consensus.submit(number, wants_to_stop, result.loss, result.grad_norm))
@@ -146,7 +146,7 @@ class Loop:
             group_G,
             lambda: replay.gradient_is_bad(state.engine, micro_batches, result.loss_scale),
             self.config.precision == "fp16",
-            self.around.hosts,
+            self.context.hosts,
         )
         self.skips.add(state.step, cause, sentence)
 

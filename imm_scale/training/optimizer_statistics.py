@@ -33,8 +33,8 @@ class OptimizerStatistics:
 
     def __init__(self, ema: ShardedEma, beta2: float, eps: float):
         self._ema, self._beta2, self._eps = ema, beta2, eps
-        self._weights = [shard.states["weight"] for shard in ema.shards]
-        self._second = [shard.states["exp_avg_sq"] for shard in ema.shards]
+        self._weights = [shard.states["weight"] for shard in ema.slices]
+        self._second = [shard.states["exp_avg_sq"] for shard in ema.slices]
         self._elements = sum(weight.numel() for weight in self._weights)
         self._before: list[Tensor] | None = None
 

@@ -37,7 +37,7 @@ class State:
             resume.load_init_weights(net, plan)
         samples = layout.slots_per_micro_batch * layout.particles
         self.engine = Engine(config, net, method, layout.num_groups, layout.accumulation, samples)
-        self.ema = ShardedEma(self.engine.master_shards(), config.ema.decays, config.ema_power)
+        self.ema = ShardedEma(self.engine.master_slices(), config.ema.decays, config.ema_power)
         self.saver = Saver(plan, world, self.engine, self.ema, saves)
         self.step = self.images_seen = 0
         self.stepped_over: list[tuple[int, int]] = []

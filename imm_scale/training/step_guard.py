@@ -21,7 +21,7 @@ log = logging.getLogger("imm_scale")
 
 OVERFLOW, LOSS, GRADIENT = "overflow", "non_finite_loss", "non_finite_gradient"
 _WINDOW = 128  # steps the running medians look back on
-_LEAST = 16  # steps before they are trusted
+_MIN_HISTORY = 16  # steps before they are trusted
 
 
 def find_cause(
@@ -111,7 +111,7 @@ class SpikeGuard:
             return None
         for name, value in values.items():
             recent = self._recent[name]
-            median = statistics.median(recent) if len(recent) >= _LEAST else math.inf
+            median = statistics.median(recent) if len(recent) >= _MIN_HISTORY else math.inf
             if value > self._factor * median > 0:
                 return f"the {name} {value:.4g} is {value / median:.3g} times its running median {median:.4g}"
         for name, value in values.items():

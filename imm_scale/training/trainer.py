@@ -16,7 +16,7 @@ from imm_scale.parallel.deepspeed_engine import check_device
 from imm_scale.parallel.world import World
 from imm_scale.preflight import Plan, plan
 from imm_scale.training import stop_signals, watchdog
-from imm_scale.training.loop import Loop, Outcome, Surroundings
+from imm_scale.training.loop import Loop, Outcome, RunContext
 from imm_scale.training.run_log import check_wandb_key, log, set_up_logging
 from imm_scale.training.state import State
 from imm_scale.training.step_guard import Rewind, Rewinds
@@ -54,8 +54,10 @@ def train(config: Config, world: World | None = None) -> Outcome:
             log.warning(words)
         try:
             remove_leftovers(config, world)
-            around = Surroundings(*watchdog.roll(world), signals, stop_signals.deadline(config.train.stop_before))
-            return _train(prepared, world, around, found.checkpoint)
+            context = RunContext(
+                *watchdog.hosts_and_call(world), signals, stop_signals.deadline(config.train.stop_before)
+            )
+            return _train(prepared, world, context, found.checkpoint)
         except torch.OutOfMemoryError as error:
             remedy = _out_of_memory(config, prepared.layout, error)
             _note_failure(config.run_dir, remedy, world.rank)
@@ -65,7 +67,7 @@ def train(config: Config, world: World | None = None) -> Outcome:
             raise
 
 
-def _train(prepared: Plan, world: World, around: Surroundings, checkpoint: Checkpoint | None) -> Outcome:
+def _train(prepared: Plan, world: World, context: RunContext, checkpoint: Checkpoint | None) -> Outcome:
     """Goes on from a checkpoint, and after each spike from the newest one, as if started again."""
     config = prepared.config
     rewinds, rewind, saves = Rewinds(config.train.max_rewinds), None, SaveTally()
@@ -74,7 +76,7 @@ def _train(prepared: Plan, world: World, around: Surroundings, checkpoint: Check
         if rewind is not None:
             rewinds.add(rewind, state.step, config.train.global_batch_size)
         state.step_over(rewinds.ranges)
-        loop = Loop(state, around)
+        loop = Loop(state, context)
         try:
             outcome = loop.run()
         except Rewind as error:
@@ -99,13 +101,13 @@ def _claim_run_folder(prepared: Plan, world: World) -> None:
             run_folder.write_status(run_dir, "running", step=0)
 
     remedy = "make it writable or choose another run.dir"
-    distributed.together(write, distributed.device(world), f"write to run.dir={run_dir}", remedy)
+    distributed.all_ranks_or_raise(write, distributed.device(world), f"write to run.dir={run_dir}", remedy)
 
 
 def _finish(loop: Loop, outcome: Outcome) -> None:
     """Says how it ended, once all ranks have got there; and lets all ranks leave together, because launchers kill the
     others at the first exit."""
-    state, signals = loop.state, loop.around.signals
+    state, signals = loop.state, loop.context.signals
     distributed.barrier()
     if state.world.is_main:
         reason = "max_steps is reached"

@@ -210,7 +210,7 @@ def collective_patience(timeout: float | None) -> float:
     return 2.0 * max(START_SECONDS, timeout or 0.0)
 
 
-def roll(world: World) -> tuple[list[str], str]:
+def hosts_and_call(world: World) -> tuple[list[str], str]:
     """(host name of each rank, a word all ranks share); a collective, once at start."""
     mine = (distributed.hostname(), f"{time.time():.0f}-{os.getpid()}")
     everyone = distributed.gather_objects(mine, world)

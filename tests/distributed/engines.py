@@ -46,7 +46,7 @@ def held(engine: Engine) -> dict[tuple[str, str], Tensor]:
     """Copies of everything this rank steps, by state and parameter."""
     return {
         (state, shard.name): tensor.detach().clone()
-        for shard in engine.held_shards()
+        for shard in engine.held_slices()
         for state, tensor in shard.states.items()
     }
 

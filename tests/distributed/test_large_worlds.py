@@ -49,7 +49,7 @@ def _child(manifest: str, rank: int, world_size: int) -> None:
         spec = build.model_spec(config, Manifest.load(manifest))
         engine = Engine(config, build.net(spec), build.method(spec), layout.num_groups, layout.accumulation, samples)
         sizes = [parameter.numel() for parameter in build.net(spec).parameters()]
-        shards = engine.master_shards()
+        shards = engine.master_slices()
         held = sum(shard.numel for shard in shards)
         assert held == _share(sizes, stage, rank, world_size), f"stage {stage}: {held}"
         average = ShardedEma(shards, [0.99]).averages[0.99]

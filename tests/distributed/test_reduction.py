@@ -19,7 +19,7 @@ def _first_moment(manifest: str, *case: str) -> torch.Tensor:
         names = [name for name, _ in engine._named]
         sizes = {name: torch.Size(engine._shapes[name]).numel() for name in names}
         whole = {name: torch.zeros(sizes[name], dtype=torch.float64) for name in names}
-        for shard in engine.master_shards():
+        for shard in engine.master_slices():
             whole[shard.name][shard.offset : shard.offset + shard.numel] = shard.states["exp_avg"]
     moment = torch.cat([whole[name] for name in names])
     dist.all_reduce(moment)

@@ -25,7 +25,7 @@ def _traffic(manifest: str, naive: bool, more: list[str]) -> dict[str, float]:
             engine.step(next(steps), 1e-3)
         counts.clear()
         engine.step(next(steps), 1e-3)
-        total = sum(4 * shard.numel for shard in engine.master_shards())
+        total = sum(4 * shard.numel for shard in engine.master_slices())
     whole = torch.tensor(float(total))
     sent = dict(counts)
     dist.all_reduce(whole)

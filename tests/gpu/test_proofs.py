@@ -97,7 +97,7 @@ def _with_kept_engines(out: Path) -> list[str]:
     kept, plain = [], Engine.close
 
     def close(self: Engine) -> None:
-        kept.append([shard.states for shard in self.held_shards()])
+        kept.append([shard.states for shard in self.held_slices()])
         plain(self)
 
     Engine.close = close  # type: ignore[method-assign]

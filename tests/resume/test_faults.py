@@ -16,7 +16,7 @@ from tests.conftest import TINY
 from tests.resume import faults
 from tests.resume.test_resume import _wait_for_step
 
-BOUND = 60.0  # seconds from a hang to the end of the job: 8 of deadline, 2 of roll call, and a busy machine's share
+BOUND = 60.0  # seconds from a hang to the end of the job: 8 of deadline, 2 of liveness check, and a busy machine
 
 
 def _settings(digits: str, run_dir: Path, *more: str) -> list[str]:

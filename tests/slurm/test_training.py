@@ -97,7 +97,7 @@ def test_a_killed_rank(cluster, settings, tmp_path, undisturbed):
     victim = next(process for process in ranks_of(job) if process.rank == 3)
     victim.kill()
     history = _assert_came_back(cluster, tmp_path / "run", job, undisturbed, committed)
-    assert (history.starts[0].outcome, history.starts[0].culprits) == ("failed", [victim.node])
+    assert (history.starts[0].outcome, history.starts[0].failed_nodes) == ("failed", [victim.node])
 
 
 def test_a_node_cut_off_the_network(cluster, settings, tmp_path, undisturbed):
@@ -107,7 +107,7 @@ def test_a_node_cut_off_the_network(cluster, settings, tmp_path, undisturbed):
     node = next(process.node for process in ranks_of(job) if process.rank == 3)
     cluster.cut_off(node)
     history = _assert_came_back(cluster, tmp_path / "run", job, undisturbed, committed)
-    assert (history.starts[0].outcome, history.starts[0].culprits) == ("interrupted", [node])
+    assert (history.starts[0].outcome, history.starts[0].failed_nodes) == ("interrupted", [node])
 
 
 @soak
@@ -118,7 +118,7 @@ def test_a_node_set_down(cluster, settings, tmp_path, undisturbed):
     node = next(process.node for process in ranks_of(job) if process.rank == 0)
     cluster.set_down(node)
     history = _assert_came_back(cluster, tmp_path / "run", job, undisturbed, committed)
-    assert (history.starts[0].outcome, history.starts[0].culprits) == ("interrupted", [node])
+    assert (history.starts[0].outcome, history.starts[0].failed_nodes) == ("interrupted", [node])
 
 
 @soak
@@ -138,7 +138,7 @@ def test_requeued_by_the_administrator(cluster, settings, tmp_path, undisturbed)
     committed = _newest(tmp_path / "run")
     run("scontrol", "requeue", str(job))
     history = _assert_came_back(cluster, tmp_path / "run", job, undisturbed, committed)
-    assert history.starts[0].culprits == []
+    assert history.starts[0].failed_nodes == []
 
 
 @soak
@@ -184,7 +184,7 @@ def test_a_node_that_failed_twice_is_excluded(cluster, settings, tmp_path, undis
     _assert_undisturbed(run_dir, undisturbed)
     history = _history(run_dir, job)
     assert history.excluded() == ["node2"]
-    assert [start.culprits for start in history.starts] == [["node2"], ["node2"], []]
+    assert [start.failed_nodes for start in history.starts] == [["node2"], ["node2"], []]
     assert "node2" not in history.starts[2].nodes
     assert "from now on without node2, where it failed twice" in (run_dir / f"logs/slurm-{job}.out").read_text()
 

@@ -15,7 +15,7 @@ from imm_scale import rng, storage
 from imm_scale.data import codec as codecs
 from imm_scale.data import loader as loaders
 from imm_scale.data import sample_order
-from imm_scale.data.buffer_pool import Recycler
+from imm_scale.data.buffer_pool import BufferPool
 from imm_scale.data.dataset import Dataset, read_all
 from imm_scale.data.loader import Batch, Loader, Reading
 from imm_scale.data.manifest import Codec, Manifest
@@ -362,13 +362,13 @@ def test_two_ranks_then_one_then_four(make_dataset: MakeDataset) -> None:
 
 
 def test_kept_batches_stay_and_dropped_ones_are_used_again() -> None:
-    recycler = Recycler((3, 2), np.float32)
-    first = recycler.take()
+    pool = BufferPool((3, 2), np.float32)
+    first = pool.take()
     part = first.fill_(1.0)[1:].split(1)[1]
     address = first.data_ptr()
     del first
-    assert recycler.take().data_ptr() != address and part.tolist() == [[1.0, 1.0]]
+    assert pool.take().data_ptr() != address and part.tolist() == [[1.0, 1.0]]
     del part
     gc.collect()
-    addresses = {tensor.data_ptr() for tensor in [recycler.take(), recycler.take()]}
+    addresses = {tensor.data_ptr() for tensor in [pool.take(), pool.take()]}
     assert address in addresses

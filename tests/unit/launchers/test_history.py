@@ -8,8 +8,10 @@ from launchers.history import History, Start
 JOB = "7"
 
 
-def _start(outcome, step, end_step, culprits=(), job=JOB):
-    return Start(job, 0, ["node1", "node2"], step, 0.0, "abc", outcome, f"because {outcome}", end_step, list(culprits))
+def _start(outcome, step, end_step, failed_nodes=(), job=JOB):
+    return Start(
+        job, 0, ["node1", "node2"], step, 0.0, "abc", outcome, f"because {outcome}", end_step, list(failed_nodes)
+    )
 
 
 def _verdict(*starts, max_restarts=10):

@@ -98,7 +98,7 @@ def test_a_preempted_run_is_put_back(fake, tmp_path):
 def test_a_dead_rank_puts_the_run_back_and_blames_the_first_node_srun_names(fake, tmp_path):
     _supervise(tmp_path, _commit(tmp_path, 5), _status(tmp_path, "running"), SRUN_SAYS, "exit 137")
     last = _last(tmp_path)
-    assert (last.outcome, last.culprits, last.reason) == ("failed", ["node2"], "Killed on node2")
+    assert (last.outcome, last.failed_nodes, last.reason) == ("failed", ["node2"], "Killed on node2")
     assert fake.asked == ["scontrol requeue 7"]
 
 
@@ -175,7 +175,7 @@ def test_a_start_nobody_ended_blames_the_nodes_that_are_gone(fake, tmp_path):
     fake.lost = ["node1"]
     _supervise(tmp_path, _commit(tmp_path, 10), _status(tmp_path, "completed"))
     first, second = History.load(str(tmp_path), "7").starts
-    assert (first.outcome, first.culprits, first.reason) == ("interrupted", ["node1"], "lost node1")
+    assert (first.outcome, first.failed_nodes, first.reason) == ("interrupted", ["node1"], "lost node1")
     assert second.outcome == "completed"
 
 

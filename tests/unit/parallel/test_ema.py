@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from imm_scale.parallel.ema import ShardedEma, state_name
-from imm_scale.parallel.param_slice import Shard
+from imm_scale.parallel.param_slice import ParamSlice
 
 
-def _shards() -> list[Shard]:
+def _shards() -> list[ParamSlice]:
     torch.manual_seed(0)
-    return [Shard(name, (4, 6), offset, {"weight": torch.randn(12)}) for name, offset in (("a", 0), ("b", 12))]
+    return [ParamSlice(name, (4, 6), offset, {"weight": torch.randn(12)}) for name, offset in (("a", 0), ("b", 12))]
 
 
 @pytest.mark.parametrize("power", [1.0, 0.25, 3.0])

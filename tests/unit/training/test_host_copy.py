@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imm_scale.checkpoint.host_copy import LARGEST_CHUNK, SMALLEST_CHUNK, HostCopy, chunk_sizes, cut
-from imm_scale.parallel.param_slice import Shard
+from imm_scale.parallel.param_slice import ParamSlice
 
 
 @given(st.integers(0, 40 * LARGEST_CHUNK))
@@ -32,11 +32,13 @@ def test_stretches_follow_one_another_through_the_chunks(sizes, chunk):
     assert flat == list(range(sum(sizes)))
 
 
-def _shards() -> list[Shard]:
+def _shards() -> list[ParamSlice]:
     generator = torch.Generator().manual_seed(0)
     sizes = (5, 3000, 1, 700)
     return [
-        Shard(f"p{i}", (size,), i, {state: torch.randn(size, generator=generator) for state in ("weight", "exp_avg")})
+        ParamSlice(
+            f"p{i}", (size,), i, {state: torch.randn(size, generator=generator) for state in ("weight", "exp_avg")}
+        )
         for i, size in enumerate(sizes)
     ]
 

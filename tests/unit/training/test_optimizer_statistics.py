@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from imm_scale.parallel.ema import ShardedEma
-from imm_scale.parallel.param_slice import Shard
+from imm_scale.parallel.param_slice import ParamSlice
 from imm_scale.training.optimizer_statistics import OptimizerStatistics
 from tests.transfers import Transfers
 
@@ -15,13 +15,13 @@ BETA2, EPS, STEPS = 0.999, 1e-8, 7
 BIAS = 1.0 - BETA2**STEPS
 
 
-def _shards(sizes: list[int], device: str = "cpu") -> list[Shard]:
+def _shards(sizes: list[int], device: str = "cpu") -> list[ParamSlice]:
     generator = torch.Generator().manual_seed(0)
     shards = []
     for size in sizes:
         weight, first, second = torch.randn(3, size, generator=generator)
         states = {"weight": weight, "exp_avg": first, "exp_avg_sq": second.square() * EPS**2}
-        shards.append(Shard("w", (size,), 0, {key: value.to(device) for key, value in states.items()}))
+        shards.append(ParamSlice("w", (size,), 0, {key: value.to(device) for key, value in states.items()}))
     return shards
 
 
