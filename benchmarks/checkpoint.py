@@ -64,7 +64,7 @@ class Run:
         flow_map = build.net(prepared.spec)
         self.engine = Engine(self.config, flow_map, build.method(prepared.spec), layout.num_groups, 1, 16)
         self.ema = ShardedEma(self.engine.master_slices(), self.config.ema.decays)
-        self.saver = Saver(prepared, self.world, self.engine, self.ema)
+        self.saver = Saver(prepared, self.world, self.engine, self.ema.saved_slices())
         self.log = RunLog(self.config, 0, self.world)
         self.steps, self.held = 0, 0.0
         self._wait_for_copy, self.engine.before_update = self.engine.before_update, self._hold

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -32,7 +32,6 @@ from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.deepspeed_engine import Engine
-from imm_scale.parallel.ema import ShardedEma
 from imm_scale.parallel.param_slice import ParamSlice
 from imm_scale.parallel.world import World
 from imm_scale.preflight import Plan
@@ -66,18 +65,21 @@ class Saver:
     As a context manager it waits for the save under way.
 
     Args:
+        slices: what this rank saves, live.
         tally: of the saves before these, to be counted on; None: there were none.
 
     Raises:
         UserError: on every rank, where one has no memory for the copy.
     """
 
-    def __init__(self, plan: Plan, world: World, engine: Engine, ema: ShardedEma, tally: SaveTally | None = None):
+    def __init__(
+        self, plan: Plan, world: World, engine: Engine, slices: Sequence[ParamSlice], tally: SaveTally | None = None
+    ):
         self._plan, self._world, self._engine = plan, world, engine
         self._tally = tally or SaveTally()
         # Made once: writing YAML and asking for versions takes longer than the copy of a small state.
         self._words = (configs.to_yaml(plan.config), plan.spec.to_json(), run_folder.versions())
-        self._copy = HostCopy(_with_averages(ema))
+        self._copy = HostCopy(slices)
         engine.before_update = self._copy.taken.wait
         self._staging = staging_folder(plan.config, world.rank)
         self._group = distributed.group_beside(SLOWEST_UPLOAD) if world.size > 1 else None
@@ -241,11 +243,6 @@ def _attempt(action: Callable[[], None]) -> str:
     except Exception as error:
         log.exception("a save did not expect this")
         return f"{type(error).__name__}: {error}"
-
-
-def _with_averages(ema: ShardedEma) -> list[ParamSlice]:
-    """What is saved: this rank's slices with weights, moments and averages."""
-    return [replace(shard, states={**shard.states, **ema.states(index)}) for index, shard in enumerate(ema.slices)]
 
 
 def staging_folder(config: Config, rank: int) -> str:

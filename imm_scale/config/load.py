@@ -226,12 +226,20 @@ def load(files: Sequence[str] = (), overrides: Sequence[str] = ()) -> Loaded:
         UserError: unreadable file, a plugin that does not import, unknown key (with its file, line and nearest valid
             key), wrong type or value.
     """
-    settings = [setting for path in files for setting in _read_yaml(path)]
+    return _loaded([setting for path in files for setting in _read_yaml(path)], overrides)
+
+
+def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Loaded:
+    """`load` of a YAML document at hand, which includes no other; `source` names it in messages. Raises UserError."""
+    return _loaded(_parse_yaml(text, source), overrides)
+
+
+def _loaded(settings: list[Setting], overrides: Sequence[str]) -> Loaded:
     words = [_parse_override(text) for text in overrides]
     for word in words:
         if word.key == "plugins":
             load_plugins(word.value)
-    settings += words
+    settings = settings + words
     config = _apply(Config(), settings)
     validate(config)
     return Loaded(config, {setting.key: setting.origin for setting in settings})

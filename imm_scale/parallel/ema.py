@@ -1,6 +1,7 @@
 """Moving averages of the weights, kept as the same slices the optimizer keeps: a step needs no communication."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -47,6 +48,10 @@ class ShardedEma:
             return  # in a world larger than the net the last ranks own nothing
         for decay, averages in self.averages.items():
             torch._foreach_lerp_(averages, self._weights, 1.0 - decay**self._power)
+
+    def saved_slices(self) -> list[ParamSlice]:
+        """This rank's slices with the averages among their states: what a checkpoint keeps of them."""
+        return [replace(part, states={**part.states, **self.states(index)}) for index, part in enumerate(self.slices)]
 
     def states(self, index: int) -> dict[str, Tensor]:
         """{state name: flat fp32 average} of the index-th slice."""

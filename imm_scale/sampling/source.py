@@ -1,7 +1,5 @@
 """What `sample` and `evaluate` are pointed at: a run, one of its checkpoints, or exported weights."""
 
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,7 +34,7 @@ class Source:
 
     @property
     def weights_url(self) -> str:
-        """What `weights.load_flow_map` reads: a checkpoint's folder or an export."""
+        """What `export.load_flow_map` reads: a checkpoint's folder or an export."""
         if self.run_dir is None or self.step is None:
             return self.url
         return checkpoints.folder(self.run_dir, self.step)
@@ -67,7 +65,4 @@ def config_of(source: Source, overrides: Sequence[str]) -> Config:
         text = Checkpoint(source.url).meta.config
     else:
         return configs.load([], overrides).config
-    with tempfile.TemporaryDirectory() as temporary:
-        path = os.path.join(temporary, "config.yaml")
-        storage.write_text(path, text)
-        return configs.load([path], overrides).config
+    return configs.load_text(text, f"the config of {source.url}", overrides).config

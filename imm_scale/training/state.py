@@ -38,7 +38,7 @@ class State:
         samples = layout.slots_per_micro_batch * layout.particles
         self.engine = Engine(config, net, method, layout.num_groups, layout.accumulation, samples)
         self.ema = ShardedEma(self.engine.master_slices(), config.ema.decays, config.ema_power)
-        self.saver = Saver(plan, world, self.engine, self.ema, saves)
+        self.saver = Saver(plan, world, self.engine, self.ema.saved_slices(), saves)
         self.step = self.images_seen = 0
         self.stepped_over: list[tuple[int, int]] = []
         self.guards: dict[str, Any] = {}
