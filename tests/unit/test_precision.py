@@ -128,14 +128,14 @@ def test_a_cpu_needs_a_cpp_compiler(monkeypatch):
         precision.check_compiler("train.compile")
 
 
-def test_inductor_would_have_failed_there(monkeypatch):
+def test_inductor_would_have_failed_there():
     """The same compiler is what torch would have looked for, in the middle of the first step."""
     from torch._inductor import config, cpp_builder, exc
 
     assert config.cpp.cxx == (None, "g++") or sys.platform == "darwin"
-    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
     cpp_builder.cpp_compiler_search.cache_clear()
-    with pytest.raises(exc.InvalidCxxCompiler):
+    # Not monkeypatch: it would leave the key hidden from every compilation that follows.
+    with config.patch({"cpp.cxx": (None, "no-such-compiler")}), pytest.raises(exc.InvalidCxxCompiler):
         cpp_builder.get_cpp_compiler()
     cpp_builder.cpp_compiler_search.cache_clear()
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from imm_scale.models import dit
+from imm_scale.models import base, dit
 from imm_scale.models.dit import DiT, DiTConfig
 from imm_scale.models.layers import Attention, Block, TimeEmbedder, time_frequencies
 from imm_scale.planner.flops import forward_multiply_adds
@@ -214,8 +214,8 @@ def test_operations_counted_on_the_meta_device_are_those_of_the_closed_form(seco
 
 def test_the_net_draws_nothing_from_torchs_generators(monkeypatch):
     """So recomputation keeps no generator's state; an attention kernel draws only where it is given a dropout."""
-    original, options = dit.checkpoint, []
-    monkeypatch.setattr(dit, "checkpoint", lambda *a, **k: options.append(k) or original(*a, **k))
+    original, options = base.checkpoint, []
+    monkeypatch.setattr(base, "checkpoint", lambda *a, **k: options.append(k) or original(*a, **k))
     net = randomized(DiT(tiny(dropout=0.3, qk_norm=True)))
     net.activation_checkpointing = True
     inputs, before = pair_inputs(), torch.get_rng_state()

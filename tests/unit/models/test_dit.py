@@ -10,7 +10,7 @@ from torch import nn
 from imm_scale.errors import UserError
 from imm_scale.methods.flow_map import FlowMap
 from imm_scale.methods.probability_path import OTFlowMatching
-from imm_scale.models import dit, layers
+from imm_scale.models import base, layers
 from imm_scale.models.base import Backbone
 from imm_scale.models.dit import DiT, DiTConfig, build, parameter_count, size_config
 
@@ -378,8 +378,8 @@ def test_activation_checkpointing_gives_the_same_values_and_gradients(options):
 
 def test_activation_checkpointing_recomputes_the_branch_with_gradient_only(monkeypatch):
     calls = []
-    original = dit.checkpoint
-    monkeypatch.setattr(dit, "checkpoint", lambda *a, **k: calls.append(torch.is_grad_enabled()) or original(*a, **k))
+    original = base.checkpoint
+    monkeypatch.setattr(base, "checkpoint", lambda *a, **k: calls.append(torch.is_grad_enabled()) or original(*a, **k))
     net = DiT(tiny())
     net.activation_checkpointing = True
     x, c_noise, second, label = inputs(dtype=torch.float32)
