@@ -5,10 +5,10 @@ python -m benchmarks.structure [NAME=]FOLDER ...
 prints a Markdown table with a column a folder. Tests (folders `tests`, files `test_*.py`) are left out.
 """
 
+import argparse
 import ast
 import itertools
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -253,11 +253,17 @@ def table(columns: dict[str, dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table of the folders."""
-    named = [text.partition("=")[::2] if "=" in text else (Path(text).name, text) for text in argv]
+    parser = argparse.ArgumentParser("benchmarks.structure", description=__doc__.split("\n\n")[0])
+    parser.add_argument("folders", nargs="+", metavar="[NAME=]FOLDER", help="a tree of Python, a column of the table")
+    folders: list[str] = parser.parse_args(argv).folders
+    named = [text.partition("=")[::2] if "=" in text else (Path(text).name, text) for text in folders]
+    for _, folder in named:
+        if not any(Path(folder).rglob("*.py")):
+            parser.error(f"no Python files under {folder}")
     print(table({name: rows(Tree(Path(folder))) for name, folder in named}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
