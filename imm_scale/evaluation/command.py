@@ -11,8 +11,7 @@ from imm_scale.checkpoint import export
 from imm_scale.config.schema import Config
 from imm_scale.data.manifest import Manifest
 from imm_scale.errors import UserError
-from imm_scale.evaluation import extractors as extractors
-from imm_scale.evaluation import gallery, images, reference, watch
+from imm_scale.evaluation import gallery, images, networks, reference, watch
 from imm_scale.evaluation import guidance_search as search
 from imm_scale.evaluation.evaluator import Evaluator
 from imm_scale.evaluation.records import FOLDER
@@ -148,7 +147,7 @@ def _make_reference(arguments: Arguments, overrides: Sequence[str], world: World
     config = sources.config_of(Source(""), overrides)
     distributed.init(world)
     device = distributed.device(world)
-    extractor = extractors.open_extractor(config.evaluation.extractor, device)
+    extractor = networks.open_extractor(config.evaluation.extractor, device)
     most = config.evaluation.compared
     if asked.endswith(".json"):
         space = build.space(config, Manifest.load(asked))

@@ -20,8 +20,7 @@ from imm_scale.checkpoint.format import Checkpoint
 from imm_scale.config.schema import Config, EvaluationConfig, SamplingConfig
 from imm_scale.data.manifest import Manifest
 from imm_scale.errors import UserError
-from imm_scale.evaluation import extractors as extractors
-from imm_scale.evaluation import measures, reference
+from imm_scale.evaluation import extractors, measures, networks, reference
 from imm_scale.evaluation.collect import Collector, Features
 from imm_scale.evaluation.metrics import Measure
 from imm_scale.evaluation.records import FOLDER, SCHEMA_VERSION, arithmetic, evaluation_url, read_evaluations
@@ -97,7 +96,7 @@ class Evaluator:
                 "data.manifest (the training data)"
             )
         self.device = distributed.device(world)
-        self.extractor = extractors.open_extractor(config.evaluation.extractor, self.device)
+        self.extractor = networks.open_extractor(config.evaluation.extractor, self.device)
 
     @cached_property
     def model(self) -> Model:

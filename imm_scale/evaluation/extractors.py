@@ -145,19 +145,6 @@ def preprocessing(config: ExtractorConfig) -> Preprocessing:
     return Preprocessing(**given)
 
 
-def open_extractor(config: ExtractorConfig, device: torch.device) -> Extractor:
-    """The extractor the config names.
-
-    Raises:
-        UserError: a network without its file and sha256, a file with another one, or a package that is missing.
-    """
-    if config.kind in ("latents", "pixels"):
-        return Flat("latents" if config.kind == "latents" else "pixels", config.max_dim)
-    from imm_scale.evaluation import networks
-
-    return networks.open_network(config, preprocessing(config), device)
-
-
 def describe(extractor: Extractor) -> dict[str, Any]:
     """What an evaluation file says of it."""
     return {"name": extractor.name, "id": identity_hash(extractor.identity), **extractor.identity}

@@ -22,7 +22,7 @@ from imm_scale.checkpoint.format import committed_steps
 from imm_scale.config.schema import Config, SamplingConfig
 from imm_scale.data.dataset import REFERENCE_POSTERIOR, Dataset, read_indexed
 from imm_scale.errors import UserError
-from imm_scale.evaluation import extractors as extractors
+from imm_scale.evaluation import networks
 from imm_scale.evaluation.extractors import Extractor
 from imm_scale.evaluation.metrics import neighbours
 from imm_scale.evaluation.records import arithmetic
@@ -134,7 +134,7 @@ def _nearest(source: Source, config: Config, device: torch.device) -> tuple[list
     assert config.data.manifest is not None
     sampling = config.sampling
     model = Model.load(source.at_newest(), sampling, device)
-    extractor = extractors.open_extractor(config.evaluation.extractor, device)
+    extractor = networks.open_extractor(config.evaluation.extractor, device)
     dataset = Dataset(config.data.manifest)
     steps = max(sampling.steps)
     z = draw(model, sampling, steps, COLUMNS)

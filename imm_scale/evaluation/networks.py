@@ -17,7 +17,15 @@ from torch import Tensor
 from imm_scale import storage
 from imm_scale.config.schema import ExtractorConfig
 from imm_scale.errors import UserError
-from imm_scale.evaluation.extractors import Output, Preprocessing, identity_hash, identity_of
+from imm_scale.evaluation.extractors import (
+    Extractor,
+    Flat,
+    Output,
+    Preprocessing,
+    identity_hash,
+    identity_of,
+    preprocessing,
+)
 from imm_scale.precision import computing
 
 # The Inception network of published FIDs (Heusel et al., arXiv 1706.08500), 2015-12-05, as TorchScript: the file
@@ -32,7 +40,18 @@ INCEPTION_IDENTITY = identity_of(
 STANDARD_ID = identity_hash(INCEPTION_IDENTITY)  # of the one extractor whose Frechet distance is called FID
 
 
-def open_network(config: ExtractorConfig, preprocess: Preprocessing, device: torch.device) -> "Network":
+def open_extractor(config: ExtractorConfig, device: torch.device) -> Extractor:
+    """The extractor the config names.
+
+    Raises:
+        UserError: a network without its file and sha256, a file with another one, or a package that is missing.
+    """
+    if config.kind in ("latents", "pixels"):
+        return Flat("latents" if config.kind == "latents" else "pixels", config.max_dim)
+    return _open_network(config, preprocessing(config), device)
+
+
+def _open_network(config: ExtractorConfig, preprocess: Preprocessing, device: torch.device) -> "Network":
     """Raises UserError for a missing file or sha256, another sha256, or a missing package."""
     if config.file is None or config.sha256 is None:
         raise UserError(

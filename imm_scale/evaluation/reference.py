@@ -22,7 +22,7 @@ from imm_scale import storage
 from imm_scale.data.dataset import Dataset, read_indexed
 from imm_scale.data.spaces import SampleSpace
 from imm_scale.errors import UserError
-from imm_scale.evaluation import extractors as extractors
+from imm_scale.evaluation import extractors
 from imm_scale.evaluation.collect import Collector, Features
 from imm_scale.evaluation.extractors import Extractor
 from imm_scale.evaluation.images import CHUNK, ImageSet

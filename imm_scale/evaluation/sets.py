@@ -5,8 +5,7 @@ from typing import Any
 
 from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
-from imm_scale.evaluation import extractors as extractors
-from imm_scale.evaluation import measures
+from imm_scale.evaluation import measures, networks
 from imm_scale.evaluation.collect import Collector
 from imm_scale.evaluation.images import ImageSet
 from imm_scale.evaluation.reference import Reference, shown
@@ -26,7 +25,7 @@ def measure_images(images: ImageSet, config: Config, world: World, announce: Cal
     evaluation = config.evaluation
     if evaluation.reference is None:
         raise UserError(f"{images.url} needs something to compare with: set evaluation.reference=FILE.npz")
-    extractor = extractors.open_extractor(evaluation.extractor, distributed.device(world))
+    extractor = networks.open_extractor(evaluation.extractor, distributed.device(world))
     if extractor.takes != "images":
         raise UserError(f"{images.url} holds images: set evaluation.extractor.kind=pixels, torchscript or onnx")
     reference = Reference.load(evaluation.reference)

@@ -118,7 +118,7 @@ def test_no_folder_holds_more_than_fourteen_modules(package):
 
 
 def test_no_two_folders_import_each_other(package):
-    assert package.mutual_folders == set()
+    assert package.mutual_files == package.mutual_folders == set()
 
 
 def test_public_functions_have_docstrings(package):

@@ -15,8 +15,9 @@ from torch import nn
 from imm_scale.config.schema import ExtractorConfig
 from imm_scale.errors import UserError
 from imm_scale.evaluation import networks
-from imm_scale.evaluation.extractors import Flat, Preprocessing, describe, identity_hash, open_extractor
+from imm_scale.evaluation.extractors import Flat, Preprocessing, describe, identity_hash
 from imm_scale.evaluation.measures import named as named_metric
+from imm_scale.evaluation.networks import open_extractor
 
 CPU = torch.device("cpu")
 
