@@ -10,12 +10,18 @@ import sys
 import time
 from collections.abc import Sequence
 
-from imm_scale import cli
+from imm_scale import config as configs
+from imm_scale import precision
 from imm_scale.checkpoint import run_folder
-from imm_scale.errors import UserError
+from imm_scale.commands.base import EXIT_PREEMPTED, EXIT_USER_ERROR, say
+from imm_scale.errors import RunError, UserError
+from imm_scale.evaluation import command
 from imm_scale.parallel import world
+from imm_scale.sampling import job
+from imm_scale.sampling import source as sources
 from imm_scale.sweeps import definition, results
 from imm_scale.sweeps.definition import Cell, Sweep
+from imm_scale.training import trainer
 from launchers import snapshot
 
 
@@ -27,36 +33,54 @@ def run(found: Sweep, cell: Cell) -> int:
     main = world.detect().is_main
     began, code = time.time(), snapshot.read().version
 
-    def say(state: str, reason: str = "") -> None:
+    def note(state: str, reason: str = "") -> None:
         if main:
             here = {"host": world.hostname(), "pid": os.getpid(), "seconds": time.time() - began}
             results.write_state(found.folder, cell.name, state, reason, code=code, **here)
 
-    say("running")
+    note("running")
     try:
         outcome = _parts(found, cell)
     except (ValueError, RuntimeError, OSError) as error:
-        say("failed", f"{type(error).__name__}: {error}")
+        note("failed", f"{type(error).__name__}: {error}")
         raise
+    world.shutdown()
     state, reason = outcome
-    say(state, reason)
-    return {"finished": 0, "diverged": 0, "preempted": cli.EXIT_PREEMPTED}.get(state, cli.EXIT_USER_ERROR)
+    note(state, reason)
+    return {"finished": 0, "diverged": 0, "preempted": EXIT_PREEMPTED}.get(state, EXIT_USER_ERROR)
 
 
 def _parts(found: Sweep, cell: Cell) -> tuple[str, str]:
     """(state, reason) after the last part that ran."""
-    exit_code = cli.main(["train", definition.config_url(found.folder, cell.name), f"run.dir={cell.run_dir}"])
-    if exit_code == cli.EXIT_PREEMPTED:
-        return "preempted", "a signal asked the run to stop"
-    if exit_code != 0:
-        return "failed", run_folder.read_status(cell.run_dir).get("reason", "training was refused: see its log")
-    reason = results.divergence(run_folder.read_metrics(cell.run_dir))
-    if reason:
-        return "diverged", reason
-    for part in ("evaluate", "sample"):
-        if cli.main([part, cell.run_dir]) != 0:
-            return "failed", f"{part} was refused: see its log"
+    for name, part in (("train", _train), ("evaluate", _evaluate), ("sample", _sample)):
+        try:
+            ended = part(found, cell)
+        except (UserError, RunError) as error:
+            print(f"launchers.cell: {name}: {error}", file=sys.stderr)
+            return "failed", f"{name}: {error}"
+        if ended is not None:
+            return ended
     return "finished", ""
+
+
+def _train(found: Sweep, cell: Cell) -> tuple[str, str] | None:
+    """How the cell ends here, None where it goes on to be measured."""
+    config = configs.load([definition.config_url(found.folder, cell.name)], [f"run.dir={cell.run_dir}"]).config
+    if trainer.train(config) == "preempted":
+        return "preempted", "a signal asked the run to stop"
+    reason = results.divergence(run_folder.read_metrics(cell.run_dir))
+    return ("diverged", reason) if reason else None
+
+
+def _evaluate(found: Sweep, cell: Cell) -> None:
+    precision.set_tf32(False)  # but where a key allows it
+    command.run(command.Arguments(cell.run_dir), [], world.detect(), say)
+
+
+def _sample(found: Sweep, cell: Cell) -> None:
+    source = sources.find(cell.run_dir).at_newest()
+    config = sources.config_of(source, []).sampling
+    job.run(source, config, job.Request(job.folder_of(source), (config.guidance_scale,)), world.detect(), say)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(found, cell)
     except UserError as error:
         print(f"launchers.cell: {error}", file=sys.stderr)
-        return cli.EXIT_USER_ERROR
+        return EXIT_USER_ERROR
 
 
 if __name__ == "__main__":

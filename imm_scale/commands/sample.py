@@ -19,16 +19,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from imm_scale import precision, storage
+    from imm_scale import precision
     from imm_scale.parallel import world as distributed
     from imm_scale.sampling import job, source
 
     precision.set_tf32(False)  # but where a key allows it
     found = source.find(args.source).at_newest()
     config = source.config_of(found, overrides(args)).sampling
-    out = args.out or (storage.join(found.run_dir, "samples", f"step-{found.step:08d}") if found.run_dir else "samples")
     guidance = numbers(args.guidance, "--guidance") or (config.guidance_scale,)
-    request = job.Request(out, tuple(args.format.split(",")), args.latents, guidance)
+    request = job.Request(args.out or job.folder_of(found), guidance, tuple(args.format.split(",")), args.latents)
     world = distributed.detect()
     distributed.init(world)
     job.run(found, config, request, world, say)

@@ -40,13 +40,13 @@ class Arguments:
     """
 
     source: str | None
-    guidance: tuple[float, ...]
-    watch: bool
-    poll: float
-    search: tuple[str, ...]
-    make_reference: str | None
-    out: str | None
-    gallery: tuple[str, ...] | None
+    guidance: tuple[float, ...] = ()
+    watch: bool = False
+    poll: float = 30.0
+    search: tuple[str, ...] = ()
+    make_reference: str | None = None
+    out: str | None = None
+    gallery: tuple[str, ...] | None = None
 
 
 def run(arguments: Arguments, overrides: Sequence[str], world: World, announce: Announce) -> None:

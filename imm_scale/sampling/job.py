@@ -43,14 +43,21 @@ class Request:
     """
 
     out: str
-    formats: tuple[str, ...]
-    latents: bool
     guidance: tuple[float, ...]
+    formats: tuple[str, ...] = ("grid", "npz")
+    latents: bool = False
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.formats if name not in outputs.FORMATS]
         if unknown or not self.formats:
             raise UserError(f"--format {','.join(self.formats)}: choose of {', '.join(outputs.FORMATS)}")
+
+
+def folder_of(source: Source) -> str:
+    """Where samples of a source go by default: in the run's folder, by step; of other weights, here."""
+    if source.run_dir is None:
+        return "samples"
+    return storage.join(source.run_dir, "samples", f"step-{source.step:08d}")
 
 
 @dataclass(frozen=True)
