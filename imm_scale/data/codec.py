@@ -30,7 +30,7 @@ KNOWN_STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 # Stands for the hash of weights in nets imported without naming the autoencoder whose latents they draw.
 AUTOENCODER_UNKNOWN = "not recorded"
 # Values worked on at once on CPU: as fp32 they fit the cache that cores share. Smaller pieces are no faster alone, and
-# slower beside the threads that read: each piece gives the interpreter away and has to wait for it.
+# slower beside the threads that read: each piece releases the GIL and has to wait for it.
 _PIECE = 1 << 21
 _UNTHREADED = (1 << 15) - 1  # most values on which torch starts no threads
 _WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -15,7 +15,7 @@ import urllib3
 from urllib3.exceptions import HTTPError
 
 _CONNECTIONS = 64  # kept at most; more threads than that open others for a while
-_PIECE = 1 << 20  # bytes read at once: bounds what is copied; smaller ones give the interpreter away more often
+_PIECE = 1 << 20  # bytes read at once: bounds what is copied; smaller ones release the GIL more often
 # A kept connection may have been closed meanwhile: once more then. All else is for who knows how often and how long.
 _RETRIES = urllib3.Retry(1, connect=0, read=1, redirect=0, status=0, other=0, respect_retry_after_header=False)
 
