@@ -231,7 +231,7 @@ def test_a_rank_without_any_memory_for_the_copy_ends_all_at_start(digits, tmp_pa
 
 
 def _train_beside_a_slow_save(argv: list[str]) -> list[tuple[str, int]]:
-    """What happened in which order: steps taken, writes begun and ended. A write ends when two steps went by.
+    """What happened in which order: steps taken, writes begun and ended. A write of step n waits for steps after n.
 
     The copy is late as well: by then the next step would be over, did it not wait before it changes the weights.
     """
@@ -247,21 +247,22 @@ def _train_beside_a_slow_save(argv: list[str]) -> list[tuple[str, int]]:
     HostCopy._copy = late  # type: ignore[method-assign]
 
     events: list[tuple[str, int]] = []
-    stepped, step, write = threading.Semaphore(0), Engine.step, checkpoints.write_rank
+    stepped, step, write = threading.Condition(), Engine.step, checkpoints.write_rank
 
     def counted(self: Engine, *args: Any) -> Any:
         result = step(self, *args)
-        events.append(("step", self.optimizer_steps()))
-        stepped.release()
+        with stepped:
+            events.append(("step", self.optimizer_steps()))
+            stepped.notify()
         return result
 
     def slow(url: str, *args: Any) -> None:
         number = int(url[-8:])
         events.append(("begin", number))
-        while stepped.acquire(blocking=False):
-            pass
         if number < LAST:
-            assert stepped.acquire(timeout=60) and (number % 4 or stepped.acquire(timeout=60))
+            awaited = ("step", number + (1 if number % 4 else 2))  # that of the next save waits for this one
+            with stepped:
+                assert stepped.wait_for(lambda: awaited in events, timeout=60)
         write(url, *args)
         events.append(("end", number))
 
@@ -279,7 +280,7 @@ def test_steps_go_on_beside_a_save_and_the_next_save_waits(digits, tmp_path):
     for what, _ in events:
         under_way += {"begin": 1, "end": -1, "step": 0}[what]
         assert under_way in (0, 1)
-    assert events.index(("begin", 4)) < events.index(("step", 5)) < events.index(("end", 4))
+    assert events.index(("step", 6)) < events.index(("end", 4)) < events.index(("begin", 6))
     # What was written is the state of its step, though later steps had changed the weights by then.
     reference = tmp_path / "reference"
     ranks.train(1, *_argv(digits, reference))
