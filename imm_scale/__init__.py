@@ -20,7 +20,10 @@ else:
         from importlib import import_module, metadata
 
         if name == "__version__":
-            value = metadata.version("imm-scale")
+            try:
+                value = metadata.version("imm-scale")
+            except metadata.PackageNotFoundError:  # a checkout, used from its folder
+                value = "unknown"
         elif name in __all__:
             home = "imm_scale.registry" if name.startswith("register_") else "imm_scale.api"
             value = getattr(import_module(home), name)

@@ -1,5 +1,6 @@
 """What a run leaves in its folder for others to read: status.json and metrics.jsonl."""
 
+import importlib.metadata
 import json
 import logging
 import sys
@@ -130,8 +131,13 @@ class MetricsLog:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers."""
-    from importlib.metadata import version
-
+    """Versions of what decides a run's numbers; a checkout need not be installed."""
     names = ("imm-scale", "torch", "deepspeed", "numpy", "webdataset", "safetensors")
-    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
+    return {"python": sys.version.split()[0], **{name: _version(name) for name in names}}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -86,6 +86,24 @@ def test_importing_it_imports_neither_torch_nor_numpy():
     assert done.stdout.strip() == "[]"
 
 
+def test_a_checkout_need_not_be_installed():
+    """As on a machine without network, where it is started from its folder."""
+    code = """
+import importlib.metadata as metadata
+known = metadata.version
+def version(name):
+    if name == "imm-scale":
+        raise metadata.PackageNotFoundError(name)
+    return known(name)
+metadata.version = version
+import imm_scale
+from imm_scale.checkpoint import run_folder
+print(imm_scale.__version__, run_folder.versions()["imm-scale"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "unknown not installed"
+
+
 def test_samples_are_those_of_the_command(trained, tmp_path):
     """Two batches of the net's calls, guidance, another seed: the same bits by both ways, and from an export."""
     flags = ("--steps", "2", "--num", "70", "--labels", "0-3", "--seed", "5", "--guidance", "1.5", "--latents")
