@@ -23,6 +23,8 @@ def _install(folder: Path, text: str) -> None:
     about.mkdir(parents=True)
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: imm-scale\nVersion: 2.5\n")
     (about / "RECORD").write_text(f"imm_scale/a.py,sha256={text},3\nimm_scale/__pycache__/a.pyc,,\n")
+    (folder / "imm_scale").mkdir()  # from Python 3.12 on, files that are gone are not listed
+    (folder / "imm_scale" / "a.py").touch()
 
 
 def test_an_installed_package_is_its_release_and_files(tmp_path, monkeypatch):
