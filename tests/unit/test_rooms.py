@@ -1,9 +1,13 @@
-"""docs/architecture.md names every module of the package, in its room."""
+"""docs/architecture.md names every module of the package in its room, and docs/mathematics.md code that is there."""
 
+import importlib
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
+METHODS = ROOT / "imm_scale" / "methods"
 
 
 def _named() -> set[str]:
@@ -25,3 +29,20 @@ def test_the_rooms_name_every_module_and_no_other():
     package = ROOT / "imm_scale"
     there = {str(path.relative_to(package)) for path in package.rglob("*.py") if not path.name.startswith("__")}
     assert _named() == there
+
+
+def _mathematics() -> list[str]:
+    """What the table of symbols points to."""
+    rows = [line for line in (ROOT / "docs" / "mathematics.md").read_text().splitlines() if line.startswith("|")]
+    code = [word for line in rows for word in re.findall(r"`([A-Za-z_]\w+\.\w+)`", line.rsplit("|", 2)[-2])]
+    assert len(code) > 10
+    return code
+
+
+@pytest.mark.parametrize("name", _mathematics())
+def test_the_mathematics_point_to_code(name):
+    home, part = name.split(".")
+    modules = [importlib.import_module(f"imm_scale.methods.{path.stem}") for path in METHODS.glob("*.py")]
+    found = [module for module in modules if module.__name__.endswith(f".{home}")]
+    found += [getattr(module, home) for module in modules if hasattr(module, home)]
+    assert any(hasattr(one, part) for one in found), f"docs/mathematics.md: {name}"
