@@ -73,6 +73,11 @@ class MethodConfig(Choice):
 class BackboneConfig(Choice):
     """Settings of a backbone, before it is known what it is to fit."""
 
+    @property
+    def title(self) -> str:
+        """What people call the net, for pages and plans."""
+        return self.name
+
 
 @dataclass(frozen=True)
 class SpaceConfig(Choice):

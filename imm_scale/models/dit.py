@@ -45,6 +45,10 @@ class ModelConfig(BackboneConfig):
         "positional", "Sinusoids of the times: geometric frequencies (stable) or random ones of scale 16."
     )
 
+    @property
+    def title(self) -> str:
+        return self.size
+
 
 @dataclass(frozen=True)
 class DiTConfig(Architecture):

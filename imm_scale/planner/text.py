@@ -55,7 +55,7 @@ def _head(config: Config, found: Estimate) -> Iterator[str]:
     link = f" over {found.link.name}" if found.nodes > 1 else ""
     yield f"{found.nodes} x {found.gpus_per_node} {found.gpu.name}{link}: {layout.world_size} ranks"
     yield (
-        f"{config.model.name}{_shape(net)}, {found.parameters.total:,} trainable parameters, {config.method.name}, "
+        f"{config.model.title}{_shape(net)}, {found.parameters.total:,} trainable parameters, {config.method.name}, "
         f"{config.precision}, ZeRO stage {config.zero.stage}"
         + (", activation checkpointing" * config.train.activation_checkpointing)
     )

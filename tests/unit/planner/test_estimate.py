@@ -1,6 +1,7 @@
 """The planner's arithmetic, its page, and what it says to impossible wishes. Engines meet it in tests/distributed."""
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 
@@ -169,3 +170,12 @@ def test_a_manifest_describes_the_data(digits):
 def test_unknown_gpu_raises_for_the_sweep_too():
     with pytest.raises(UserError, match="unknown"):
         hardware.gpu("abacus")
+
+
+_EXAMPLES = re.findall(r"```\n\$ imm-scale (plan .*)\n([^`]*)```", (ROOT / "docs" / "planning.md").read_text())
+
+
+@pytest.mark.parametrize(("command", "printed"), _EXAMPLES, ids=["fits", "does not fit"])
+def test_the_examples_of_the_docs_are_what_is_printed(command, printed, capsys):
+    main(command.split())
+    assert capsys.readouterr().out == printed
