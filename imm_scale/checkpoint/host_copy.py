@@ -24,7 +24,7 @@ def chunk_sizes(numel: int) -> Iterator[int]:
 
 
 def cut(chunks: Sequence[Tensor], sizes: Sequence[int]) -> list[tuple[Tensor, ...]]:
-    """Consecutive stretches of these sizes, each in the parts that the borders of the chunks make of it."""
+    """Consecutive stretches (size,) of flat chunks (n,), in the parts that the borders of chunks make of each."""
     rest = deque(chunks)
     stretches = []
     for size in sizes:

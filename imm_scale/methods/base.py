@@ -108,7 +108,7 @@ class Method(ABC):
 
     @abstractmethod
     def grid(self, kind: str, steps: int) -> Tensor:
-        """The times a sampler of so many steps visits; kinds as in `sampling.grid`. Raises UserError."""
+        """Times (steps + 1,) fp64 that a sampler visits; kinds as in `sampling.grid`. Raises UserError."""
 
     def default_grid(self, steps: int) -> str:
         """The kind that `sampling.grid=auto` stands for."""

@@ -105,7 +105,7 @@ def exact_target(
     """What G must output at time t for f_{s,t}(x_t) = DDIM(x_t, x, s, t) to hold for every s.
 
     It does not depend on s; it is x itself (`identity`) or a velocity over sigma_d, and so the regression target of
-    flow matching. Shapes: x and eps alike, t broadcastable against them.
+    flow matching. x and eps are (N, C, H, W), t (N, 1, 1, 1) or whatever broadcasts against them.
     """
     if parameterization == "identity":
         return x
@@ -151,6 +151,7 @@ class FlowMap(nn.Module):
         self.null_label = null_label
 
     def coefficients(self, s: Tensor, t: Tensor) -> Coefficients:
+        """c_in, c_skip and c_out of this map (app C.5) for times (G,)."""
         return coefficients(self.interp, self.parameterization, s, t, self.sigma_data)
 
     def _c_noise(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:

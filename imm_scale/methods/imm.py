@@ -113,7 +113,7 @@ class InductiveMomentMatching(FlowMapMethod):
 
     @fused()
     def draw(self, flow_map: FlowMap, x: Tensor, label: Tensor, ordinal: Tensor, seed: int) -> Draws:
-        """All that is random about a micro-batch."""
+        """All that is random about a micro-batch of x (N, C, H, W), label (N,) and ordinal (N,)."""
         s, r, t = self.draw_times(flow_map, self.group(ordinal), seed)
         eps = prior_noise(flow_map, x, ordinal, seed)
         # DDIM(x_t, x, r, t) in its division-free form: the same eps as x_t, never fresh noise.

@@ -118,7 +118,7 @@ def build(trajectory: str) -> Interpolant:
 
 
 def diffuse(interp: Interpolant, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """x_t = alpha_t x + sigma_t eps. `t` broadcasts against x; the result has the dtype of x."""
+    """x_t = alpha_t x + sigma_t eps, (N, C, H, W). `t` broadcasts against x; the result has the dtype of x."""
     return interp.alpha(t).to(x.dtype) * x + interp.sigma(t).to(x.dtype) * eps
 
 

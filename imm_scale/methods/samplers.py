@@ -27,6 +27,7 @@ class Guidance:
     high: float = 1.0
 
     def at(self, t: Tensor) -> float:
+        """The scale at a scalar time."""
         return self.scale if self.low < float(t) <= self.high else 1.0
 
 
@@ -46,7 +47,7 @@ def pushforward(
     guidance: Guidance = NO_GUIDANCE,
     noise: Noise | None = None,
 ) -> Tensor:
-    """x <- f_{t_{i-1}, t_i}(x) down the grid (alg 4).
+    """x <- f_{t_{i-1}, t_i}(x), (N, C, H, W), down the grid (steps + 1,) (alg 4).
 
     For a flow-matching net every step is a DDIM step, which for `euler_fm` is an Euler step.
     """
@@ -64,7 +65,7 @@ def restart(
     guidance: Guidance = NO_GUIDANCE,
     noise: Noise | None = None,
 ) -> Tensor:
-    """Jumps to the end of the grid, adds fresh noise up to the next time, and jumps again (alg 5)."""
+    """Jumps to the end of the grid (steps + 1,), adds fresh noise up to the next time, and jumps again (alg 5)."""
     assert noise is not None, "restart adds noise"
     for step, (t, s) in enumerate(itertools.pairwise(grid)):
         x = _jump(flow_map, x, grid[-1], t, label, guidance)
@@ -81,7 +82,7 @@ def pushforward_restart(
     guidance: Guidance = NO_GUIDANCE,
     noise: Noise | None = None,
 ) -> Tensor:
-    """The first half of the steps (rounded up) by pushforward, the rest by restart."""
+    """The first half of the steps of the grid (steps + 1,), rounded up, by pushforward, the rest by restart."""
     middle = len(grid) // 2
     x = pushforward(flow_map, x, grid[: middle + 1], label, guidance)
     return restart(flow_map, x, grid[middle:], label, guidance, noise) if middle < len(grid) - 1 else x
@@ -96,7 +97,9 @@ def heun(
     guidance: Guidance = NO_GUIDANCE,
     noise: Noise | None = None,
 ) -> Tensor:
-    """Heun's second-order steps of the probability flow, the last one Euler's: 2 N - 1 evaluations for N steps.
+    """Heun's second-order steps of the probability flow down the grid (steps + 1,), the last one Euler's.
+
+    That is 2 steps - 1 evaluations.
 
     Raises:
         UserError: a map that is no velocity field: Heun needs `euler_fm` and a net without the second time.

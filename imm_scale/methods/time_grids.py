@@ -31,7 +31,7 @@ def explicit_grid(text: str, steps: int) -> Tensor:
 
 
 def time_grid(interp: Interpolant, kind: str, steps: int, t_min: float, t_max: float) -> Tensor:
-    """The grid of that kind.
+    """The grid of that kind, (steps + 1,) fp64.
 
     Args:
         kind: `uniform` in t; `edm`, even in eta^(1/7); `eta_1.4`, two steps that meet at eta = 1.4; or the times

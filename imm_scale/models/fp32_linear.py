@@ -14,18 +14,18 @@ _TF32_DROPPED_BITS = 13  # of the 23 of a mantissa
 
 
 def rounds_to_tf32(x: Tensor) -> bool:
-    """Whether matrix units read only ten bits of the mantissa of x: a constant wherever this is compiled."""
+    """Whether matrix units read ten bits only of the mantissa of x (any shape): constant wherever this is compiled."""
     return x.device.type == "cuda" and x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
 
 
 def tf32_part(x: Tensor) -> Tensor:
-    """The value of ten mantissa bits nearest to x, in fp32; what remains, x - tf32_part(x), is exact."""
+    """The value of ten mantissa bits nearest to x, of its shape, in fp32; what remains, x - tf32_part(x), is exact."""
     half_a_step, kept = 1 << (_TF32_DROPPED_BITS - 1), -(1 << _TF32_DROPPED_BITS)
     return ((x.view(torch.int32) + half_a_step) & kept).view(torch.float32)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """No autocast for the products of x; the meta device, which only counts, has none."""
+    """No autocast for the products of x (any shape); the meta device, which only counts, has none."""
     return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 

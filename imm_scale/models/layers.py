@@ -95,6 +95,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, tokens, width) to the same."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 

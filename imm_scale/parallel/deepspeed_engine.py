@@ -218,7 +218,7 @@ class Engine:
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:
-        """Scalar sum of a micro-batch's losses under the current weights, without dropout; all ranks call it."""
+        """Sum, a scalar, of a micro-batch's losses under the current weights, without dropout; all ranks call it."""
         self._engine.eval()
         total = self._forward(batch).detach()
         self._engine.train()
