@@ -37,7 +37,7 @@ from imm_scale.parallel.deepspeed_engine import Engine
 from imm_scale.parallel.world import World
 from imm_scale.preflight import plan
 from imm_scale.training.trainer import train
-from launchers.history import History
+from launchers.records.history import History
 
 SMALL_NET = ("model.width=32", "model.depth=2", "model.heads=2")
 SAMPLES = {True: 16, False: 32}  # of a micro-batch, by `small`

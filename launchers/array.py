@@ -8,8 +8,9 @@ from imm_scale import storage
 from imm_scale.errors import UserError
 from imm_scale.planner import estimate
 from imm_scale.sweeps.definition import Cell, Sweep
-from launchers import checks, slurm, snapshot, submissions
+from launchers import checks, slurm
 from launchers.cluster import Cluster
+from launchers.records import snapshot, submissions
 from launchers.script import Job, script
 
 _FOLDER = "launches"

@@ -22,7 +22,7 @@ from imm_scale.sampling import source as sources
 from imm_scale.sweeps import definition, results
 from imm_scale.sweeps.definition import Cell, Sweep
 from imm_scale.training import trainer
-from launchers import snapshot
+from launchers.records import snapshot
 
 
 def run(found: Sweep, cell: Cell) -> int:

@@ -11,9 +11,10 @@ from imm_scale import cli, storage
 from imm_scale import config as configs
 from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
-from launchers import checks, slurm, snapshot, submissions
+from launchers import checks, slurm
 from launchers import cluster as clusters
 from launchers.cluster import Cluster
+from launchers.records import snapshot, submissions
 from launchers.script import Job, Kind, ranks_per_node, script
 
 

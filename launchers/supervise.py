@@ -23,8 +23,9 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_aft
 from imm_scale import config as configs
 from imm_scale import storage
 from imm_scale.errors import UserError
-from launchers import slurm, snapshot
-from launchers.history import History, Outcome, Start
+from launchers import slurm
+from launchers.records import snapshot
+from launchers.records.history import History, Outcome, Start
 
 CANCEL = "cancel"  # RUN/cancel holds the id of the job that is not to be put back
 EXIT_REFUSED = 2

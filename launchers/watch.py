@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from imm_scale import storage
 from imm_scale.errors import UserError
-from launchers import slurm, submissions
-from launchers.history import History
+from launchers import slurm
+from launchers.records import submissions
+from launchers.records.history import History
 from launchers.supervise import CANCEL
 
 

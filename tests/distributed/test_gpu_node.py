@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import gpu_node
 from imm_scale.checkpoint import run_folder
-from launchers.history import History, Start
+from launchers.records.history import History, Start
 from tests import ranks
 
 ROOT = Path(__file__).parents[2]

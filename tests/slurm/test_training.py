@@ -14,8 +14,9 @@ import pytest
 
 from imm_scale import config as configs
 from imm_scale.checkpoint.format import committed_steps
-from launchers import submissions, submit
-from launchers.history import History
+from launchers import submit
+from launchers.records import submissions
+from launchers.records.history import History
 from tests.conftest import losses
 from tests.slurm.cluster import Cluster, ranks_of, run, until
 from tests.slurm.conftest import STEPS

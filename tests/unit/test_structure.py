@@ -104,24 +104,25 @@ def test_percentiles_are_lengths_that_are_there(percent, length):
 
 
 @pytest.fixture(scope="module")
-def package() -> Tree:
-    return Tree(ROOT / "imm_scale")
+def trees() -> list[Tree]:
+    return [Tree(ROOT / name) for name in ("imm_scale", "data_tools", "launchers")]
 
 
-def test_functions_and_files_are_short(package):
-    assert structure.percentile([function.length for function in package.functions], 90) <= 20
-    assert structure.percentile(package.file_lengths, 90) <= 300
+def test_functions_and_files_are_short(trees):
+    assert structure.percentile([function.length for tree in trees for function in tree.functions], 90) <= 20
+    assert structure.percentile([length for tree in trees for length in tree.file_lengths], 90) <= 300
 
 
-def test_no_folder_holds_more_than_fourteen_modules(package):
-    assert {folder: count for folder, count in package.modules_a_folder.items() if count > 14} == {}
+def test_no_folder_holds_more_than_fourteen_modules(trees):
+    for tree in trees:
+        assert {folder: count for folder, count in tree.modules_a_folder.items() if count > 14} == {}
 
 
-def test_no_two_folders_import_each_other(package):
-    assert package.mutual_files == package.mutual_folders == set()
+def test_neither_files_nor_folders_import_each_other(trees):
+    for tree in trees:
+        assert tree.mutual_files == tree.mutual_folders == set()
 
 
-def test_public_functions_have_docstrings(package):
-    trees = [package, *(Tree(ROOT / name) for name in ("data_tools", "launchers"))]
+def test_public_functions_have_docstrings(trees):
     missing = [f"{tree.root.name}/{one.where} {one.name}" for tree in trees for one in tree.undocumented]
     assert len(missing) <= 0.05 * sum(len(tree.public) for tree in trees), "\n".join(missing)

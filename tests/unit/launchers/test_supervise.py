@@ -10,7 +10,7 @@ import pytest
 
 from imm_scale.errors import UserError
 from launchers import slurm, supervise
-from launchers.history import History
+from launchers.records.history import History
 
 ENV = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "MAX_RESTARTS": "3"}
 SRUN_SAYS = "echo 'srun: error: node2: tasks 2-3: Killed' >&2; echo 'srun: error: node1: task 0: Terminated' >&2"

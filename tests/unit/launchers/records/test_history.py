@@ -3,7 +3,7 @@
 import pytest
 
 from imm_scale.errors import UserError
-from launchers.history import History, Start
+from launchers.records.history import History, Start
 
 JOB = "7"
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from imm_scale import storage
 
 # The folder launchers/ is in: a checkout, or where the package is installed.
-CODE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CODE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _PACKAGE = "imm-scale"
 
 

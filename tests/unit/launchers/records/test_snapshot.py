@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launchers import snapshot
+from launchers.records import snapshot
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 def test_a_checkout_is_its_commit():
