@@ -60,9 +60,8 @@ class Run:
         words += [f"data.manifest={manifest}", f"run.dir={self.folder}/run", "train.keep_last=2"]
         self.config = configs.load([], words).config
         prepared = plan(self.config, self.world.size)
-        layout = prepared.layout
         flow_map = build.net(prepared.spec)
-        self.engine = Engine(self.config, flow_map, build.method(prepared.spec), layout.num_groups, 1, 16)
+        self.engine = Engine(self.config, flow_map, build.method(prepared.spec), prepared.layout)
         self.ema = ShardedEma(self.engine.master_slices(), self.config.ema.decays)
         self.saver = Saver(prepared, self.world, self.engine, self.ema.saved_slices())
         self.log = RunLog(self.config, 0, self.world)

@@ -96,9 +96,9 @@ def opened(bench: Bench, *words: str) -> Iterator[Callable[[], float]]:
     prepared = plan(config, bench.world.size)
     layout, shape = prepared.layout, (1, 8, 8) if bench.small else (4, 32, 32)
     spec = build.model_spec(config, unseen(shape, 10 if bench.small else 1000))
-    samples = layout.slots_per_micro_batch * layout.particles
+    samples = layout.samples_per_micro_batch
     objective = build.method(spec)
-    engine = Engine(config, build.net(spec, config.seed), objective, layout.num_groups, layout.accumulation, samples)
+    engine = Engine(config, build.net(spec, config.seed), objective, layout)
     generator = torch.Generator().manual_seed(bench.world.rank)
     x = 0.5 * torch.randn(samples, *shape, generator=generator)
     label, ordinal = torch.arange(samples) % 10, torch.arange(samples) + samples * bench.world.rank

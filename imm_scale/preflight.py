@@ -73,7 +73,7 @@ def describe(config: Config, world_size: int) -> str:
     layout, net, samples = prepared.layout, prepared.spec.net, trained_samples(config, prepared.manifest)
     counted, forward = flops.parameters(net), flops.forward_multiply_adds(net)
     step = flops.training_multiply_adds(net, config.method.passes, layout.global_batch_size)
-    micro = layout.slots_per_micro_batch * layout.particles
+    micro = layout.samples_per_micro_batch
     lines = [
         f"global batch       {layout.global_batch_size} = micro-batch {micro} x accumulation {layout.accumulation} "
         f"x {world_size} ranks" + (" (the last slots of some ranks stay empty)" if _has_padding(layout) else ""),
@@ -94,7 +94,7 @@ def describe(config: Config, world_size: int) -> str:
 def _deepspeed_settings(prepared: Plan) -> dict[str, Any]:
     layout = prepared.layout
     unit = flops.parameters(prepared.spec.net).block
-    samples = layout.slots_per_micro_batch * layout.particles
+    samples = layout.samples_per_micro_batch
     return deepspeed_config(prepared.config, layout.world_size, layout.accumulation, samples, unit)
 
 

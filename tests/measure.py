@@ -138,12 +138,12 @@ def _engine(words: list[str], sent: Counter[str]) -> dict[str, Any]:
         world.detect().size,
         config.train.micro_batch_size,
     )
-    samples = layout.slots_per_micro_batch * layout.particles
+    samples = layout.samples_per_micro_batch
     gc.collect()
     with Allocations() as construction:
         flow_map = build.net(spec_of(config))
         objective = build.method(spec_of(config))
-        engine = Engine(config, flow_map, objective, layout.num_groups, layout.accumulation, samples)
+        engine = Engine(config, flow_map, objective, layout)
         ema = ShardedEma(engine.master_slices(), config.ema.decays)
         gc.collect()
     n = samples * layout.accumulation

@@ -79,10 +79,7 @@ def opened(*overrides: str) -> Iterator[tuple[Engine, Iterator[list[Batch]], Pla
     config = configs.load([], overrides).config
     prepared = plan(config, world.size)
     layout, seed = prepared.layout, config.seed
-    samples = layout.slots_per_micro_batch * layout.particles
-    engine = Engine(
-        config, _flow_map(prepared), build.method(prepared.spec), layout.num_groups, layout.accumulation, samples
-    )
+    engine = Engine(config, _flow_map(prepared), build.method(prepared.spec), layout)
     try:
         with Loader(
             prepared.dataset, layout, world.rank, seed, config.data.block_samples, device=engine.device

@@ -100,7 +100,7 @@ def training_engine(context: Context, settings: Config, size: str) -> Iterator[t
     train = settings.train
     layout = Layout(train.global_batch_size, PARTICLES, 1, train.micro_batch_size)
     method = METHODS.get(settings.method.name)(settings.method.resolved(settings.precision))
-    engine = Engine(settings, flow_map, method, layout.num_groups, layout.accumulation, train.micro_batch_size)
+    engine = Engine(settings, flow_map, method, layout)
     try:
         yield engine, random_batch(net.config, train.micro_batch_size, context.device)
     finally:

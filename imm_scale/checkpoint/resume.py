@@ -51,7 +51,7 @@ def _manifest_hash(run_dir: str) -> str | None:
 
 @dataclass(frozen=True)
 class Found:
-    """Where a run goes on: at a checkpoint, or at step 0 where there is none; and what was passed over, and why."""
+    """Where a run goes on: at a checkpoint, or at step 0 where there is none; and what was skipped, and why."""
 
     checkpoint: Checkpoint | None
     passed_over: Sequence[str]

@@ -86,6 +86,11 @@ class Layout:
         return _ceil_div(self.slots_per_rank, self.micro_batch_size // self.particles)
 
     @property
+    def samples_per_micro_batch(self) -> int:
+        """Samples in a micro-batch of one rank, those of empty slots included."""
+        return self.slots_per_micro_batch * self.particles
+
+    @property
     def slots_per_micro_batch(self) -> int:
         """Groups in a micro-batch of one rank, empty slots included."""
         return _ceil_div(self.slots_per_rank, self.accumulation)

@@ -26,7 +26,7 @@ def watch(
 ) -> list[int]:
     """Measures every committed checkpoint, oldest first, until the run has ended and all are done.
 
-    A checkpoint that the run removes before its turn is passed over, with a word.
+    A checkpoint that the run removes before its turn is skipped, and that is announced.
 
     Args:
         prepare: reads one checkpoint and returns what measures it; that finds by itself what was measured before.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from imm_scale import precision
 from imm_scale.config.schema import Config
 from imm_scale.data.batch import Batch
+from imm_scale.data.sample_order import Layout
 from imm_scale.methods.base import GroupLosses, Method
 from imm_scale.models.base import Backbone
 from imm_scale.parallel.loss_scale import LossScale
@@ -126,8 +127,7 @@ class Engine:
         config: the run.
         net: as the method wraps it, with the weights to start from; every rank must hold the same.
         method: the loss.
-        num_groups: G of the global batch.
-        accumulation, samples_per_micro_batch: from the layout.
+        layout: of the global batch over ranks and micro-batches.
 
     Attributes:
         before_update: called in each step when gradients are there and weights and moments are about to change.
@@ -138,9 +138,7 @@ class Engine:
         config: Config,
         net: Any,
         method: Method,
-        num_groups: int,
-        accumulation: int,
-        samples_per_micro_batch: int,
+        layout: Layout,
     ):
         check_device(config)
         deepspeed = _import_deepspeed()
@@ -153,7 +151,7 @@ class Engine:
         self.parameters = [p for _, p in self._named]
         self._shapes = {name: tuple(p.shape) for name, p in self._named}
         settings = deepspeed_config(
-            config, dist.get_world_size(), accumulation, samples_per_micro_batch, block_numel(backbone)
+            config, dist.get_world_size(), layout.accumulation, layout.samples_per_micro_batch, block_numel(backbone)
         )
         deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
         self._module = LossModule(net, method, config.seed)
@@ -164,9 +162,9 @@ class Engine:
             dist_init_required=False,
         )
         self._stage = config.zero.stage
-        self._accumulation = accumulation
-        self._scale = accumulation * dist.get_world_size() / num_groups
-        self._num_groups = num_groups
+        self._accumulation = layout.accumulation
+        self._scale = layout.accumulation * dist.get_world_size() / layout.num_groups
+        self._num_groups = layout.num_groups
         self._grad_clip = config.train.grad_clip
         self._offload = config.zero.offload != "none"
         self.loss_scale = LossScale() if config.precision == "fp16" else None

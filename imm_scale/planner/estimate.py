@@ -180,7 +180,7 @@ def setting(config: Config, net: Architecture, layout: Layout) -> Setting:
     """The part of a config and a layout that memory depends on."""
     return Setting(
         net=net,
-        samples=layout.slots_per_micro_batch * layout.particles,
+        samples=layout.samples_per_micro_batch,
         particles=layout.particles,
         accumulation=layout.accumulation,
         world_size=layout.world_size,
@@ -330,7 +330,7 @@ def _steps_down(config: Config, layout: Layout) -> Iterator[tuple[str, ...]]:
     stage = config.zero.stage
     if stage > 0 and _reduce_bucket(config) > REDUCE_BUCKET:
         yield (f"zero.extra.zero_optimization.reduce_bucket_size={REDUCE_BUCKET}",)
-    samples = layout.slots_per_micro_batch * layout.particles
+    samples = layout.samples_per_micro_batch
     while samples > layout.particles:
         samples = max(samples // 2 // layout.particles, 1) * layout.particles
         yield (f"train.micro_batch_size={samples}",)

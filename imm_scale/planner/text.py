@@ -50,7 +50,7 @@ def _seconds(value: Range) -> str:
 
 def _head(config: Config, found: Estimate) -> Iterator[str]:
     layout, net = found.layout, found.net
-    micro = layout.slots_per_micro_batch * layout.particles
+    micro = layout.samples_per_micro_batch
     empty = layout.slots * layout.world_size - layout.num_groups
     link = f" over {found.link.name}" if found.nodes > 1 else ""
     yield f"{found.nodes} x {found.gpus_per_node} {found.gpu.name}{link}: {layout.world_size} ranks"

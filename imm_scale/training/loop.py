@@ -33,7 +33,7 @@ class RunContext:
 
     Attributes:
         hosts: host name of each rank.
-        call: a word all ranks of this start share.
+        call: an id all ranks of this start share.
         signals: what this rank was asked.
         deadline: the end of the job.
     """

@@ -35,8 +35,7 @@ class State:
         net, method = build.net(plan.spec, config.seed), build.method(plan.spec)
         if resumed is None:
             resume.load_init_weights(net, plan)
-        samples = layout.slots_per_micro_batch * layout.particles
-        self.engine = Engine(config, net, method, layout.num_groups, layout.accumulation, samples)
+        self.engine = Engine(config, net, method, layout)
         self.ema = ShardedEma(self.engine.master_slices(), config.ema.decays, config.ema_power)
         self.saver = Saver(plan, world, self.engine, self.ema.saved_slices(), saves)
         self.step = self.images_seen = 0

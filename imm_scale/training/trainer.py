@@ -122,7 +122,7 @@ def _finish(loop: Loop, outcome: Outcome) -> None:
 
 def _out_of_memory(config: Config, layout: Layout, error: torch.OutOfMemoryError) -> UserError:
     """What to do where a micro-batch, or what a rank holds beside it, is too large for the device."""
-    samples = layout.slots_per_micro_batch * layout.particles
+    samples = layout.samples_per_micro_batch
     remedies = [
         f"a smaller train.micro_batch_size (a rank runs {samples} samples at once)" * (samples > layout.particles),
         "train.activation_checkpointing=true" * (not config.train.activation_checkpointing),

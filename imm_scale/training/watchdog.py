@@ -96,7 +96,7 @@ class Watchdog:
     Args:
         timeout: seconds a step may take; None: 20 times the median step, at least 600 and at most what the first may.
         hosts: host name of each rank.
-        call: a word all ranks of this start share, so that an earlier start's answers are not read.
+        call: an id all ranks of this start share, so that an earlier start's answers are not read.
 
     Attributes:
         limit: seconds the step under way may take.
@@ -211,7 +211,7 @@ def collective_patience(timeout: float | None) -> float:
 
 
 def hosts_and_call(world: World) -> tuple[list[str], str]:
-    """(host name of each rank, a word all ranks share); a collective, once at start."""
+    """(host name of each rank, an id all ranks share); a collective, once at start."""
     mine = (distributed.hostname(), f"{time.time():.0f}-{os.getpid()}")
     everyone = distributed.gather_objects(mine, world)
     return [host for host, _ in everyone], everyone[0][1]

@@ -3,9 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-from torch import Tensor
-
 from imm_scale import build
 from imm_scale import config as configs
 from imm_scale.config.schema import Config
@@ -23,16 +20,8 @@ def opened(*argv: str) -> Iterator[tuple[Config, Engine, Iterator[list[Batch]]]]
     config = configs.load([], argv).config
     prepared = plan(config, world.size)
     layout, objective = prepared.layout, build.method(prepared.spec)
-    samples = layout.slots_per_micro_batch * layout.particles
     # The net is the engine's alone, so that `close` ends it.
-    engine = Engine(
-        config,
-        build.net(prepared.spec, config.seed),
-        objective,
-        layout.num_groups,
-        layout.accumulation,
-        samples,
-    )
+    engine = Engine(config, build.net(prepared.spec, config.seed), objective, layout)
     manifest = config.data.manifest
     assert manifest is not None
     try:
@@ -40,17 +29,3 @@ def opened(*argv: str) -> Iterator[tuple[Config, Engine, Iterator[list[Batch]]]]
             yield config, engine, (batch.micro_batches(layout.accumulation) for batch in loader)
     finally:
         engine.close()
-
-
-def held(engine: Engine) -> dict[tuple[str, str], Tensor]:
-    """Copies of everything this rank steps, by state and parameter."""
-    return {
-        (state, shard.name): tensor.detach().clone()
-        for shard in engine.held_slices()
-        for state, tensor in shard.states.items()
-    }
-
-
-def same(a: dict[tuple[str, str], Tensor], b: dict[tuple[str, str], Tensor]) -> bool:
-    """Bit for bit."""
-    return a.keys() == b.keys() and all(torch.equal(tensor, b[key]) for key, tensor in a.items())

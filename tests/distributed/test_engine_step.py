@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.gpu.engines import same
+from benchmarks.gpu.engines import states as held
 from imm_scale.data.loader import Batch
 from imm_scale.parallel import deepspeed_engine as engines
 from imm_scale.training.replay import gradient_is_bad
 from tests import ranks
 from tests.conftest import TINY
-from tests.distributed.engines import held, opened, same
+from tests.distributed.engines import opened
 
 LR = 1e-3
 CASES = (

@@ -40,14 +40,14 @@ def _child(manifest: str, rank: int, world_size: int) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     layout = Layout(BATCH, PARTICLES, world_size, 64)
-    samples = layout.slots_per_micro_batch * PARTICLES
+    samples = layout.samples_per_micro_batch
     x = 0.5 * torch.randn(samples, 1, 8, 8)
     label, ordinal = torch.zeros(samples, dtype=torch.int64), torch.arange(samples) + rank * samples
     batch = Batch(0, x, label, ordinal, torch.ones(layout.slots_per_micro_batch))
     for stage in range(4):
         config = configs.load([], [*TINY, f"data.manifest={manifest}", f"zero.stage={stage}"]).config
         spec = build.model_spec(config, Manifest.load(manifest))
-        engine = Engine(config, build.net(spec), build.method(spec), layout.num_groups, layout.accumulation, samples)
+        engine = Engine(config, build.net(spec), build.method(spec), layout)
         sizes = [parameter.numel() for parameter in build.net(spec).parameters()]
         shards = engine.master_slices()
         held = sum(shard.numel for shard in shards)
