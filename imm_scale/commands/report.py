@@ -1,26 +1,60 @@
 """`imm-scale report`."""
 
 import argparse
+import functools
+import math
 
-from imm_scale.commands.base import Command
+from imm_scale import storage
+from imm_scale.commands.base import Command, say
+from imm_scale.errors import UserError
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN | SWEEP", help="run folders, or one sweep's folder or file")
     parser.add_argument("--out", default="report.html", help="page to write")
     parser.add_argument("--figures", metavar="FOLDER", help="of a sweep: write its figures as files too")
+    parser.add_argument("--watch", action="store_true", help="of runs: write the page anew while they train")
+    parser.add_argument("--until", choices=("trained", "evaluated"), help="when --watch leaves off; default trained")
+    parser.add_argument("--poll", type=float, metavar="SECONDS", help="how often --watch writes; default 30")
+    parser.add_argument("--draw", action="store_true", help="with --watch: draw samples of every new checkpoint")
 
 
 def _run(args: argparse.Namespace) -> int:
+    _check(args)
+    if args.watch:
+        say(f"{storage.address(args.out)} shows the runs as they train, and reloads by itself")
     from imm_scale.report import runs, sweeps
 
     if sweeps.check_single(args.runs):
+        if args.watch:
+            raise UserError(f"--watch is for runs, {args.runs[0]} is a sweep")
         print("\n".join(sweeps.write_report(args.runs[0], args.out, args.figures)))
     else:
-        runs.write_report(args.runs, args.out)
+        _watch(args) if args.watch else runs.write_report(args.runs, args.out)
         print(runs.table(args.runs))
     print(f"\n{args.out}")
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that would do nothing."""
+    given = [flag for flag in ("until", "poll", "draw") if getattr(args, flag)]
+    if given and not args.watch:
+        raise UserError(f"--{given[0]} is for --watch: add it, or leave --{given[0]} out")
+    if args.poll is not None and not (math.isfinite(args.poll) and args.poll > 0):
+        raise UserError(f"--poll {args.poll:g}: give seconds above 0")
+
+
+def _watch(args: argparse.Namespace) -> None:
+    """Returns when the runs have ended."""
+    from imm_scale import precision
+    from imm_scale.parallel import world
+    from imm_scale.report import progress, watch
+
+    precision.set_tf32(False)  # but where a key allows it
+    device = world.device(world.detect())
+    draw = functools.partial(progress.draw_missing, device=device) if args.draw else None
+    watch.watch(args.runs, args.out, args.until or "trained", draw, say, args.poll or 30.0)
 
 
 REPORT = Command(
@@ -28,5 +62,6 @@ REPORT = Command(
     _run,
     """examples:
   imm-scale report runs/demo/imm runs/demo/flow_matching --out runs/demo/report.html
+  imm-scale report RUN OTHER --watch --draw --until evaluated
   imm-scale report sweeps/digits_scaling --out digits_scaling.html --figures docs/images/digits_scaling""",
 )

@@ -1,12 +1,15 @@
 """Flow matching: the baseline. One time, and a regression on what makes f_{s,t} exact for every s."""
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from imm_scale import rng
 from imm_scale.choices import option
 from imm_scale.data.batch import Batch
+from imm_scale.errors import UserError
 from imm_scale.fusion import fused
 from imm_scale.methods.base import FlowMapMethod, FlowMapMethodConfig, GroupLosses, prior_noise
 from imm_scale.methods.flow_map import FlowMap, exact_target, per_sample
@@ -17,11 +20,26 @@ from imm_scale.registry import register_method
 @dataclass(frozen=True)
 class FlowMatchingConfig(FlowMapMethodConfig):
     name: str = option("flow_matching", "")
+    logit_normal: list[float] = option(  # noqa: RUF009 - copied for each instance
+        [], "Mean and standard deviation of the logit of t, as [0, 1] of Stable Diffusion 3; [] draws t uniformly."
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        numbers = self.logit_normal
+        if numbers and not (len(numbers) == 2 and all(map(math.isfinite, numbers)) and numbers[1] > 0):
+            raise UserError(
+                f"method.logit_normal={numbers} must be a mean and a standard deviation above 0, as [0, 1], or []"
+            )
 
 
 @register_method("flow_matching")
 class FlowMatching(FlowMapMethod):
-    """Mean squared error of the velocity (Lipman et al., arXiv 2210.02747), t ~ U(t_min, t_max) for each sample."""
+    """Mean squared error of the velocity (Lipman et al., arXiv 2210.02747), each sample at a time of its own.
+
+    Times fill [t_min, t_max] uniformly, or as the logistic function of a normal number (Esser et al., arXiv 2403.03206,
+    section 3.1).
+    """
 
     Config = FlowMatchingConfig
 
@@ -30,13 +48,22 @@ class FlowMatching(FlowMapMethod):
         out = net.raw(x_t, t, label, dropout_key)
         return GroupLosses(_mean_square(out, target, t), t)
 
+    def draw_times(self, group: Tensor, seed: int) -> Tensor:
+        """t of each group, fp64, shape (G,)."""
+        c = self.config
+        if c.logit_normal:
+            mean, std = c.logit_normal
+            share = torch.sigmoid(mean + std * rng.normal(seed, "times", group, (1,))[:, 0].double())
+        else:
+            share = rng.uniform(seed, "times", group)[:, 0]
+        return c.t_min + (c.t_max - c.t_min) * share
+
     @fused()
     def draw(
         self, flow_map: FlowMap, x: Tensor, label: Tensor, ordinal: Tensor, seed: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """x_t, what the net shall answer, t (G,), labels and keys of the dropout masks."""
-        c = self.config
-        t = c.t_min + (c.t_max - c.t_min) * rng.uniform(seed, "times", self.group(ordinal))[:, 0]
+        t = self.draw_times(self.group(ordinal), seed)
         eps = prior_noise(flow_map, x, ordinal, seed)
         t_N = per_sample(t, x)
         x_t = diffuse(flow_map.interp, x, eps, t_N)

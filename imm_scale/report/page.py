@@ -22,6 +22,7 @@ th, td { padding: 0.25rem 0.7rem; text-align: right; border-bottom: 1px solid #d
 th:first-child, td:first-child { text-align: left; }
 .samples, .figures { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; min-width: 0; }
 .figures figure { flex: 1 1 460px; max-width: 575px; } .figures img { width: 100%; }
+.progress { display: flex; flex-wrap: wrap; gap: 1rem; } .progress img { image-rendering: pixelated; }
 .samples figure { flex: 0 1 auto; max-width: 260px; } figcaption { font-size: 0.9rem; color: #444; }
 img { max-width: 100%; height: auto; } .samples img { image-rendering: pixelated; width: 260px; }
 pre { background: #f6f6f6; padding: 0.7rem; overflow-x: auto; font-size: 0.8rem; }
@@ -29,10 +30,11 @@ pre { background: #f6f6f6; padding: 0.7rem; overflow-x: auto; font-size: 0.8rem;
 """
 
 
-def page(title: str, body: str) -> str:
-    """A whole HTML document; the title is escaped, the body is not."""
+def page(title: str, body: str, reload: float | None = None) -> str:
+    """A whole HTML document; the title is escaped, the body is not. A browser reloads it after `reload` seconds."""
+    again = "" if reload is None else f'<meta http-equiv="refresh" content="{max(1, round(reload))}">'
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">{again}
 <link rel="icon" href="data:,"><title>imm-scale: {html.escape(title)}</title><style>{_STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
 {body}

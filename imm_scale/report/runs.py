@@ -15,7 +15,8 @@ from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
 from imm_scale.evaluation import cost_quality, gallery
 from imm_scale.evaluation.records import arithmetic, read_evaluations
-from imm_scale.report.page import COLOURS, axes, image, page, svg
+from imm_scale.report import progress
+from imm_scale.report.page import COLOURS, axes, image, items, page, svg
 
 _ABSENT = "\N{EM DASH}"  # a key that a run's method or model does not have
 
@@ -30,6 +31,7 @@ class Run:
     distances: list[dict[str, Any]]
     samples: dict[str, bytes]
     environment: dict[str, Any]
+    status: dict[str, Any]
 
     def computed(self, how: str) -> list[dict[str, Any]]:
         """The distances of samples drawn so (`evaluation.files.arithmetic`)."""
@@ -40,11 +42,23 @@ class Run:
         """`run.name` of its config."""
         return self.config.run.name
 
+    @property
+    def progress(self) -> str:
+        """What it is doing, and how far it is."""
+        step = max([record["step"] for record in self.records], default=self.status.get("step", 0))
+        return (
+            f"{self.name} is {self.status.get('state', 'starting')}: step {step:,} of {self.config.train.max_steps:,}"
+        )
+
+
+def _is_there(run_dir: str) -> bool:
+    return storage.exists(storage.join(run_dir, "config.yaml"))
+
 
 def read_run(run_dir: str) -> Run:
     """Raises UserError for a folder that is no run."""
     url = storage.join(run_dir, "config.yaml")
-    if not storage.exists(url):
+    if not _is_there(run_dir):
         raise UserError(f"{run_dir} is not a run folder: it has no config.yaml")
     evaluations = read_evaluations(run_dir)
     newest = max((e["step"] for e in evaluations), default=0)
@@ -55,6 +69,7 @@ def read_run(run_dir: str) -> Run:
         distances=[{**result, "step": newest} for e in evaluations if e["step"] == newest for result in e["results"]],
         samples=_read_samples(storage.join(run_dir, "samples")),
         environment=evaluations[-1]["versions"] if evaluations else run_folder.versions(),
+        status=run_folder.read_status(run_dir),
     )
 
 
@@ -207,9 +222,29 @@ def _config_section(runs: Sequence[Run]) -> str:
     return compared + full
 
 
-def write_report(run_dirs: Sequence[str], out: str) -> None:
-    """Writes the page. Raises UserError for a folder that is no run."""
-    runs = [read_run(run_dir) for run_dir in run_dirs]
+def write_report(run_dirs: Sequence[str], out: str, reload: float | None = None) -> None:
+    """Writes the page.
+
+    Args:
+        reload: seconds after which a browser looks again; then a run may be one that is not there yet.
+
+    Raises:
+        UserError: a folder that is no run.
+    """
+    absent = [run_dir for run_dir in run_dirs if reload is not None and not _is_there(run_dir)]
+    runs = [read_run(run_dir) for run_dir in run_dirs if run_dir not in absent]
+    title = " and ".join(run.name for run in runs) or "waiting for a run"
+    storage.write_text(out, page(title, _states(runs, absent) + _body(runs), reload))
+
+
+def _states(runs: Sequence[Run], absent: Sequence[str]) -> str:
+    """A line a run: how far it is."""
+    return items([run.progress for run in runs] + [f"{storage.shown(url)} has not started yet" for url in absent])
+
+
+def _body(runs: Sequence[Run]) -> str:
+    if not runs:
+        return ""
     lead = "".join(f"<li>{html.escape(line)}</li>" for line in comparisons(runs))
     lead_section = f'<p class="lead">Distances, few steps over many:</p><ul class="lead">{lead}</ul>' if lead else ""
     distance_section = sample_section = ""
@@ -218,13 +253,16 @@ def write_report(run_dirs: Sequence[str], out: str) -> None:
     if any(run.samples for run in runs):
         samples = "".join(_sample_section(run) for run in runs)
         sample_section = f"<h2>Samples</h2><p>A row a class; the same noise at every step count.</p>{samples}"
+    learning = "".join(_progress_section(run) for run in runs)
+    learning_section = f"<h2>Samples while it learned</h2>{learning}" if learning else ""
     pictures = "".join(
         f"<h2>Gallery of {html.escape(r.name)}</h2>{part}" for r in runs if (part := gallery.section(r.dir))
     )
     environment = html.escape(json.dumps({run.name: run.environment for run in runs}, indent=1))
-    body = f"""{lead_section}
+    return f"""{lead_section}
 {distance_section}
 {sample_section}
+{learning_section}
 {pictures}
 <h2>Training</h2>
 <p>The IMM loss starts small and need not fall to 0: at the optimum the particles of a group still differ. Distances of
@@ -234,4 +272,8 @@ samples say more than it does.</p>
 {_config_section(runs)}
 <h2>Environment</h2>
 <pre>{environment}</pre>"""
-    storage.write_text(out, page(" and ".join(run.name for run in runs), body))
+
+
+def _progress_section(run: Run) -> str:
+    part = progress.section(run.dir, run.config.sampling)
+    return f"<h3>{html.escape(run.name)}</h3>{part}" if part else ""

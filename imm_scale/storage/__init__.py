@@ -18,11 +18,12 @@ from imm_scale.storage.files import (
     write_text,
 )
 from imm_scale.storage.retries import OnRetry, RetryPolicy
-from imm_scale.storage.urls import is_local, join, local_path, name, parent, shown
+from imm_scale.storage.urls import address, is_local, join, local_path, name, parent, shown
 
 __all__ = [
     "OnRetry",
     "RetryPolicy",
+    "address",
     "create_bytes",
     "exists",
     "is_local",

@@ -1,7 +1,9 @@
 """Names of files: a plain path, or a URL of any fsspec file system."""
 
+import os
 import posixpath
 import re
+from pathlib import Path
 
 
 def is_local(url: str) -> bool:
@@ -33,3 +35,8 @@ def name(url: str) -> str:
 def shown(url: str) -> str:
     """The URL as it may stand in a message: without a user name and password in it."""
     return re.sub(r"//[^/@]*@", "//", url)
+
+
+def address(url: str) -> str:
+    """The URL as a browser opens it: file:// and the whole path of what is on this machine."""
+    return Path(os.path.abspath(local_path(url))).as_uri() if is_local(url) else shown(url)

@@ -125,14 +125,13 @@ def _shown(value: float | None) -> str:
 
 
 class Progress:
-    """A bar when a person is looking, plain lines otherwise; silent on ranks other than 0."""
+    """A bar when a person is looking, unless TQDM_DISABLE=1 is set; else plain lines; silent on other ranks than 0."""
 
     def __init__(self, name: str, first: int, total: int, enabled: bool):
         self._enabled = enabled
         self._name, self._total = name, total
-        self._bar = (
-            tqdm(total=total, initial=first, desc=name, unit="step") if enabled and sys.stderr.isatty() else None
-        )
+        bar = tqdm(total=total, initial=first, desc=name, unit="step") if enabled and sys.stderr.isatty() else None
+        self._bar = None if bar is None or bar.disable else bar
 
     def advance(self) -> None:
         if self._bar is not None:

@@ -1,5 +1,6 @@
 """wandb beside a run: offline without a key, refused where it could only fail, and never in the way."""
 
+import functools
 import sys
 import types
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from imm_scale import config as configs
 from imm_scale.config.schema import Config
+from imm_scale.training import run_log
 from imm_scale.training.run_log import Progress, Wandb
 from tests import ranks
 
@@ -126,3 +128,13 @@ def test_a_record_without_a_loss_is_shown(capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
     Progress("run", 0, 10, True).report({"step": 3, "loss": None, "grad_norm": None, "images_per_second": 10.0})
     assert "run: step 3/10  loss -  grad norm -  10 images/s" in capsys.readouterr().err
+
+
+def test_lines_take_the_place_of_a_bar_that_is_switched_off(capsys, monkeypatch):
+    """TQDM_DISABLE=1, which tqdm reads when it is imported: for several runs on one terminal."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr(run_log, "tqdm", functools.partial(run_log.tqdm, disable=True))
+    progress = Progress("run", 0, 10, True)
+    progress.advance()
+    progress.report({"step": 3, "loss": 0.5, "grad_norm": 1.0, "images_per_second": 10.0})
+    assert capsys.readouterr().err == "run: step 3/10  loss 0.5  grad norm 1  10 images/s\n"
