@@ -3,12 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DIGITS := data/digits
-DEMO := runs/demo
-# Two ranks on this machine, one thread each.
-TWO_RANKS := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m imm_scale
 ONE := $(BIN)/imm-scale
+# For runs that go on side by side: one process and one thread each, and lines in place of bars.
+BESIDE := OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(ONE)
 
-.PHONY: help setup demo demo-data test check docs soak gpu wheelhouse
+.PHONY: help setup demo demo-data demo-imm demo-flow_matching test check docs soak gpu wheelhouse
 .DEFAULT_GOAL := help
 
 help: ## say what the targets do
@@ -30,22 +29,28 @@ $(DIGITS)/latents/manifest.json:
 	$(ONE) pack --source digits --out $(DIGITS)/images
 	$(ONE) encode --images $(DIGITS)/images --out $(DIGITS)/latents --codec pixels
 
-demo: demo-data ## train IMM and flow matching on the digits, sample, measure, write runs/demo/report.html
-	$(TWO_RANKS) train configs/demo.yaml
-	$(TWO_RANKS) train configs/demo_flow_matching.yaml
-	$(ONE) sample $(DEMO)/imm
-	$(ONE) sample $(DEMO)/flow_matching
-	$(TWO_RANKS) evaluate $(DEMO)/imm
-	$(TWO_RANKS) evaluate $(DEMO)/flow_matching
-	$(ONE) report $(DEMO)/imm $(DEMO)/flow_matching --out $(DEMO)/report.html
+# A process of its own writes the page while the runs go on; it ends with them, or with this shell.
+demo: demo-data ## train IMM and flow matching on the digits, sample, measure; runs/demo/report.html shows it all along
+	@trap 'exit 130' INT TERM HUP; trap 'kill $$page 2>/dev/null' EXIT; \
+	$(BESIDE) report runs/demo/imm runs/demo/flow_matching --out runs/demo/report.html \
+		--watch --draw --until evaluated --poll 20 & page=$$!; \
+	$(MAKE) --no-print-directory -j 2 demo-imm demo-flow_matching && wait $$page
 
 # The demo's claim at another training seed: make demo-seed-1
 demo-seed-%: demo-data
-	$(TWO_RANKS) train configs/demo.yaml seed=$* run.name=$@/imm
-	$(TWO_RANKS) train configs/demo_flow_matching.yaml seed=$* run.name=$@/flow_matching
-	$(TWO_RANKS) evaluate runs/$@/imm --steps 1,2,4,8
-	$(TWO_RANKS) evaluate runs/$@/flow_matching --steps 20,100
+	$(MAKE) --no-print-directory -j 2 demo-imm demo-flow_matching RUNS=$@ SEED=$*
 	$(ONE) report runs/$@/imm runs/$@/flow_matching --out runs/$@/report.html
+
+# Side by side, a rank each: two ranks of one run at a time take a third more CPU time, to exchange such short steps.
+RUNS ?= demo
+SEED ?= 0
+demo-imm: CONFIG = demo.yaml
+demo-flow_matching: CONFIG = demo_flow_matching.yaml
+demo-imm demo-flow_matching: RUN = $(RUNS)/$(@:demo-%=%)
+demo-imm demo-flow_matching: demo-data
+	$(BESIDE) train configs/$(CONFIG) seed=$(SEED) run.name=$(RUN)
+	$(BESIDE) sample runs/$(RUN)
+	$(BESIDE) evaluate runs/$(RUN)
 
 soak: demo demo-seed-1 demo-seed-2 ## what is too long for every change: three seeds, storms of faults, every way a job can break
 	IMM_SOAK=10 $(BIN)/python -m pytest tests/storage tests/resume tests/unit/data_tools/test_encode.py \

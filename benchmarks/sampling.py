@@ -2,7 +2,7 @@
 
     python -m benchmarks.sampling [--steps 1,2,4,8] [--repeats 5] [--weights FILE.safetensors]
 
-The net is the one of configs/demo.yaml after its 5,000 steps (benchmarks/data/demo_imm.safetensors), the reference the
+The net is that of configs/digits.yaml after its 5,000 steps (benchmarks/data/demo_imm.safetensors), the reference the
 1,797 digits that come with scikit-learn: neither packed data nor a run folder is needed. Runs on a GPU if there is one.
 Prints a Markdown table.
 """

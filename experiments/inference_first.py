@@ -1,6 +1,6 @@
 """What the second time is for: three nets of one size on the digits, how far each gets in few steps and in one jump.
 
-    python -m experiments.inference_first [--runs runs/demo] [--docs docs]
+    python -m experiments.inference_first [--runs runs/digits] [--docs docs]
 
 Trains what is not trained yet (IMM, the same IMM without the second time, flow matching), measures distances against
 steps, and takes one jump from the same x_t to every s with each net. Writes docs/images/inference_first.png and
@@ -48,9 +48,9 @@ class Net:
 
 
 NETS = (
-    Net("configs/demo.yaml", "imm", "IMM, told t and s", "#0072B2"),
-    Net("configs/demo_without_second_time.yaml", "imm_without_second_time", "IMM, told t only", "#E69F00"),
-    Net("configs/demo_flow_matching.yaml", "flow_matching", "flow matching (t only)", "#D55E00"),
+    Net("configs/digits.yaml", "imm", "IMM, told t and s", "#0072B2"),
+    Net("configs/digits_without_second_time.yaml", "imm_without_second_time", "IMM, told t only", "#E69F00"),
+    Net("configs/digits_flow_matching.yaml", "flow_matching", "flow matching (t only)", "#D55E00"),
 )
 
 
@@ -189,9 +189,9 @@ that is told only t cannot answer it, however it is trained: whatever s, it has 
 only follow that vector. A net that is also told s can. The claim is easy to test: the same DiT, the same 1,797
 digits, the same steps, batch and optimizer, three ways.
 
-- *IMM, told t and s*: `configs/demo.yaml`.
-- *IMM, told t only*: `configs/demo_without_second_time.yaml`, the same loss, with the second time hidden from the net.
-- *Flow matching (t only)*: `configs/demo_flow_matching.yaml`.
+- *IMM, told t and s*: `configs/digits.yaml`.
+- *IMM, told t only*: `configs/digits_without_second_time.yaml`, the same loss with the second time hidden from the net.
+- *Flow matching (t only)*: `configs/digits_flow_matching.yaml`.
 
 ![Distance against steps, one jump to every s, and what the jumps look like](images/inference_first.png)
 
@@ -217,7 +217,7 @@ else. IMM with the second time is right at every length: one jump lands on a dig
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/demo"), help="folder of the three runs")
+    parser.add_argument("--runs", type=Path, default=Path("runs/digits"), help="folder of the three runs")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder the page and its picture go to")
     args = parser.parse_args()
     make_runs(args.runs)

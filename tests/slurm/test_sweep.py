@@ -17,7 +17,7 @@ def test_an_array_trains_and_measures_every_cell(cluster, digits, tmp_path, caps
     document |= {
         "name": "lab",
         "folder": str(tmp_path / "out; $(touch pwned)"),
-        "configs": [str(ROOT / "configs/demo.yaml")],
+        "configs": [str(ROOT / "configs/digits.yaml")],
     }
     document["settings"]["data.manifest"] = digits
     document["budgets"] = {"images": [640]}

@@ -38,7 +38,7 @@ def path(digits: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     document = yaml.safe_load((ROOT / "configs/sweep/digits_scaling_ci.yaml").read_text())
     document["name"] = "small"
     document["folder"] = str(folder / "out")
-    document["configs"] = [str(ROOT / "configs/demo.yaml")]
+    document["configs"] = [str(ROOT / "configs/digits.yaml")]
     document["settings"] |= {"data.manifest": digits, "train.checkpoint_every": 10}
     (folder / "small.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
     return str(folder / "small.yaml")
