@@ -48,8 +48,8 @@ def _moments(dataset: Dataset) -> list[str]:
     table = sample_order.block_table(dataset.shard_samples, _CHUNK)
     for start, size in zip(table.start.tolist(), table.size.tolist(), strict=True):
         stored = dataset.read(start, start + size)
-        sums = sums + ChannelSums.of(stored, codec.kind)
-        raw = torch.from_numpy(stored[:, : codec.channels].copy())
+        sums = sums + ChannelSums.of(stored, codec)
+        raw, _ = codecs.posterior(torch.from_numpy(stored).float(), codec)
         z = codecs.normalize(raw, codec.mean, codec.std)
         norms.append(z.flatten(1).norm(dim=1).numpy() / math.sqrt(z[0].numel()))
     norm = np.concatenate(norms)
@@ -72,7 +72,8 @@ def _classes(dataset: Dataset) -> list[str]:
 
 def _compression(dataset: Dataset, args: argparse.Namespace) -> list[str]:
     codec, (_, height, width) = dataset.manifest.codec, dataset.manifest.latent_shape
-    if args.patch_size < 1 or height % args.patch_size or args.vocabulary < 2 or args.latent_bits < 1:
+    patch = args.patch_size
+    if patch < 1 or height % patch or width % patch or args.vocabulary < 2 or args.latent_bits < 1:
         raise UserError(
             f"--patch-size {args.patch_size}, --vocabulary {args.vocabulary} or --latent-bits {args.latent_bits} do "
             f"not fit latents of {height}x{width}"
@@ -93,14 +94,14 @@ def _page(dataset: Dataset, args: argparse.Namespace) -> Image.Image:
     """The first samples of the first classes, decoded from their mean."""
     codec = dataset.manifest.codec
     image_codec = codecs.open_codec(codec, args.vae)
-    side = codec.image_size
-    page = Image.new("RGB", (args.columns * side, args.rows * side))
+    height, width = codec.image_shape
+    page = Image.new("RGB", (args.columns * width, args.rows * height))
     for row in range(min(args.rows, dataset.manifest.num_classes)):
         for column, sample in enumerate(np.flatnonzero(dataset.labels == row)[: args.columns].tolist()):
-            raw = torch.from_numpy(dataset.read(sample, sample + 1)[:, : codec.channels].copy()).float()
+            raw, _ = codecs.posterior(torch.from_numpy(dataset.read(sample, sample + 1)).float(), codec)
             pixels = image_codec.decode(raw)[0].numpy()
             picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert("RGB")
-            page.paste(picture, (column * side, row * side))
+            page.paste(picture, (column * width, row * height))
     return page
 
 

@@ -1,7 +1,7 @@
 """Sample spaces: what samples look like, where sampling starts, and how stored samples become a batch."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, ClassVar, Self
 
@@ -40,10 +40,14 @@ class SampleSpace(ABC):
     def of(cls, config: Any, manifest: Manifest) -> Self:
         """The space of a data set, as a config has it. Raises UserError where the two do not fit."""
 
+    def to_fields(self) -> dict[str, Any]:
+        """For `from_fields`, by way of JSON."""
+        return asdict(self)  # type: ignore[call-overload]
+
     @classmethod
     @abstractmethod
     def from_fields(cls, fields: dict[str, Any]) -> Self:
-        """From what `dataclasses.asdict` gave, by way of JSON."""
+        """From what `to_fields` gave, by way of JSON."""
 
     @abstractmethod
     def prior(self, seed: int, purpose: str, index_N: Tensor, stream: int = 0) -> Tensor:
@@ -78,8 +82,15 @@ class SampleSpace(ABC):
 
     @property
     @abstractmethod
-    def image_size(self) -> int | None:
-        """Side of the square images that `artifacts` makes, None where they have no such size."""
+    def image_size(self) -> int | tuple[int, int] | None:
+        """Height and width of the images that `artifacts` makes, one number for both where they are square, None where
+        they have no such size."""
+
+    @property
+    def image_shape(self) -> tuple[int, int] | None:
+        """Height and width of the images that `artifacts` makes, None where they have no such size."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else size
 
     @property
     @abstractmethod
@@ -135,6 +146,9 @@ class Latents(SampleSpace):
         names = tuple(manifest.class_names)
         return cls(config.sigma_data, manifest.latent_shape, manifest.codec, manifest.num_classes, names)
 
+    def to_fields(self) -> dict[str, Any]:
+        return {**asdict(self), "codec": self.codec.to_fields()}
+
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Self:
         codec = fields["codec"]
@@ -153,7 +167,7 @@ class Latents(SampleSpace):
     def from_stored(
         self, stored_N: Tensor, seed: int, purpose: str, ordinal_N: Tensor, out: Tensor | None = None
     ) -> Tensor:
-        raw = codecs.draw_raw(stored_N, self.codec.kind, seed, purpose, ordinal_N)
+        raw = codecs.draw_raw(stored_N, self.codec, seed, purpose, ordinal_N)
         z = torch.empty(raw.shape, dtype=torch.float32, device=raw.device) if out is None else out
         codecs.normalize_into(z, raw, *_scale(self.codec, raw.device), self.sigma_data)
         return z
@@ -163,8 +177,8 @@ class Latents(SampleSpace):
         return self.codec.kind == "vae"
 
     @property
-    def image_size(self) -> int:
-        return self.codec.image_size
+    def image_size(self) -> tuple[int, int]:
+        return self.codec.image_shape
 
     @property
     def provenance(self) -> dict[str, str]:

@@ -43,11 +43,12 @@ def test_a_posterior_is_drawn_per_ordinal() -> None:
     mean, std = torch.full((20, 1, 32, 32), 2.0), torch.full((20, 1, 32, 32), 0.5)
     stored = torch.cat([mean, std], dim=1).half()
     ordinal = torch.arange(100, 120)
-    raw = codecs.draw_raw(stored, "vae", 0, "posterior", ordinal)
+    codec = Codec("vae", "", 32, 1, 1, (0.0,), (1.0,))
+    raw = codecs.draw_raw(stored, codec, 0, "posterior", ordinal)
     assert raw.shape == (20, 1, 32, 32) and raw.dtype == torch.float32
     assert abs(raw.mean().item() - 2.0) < 0.02 and abs(raw.std().item() - 0.5) < 0.02
-    assert torch.equal(raw[7:9], codecs.draw_raw(stored[7:9], "vae", 0, "posterior", ordinal[7:9]))
-    assert not torch.equal(raw, codecs.draw_raw(stored, "vae", 0, "posterior", ordinal + 20))
+    assert torch.equal(raw[7:9], codecs.draw_raw(stored[7:9], codec, 0, "posterior", ordinal[7:9]))
+    assert not torch.equal(raw, codecs.draw_raw(stored, codec, 0, "posterior", ordinal + 20))
 
 
 def test_opening_refuses_missing_weights(tmp_path: Path) -> None:

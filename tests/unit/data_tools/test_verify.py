@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 from data_tools import encode, pack, stats, verify
 from imm_scale.data.dataset import read_all
 from imm_scale.data.loader import Loader
-from imm_scale.data.manifest import Manifest
+from imm_scale.data.manifest import Codec, Manifest
 from imm_scale.data.sample_order import Layout
 
 
@@ -72,8 +73,11 @@ def test_values_out_of_range_are_seen() -> None:
     latents = np.zeros((2, 1, 2, 2, 2), np.float16)
     latents[0, 0, 1, 0, 0] = -0.5
     latents[1, 0, 0, 0, 0] = np.nan
-    vae = type("M", (), {"codec": type("C", (), {"kind": "vae", "channels": 1})})
-    assert verify._value_problems(latents, vae) == ["1 values are NaN or infinite", "negative standard deviations"]  # type: ignore[arg-type]
+    vae = Codec("vae", "", 2, 1, 1, (0.0,), (1.0,))
+    assert verify._value_problems(latents, vae) == ["1 values are NaN or infinite", "negative standard deviations"]
+    assert verify._value_problems(latents[:1], replace(vae, moments="mean_logvar")) == []
+    pixels = Codec("pixels", "", 2, 2, 1, (0.0,) * 2, (1.0,) * 2, pixel_range="unit")
+    assert verify._value_problems(latents[:1], pixels) == ["pixels outside 0 to 1"]
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
