@@ -6,12 +6,16 @@ import os
 from imm_scale.commands.base import Command
 
 
-def image_size(text: str) -> int | tuple[int, int]:
-    """An option's pixels: N for a square of N x N, HxW for height and width; (N, N) is N."""
-    sides = [int(side) for side in text.lower().split("x") if side.isascii() and side.isdecimal()]
-    if len(sides) != text.lower().count("x") + 1 or len(sides) > 2 or min(sides) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither N, as in 256, nor HEIGHTxWIDTH, as in 256x384")
-    return sides[0] if len(set(sides)) == 1 else (sides[0], sides[1])
+def image_size(text: str) -> int | list[int]:
+    """An option's pixels as JSON keeps them: N for a square of N x N, [H, W] for HxW."""
+    sides = text.lower().split("x")
+    if len(sides) == 2 and all(side.isascii() and side.isdecimal() and int(side) > 0 for side in sides):
+        height, width = map(int, sides)
+        return height if height == width else [height, width]
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither N, as in 256, nor HxW, as in 256x384") from error
 
 
 # --- pack ---
