@@ -61,6 +61,12 @@ def _check_options(args: argparse.Namespace) -> None:
         if getattr(args, name) not in (None, False):
             verb = "is not for" if args.adopt else "is for"
             raise UserError(f"--{name.replace('_', '-')} {verb} --adopt: leave it out")
+    if args.repair and (args.images is None or args.codec is None):
+        raise UserError("--repair needs the images: give --images, --codec (and --vae) as for imm-scale encode")
+    if not args.repair and not args.adopt and (args.images or args.codec or args.vae):
+        raise UserError("--images, --codec and --vae are for --repair: give it too, or leave them out")
+    if args.workers < 1:
+        raise UserError(f"--workers is {args.workers}: it must be at least 1")
 
 
 @dataclass
@@ -165,8 +171,6 @@ def _print(reports: Sequence[Report], manifest: Manifest) -> None:
 
 def _repair(args: argparse.Namespace, folder: str, manifest: Manifest, bad: Sequence[str]) -> None:
     """Encodes these shards again; the manifest stays as it is, and so must their bytes."""
-    if args.images is None or args.codec is None:
-        raise UserError("--repair needs the images: give --images, --codec (and --vae) as for imm-scale encode")
     codec, pack = make_codec(args), load_images(args.images)
     identity = records.identify(pack, codec, manifest.flipped)
     records.check_manifest(folder, identity)
