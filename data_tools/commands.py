@@ -206,7 +206,9 @@ def _add_stats(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--page", metavar="PNG", help="file for a page of decoded samples, a row per class")
     parser.add_argument("--columns", type=int, default=8, help="samples of a class on the page (default 8)")
     parser.add_argument("--rows", type=int, default=10, help="classes on the page (default 10)")
-    parser.add_argument("--vae", metavar="PATH", help="folder or hub name of the autoencoder, to decode vae latents")
+    parser.add_argument(
+        "--vae", metavar="PATH", help="folder or hub name of the autoencoder that decodes vae latents, for --page"
+    )
     parser.add_argument("--patch-size", type=int, default=2, help="of the transformer (default 2)")
     parser.add_argument("--latent-bits", type=int, default=16, help="bits of a latent value (default 16)")
     parser.add_argument("--vocabulary", type=int, default=32768, help="of the tokens compared with (default 32768)")

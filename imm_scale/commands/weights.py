@@ -31,7 +31,7 @@ def _export(args: argparse.Namespace) -> int:
 def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE.pkl")
     parser.add_argument("--second-time", choices=("s", "t_minus_s"), help="in place of what the file records")
-    parser.add_argument("--vae", help="folder of the AutoencoderKL that decodes its latents")
+    parser.add_argument("--vae", help="folder or hub name of the AutoencoderKL that decodes its latents")
     _add_out(parser)
 
 

@@ -174,6 +174,48 @@ def test_a_scale_given_is_believed_and_a_doubtful_one_named(
     assert Manifest.load(str(tmp_path / "manifest.json")).codec.scale == 1.0
 
 
+def _with_factors(vae: str, folder: Path, scaling: float, shift: float) -> str:
+    """The small autoencoder with the factors of another in its config."""
+    shutil.copytree(vae, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "scaling_factor": scaling, "shift_factor": shift}))
+    return str(folder)
+
+
+def test_the_factors_come_from_the_autoencoders_config(
+    tmp_path: Path, vae: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = [i % 5 for i in range(SAMPLES)]
+    flux = _with_factors(vae, tmp_path / "flux", 0.3611, 0.1159)
+    raw = TRUTH.sample / 5.5 / 0.3611  # as wide as raw latents of it are
+    write(tmp_path / "a.tar", (raw - 0.1159) * 0.3611, labels)
+    assert adopt(tmp_path, flux, "--moments", "sample") == 2
+    assert "give --scale 0.3611 --shift 0.1159" in capsys.readouterr().err
+    assert adopt(tmp_path, flux, "--moments", "sample", "--scale", "0.3611", "--shift", "0.1159") == 0
+    assert "note" not in capsys.readouterr().out
+    assert Manifest.load(str(tmp_path / "manifest.json")).codec.std == pytest.approx([1 / 0.3611] * 4, rel=0.05)
+    # 0.65 and 1 are too near to each other to refuse either.
+    sd3 = _with_factors(vae, tmp_path / "sd3", 1.5305, 0.0609)
+    for name, values, is_noted in (("raw", raw * 0.3611 / 1.5305, False), ("multiplied", raw * 0.3611, True)):
+        write(tmp_path / name / "a.tar", values, labels)
+        assert adopt(tmp_path / name, sd3, "--moments", "sample") == 0
+        assert ("note: over 40 samples" in capsys.readouterr().out) == is_noted
+
+
+def test_means_far_from_the_published_ones_are_named(
+    tmp_path: Path, vae: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "a.tar", STORED["mean_std"], [i % 5 for i in range(SAMPLES)])
+    published = codecs.VAECodec(vae).weights_hash
+    monkeypatch.setitem(codecs.KNOWN_STATISTICS, published, ((0.5,) * 4, (5.5,) * 4))
+    assert adopt(tmp_path, vae) == 0
+    assert "published" not in capsys.readouterr().out
+    (tmp_path / "manifest.json").unlink()
+    monkeypatch.setitem(codecs.KNOWN_STATISTICS, published, ((0.5, 0.5, 0.5, -5.0), (5.5,) * 4))
+    assert adopt(tmp_path, vae) == 0
+    assert "up to 1.0 standard deviations from those published" in capsys.readouterr().out
+
+
 def test_posteriors_that_are_mostly_noise_are_named(
     tmp_path: Path, vae: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
