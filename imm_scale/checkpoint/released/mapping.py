@@ -19,7 +19,7 @@ from imm_scale.data.codec import AUTOENCODER_UNKNOWN, VAECodec
 from imm_scale.data.manifest import Codec
 from imm_scale.data.spaces import Latents
 from imm_scale.errors import UserError
-from imm_scale.methods.flow_map import PARAMETERIZATIONS, FlowMapConfig
+from imm_scale.methods.flow_map import FlowMapConfig
 from imm_scale.methods.imm import ImmConfig
 from imm_scale.models.dit import SIZES, DiT, DiTConfig
 from imm_scale.models.layers import position_table
@@ -31,7 +31,7 @@ LATENT_STD = (4.85503674, 5.31922414, 3.93725398, 3.9870003)
 LATENT_FACTOR = 8
 
 _TRAJECTORIES = {"fm": "ot_fm", "vp_cosine": "vp_cosine"}
-_PARAMETERIZATIONS = {name: name for name in PARAMETERIZATIONS}
+_PARAMETERIZATIONS = {name: name for name in ("identity", "simple_edm", "euler_fm")}
 _SECOND_TIMES = {"identity": "s", "stride": "t_minus_s"}
 _RENAMED = {"x_embedder.proj.": "x_embedder.", "y_embedder.embedding_table.": "y_embedder."}
 # Attributes that change what a net computes and show in none of its weights: the only values our net has.
