@@ -74,10 +74,10 @@ def read(source: str, ema: float | None = None, step: int | None = None) -> tupl
         UserError: nothing there, an export that imm-scale did not write, or an average that is not held.
     """
     if is_file(source):
-        metadata, weights = _read_tensors(source)
+        metadata, weights = read_tensors(source)
         return _spec_of_file(source, metadata), weights
     if _is_folder(source):
-        return _spec_of_folder(source), _read_tensors(storage.join(source, _FOLDER_WEIGHTS))[1]
+        return _spec_of_folder(source), read_tensors(storage.join(source, _FOLDER_WEIGHTS))[1]
     checkpoint = _checkpoint(source, step)
     state = ema_state(checkpoint, ema)  # reads the config, whose plugins the spec may need
     return ModelSpec.from_json(checkpoint.meta.spec), checkpoint.weights(state)
@@ -141,8 +141,8 @@ def _spec_of_folder(source: str) -> ModelSpec:
         raise UserError(f"{url} lacks a field or has one too many ({error}): export the model again") from error
 
 
-def _read_tensors(url: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header and tensors of a .safetensors file."""
+def read_tensors(url: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of a .safetensors file. Raises UserError for one that is none."""
     if not storage.exists(url):
         raise UserError(f"{url} does not exist")
     with tempfile.TemporaryDirectory() as temporary:
