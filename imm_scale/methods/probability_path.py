@@ -5,7 +5,6 @@ Times may be any float tensor; results have the dtype of the times. Work in fp64
 
 import math
 from abc import ABC, abstractmethod
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -122,7 +121,6 @@ def build(trajectory: str) -> Interpolant:
 _DDPM_STEPS, _FIRST_BETA, _LAST_BETA = 1000, 1e-4, 0.02
 
 
-@cache
 def _ddpm_log_alpha_bar(device: torch.device) -> Tensor:
     """(1001,) fp64 log alpha-bar of data (step -1, where it is 0) and of DDPM's steps 0 to 999, decreasing."""
     betas = torch.linspace(_FIRST_BETA, _LAST_BETA, _DDPM_STEPS, dtype=torch.float64, device=device)
