@@ -2,11 +2,11 @@
 
 import argparse
 
-from imm_scale.commands.base import EXIT_PREEMPTED, Command, add_config_words
+from imm_scale.commands.base import EXIT_PREEMPTED, Command, add_config_args
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_words(parser)
+    add_config_args(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and what it means, then stop")
     parser.add_argument("--world-size", type=int, help="ranks to assume for --dry-run")
 
@@ -14,13 +14,18 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     from imm_scale import config as configs
 
-    loaded = configs.load_words(args.words)
+    loaded = configs.load_words(args.positionals)
     from imm_scale import preflight
+    from imm_scale.checkpoint import init_weights
+    from imm_scale.checkpoint.format import committed_steps
     from imm_scale.parallel import world
     from imm_scale.training import trainer
 
     if args.dry_run:
-        print(preflight.describe(loaded.config, args.world_size or world.detect().size))
+        plan = preflight.plan(loaded.config, args.world_size or world.detect().size)
+        if not committed_steps(plan.config.run_dir):  # else it goes on from there, and its source may be gone
+            init_weights.check(plan)
+        print(preflight.describe(plan))
         return 0
     outcome = trainer.train(loaded.config)
     world.shutdown()

@@ -92,11 +92,11 @@ class SampleSpace(ABC):
         if type(source) is not type(self):
             return {"data.space.name": (type(source).__name__, type(self).__name__)}
         there, here = getattr(source, "sigma_data", None), getattr(self, "sigma_data", None)
-        found: dict[str, tuple[Any, Any]] = {} if there == here else {"data.space.sigma_data": (there, here)}
+        differing: dict[str, tuple[Any, Any]] = {} if there == here else {"data.space.sigma_data": (there, here)}
         known = codecs.AUTOENCODER_UNKNOWN not in (source.provenance["weights"], self.provenance["weights"])
         if source.provenance["kind"] != self.provenance["kind"] or (known and source.provenance != self.provenance):
-            found["data.codec"] = (_what_made(source), _what_made(self))
-        return found
+            differing["data.codec"] = (_what_made(source), _what_made(self))
+        return differing
 
     def notes_on(self, source: "SampleSpace") -> list[str]:
         """A sentence on each thing in which samples of `source`, which is not `unlike`, are other numbers than here."""

@@ -45,8 +45,8 @@ class Network:
     def shape(self, name: str, dimensions: int) -> tuple[int, ...]:
         """Of a tensor that must be there and have so many dimensions, none of them 0. Raises UserError."""
         if name not in self.tensors or self.tensors[name].dim() != dimensions or 0 in self.tensors[name].shape:
-            held = list(self.tensors[name].shape) if name in self.tensors else "nothing"
-            raise UserError(f"it holds {held} for {name}, a tensor of {dimensions} dimensions is needed")
+            shape = list(self.tensors[name].shape) if name in self.tensors else "nothing"
+            raise UserError(f"it holds {shape} for {name}, a tensor of {dimensions} dimensions is needed")
         return tuple(self.tensors[name].shape)
 
 
@@ -78,16 +78,16 @@ def heads_of(network: Network, width: int, depth: int) -> int:
     """Attention heads, which no weight shows: as the modules record them, else by the size table. Raises UserError."""
     places = [path for path in network.attributes if path == "" or re.fullmatch(r"blocks\.\d+\.attn\.", path)]
     recorded = [value for path in places if (value := network.attributes[path].get("num_heads")) is not None]
-    found = recorded or [heads for w, d, heads in SIZES.values() if (w, d) == (width, depth)]
-    if not found:
+    candidates = recorded or [heads for w, d, heads in SIZES.values() if (w, d) == (width, depth)]
+    if not candidates:
         raise UserError(
             f"it records no num_heads, and a net {width} wide and {depth} deep is none of DiT-{', DiT-'.join(SIZES)}: "
             "of a state dict, give them with --heads"
         )
-    for heads in found:
-        if type(heads) is not int or heads < 1 or width % heads or heads != found[0]:
+    for heads in candidates:
+        if type(heads) is not int or heads < 1 or width % heads or heads != candidates[0]:
             raise UserError(f"it records num_heads={shown(heads)} for one of its attentions, {width} wide")
-    return found[0]
+    return candidates[0]
 
 
 def check_positions(network: Network, config: DiTConfig) -> None:

@@ -166,19 +166,20 @@ def _flattened(model: Record) -> Network:
 def _check_attributes(network: Network) -> None:
     for path, attributes in network.attributes.items():
         for name, value in _ONLY_VALUES.items():
-            held = attributes.get(name, value)
-            if type(held) is not type(value) or held != value:
-                raise UserError(f"it records {path}{name}={shown(held)}; this net has {value!r} only")
+            recorded = attributes.get(name, value)
+            if type(recorded) is not type(value) or recorded != value:
+                raise UserError(f"it records {path}{name}={shown(recorded)}; this net has {value!r} only")
 
 
 def _second_time(recorded: dict[str, Any], given: str | None) -> tuple[str, str]:
     """The second time, and a note on where it comes from: the authors set it by hand for one of their files."""
-    if given is None:
+    if override is None:
         if "temb_type" not in recorded:
             raise UserError("it does not record temb_type: give --second-time s or --second-time t_minus_s")
         second = _choice(recorded, "temb_type", _SECOND_TIMES)
         return second, f"second_time={second}, as the file records (--second-time overrides)"
-    return given, f"second_time={given}, as given; the file records temb_type={shown(recorded.get('temb_type'))}"
+    recorded_type = shown(recorded.get("temb_type"))
+    return override, f"second_time={override}, as given; the file records temb_type={recorded_type}"
 
 
 def _choice(recorded: dict[str, Any], name: str, table: dict[str, str]) -> str:
