@@ -15,7 +15,7 @@ from torch import Tensor
 
 from imm_scale import build, storage
 from imm_scale.build import ModelSpec
-from imm_scale.checkpoint.format import COMMITTED, Checkpoint
+from imm_scale.checkpoint.format import COMMITTED, Checkpoint, committed_steps
 from imm_scale.config.load import from_yaml
 from imm_scale.errors import UserError
 from imm_scale.methods.flow_map import FlowMap
@@ -105,6 +105,9 @@ def _checkpoint(source: str, step: int | None) -> Checkpoint:
         raise UserError(f"{source} was not written by imm-scale: make a .safetensors of it by `imm-scale import`")
     if is_checkpoint(source):
         return Checkpoint(source)
+    steps = committed_steps(source)
+    if step is not None and steps and step not in steps:
+        raise UserError(f"{source} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
     return Checkpoint.latest(source) if step is None else Checkpoint.of_step(source, step)
 
 

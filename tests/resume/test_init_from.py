@@ -39,7 +39,7 @@ def test_what_is_refused_leaves_nothing_and_mended_it_starts(trained, tiny, tmp_
     refused = {
         "method.flow_map.second_time: s there, t_minus_s here": ["method.flow_map.second_time=t_minus_s"],
         "model.depth 2 there, 3 here": ["model.depth=3"],
-        "step": ["train.init_step=1"],
+        "has no checkpoint of step 1; it has 2": ["train.init_step=1"],
         "holds no moving average of decay 0.5": ["train.init_ema=0.5"],
     }
     for words, changes in refused.items():

@@ -171,7 +171,7 @@ def _check_attributes(network: Network) -> None:
                 raise UserError(f"it records {path}{name}={shown(recorded)}; this net has {value!r} only")
 
 
-def _second_time(recorded: dict[str, Any], given: str | None) -> tuple[str, str]:
+def _second_time(recorded: dict[str, Any], override: str | None) -> tuple[str, str]:
     """The second time, and a note on where it comes from: the authors set it by hand for one of their files."""
     if override is None:
         if "temb_type" not in recorded:
