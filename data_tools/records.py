@@ -83,7 +83,8 @@ class Record:
 
     def save(self, out: str, i: int) -> None:
         """Writes the record of shard i; it is written last, so a shard with a record is finished."""
-        write_json(_url(out, i), asdict(self))
+        identity = {key: value for key, value in asdict(self.identity).items() if value is not None}
+        write_json(_url(out, i), {**asdict(self), "identity": identity})
 
     @classmethod
     def load(cls, url: str) -> "Record":

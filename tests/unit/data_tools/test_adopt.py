@@ -6,7 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from imm_scale.data import codec as codecs
 from imm_scale.data.dataset import Dataset, read_all
 from imm_scale.data.manifest import Codec, Manifest
 from imm_scale.data.spaces import Latents, LatentsConfig
+from imm_scale.errors import UserError
 from tests.small_vae import save_small_vae
 
 SCALING_FACTOR = 0.18215  # of every AutoencoderKL whose config names no other, as the small one's
@@ -387,6 +388,28 @@ def test_options_that_would_do_nothing_are_refused(shards: Path, capsys: pytest.
 
 
 # --- what else reads a manifest ---
+
+
+def test_a_net_is_measured_against_data_stored_in_another_way(tmp_path: Path, vae: str) -> None:
+    """The normalization is the net's, what the bytes mean the data's: both sets hold the same raw latents."""
+    spaces, labels = {}, [i % 5 for i in range(SAMPLES)]
+    for name, stored, options in (
+        ("a", TRUTH.sample, []),
+        ("b", TRUTH.sample * SCALING_FACTOR, ["--scale", SCALING_FACTOR]),
+    ):
+        write(tmp_path / name / "a.tar", stored, labels)
+        assert adopt(tmp_path / name, vae, "--moments", "sample", *options) == 0
+        spaces[name] = Latents.of(LatentsConfig(), Manifest.load(str(tmp_path / name / "manifest.json")))
+    x = {
+        name: torch.cat([x for x, _ in read_all(f"{tmp_path}/{name}/manifest.json", space=spaces["a"])])
+        for name in "ab"
+    }
+    torch.testing.assert_close(x["a"], x["b"], atol=2e-3, rtol=0)  # 1/64, a step of fp16 at 16, times 0.5 / 5.5
+    unit = Latents(0.5, (4, 8, 12), replace(spaces["a"].codec, pixel_range="unit"), 5, ())
+    square = Latents(0.5, (4, 8, 8), spaces["a"].codec, 5, ())
+    for space, message in ((unit, r"data.codec .*unit"), (square, r"data.latent_shape \(4, 8, 12\), not \(4, 8, 8\)")):
+        with pytest.raises(UserError, match=message):
+            list(read_all(f"{tmp_path}/a/manifest.json", space=space))
 
 
 def test_stats_reads_samples_as_raw_latents(tmp_path: Path, vae: str, capsys: pytest.CaptureFixture[str]) -> None:
