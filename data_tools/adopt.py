@@ -174,7 +174,10 @@ def _scan(
     for i, (key, files) in enumerate(samples):
         required = [LATENT, LABEL, *([FLIPPED] if flipped else [])]
         if not set(required) <= files.keys() or (FLIPPED in files) != flipped:
-            raise UserError(f"{url}: sample {key} has {', '.join(files)}; {' and '.join(required)} are needed")
+            alike = ", and what one sample has every one needs" if FLIPPED in files or flipped else ""
+            raise UserError(f"{url}: sample {key} has {', '.join(files)}; {' and '.join(required)} are needed{alike}")
+        if flipped and files[FLIPPED].offset < files[LATENT].offset:
+            raise UserError(f"{url}: sample {key} has {FLIPPED} before {LATENT}: write it behind, as ShardWriter does")
         where = f"{url}: sample {key}"
         index["label"][i] = _label(data, files[LABEL], where)
         for variant, (member, prefix) in enumerate([(LATENT, ""), (FLIPPED, "flip_")][: 1 + flipped]):

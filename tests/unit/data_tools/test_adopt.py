@@ -1,9 +1,11 @@
 """Foreign latents: conventions that can be chosen are read as they are meant, and what contradicts them is refused."""
 
+import io
 import json
 import os
 import re
 import shutil
+import tarfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -303,6 +305,31 @@ def test_mirrored_latents_are_adopted_too(tmp_path: Path) -> None:
     reader.decode((tmp_path / "a.tar").read_bytes()[start:stop], 0, 6, out)
     assert np.array_equal(out[:, 0], values) and np.array_equal(out[:, 1], values[..., ::-1])
     assert verify.main([url, "--workers", "1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (["latent_flip.npy", "latent.npy", "cls"], "has latent_flip.npy before latent.npy"),
+        (["latent.npy", "latent_flip.npy"], "latent.npy and cls and latent_flip.npy are needed"),
+        (["latent.npy"], "latent.npy and cls are needed"),
+        (["cls"], "no sample with latent.npy"),
+        ([], "no sample with latent.npy"),
+    ],
+)
+def test_shards_that_could_not_be_read_are_not_adopted(
+    tmp_path: Path, members: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    array = io.BytesIO()
+    np.save(array, np.linspace(-1, 1, 16).reshape(1, 4, 4).astype(np.float16))
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
+        for name in members:
+            content = b"0" if name == "cls" else array.getvalue()
+            info = tarfile.TarInfo(f"0.{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    assert adopt(tmp_path, None, size="4") == 2
+    assert message in capsys.readouterr().err and os.listdir(tmp_path) == ["a.tar"]
 
 
 # --- names ---
