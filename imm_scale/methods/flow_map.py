@@ -233,11 +233,75 @@ class FlowMap(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         return self._assemble(x_t, c_t, out_t), self._assemble(x_r, c_r, out_r).detach()
 
-    def raw(self, x_t: Tensor, t: Tensor, label: Tensor, dropout_key: Tensor | None = None) -> Tensor:
-        """G(c_in(t) x_t, c_noise(t), second(t,t), label): what flow matching regresses on. Shapes as in `forward`."""
-        scaled, times = self._before_raw(x_t, t, self._net_dtype(x_t))
+    def average(self, x_t: Tensor, s: Tensor, t: Tensor, label: Tensor, dropout_key: Tensor | None = None) -> Tensor:
+        """G(c_in(t) x_t, c_noise(t), second(s,t), label): for `euler_fm` the mean velocity over [s, t] / sigma_d.
+
+        At s = t it is what flow matching regresses on. Shapes as in `forward`, dropout_key as in `pair`.
+        """
+        scaled, times = self._before_average(x_t, s, t, self._net_dtype(x_t))
         return self.model(scaled, *times, label, dropout_key).to(x_t.dtype)
 
     @fused()
-    def _before_raw(self, x_t: Tensor, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
-        return self._net_input(x_t, self.coefficients(t, t), dtype), self._c_noise(t, t)
+    def _before_average(
+        self, x_t: Tensor, s: Tensor, t: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
+        return self._net_input(x_t, self.coefficients(t, t), dtype), self._c_noise(s, t)
+
+    def velocity(self, x_t: Tensor, t: Tensor, label: Tensor, dropout_key: Tensor | None = None) -> Tensor:
+        """The instantaneous velocity dx/dt at (x_t, t) that G means at s = t: d f_{s,t}(x_t) / ds there.
+
+        Shapes as in `average`. For `identity` it is infinite at t = 0, where data are not moved by noise.
+        """
+        return self.to_velocity(x_t, self.average(x_t, t, t, label, dropout_key), t)
+
+    @fused()
+    def to_velocity(self, x_t: Tensor, out: Tensor, t: Tensor) -> Tensor:
+        """The velocity that an output of the net (N, ...) at s = t stands for, x_t (N, ...) and t (G,)."""
+        of_x, of_out = (per_sample(part.to(x_t.dtype), x_t) for part in self.velocity_coefficients(t))
+        return of_x * x_t + of_out * out
+
+    def velocity_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b) of v = a x_t + b G at s = t, each (G,): the derivatives of c_skip and c_out by s there."""
+        path = self.interp
+        alpha, sigma, norm = path.alpha(t), path.sigma(t), path.norm(t)
+        if self.parameterization == "euler_fm":
+            return torch.zeros_like(t), torch.full_like(t, self.sigma_data)
+        if self.parameterization == "simple_edm":
+            of_x = (path.dalpha(t) * alpha + path.dsigma(t) * sigma) / norm**2
+            return of_x, self.sigma_data * path.rate / norm
+        of_x = path.dsigma(t) / sigma
+        return of_x, path.dalpha(t) - alpha * of_x
+
+    def with_tangent(
+        self,
+        x_t: Tensor,
+        w: Tensor,
+        s: Tensor,
+        t: Tensor,
+        label: Tensor,
+        dropout_key: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(G, D_t G): `average` and, without gradient, its total derivative by t along dx_t/dt = w, with s held.
+
+        The derivative is that of the whole composite: c_in(t) and both embedded times move as well.
+
+        Args:
+            w: (N, ...) a velocity.
+        """
+        inputs = self._before_tangent(x_t, w, s, t, self._net_dtype(x_t))
+        out, derivative = self.model.with_tangent(*inputs, label, dropout_key)
+        return out.to(x_t.dtype), derivative.to(x_t.dtype)
+
+    @fused()
+    def _before_tangent(
+        self, x_t: Tensor, w: Tensor, s: Tensor, t: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What the net is given, each beside its derivative by t."""
+        path, c = self.interp, self.coefficients(t, t)
+        dc_in = -c.c_in * (path.alpha(t) * path.dalpha(t) + path.sigma(t) * path.dsigma(t)) / path.norm(t) ** 2
+        scaled = self._net_input(x_t, c, dtype)
+        dscaled = per_sample(c.c_in.to(x_t.dtype), x_t) * w + per_sample(dc_in.to(x_t.dtype), x_t) * x_t
+        c_noise, second = self._c_noise(s, t)
+        dc_noise = torch.full_like(c_noise, self.time_scale)
+        dsecond = {"s": torch.zeros_like(t), "t_minus_s": dc_noise, "none": None}[self.second_time]
+        return scaled, dscaled.to(dtype), c_noise, dc_noise, second, dsecond
