@@ -22,15 +22,15 @@ class Passes:
     Attributes:
         grad: with gradient.
         no_grad: without.
-        tangent: of a forward-mode derivative beside a forward pass.
+        tangent: what derivatives along a tangent cost beside the passes they belong to.
     """
 
-    grad: int = 1
-    no_grad: int = 0
-    tangent: int = 0
+    grad: float = 1
+    no_grad: float = 0
+    tangent: float = 0
 
     @property
-    def forwards(self) -> int:
+    def forwards(self) -> float:
         """Forward passes' worth of work, the backward passes included."""
         return 3 * self.grad + self.no_grad + self.tangent
 

@@ -1,5 +1,6 @@
 """How to sample, and what to minimize so that this sampler is right. Importing this registers the methods."""
 
+from imm_scale.methods.eulerian import Eulerian
 from imm_scale.methods.flow_map import FlowMap, coefficients
 from imm_scale.methods.flow_matching import FlowMatching
 from imm_scale.methods.imm import InductiveMomentMatching
@@ -10,6 +11,7 @@ from imm_scale.methods.special_cases import ConsistencyTraining, GenerativeMomen
 
 __all__ = [
     "ConsistencyTraining",
+    "Eulerian",
     "FlowMap",
     "FlowMatching",
     "GenerativeMomentMatching",

@@ -5,8 +5,9 @@ ordinal // M; every draw follows from (seed, purpose, ordinal) and so from nothi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -53,10 +54,23 @@ class FlowMapMethodConfig(MethodConfig):
 
 
 class GroupLosses(NamedTuple):
-    """loss_G carries the gradient; t_G is where on the trajectory each group was."""
+    """Of one micro-batch.
+
+    Attributes:
+        loss_G: carries the gradient.
+        t_G: where on the trajectory each group was.
+        monitors: further quantities per group (G,), detached, whose means are logged.
+    """
 
     loss_G: Tensor
     t_G: Tensor
+    monitors: Mapping[str, Tensor] = MappingProxyType({})
+
+
+def concatenated(parts: Sequence[GroupLosses]) -> GroupLosses:
+    """Of several micro-batches, detached, one."""
+    monitors = {name: torch.cat([part.monitors[name] for part in parts]) for name in parts[0].monitors}
+    return GroupLosses(torch.cat([p.loss_G for p in parts]), torch.cat([p.t_G for p in parts]), monitors)
 
 
 class Steps(NamedTuple):
@@ -169,12 +183,18 @@ class FlowMapMethod(Method):
     def sample(self, net: FlowMap, start: Tensor, condition: Tensor, steps: Steps) -> Tensor:
         return SAMPLERS[steps.sampler](net, start, steps.times, condition, steps.guidance, steps.fresh_noise)
 
-    def drop_labels(self, flow_map: FlowMap, label: Tensor, ordinal: Tensor, seed: int) -> Tensor:
-        """(N,) labels with a share `label_drop` replaced by the null label, decided per sample, once for all passes."""
-        if self.config.label_drop == 0.0:
+    def drop_labels(
+        self, flow_map: FlowMap, label: Tensor, ordinal: Tensor, seed: int, share: float | None = None
+    ) -> Tensor:
+        """(N,) labels, `share` of them replaced by the null label, decided per sample, once for all passes.
+
+        The share is `label_drop` where none is given.
+        """
+        share = self.config.label_drop if share is None else share
+        if share == 0.0:
             return label
         assert flow_map.null_label is not None, "label drop needs a null label"
-        dropped = rng.uniform(seed, "label_drop", ordinal)[:, 0] < self.config.label_drop
+        dropped = rng.uniform(seed, "label_drop", ordinal)[:, 0] < share
         return torch.where(dropped, flow_map.null_label, label)
 
     @staticmethod

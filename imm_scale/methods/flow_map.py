@@ -99,6 +99,25 @@ def coefficients(interp: Interpolant, parameterization: str, s: Tensor, t: Tenso
     return Coefficients(c_in, c_skip, torch.where(at_data, torch.zeros_like(sigma_t), determinant / divisor))
 
 
+def derivatives(
+    interp: Interpolant, parameterization: str, s: Tensor, t: Tensor, sigma_data: float
+) -> tuple[Tensor, Tensor]:
+    """d c_skip / dt and d c_out / dt at fixed s, of the shape of the times. Arguments as in `coefficients`."""
+    alpha, sigma, dalpha, dsigma = interp.alpha(t), interp.sigma(t), interp.dalpha(t), interp.dsigma(t)
+    determinant = interp.determinant(s, t)
+    ddeterminant = interp.alpha(s) * dsigma - interp.sigma(s) * dalpha
+    if parameterization == "euler_fm":
+        return torch.zeros_like(determinant), -sigma_data * ddeterminant
+    if parameterization == "simple_edm":
+        norm = interp.norm(t)
+        stretch = (alpha * dalpha + sigma * dsigma) / norm**2  # of the norm, relative
+        c_skip = (interp.alpha(s) * alpha + interp.sigma(s) * sigma) / norm**2
+        dc_skip = (interp.alpha(s) * dalpha + interp.sigma(s) * dsigma) / norm**2 - 2.0 * stretch * c_skip
+        return dc_skip, -sigma_data * (ddeterminant - stretch * determinant) / norm
+    dc_out = (ddeterminant * sigma - determinant * dsigma) / sigma**2
+    return -interp.sigma(s) * dsigma / sigma**2, dc_out
+
+
 def exact_target(
     interp: Interpolant, parameterization: str, x: Tensor, eps: Tensor, t: Tensor, sigma_data: float
 ) -> Tensor:
@@ -212,9 +231,23 @@ class FlowMap(nn.Module):
 
         Shapes as in `forward`; dropout_key is (N,) keys of the dropout masks, or None to run without dropout.
         """
+        out_t, out_r, c_t, c_r = self.average_pair(x_t, x_r, s, r, t, label, dropout_key)
+        return self._after_pair(x_t, x_r, out_t, out_r, c_t, c_r)
+
+    def average_pair(
+        self,
+        x_t: Tensor,
+        x_r: Tensor,
+        s: Tensor,
+        r: Tensor,
+        t: Tensor,
+        label: Tensor,
+        dropout_key: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Coefficients, Coefficients]:
+        """`average` over [s, t] with gradient and over [s, r] without, and the coefficients of f_{s,t} and f_{s,r}."""
         inputs, c_t, c_r = self._before_pair(x_t, x_r, s, r, t, self._net_dtype(x_t))
         out_t, out_r = self.model.pair(*inputs, label, dropout_key)
-        return self._after_pair(x_t, x_r, out_t, out_r, c_t, c_r)
+        return out_t.to(x_t.dtype), out_r.detach().to(x_r.dtype), c_t, c_r
 
     @fused()
     def _before_pair(
@@ -305,3 +338,23 @@ class FlowMap(nn.Module):
         dc_noise = torch.full_like(c_noise, self.time_scale)
         dsecond = {"s": torch.zeros_like(t), "t_minus_s": dc_noise, "none": None}[self.second_time]
         return scaled, dscaled.to(dtype), c_noise, dc_noise, second, dsecond
+
+    @fused()
+    def residual(self, x_t: Tensor, v: Tensor, out: Tensor, derivative: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """e (N, ...): what D_t f_{s,t}(x_t) lacks to 0 along dx_t/dt = v, over sigma_d, with the sign of dL/dG.
+
+        For `euler_fm` it is G - v / sigma_d + (t - s) D_t G. At s = t it is the velocity's error, whatever the
+        derivative, and a descent of |f_{s,t} - what it ought to be|^2 moves G along -e.
+
+        Args:
+            v: (N, ...) velocity of x_t.
+            out, derivative: G and D_t G as `with_tangent` gives them.
+        """
+        c = self.coefficients(s, t)
+        dc_skip, dc_out = derivatives(self.interp, self.parameterization, s, t, self.sigma_data)
+        sign = 1.0 if self.parameterization == "identity" else -1.0  # of c_out
+        skip, dskip, scale, dscale = (
+            per_sample((sign / self.sigma_data * part).to(x_t.dtype), x_t)
+            for part in (c.c_skip, dc_skip, c.c_out, dc_out)
+        )
+        return dskip * x_t + skip * v + dscale * out + scale * derivative

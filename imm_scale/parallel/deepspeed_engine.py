@@ -21,7 +21,7 @@ from imm_scale import precision
 from imm_scale.config.schema import Config
 from imm_scale.data.batch import Batch
 from imm_scale.data.sample_order import Layout
-from imm_scale.methods.base import GroupLosses, Method
+from imm_scale.methods.base import GroupLosses, Method, concatenated
 from imm_scale.models.base import Backbone
 from imm_scale.parallel.loss_scale import LossScale
 from imm_scale.parallel.param_slice import MOMENTS, ParamSlice
@@ -60,7 +60,7 @@ class LossModule(nn.Module):
     def forward(self, x: Tensor, condition: Tensor, ordinal: Tensor, weight: Tensor) -> Tensor:
         """Sum of the real groups' losses (weight 1), fp64 scalar; `groups` keeps those of the last call, detached."""
         losses = self.method.loss(self.net, Batch(0, x, condition, ordinal, weight), self.seed)
-        self.groups = GroupLosses(losses.loss_G.detach(), losses.t_G.detach())
+        self.groups = GroupLosses(losses.loss_G.detach(), losses.t_G.detach(), losses.monitors)
         return (losses.loss_G * weight).sum()
 
 
@@ -211,7 +211,7 @@ class Engine:
         skipped = not math.isfinite(grad_norm)
         if self.loss_scale is not None:
             self.loss_scale.update(skipped)
-        together = GroupLosses(*(torch.cat(parts) for parts in zip(*groups, strict=True)))
+        together = concatenated(groups)
         return StepResult(total / self._num_groups, grad_norm, skipped, loss_scale, together)
 
     @torch.no_grad()

@@ -262,7 +262,9 @@ def _traffic(s: Setting, p: Parameters) -> tuple[Traffic, ...]:
     return cost.wire(p, s.stage, s.half, s.half_gradients, s.overlap, s.accumulation, s.world_size)
 
 
-def _hidden_seconds(s: Setting, traffic: tuple[Traffic, ...], compute: float, bandwidth: float, forwards: int) -> float:
+def _hidden_seconds(
+    s: Setting, traffic: tuple[Traffic, ...], compute: float, bandwidth: float, forwards: float
+) -> float:
     """At best, the time of collectives behind computation: stage 3's behind all of it, gradients of stages 1 and 2
     behind the backward pass (two forwards and the recomputation), which stage 1 has them in only once a step."""
     beside = sum(item.sent(s.world_size) for item in traffic if item.overlaps) / bandwidth

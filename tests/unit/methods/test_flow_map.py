@@ -236,11 +236,11 @@ def test_pair_equals_two_calls_and_only_the_later_time_has_a_gradient(interp, pa
     assert torch.equal(y_r, f(x_r, s, r, LABELS))
 
 
-def test_raw_is_the_network_at_s_equal_t():
+def test_average_is_the_network_with_its_input_scaled():
     net, x, t = Spy(), particles(), tensor(0.2, 0.7)
-    raw = FlowMap(net, COSINE, "simple_edm").average(x, t, t, LABELS)
+    got = FlowMap(net, COSINE, "simple_edm").average(x, t, t, LABELS)
     c_in = 1 / SIGMA_D  # on a variance-preserving trajectory
-    torch.testing.assert_close(raw, torch.sin(3 * c_in * x), rtol=FP64, atol=FP64)
+    torch.testing.assert_close(got, torch.sin(3 * c_in * x), rtol=FP64, atol=FP64)
 
 
 def guided(dtype=torch.float64, null_label=9):
