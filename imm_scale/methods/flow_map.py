@@ -244,7 +244,10 @@ class FlowMap(nn.Module):
         label: Tensor,
         dropout_key: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Coefficients, Coefficients]:
-        """`average` over [s, t] with gradient and over [s, r] without, and the coefficients of f_{s,t} and f_{s,r}."""
+        """`average` over [s, t] with gradient and over [s, r] without, and the coefficients of f_{s,t} and f_{s,r}.
+
+        x_r and r may be of the first samples and groups only.
+        """
         inputs, c_t, c_r = self._before_pair(x_t, x_r, s, r, t, self._net_dtype(x_t))
         out_t, out_r = self.model.pair(*inputs, label, dropout_key)
         return out_t.to(x_t.dtype), out_r.detach().to(x_r.dtype), c_t, c_r
@@ -254,9 +257,9 @@ class FlowMap(nn.Module):
         self, x_t: Tensor, x_r: Tensor, s: Tensor, r: Tensor, t: Tensor, dtype: torch.dtype
     ) -> tuple[PairInputs, Coefficients, Coefficients]:
         """What the net is given, and the coefficients of each branch."""
-        c_t, c_r = self.coefficients(s, t), self.coefficients(s, r)
+        c_t, c_r = self.coefficients(s, t), self.coefficients(s[: len(r)], r)
         c_noise_t, second_t = self._c_noise(s, t)
-        c_noise_r, second_r = self._c_noise(s, r)
+        c_noise_r, second_r = self._c_noise(s[: len(r)], r)
         in_t, in_r = self._net_input(x_t, c_t, dtype), self._net_input(x_r, c_r, dtype)
         return (in_t, in_r, c_noise_t, c_noise_r, second_t, second_r), c_t, c_r
 
@@ -319,7 +322,7 @@ class FlowMap(nn.Module):
         The derivative is that of the whole composite: c_in(t) and both embedded times move as well.
 
         Args:
-            w: (N, ...) a velocity.
+            w: a velocity, of all samples (N, ...) or of the first ones, to which D_t G then belongs.
         """
         inputs = self._before_tangent(x_t, w, s, t, self._net_dtype(x_t))
         out, derivative = self.model.with_tangent(*inputs, label, dropout_key)
@@ -331,11 +334,13 @@ class FlowMap(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """What the net is given, each beside its derivative by t."""
         path, c = self.interp, self.coefficients(t, t)
-        dc_in = -c.c_in * (path.alpha(t) * path.dalpha(t) + path.sigma(t) * path.dsigma(t)) / path.norm(t) ** 2
         scaled = self._net_input(x_t, c, dtype)
-        dscaled = per_sample(c.c_in.to(x_t.dtype), x_t) * w + per_sample(dc_in.to(x_t.dtype), x_t) * x_t
         c_noise, second = self._c_noise(s, t)
-        dc_noise = torch.full_like(c_noise, self.time_scale)
+        n, g = len(w), len(w) * len(t) // len(x_t)
+        t, c_in = t[:g], c.c_in[:g]
+        dc_in = -c_in * (path.alpha(t) * path.dalpha(t) + path.sigma(t) * path.dsigma(t)) / path.norm(t) ** 2
+        dscaled = per_sample(c_in.to(w.dtype), w) * w + per_sample(dc_in.to(w.dtype), w) * x_t[:n]
+        dc_noise = torch.full_like(t, self.time_scale)
         dsecond = {"s": torch.zeros_like(t), "t_minus_s": dc_noise, "none": None}[self.second_time]
         return scaled, dscaled.to(dtype), c_noise, dc_noise, second, dsecond
 

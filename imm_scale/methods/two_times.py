@@ -73,6 +73,16 @@ def draw_equal(share: float, group: Tensor, seed: int) -> Tensor:
     return (group - first_unequal(group // STRATUM, seed)) % STRATUM >= STRATUM - round(STRATUM * share)
 
 
+def unequal_first(share: float, group: Tensor, seed: int) -> Tensor:
+    """(G,) places of whole strata's groups, those first at which `draw_equal` says no: G (1 - share) of them."""
+    strata = group[::STRATUM] // STRATUM
+    places = torch.arange(STRATUM, device=group.device)
+    turned = (first_unequal(strata, seed)[:, None] + places) % STRATUM
+    index = STRATUM * torch.arange(len(strata), device=group.device)[:, None] + turned
+    unequal = STRATUM - round(STRATUM * share)
+    return torch.cat([index[:, :unequal].flatten(), index[:, unequal:].flatten()])
+
+
 def first_unequal(stratum: Tensor, seed: int) -> Tensor:
     """(strata,) the first of each four groups' places, counted on around the four, at which s differs from t."""
     return (STRATUM * rng.uniform(seed, "equal", stratum)[:, 0]).long()

@@ -79,9 +79,13 @@ class Backbone(nn.Module):
         label: Tensor,
         dropout_key: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Both branches of IMM, the second without gradient. A sharded net overrides this to gather weights once."""
+        """Two branches, the second without gradient. A sharded net overrides this to gather weights once.
+
+        The second may be of the first samples only, n of N, and so c_noise_r and second_r of their groups.
+        """
+        n = len(x_r)
         with torch.no_grad():
-            out_r = self(x_r, c_noise_r, second_r, label, dropout_key)
+            out_r = self(x_r, c_noise_r, second_r, label[:n], None if dropout_key is None else dropout_key[:n])
         return self(x_t, c_noise_t, second_t, label, dropout_key), out_r
 
     def with_tangent(
@@ -103,7 +107,8 @@ class Backbone(nn.Module):
         to be trained so overrides it.
 
         Args:
-            dx, dc_noise, dsecond: the tangent, of the shapes of x (N, ...), c_noise (G,) and second (G,).
+            dx, dc_noise, dsecond: the tangent, of the first samples of x and groups of c_noise and second: as many as
+                dx has samples.
             live: let the derivative carry a gradient too.
         """
         with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(live and torch.is_grad_enabled()), dual_level():

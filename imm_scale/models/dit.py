@@ -253,8 +253,9 @@ class DiT(Backbone):
         in the backward pass, and let go of its gathered weights then. After the other order they keep all to its end.
         """
         second = None if second_t is None or second_r is None else torch.cat([second_t, second_r])
-        both = self._condition(torch.cat([c_noise_t, c_noise_r]), second, torch.cat([label, label]))
-        condition_t, condition_r = both.chunk(2)
+        samples = [len(x_t), len(x_r)]
+        both = self._condition(torch.cat([c_noise_t, c_noise_r]), second, torch.cat([label, label[: len(x_r)]]))
+        condition_t, condition_r = both.split(samples)
         with torch.no_grad():
             x_r = self._tokens(x_r)
         x_t = self._tokens(x_t)

@@ -57,11 +57,14 @@ def attend(q_NTHK: Tensor, k_NTHK: Tensor, v_NTHK: Tensor, attention: str = "sdp
 
 
 def keyed_dropout(x_NTD: Tensor, p: float, key_N: Tensor | None, stream: int) -> Tensor:
-    """Dropout whose mask is a function of each sample's key and the layer: the same on any rank and when recomputed."""
+    """Dropout whose mask is a function of each sample's key and the layer: the same on any rank and when recomputed.
+
+    Of more keys than samples the first are theirs.
+    """
     if key_N is None or p == 0.0:
         return x_NTD
     count = x_NTD[0].numel()
-    keep = rng.uniform(0, "dropout_mask", key_N, count, stream) >= p
+    keep = rng.uniform(0, "dropout_mask", key_N[: len(x_NTD)], count, stream) >= p
     return x_NTD * (keep.view_as(x_NTD).to(x_NTD.dtype) / (1.0 - p))
 
 
@@ -92,14 +95,14 @@ class Attention(nn.Module):
         """`forward` and its tangent; the scores are formed for the tangent, whatever kernel computes the value."""
         n, t, d = x_NTD.shape
         with tangent.gradients(live):
-            dq, dk, dv = tangent.affine_tangent(self.qkv, dx_NTD).view(n, t, 3, self.heads, -1).unbind(2)
+            dq, dk, dv = tangent.affine_tangent(self.qkv, dx_NTD).view(-1, t, 3, self.heads, d // self.heads).unbind(2)
         q, k, v = self.qkv(x_NTD).view(n, t, 3, self.heads, d // self.heads).unbind(2)
         with tangent.gradients(live):
             dq, dk = tangent.rms_norm_tangent(self.q_norm, q, dq), tangent.rms_norm_tangent(self.k_norm, k, dk)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         with tangent.gradients(live):
             qkv, dqkv = (torch.stack(parts, dim=1).transpose(2, 3) for parts in ((q, k, v), (dq, dk, dv)))
-            dout = tangent.attention_tangent(qkv, dqkv).transpose(1, 2).reshape(n, t, d)
+            dout = tangent.attention_tangent(qkv, dqkv).transpose(1, 2).reshape(-1, t, d)
             dout = tangent.affine_tangent(self.proj, dout)
         return self.proj(attend(q, k, v, self.attention).reshape(n, t, d)), dout
 
@@ -254,11 +257,11 @@ class TimeEmbedder(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
 
     def with_tangent(self, c_noise_G: Tensor, dc_noise_G: Tensor, live: bool) -> tuple[Tensor, Tensor]:
-        """`forward` and its tangent, (G, D) both."""
-        frequencies = self.frequency_bits.view(torch.float64)
+        """`forward` (G, D) and the tangent of its first groups."""
+        frequencies, g = self.frequency_bits.view(torch.float64), len(dc_noise_G)
         angles, dangles = c_noise_G.double()[:, None] * frequencies, dc_noise_G.double()[:, None] * frequencies
         cosine, sine = angles.cos(), angles.sin()
-        dwaves = torch.cat([-sine * dangles, cosine * dangles], dim=1)
+        dwaves = torch.cat([-sine[:g] * dangles, cosine[:g] * dangles], dim=1)
         hidden, dhidden = tangent.affine(self.mlp[0], torch.cat([cosine, sine], dim=1), dwaves, live)
         return tangent.affine(self.mlp[2], *tangent.silu(hidden, dhidden.to(hidden.dtype), live), live)
 

@@ -6,7 +6,8 @@ plain call. Each function takes a value and its tangent, and returns both after 
 alone would give, to the bit. The call for the tangent comes first: DeepSpeed takes a layer's last call for the one
 that comes back in the backward pass.
 
-Legend: N samples, T tokens, D width, H heads, K head width. Tangents have the shape of their values.
+Legend: N samples, T tokens, D width, H heads, K head width. Tangents are of the first samples of their values, n of N,
+and otherwise of their shape.
 """
 
 import math
@@ -67,7 +68,7 @@ def affine(layer: nn.Module, x: Tensor, dx: Tensor, live: bool, row_dims: int = 
 def layer_norm(norm: nn.LayerNorm, x_NTD: Tensor, dx_NTD: Tensor, live: bool) -> tuple[Tensor, Tensor]:
     """A layer norm without weights."""
     with gradients(live):
-        x = x_NTD.to(dx_NTD.dtype)
+        x = x_NTD[: len(dx_NTD)].to(dx_NTD.dtype)
         variance, mean = torch.var_mean(x, dim=-1, keepdim=True, correction=0)
         scale = torch.rsqrt(variance + norm.eps)
         normed = (x - mean) * scale
@@ -84,6 +85,7 @@ def rms_norm_tangent(norm: nn.Module, x: Tensor, dx: Tensor) -> Tensor:
     if isinstance(norm, nn.Identity):
         return dx
     assert isinstance(norm, nn.RMSNorm)
+    x = x[: len(dx)]
 
     def root(of: Tensor, computed: torch.dtype) -> Tensor:
         eps = torch.finfo(computed).eps if norm.eps is None else norm.eps
@@ -102,33 +104,36 @@ def modulate(
 ) -> Tensor:
     """Tangent of x (1 + scale) + shift."""
     with gradients(live):
-        return dx_NTD * (1.0 + scale_ND[:, None]) + x_NTD * dscale_ND[:, None] + dshift_ND[:, None]
+        n = len(dx_NTD)
+        return dx_NTD * (1.0 + scale_ND[:n, None]) + x_NTD[:n] * dscale_ND[:, None] + dshift_ND[:, None]
 
 
 def gate(y_NTD: Tensor, dy_NTD: Tensor, gate_ND: Tensor, dgate_ND: Tensor, live: bool) -> Tensor:
     """Tangent of gate y."""
     with gradients(live):
-        return gate_ND[:, None] * dy_NTD + dgate_ND[:, None] * y_NTD
+        n = len(dy_NTD)
+        return gate_ND[:n, None] * dy_NTD + dgate_ND[:, None] * y_NTD[:n]
 
 
 def gelu(x: Tensor, dx: Tensor, live: bool) -> tuple[Tensor, Tensor]:
     """GELU in its tanh form. An elementwise function's derivative is the same in either direction."""
     with gradients(live):
-        dy = torch.ops.aten.gelu_backward(dx, x.to(dx.dtype), approximate="tanh")
+        dy = torch.ops.aten.gelu_backward(dx, x[: len(dx)].to(dx.dtype), approximate="tanh")
     return F.gelu(x, approximate="tanh"), dy
 
 
 def silu(x: Tensor, dx: Tensor, live: bool) -> tuple[Tensor, Tensor]:
     """x sigmoid(x)."""
     with gradients(live):
-        sigmoid = torch.sigmoid(x)
-        dy = dx * sigmoid * (1.0 + x * (1.0 - sigmoid))
+        of = x[: len(dx)]
+        sigmoid = torch.sigmoid(of)
+        dy = dx * sigmoid * (1.0 + of * (1.0 - sigmoid))
     return F.silu(x), dy
 
 
 def attention_tangent(qkv_N3HTK: Tensor, dqkv_N3HTK: Tensor) -> Tensor:
     """(N, H, T, K) tangent of softmax(q k^T / sqrt(K)) v; its T x T matrices live for one layer only."""
-    q, k, v = qkv_N3HTK.unbind(1)
+    q, k, v = qkv_N3HTK[: len(dqkv_N3HTK)].unbind(1)
     factor = 1.0 / math.sqrt(q.shape[-1])
     weights = torch.softmax((q @ k.mT).to(dqkv_N3HTK.dtype) * factor, dim=-1)
 

@@ -19,7 +19,7 @@ from imm_scale.data.batch import Batch
 from imm_scale.errors import UserError
 from imm_scale.fusion import fused
 from imm_scale.methods import two_times
-from imm_scale.methods.base import FlowMapMethod, FlowMapMethodConfig, GroupLosses, prior_noise
+from imm_scale.methods.base import FlowMapMethod, FlowMapMethodConfig, GroupLosses, in_order, prior_noise
 from imm_scale.methods.eulerian import residuals, steps
 from imm_scale.methods.eulerian.residuals import ResidualConfig
 from imm_scale.methods.eulerian.steps import StepConfig
@@ -67,10 +67,22 @@ class EulerianConfig(FlowMapMethodConfig):
 
     @property
     def passes(self) -> Passes:
-        no_grad = float(self.tangent_mix > 0.0)
+        return self._passes(1.0)
+
+    def passes_at(self, alignment: int) -> Passes:
+        return self._passes(1.0 - self.times.equal if self.splits(alignment) else 1.0)
+
+    def splits(self, alignment: int) -> bool:
+        """Whether it is known beforehand how many samples of a micro-batch have s before t."""
+        return (
+            self.times.equal < 1.0 and alignment % two_times.STRATUM == 0 and two_times.is_stratified(self.times.equal)
+        )
+
+    def _passes(self, apart: float) -> Passes:
+        """`apart`: the share of samples that are taken for such with s before t."""
         if self.derivative == "difference":
-            return Passes(grad=1, no_grad=1 + no_grad)
-        return Passes(grad=1, no_grad=no_grad, tangent=_TANGENT)
+            return Passes(grad=1, no_grad=apart)
+        return Passes(grad=1, no_grad=apart * (self.tangent_mix > 0.0), tangent=apart * _TANGENT)
 
     def validate(self) -> None:
         super().validate()
@@ -97,10 +109,26 @@ class Eulerian(FlowMapMethod):
     Config = EulerianConfig
 
     def loss(self, net: FlowMap, batch: Batch, seed: int) -> GroupLosses:
-        draws = self.draw(net, batch.x, batch.condition, batch.ordinal, seed)
+        order, apart = self._order(batch, seed)
+        x, label, ordinal = (
+            part if order is None else part[order] for part in (batch.x, batch.condition, batch.ordinal)
+        )
+        draws = self.draw(net, x, label, ordinal, seed)
         by = self._by_tangent if self.config.derivative == "tangent" else self._by_difference
-        out, residual, derivative = by(net, draws)
-        return self._weighted(net, out, residual, derivative, draws, self.progress(batch.ordinal))
+        out, residual, derivative = by(net, draws, apart)
+        weighted = self._weighted(net, out, residual, derivative, draws)
+        return weighted if order is None else in_order(weighted, order)
+
+    def _order(self, batch: Batch, seed: int) -> tuple[Tensor | None, int]:
+        """(N,) places with those first whose s is not t, and how many these are: a number that is known beforehand.
+
+        Where it is not, as the share is not in quarters or micro-batches cut strata, all are taken for such.
+        """
+        share, n = self.config.times.equal, len(batch.ordinal)
+        if not self.config.splits(batch.alignment):
+            return None, n
+        order = two_times.unequal_first(share, self.group(batch.ordinal), seed)
+        return order, n - round(n * share)
 
     def progress(self, ordinal: Tensor) -> Tensor:
         """(G,) fp64 of schedules, from 0 to 1: a function of the clock alone."""
@@ -128,20 +156,24 @@ class Eulerian(FlowMapMethod):
         share = self.config.label_drop / self.config.times.equal
         return torch.where(equal, self.drop_labels(flow_map, label, ordinal, seed, share), label)
 
-    def _by_tangent(self, net: FlowMap, d: Draws) -> tuple[Tensor, Tensor, Tensor]:
-        """G with gradient, e and (t - s) D_t G, each (N, ...)."""
-        mix, w = self.config.tangent_mix, d.v
+    def _by_tangent(self, net: FlowMap, d: Draws, apart: int) -> tuple[Tensor, Tensor, Tensor]:
+        """G with gradient, e and (t - s) D_t G, each (N, ...); s = t for all but the first `apart` samples."""
+        w, mix = d.v[:apart], self.config.tangent_mix
         if mix > 0.0:
+            key = None if d.dropout_key is None else d.dropout_key[:apart]
             with torch.no_grad():
-                w = w + mix * (net.velocity(d.x_t, d.t, d.label, d.dropout_key) - w)
+                w = w + mix * (net.velocity(d.x_t[:apart], d.t[:apart], d.label[:apart], key) - w)
         out, derivative = net.with_tangent(d.x_t, w, d.s, d.t, d.label, d.dropout_key)
+        derivative = _filled(derivative, out)
         residual = net.residual(d.x_t, d.v, out.detach(), derivative, d.s, d.t)
         return out, residual, per_sample((d.t - d.s).to(out.dtype), out) * derivative
 
-    def _by_difference(self, net: FlowMap, d: Draws) -> tuple[Tensor, Tensor, Tensor]:
+    def _by_difference(self, net: FlowMap, d: Draws, apart: int) -> tuple[Tensor, Tensor, Tensor]:
         """The same with D_t f as a difference quotient; where r = t it is the velocity's error, exactly."""
-        out, out_r, at_t, at_r = net.average_pair(d.x_t, d.x_r, d.s, d.r, d.t, d.label, d.dropout_key)
-        return out, *self._quotient(net, out.detach(), out_r, at_t, at_r, d)
+        pair = net.average_pair(d.x_t, d.x_r[:apart], d.s, d.r[:apart], d.t, d.label, d.dropout_key)
+        out, out_r, at_t, at_r = pair
+        at_r = Coefficients(*(_filled(part, d.t) for part in at_r))
+        return out, *self._quotient(net, out.detach(), _filled(out_r, out), at_t, at_r, d)
 
     @fused()
     def _quotient(
@@ -168,7 +200,6 @@ class Eulerian(FlowMapMethod):
         residual: Tensor,
         derivative: Tensor,
         d: Draws,
-        progress: Tensor,
     ) -> GroupLosses:
         """wt ||e||^2 (N,) fp64 with the gradient 2 wt e dG, and what to watch."""
         e, elements = residual.double().flatten(1), residual[0].numel()
@@ -182,3 +213,8 @@ class Eulerian(FlowMapMethod):
         loss = wt * (square + 2.0 * (slope - slope.detach()))
         size = derivative.double().flatten(1).square().mean(dim=1).sqrt()
         return GroupLosses(loss, d.t, {"residual": square / elements, "tangent_rms": size, "gap": d.t - d.s})
+
+
+def _filled(first: Tensor, like: Tensor) -> Tensor:
+    """(n, ...) with zeros behind, up to the samples of `like` (N, ...)."""
+    return torch.cat([first, torch.zeros_like(like[len(first) :])])

@@ -5,8 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from imm_scale import rng
+from imm_scale.data.batch import Batch
 from imm_scale.methods import imm_times, two_times
 from imm_scale.methods.eulerian import Eulerian, EulerianConfig, residuals
 from imm_scale.methods.eulerian.residuals import ResidualConfig
@@ -177,7 +180,7 @@ def test_one_jump_to_the_target_is_regression_on_the_path():
     flow_map, data = random_map(), batch()
     method = at_share(1.0, residual=L2, times=APART)
     d = method.draw(flow_map, *data[:2], data[2], 7)
-    _, e, _ = method._by_difference(flow_map, d)
+    _, e, _ = method._by_difference(flow_map, d, 16)
     out = flow_map.average(d.x_t, d.s, d.t, d.label)
     torch.testing.assert_close(e, (out - d.v / SIGMA_D).detach(), rtol=1e-9, atol=1e-9)
 
@@ -187,7 +190,7 @@ def test_gradients_are_twice_weight_times_residual_times_that_of_the_output():
     flow_map, data = random_map(), batch()
     method = at_share(0.1, times=APART)
     d = method.draw(flow_map, *data[:2], data[2], 7)
-    out, e, _ = method._by_difference(flow_map, d)
+    out, e, _ = method._by_difference(flow_map, d, 16)
     wt = 1.0 / (e.square().flatten(1).sum(1) + 0.01)
     by_hand = torch.autograd.grad(out, list(flow_map.parameters()), 2.0 * wt[:, None, None, None] * e)
     ours = gradient(method, flow_map, data)
@@ -237,7 +240,7 @@ def test_the_residual_is_that_of_sct_on_the_cosine_path():
         flow_map=FlowMapConfig(trajectory="vp_cosine", parameterization="simple_edm"),
     )
     d = method.draw(flow_map, *data[:2], data[2], 7)
-    out, e, _ = method._by_tangent(flow_map, d)
+    out, e, _ = method._by_tangent(flow_map, d, 16)
     _, derivative = flow_map.with_tangent(d.x_t, d.v, d.s, d.t, d.label)
     tau = (math.pi / 2 * d.t)[:, None, None, None]
     dx, dF = d.v / (math.pi / 2), derivative / (math.pi / 2)
@@ -359,3 +362,56 @@ def test_the_weight_of_alpha_flow_is_over_the_distance_to_the_target():
     ones = torch.ones(2).double()
     got = residuals.weights(config, square, 10, OT, ones, ones, a, ones, SIGMA_D)
     np.testing.assert_allclose(got, 1.0 / (a * (square + 0.01 / a**2)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("equal", [0.0, 0.25, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("kind", ["tangent", "mixed", "difference"])
+def test_whole_strata_give_the_same_losses_and_gradients_with_fewer_passes(equal, kind):
+    """Where micro-batches cut strata every sample has the second pass; where not, only those of s < t."""
+    more = {"derivative": "difference"} if kind == "difference" else {"tangent_mix": float(kind == "mixed")}
+    step = StepConfig(start=0.1, end=0.1)
+    method = eulerian(times=TwoTimesConfig(equal=equal), label_drop=0.1, step=step, **more)
+    flow_map = random_map(dropout=0.2, qk_norm=True)
+    x, label, ordinal = batch()
+    results = []
+    for alignment in (1, 8):
+        given = Batch(0, x, label, ordinal + 8, torch.ones(16), alignment)
+        result = method.loss(flow_map, given, 7)
+        gradients = torch.autograd.grad(result.loss_G.sum(), list(flow_map.parameters()))
+        results.append((result, torch.cat([g.flatten() for g in gradients])))
+    (whole, slope), (split, split_slope) = results
+    torch.testing.assert_close(split.loss_G, whole.loss_G, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(split_slope, slope, rtol=1e-9, atol=1e-11)
+    for name, values in whole.monitors.items():
+        torch.testing.assert_close(split.monitors[name], values, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "units"),
+    [
+        ({}, 3.4),
+        ({"tangent_mix": 1.0, "times": TwoTimesConfig(equal=0.5)}, 4.1),
+        ({"derivative": "difference", "step": StepConfig(start=0.1, end=0.1)}, 3.25),
+    ],
+)
+def test_a_step_costs_the_forward_units_that_are_counted(settings, units):
+    """Multiply-adds of a step on meta tensors, backward included, over those of a forward pass (math attention)."""
+    method = eulerian(**settings)
+    config = DiTConfig(width=128, depth=4, heads=4, patch_size=2, channels=4, height=16, image_width=16, num_classes=3)
+    flow_map, n = FlowMap(DiT(config), OT, "euler_fm", "t_minus_s", SIGMA_D, 1.0, null_label=3), 8
+    ordinal = torch.arange(n)
+
+    def counted(work):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            work()
+        return counter.get_total_flops()
+
+    x = torch.zeros(n, 4, 16, 16)
+    with torch.no_grad():
+        forward = counted(lambda: flow_map.average(x, torch.zeros(n), torch.ones(n), ordinal % 3))
+    for alignment in (1, 4):
+        batch_ = Batch(0, x, ordinal % 3, ordinal, torch.ones(n), alignment)
+        step = counted(lambda batch_=batch_: method.loss(flow_map, batch_, 0).loss_G.sum().backward())
+        claimed = method.config.passes_at(alignment).forwards
+        assert step / forward == pytest.approx(claimed, abs=0.06)  # attention's share, the first layer without dx
+    assert step / forward <= units
