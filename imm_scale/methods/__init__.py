@@ -7,7 +7,9 @@ from imm_scale.methods.imm import InductiveMomentMatching
 from imm_scale.methods.imm_times import map_r, weight
 from imm_scale.methods.mmd import grouped_mmd
 from imm_scale.methods.probability_path import OTFlowMatching, VPCosine, ddim
+from imm_scale.methods.shortcut import Shortcut
 from imm_scale.methods.special_cases import ConsistencyTraining, GenerativeMomentMatching
+from imm_scale.methods.tvm import TerminalVelocityMatching
 
 __all__ = [
     "ConsistencyTraining",
@@ -17,6 +19,8 @@ __all__ = [
     "GenerativeMomentMatching",
     "InductiveMomentMatching",
     "OTFlowMatching",
+    "Shortcut",
+    "TerminalVelocityMatching",
     "VPCosine",
     "coefficients",
     "ddim",

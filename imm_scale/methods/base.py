@@ -213,3 +213,15 @@ class FlowMapMethod(Method):
 def prior_noise(flow_map: FlowMap, x: Tensor, ordinal: Tensor, seed: int) -> Tensor:
     """eps ~ N(0, sigma_d^2 I) of the shape and dtype of x (N, ...), keyed by sample."""
     return flow_map.sigma_data * rng.normal(seed, "noise", ordinal, tuple(x.shape[1:])).to(x.dtype)
+
+
+def regression(out: Tensor, residual: Tensor, wt: Tensor) -> Tensor:
+    """wt ||e||^2 (N,) fp64, whose gradient is 2 wt e d(out): a regression of `out` (N, ...) on out - e, held still."""
+    e = residual.detach().double().flatten(1)
+    slope = (e * out.double().flatten(1)).sum(dim=1)
+    return wt.detach() * (e.square().sum(dim=1) + 2.0 * (slope - slope.detach()))
+
+
+def zero_filled(first: Tensor, like: Tensor) -> Tensor:
+    """(n, ...) with zeros behind, up to the samples of `like` (N, ...)."""
+    return torch.cat([first, torch.zeros_like(like[len(first) :])])

@@ -344,6 +344,18 @@ class FlowMap(nn.Module):
         dsecond = {"s": torch.zeros_like(t), "t_minus_s": dc_noise, "none": None}[self.second_time]
         return scaled, dscaled.to(dtype), c_noise, dc_noise, second, dsecond
 
+    def with_target_tangent(
+        self, x_t: Tensor, s: Tensor, t: Tensor, label: Tensor, dropout_key: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(G, d G / ds): `average` and its partial derivative by s, both with gradient. The net must be told s."""
+        scaled, (c_noise, second) = self._before_average(x_t, s, t, self._net_dtype(x_t))
+        rate = {"s": self.time_scale, "t_minus_s": -self.time_scale}[self.second_time]
+        still, moves = torch.zeros_like(t), torch.full_like(t, rate)
+        out, derivative = self.model.with_tangent(
+            scaled, torch.zeros_like(scaled), c_noise, still, second, moves, label, dropout_key, live=True
+        )
+        return out.to(x_t.dtype), derivative.to(x_t.dtype)
+
     @fused()
     def residual(self, x_t: Tensor, v: Tensor, out: Tensor, derivative: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """e (N, ...): what D_t f_{s,t}(x_t) lacks to 0 along dx_t/dt = v, over sigma_d, with the sign of dL/dG.

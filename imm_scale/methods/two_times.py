@@ -63,6 +63,21 @@ def is_stratified(share: float) -> bool:
     return float(STRATUM * share).is_integer()
 
 
+def splits(share: float, alignment: int) -> bool:
+    """Whether it is known beforehand how many groups of such a micro-batch have s before t."""
+    return share < 1.0 and is_stratified(share) and alignment % STRATUM == 0
+
+
+def order(share: float, group: Tensor, seed: int, alignment: int) -> tuple[Tensor | None, int]:
+    """(G,) places with those first whose s is not t, and how many these are.
+
+    Where that is not known beforehand, as the share is not in quarters or micro-batches cut strata, None and all.
+    """
+    if not splits(share, alignment):
+        return None, len(group)
+    return unequal_first(share, group, seed), len(group) - round(len(group) * share)
+
+
 def draw_equal(share: float, group: Tensor, seed: int) -> Tensor:
     """(G,) whether s = t. Exactly so many of every four neighbours where the share is in quarters, else by chance.
 

@@ -19,7 +19,15 @@ from imm_scale.data.batch import Batch
 from imm_scale.errors import UserError
 from imm_scale.fusion import fused
 from imm_scale.methods import two_times
-from imm_scale.methods.base import FlowMapMethod, FlowMapMethodConfig, GroupLosses, in_order, prior_noise
+from imm_scale.methods.base import (
+    FlowMapMethod,
+    FlowMapMethodConfig,
+    GroupLosses,
+    in_order,
+    prior_noise,
+    regression,
+    zero_filled,
+)
 from imm_scale.methods.eulerian import residuals, steps
 from imm_scale.methods.eulerian.residuals import ResidualConfig
 from imm_scale.methods.eulerian.steps import StepConfig
@@ -70,13 +78,7 @@ class EulerianConfig(FlowMapMethodConfig):
         return self._passes(1.0)
 
     def passes_at(self, alignment: int) -> Passes:
-        return self._passes(1.0 - self.times.equal if self.splits(alignment) else 1.0)
-
-    def splits(self, alignment: int) -> bool:
-        """Whether it is known beforehand how many samples of a micro-batch have s before t."""
-        return (
-            self.times.equal < 1.0 and alignment % two_times.STRATUM == 0 and two_times.is_stratified(self.times.equal)
-        )
+        return self._passes(1.0 - self.times.equal if two_times.splits(self.times.equal, alignment) else 1.0)
 
     def _passes(self, apart: float) -> Passes:
         """`apart`: the share of samples that are taken for such with s before t."""
@@ -109,7 +111,7 @@ class Eulerian(FlowMapMethod):
     Config = EulerianConfig
 
     def loss(self, net: FlowMap, batch: Batch, seed: int) -> GroupLosses:
-        order, apart = self._order(batch, seed)
+        order, apart = two_times.order(self.config.times.equal, self.group(batch.ordinal), seed, batch.alignment)
         x, label, ordinal = (
             part if order is None else part[order] for part in (batch.x, batch.condition, batch.ordinal)
         )
@@ -118,17 +120,6 @@ class Eulerian(FlowMapMethod):
         out, residual, derivative = by(net, draws, apart)
         weighted = self._weighted(net, out, residual, derivative, draws)
         return weighted if order is None else in_order(weighted, order)
-
-    def _order(self, batch: Batch, seed: int) -> tuple[Tensor | None, int]:
-        """(N,) places with those first whose s is not t, and how many these are: a number that is known beforehand.
-
-        Where it is not, as the share is not in quarters or micro-batches cut strata, all are taken for such.
-        """
-        share, n = self.config.times.equal, len(batch.ordinal)
-        if not self.config.splits(batch.alignment):
-            return None, n
-        order = two_times.unequal_first(share, self.group(batch.ordinal), seed)
-        return order, n - round(n * share)
 
     def progress(self, ordinal: Tensor) -> Tensor:
         """(G,) fp64 of schedules, from 0 to 1: a function of the clock alone."""
@@ -164,7 +155,7 @@ class Eulerian(FlowMapMethod):
             with torch.no_grad():
                 w = w + mix * (net.velocity(d.x_t[:apart], d.t[:apart], d.label[:apart], key) - w)
         out, derivative = net.with_tangent(d.x_t, w, d.s, d.t, d.label, d.dropout_key)
-        derivative = _filled(derivative, out)
+        derivative = zero_filled(derivative, out)
         residual = net.residual(d.x_t, d.v, out.detach(), derivative, d.s, d.t)
         return out, residual, per_sample((d.t - d.s).to(out.dtype), out) * derivative
 
@@ -172,8 +163,8 @@ class Eulerian(FlowMapMethod):
         """The same with D_t f as a difference quotient; where r = t it is the velocity's error, exactly."""
         pair = net.average_pair(d.x_t, d.x_r[:apart], d.s, d.r[:apart], d.t, d.label, d.dropout_key)
         out, out_r, at_t, at_r = pair
-        at_r = Coefficients(*(_filled(part, d.t) for part in at_r))
-        return out, *self._quotient(net, out.detach(), _filled(out_r, out), at_t, at_r, d)
+        at_r = Coefficients(*(zero_filled(part, d.t) for part in at_r))
+        return out, *self._quotient(net, out.detach(), zero_filled(out_r, out), at_t, at_r, d)
 
     @fused()
     def _quotient(
@@ -202,19 +193,12 @@ class Eulerian(FlowMapMethod):
         d: Draws,
     ) -> GroupLosses:
         """wt ||e||^2 (N,) fp64 with the gradient 2 wt e dG, and what to watch."""
-        e, elements = residual.double().flatten(1), residual[0].numel()
-        square = e.square().sum(dim=1)
+        elements, square = residual[0].numel(), residual.double().flatten(1).square().sum(dim=1)
         share = torch.where(d.t > d.s, (d.t - d.r) / (d.t - d.s).clamp_min(_LEAST), 1.0)
         c_out = net.coefficients(d.s, d.t).c_out
         wt = residuals.weights(
             self.config.residual, square, elements, net.interp, d.t, d.r, share, c_out, net.sigma_data
         )
-        slope = (e * out.double().flatten(1)).sum(dim=1)
-        loss = wt * (square + 2.0 * (slope - slope.detach()))
+        loss = regression(out, residual, wt)
         size = derivative.double().flatten(1).square().mean(dim=1).sqrt()
         return GroupLosses(loss, d.t, {"residual": square / elements, "tangent_rms": size, "gap": d.t - d.s})
-
-
-def _filled(first: Tensor, like: Tensor) -> Tensor:
-    """(n, ...) with zeros behind, up to the samples of `like` (N, ...)."""
-    return torch.cat([first, torch.zeros_like(like[len(first) :])])

@@ -17,55 +17,13 @@ from imm_scale.methods.eulerian.steps import StepConfig, next_time, share
 from imm_scale.methods.flow_map import FlowMap, FlowMapConfig
 from imm_scale.methods.probability_path import OTFlowMatching, VPCosine, diffuse
 from imm_scale.methods.two_times import TwoTimesConfig
-from imm_scale.models.base import Backbone
 from imm_scale.models.dit import DiT, DiTConfig
 
+from .gaussian import STD, batch, exact_map, gradient, labels, marginal_velocity, on_path, random_map, variance
 from .small import SIGMA_D, flow_matching, losses
 
 OT, COSINE = OTFlowMatching(), VPCosine()
-MU, STD = 0.3, 0.7  # of the data: x ~ N(MU, STD^2)
 PAIRS = [(0.0, 1.0), (0.0, 0.5), (0.3, 0.6)]
-
-
-def variance(u):
-    return (1 - u) ** 2 * STD**2 + u**2 * SIGMA_D**2
-
-
-def marginal_velocity(x, t):
-    slope = -2 * (1 - t) * STD**2 + 2 * t * SIGMA_D**2
-    return -MU + slope / (2 * variance(t)) * (x - (1 - t) * MU)
-
-
-class Exact(Backbone):
-    """G of the true flow map of Gaussian data on straight lines, told s; times are not scaled."""
-
-    def __init__(self, parameterization="euler_fm"):
-        super().__init__()
-        self.parameterization = parameterization
-
-    def forward(self, scaled, c_noise, second, label, dropout_key=None):
-        s, t = second[:, None], c_noise[:, None]
-        x = scaled * SIGMA_D * torch.hypot(1 - t, t)
-        there = (1 - s) * MU + torch.sqrt(variance(s) / variance(t)) * (x - (1 - t) * MU)
-        equal = s == t
-        average = torch.where(equal, marginal_velocity(x, t), (x - there) / torch.where(equal, 1.0, t - s))
-        return average / SIGMA_D
-
-
-def exact_map():
-    return FlowMap(Exact(), OT, "euler_fm", "s", SIGMA_D, time_scale=1.0)
-
-
-def on_path(n, s, t, seed=0):
-    """x, eps (n, 1) and both times (n,), fp64."""
-    ordinal = torch.arange(n)
-    x = MU + STD * rng.normal(seed, "data", ordinal, (1,)).double()
-    eps = SIGMA_D * rng.normal(seed, "prior", ordinal, (1,)).double()
-    return x, eps, torch.full((n,), s, dtype=torch.float64), torch.full((n,), t, dtype=torch.float64)
-
-
-def labels(n):
-    return torch.zeros(n, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(("s", "t"), [*PAIRS, (0.4, 0.4)])
@@ -96,31 +54,9 @@ def test_the_loss_of_the_true_map_has_the_published_floor(s, t, meanflow, improv
         )  # four times sqrt(2 / n), rounding
 
 
-def random_map(path=OT, parameterization="euler_fm", second="t_minus_s", dtype=torch.float64, zero_output=False, **net):
-    fields = {"width": 16, "depth": 1, "heads": 2, "patch_size": 2, "channels": 2, "height": 4, "image_width": 4}
-    model, generator = DiT(DiTConfig(**{**fields, "num_classes": 3, **net})), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(0.3 * torch.randn(p.shape, generator=generator))
-        if zero_output:
-            model.final_layer.linear.weight.zero_()
-            model.final_layer.linear.bias.zero_()
-    return FlowMap(model.to(dtype), path, parameterization, second, SIGMA_D, 1.0, null_label=3)
-
-
 def eulerian(**settings):
     settings.setdefault("label_drop", 0.0)
     return Eulerian(EulerianConfig(**settings).resolved("fp32"))
-
-
-def batch(n=16, std=SIGMA_D):
-    ordinal = torch.arange(n)
-    return std * rng.normal(5, "x", ordinal, (2, 4, 4)).double(), ordinal % 3, ordinal
-
-
-def gradient(method, flow_map, data):
-    loss = losses(method, flow_map, *data, seed=7).loss_G.sum()
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(flow_map.parameters()))])
 
 
 def at_share(a, **settings):
@@ -219,7 +155,7 @@ def zero_net_residual(path, parameterization, s, t, n=4000):
     + [(OT, "simple_edm", t, value) for t, value in ((0.2, 2.163), (0.5, 4.0), (0.8, 2.163))],
 )
 def test_a_zero_output_layer_has_the_derived_residual(path, parameterization, t, expected):
-    """With c = (1 - t) / n^2 it is (c' (1 - t) - c)^2 + (c' t + c)^2 for `simple_edm` at s = 0, the same at t and 1 - t."""
+    """(c' (1 - t) - c)^2 + (c' t + c)^2 with c = (1 - t) / n^2 for `simple_edm` at s = 0: the same at t and 1 - t."""
     e = zero_net_residual(path, parameterization, 0.0, t)
     assert float(e.square().mean()) == pytest.approx(expected, rel=0.016)  # four times 2 sqrt(2 / 128,000)
 
