@@ -357,7 +357,16 @@ class FlowMap(nn.Module):
         return out.to(x_t.dtype), derivative.to(x_t.dtype)
 
     @fused()
-    def residual(self, x_t: Tensor, v: Tensor, out: Tensor, derivative: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    def residual(
+        self,
+        x_t: Tensor,
+        v: Tensor,
+        out: Tensor,
+        derivative: Tensor,
+        s: Tensor,
+        t: Tensor,
+        grown: Tensor | None = None,
+    ) -> Tensor:
         """e (N, ...): what D_t f_{s,t}(x_t) lacks to 0 along dx_t/dt = v, over sigma_d, with the sign of dL/dG.
 
         For `euler_fm` it is G - v / sigma_d + (t - s) D_t G. At s = t it is the velocity's error, whatever the
@@ -366,6 +375,7 @@ class FlowMap(nn.Module):
         Args:
             v: (N, ...) velocity of x_t.
             out, derivative: G and D_t G as `with_tangent` gives them.
+            grown: (G,) factors of what vanishes at s = t (for `euler_fm`, and on `vp_cosine`); None for 1.
         """
         c = self.coefficients(s, t)
         dc_skip, dc_out = derivatives(self.interp, self.parameterization, s, t, self.sigma_data)
@@ -374,4 +384,7 @@ class FlowMap(nn.Module):
             per_sample((sign / self.sigma_data * part).to(x_t.dtype), x_t)
             for part in (c.c_skip, dc_skip, c.c_out, dc_out)
         )
-        return dskip * x_t + skip * v + dscale * out + scale * derivative
+        far = dskip * x_t + scale * derivative
+        if grown is not None:
+            far = per_sample(grown.to(x_t.dtype), x_t) * far
+        return skip * v + dscale * out + far

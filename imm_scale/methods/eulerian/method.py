@@ -29,6 +29,7 @@ from imm_scale.methods.base import (
     zero_filled,
 )
 from imm_scale.methods.eulerian import residuals, steps
+from imm_scale.methods.eulerian.guidance import TrainingGuidanceConfig, guided
 from imm_scale.methods.eulerian.residuals import ResidualConfig
 from imm_scale.methods.eulerian.steps import StepConfig
 from imm_scale.methods.flow_map import Coefficients, FlowMap, per_sample
@@ -52,6 +53,7 @@ class Draws(NamedTuple):
     t: Tensor
     label: Tensor
     dropout_key: Tensor | None
+    progress: Tensor
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class EulerianConfig(FlowMapMethodConfig):
     times: TwoTimesConfig = field(default_factory=TwoTimesConfig)
     step: StepConfig = field(default_factory=StepConfig)
     residual: ResidualConfig = field(default_factory=ResidualConfig)
+    guidance: TrainingGuidanceConfig = field(default_factory=TrainingGuidanceConfig)
 
     @property
     def passes(self) -> Passes:
@@ -82,15 +85,19 @@ class EulerianConfig(FlowMapMethodConfig):
 
     def _passes(self, apart: float) -> Passes:
         """`apart`: the share of samples that are taken for such with s before t."""
+        guiding = self.guidance.passes if self.guidance.is_on else 0
         if self.derivative == "difference":
-            return Passes(grad=1, no_grad=apart)
-        return Passes(grad=1, no_grad=apart * (self.tangent_mix > 0.0), tangent=apart * _TANGENT)
+            return Passes(grad=1, no_grad=guiding + apart)
+        return Passes(grad=1, no_grad=guiding + apart * (self.tangent_mix > 0.0), tangent=apart * _TANGENT)
 
     def validate(self) -> None:
         super().validate()
         self.times.validate()
         self.step.validate()
         self.residual.validate()
+        self.guidance.validate()
+        if self.guidance.is_on and self.label_drop == 0.0:
+            raise UserError("method.guidance mixes in the net without a label: set method.label_drop above 0, as 0.1")
         if not 0.0 <= self.tangent_mix <= 1.0:
             raise UserError(f"method.tangent_mix={self.tangent_mix} must be in [0, 1]")
         if self.tangent_mix and self.derivative == "difference":
@@ -100,8 +107,28 @@ class EulerianConfig(FlowMapMethodConfig):
                 f"method.label_drop={self.label_drop} where s = t only needs method.times.equal of at least that, not "
                 f"{self.times.equal}"
             )
-        if (self.step.is_scheduled or self.residual.warmup) and self.schedule_images is None:
-            raise UserError("method.schedule_images must say over how many images the schedule of the step runs")
+        self._check_unused()
+        scheduled = self.derivative == "difference" and self.step.is_scheduled
+        if (scheduled or self.residual.warmup) and self.schedule_images is None:
+            raise UserError(
+                "method.schedule_images must say over how many images method.step and method.residual.warmup run: "
+                "train.max_steps x train.global_batch_size, as a rule"
+            )
+
+    def _check_unused(self) -> None:
+        """Raises UserError for settings that would do nothing."""
+        if self.derivative == "tangent" and self.step != StepConfig():
+            raise UserError("method.step has no meaning for method.derivative=tangent: leave it out")
+        if self.derivative == "tangent" and self.residual.kind == "ect":
+            raise UserError("method.residual.kind=ect weights a difference: it needs method.derivative=difference")
+        if self.derivative == "tangent" and self.residual.of_difference:
+            raise UserError("method.residual.of_difference weights a difference: it needs method.derivative=difference")
+        whole = self.flow_map.parameterization == "euler_fm" or self.flow_map.trajectory == "vp_cosine"
+        if self.residual.warmup and (self.derivative == "difference" or not whole):
+            raise UserError(
+                "method.residual.warmup grows the part of the tangent: it needs method.derivative=tangent, and "
+                "flow_map.parameterization=euler_fm or trajectory=vp_cosine"
+            )
 
 
 @register_method("eulerian")
@@ -116,6 +143,8 @@ class Eulerian(FlowMapMethod):
             part if order is None else part[order] for part in (batch.x, batch.condition, batch.ordinal)
         )
         draws = self.draw(net, x, label, ordinal, seed)
+        if self.config.guidance.is_on:
+            draws = self._guided(net, draws)
         by = self._by_tangent if self.config.derivative == "tangent" else self._by_difference
         out, residual, derivative = by(net, draws, apart)
         weighted = self._weighted(net, out, residual, derivative, draws)
@@ -133,19 +162,26 @@ class Eulerian(FlowMapMethod):
         """All that is random about a micro-batch of x (N, ...), label (N,) and ordinal (N,)."""
         c, path = self.config, flow_map.interp
         s, t, equal = two_times.draw(path, c.times, self.group(ordinal), seed, c.t_min, c.t_max)
-        r = torch.where(equal, t, steps.next_time(path, c.step, s, t, self.progress(ordinal), flow_map.sigma_data))
+        progress = self.progress(ordinal)
+        r = torch.where(equal, t, steps.next_time(path, c.step, s, t, progress, flow_map.sigma_data))
         eps = prior_noise(flow_map, x, ordinal, seed)
         t_N = per_sample(t, x)
         v = path.dalpha(t_N).to(x.dtype) * x + path.dsigma(t_N).to(x.dtype) * eps
         x_t, x_r = diffuse(path, x, eps, t_N), diffuse(path, x, eps, per_sample(r, x))
         label = self._drop(flow_map, label, ordinal, equal, seed)
-        return Draws(x_t, x_r, v, s, r, t, label, self.dropout_key(flow_map, ordinal, seed))
+        return Draws(x_t, x_r, v, s, r, t, label, self.dropout_key(flow_map, ordinal, seed), progress)
 
     def _drop(self, flow_map: FlowMap, label: Tensor, ordinal: Tensor, equal: Tensor, seed: int) -> Tensor:
         if self.config.label_drop_at == "any" or self.config.label_drop == 0.0:
             return self.drop_labels(flow_map, label, ordinal, seed)
         share = self.config.label_drop / self.config.times.equal
         return torch.where(equal, self.drop_labels(flow_map, label, ordinal, seed, share), label)
+
+    def _guided(self, net: FlowMap, d: Draws) -> Draws:
+        """On the guided velocity, along which x_r lies as well."""
+        v = guided(self.config.guidance, net, d.x_t, d.v, d.t, d.label, d.dropout_key)
+        back = per_sample((d.t - d.r).to(v.dtype), v)
+        return d._replace(v=v, x_r=d.x_r - back * (v - d.v))
 
     def _by_tangent(self, net: FlowMap, d: Draws, apart: int) -> tuple[Tensor, Tensor, Tensor]:
         """G with gradient, e and (t - s) D_t G, each (N, ...); s = t for all but the first `apart` samples."""
@@ -156,7 +192,9 @@ class Eulerian(FlowMapMethod):
                 w = w + mix * (net.velocity(d.x_t[:apart], d.t[:apart], d.label[:apart], key) - w)
         out, derivative = net.with_tangent(d.x_t, w, d.s, d.t, d.label, d.dropout_key)
         derivative = zero_filled(derivative, out)
-        residual = net.residual(d.x_t, d.v, out.detach(), derivative, d.s, d.t)
+        warmup = self.config.residual.warmup
+        grown = (d.progress / warmup).clamp_max(1.0) if warmup else None
+        residual = net.residual(d.x_t, d.v, out.detach(), derivative, d.s, d.t, grown)
         return out, residual, per_sample((d.t - d.s).to(out.dtype), out) * derivative
 
     def _by_difference(self, net: FlowMap, d: Draws, apart: int) -> tuple[Tensor, Tensor, Tensor]:

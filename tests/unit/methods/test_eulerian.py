@@ -10,8 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from imm_scale import rng
 from imm_scale.data.batch import Batch
+from imm_scale.errors import UserError
 from imm_scale.methods import imm_times, two_times
 from imm_scale.methods.eulerian import Eulerian, EulerianConfig, residuals
+from imm_scale.methods.eulerian.guidance import TrainingGuidanceConfig, faded, guided
 from imm_scale.methods.eulerian.residuals import ResidualConfig
 from imm_scale.methods.eulerian.steps import StepConfig, next_time, share
 from imm_scale.methods.flow_map import FlowMap, FlowMapConfig
@@ -351,3 +353,97 @@ def test_a_step_costs_the_forward_units_that_are_counted(settings, units):
         claimed = method.config.passes_at(alignment).forwards
         assert step / forward == pytest.approx(claimed, abs=0.06)  # attention's share, the first layer without dx
     assert step / forward <= units
+
+
+def test_the_tangents_part_grows_with_the_schedule():
+    """g = -cos^2 (sd F - dx) - R cos sin (x + sd dF), R from 0 to 1 over the first half."""
+    flow_map, data = random_map(COSINE, "simple_edm"), batch()
+    settings = {
+        "times": TwoTimesConfig(s=None, equal=0.0),
+        "flow_map": FlowMapConfig(trajectory="vp_cosine", parameterization="simple_edm"),
+    }
+    growing = eulerian(residual=ResidualConfig(kind="normalize", warmup=0.5), schedule_images=20, **settings)
+    d = growing.draw(flow_map, *data, 7)
+    _, e, _ = growing._by_tangent(flow_map, d, 16)
+    out, derivative = flow_map.with_tangent(d.x_t, d.v, d.s, d.t, d.label)
+    grown = (data[2].double() / 20 / 0.5).clamp_max(1.0)[:, None, None, None]
+    assert grown[0] == 0 and grown[-1] == 1
+    tau = (math.pi / 2 * d.t)[:, None, None, None]
+    dx, d_out = d.v / (math.pi / 2), derivative / (math.pi / 2)
+    g = -(tau.cos() ** 2) * (SIGMA_D * out - dx) - grown * tau.cos() * tau.sin() * (d.x_t + SIGMA_D * d_out)
+    factor = SIGMA_D * tau.cos() / (math.pi / 2)
+    torch.testing.assert_close(-factor * e, g.detach(), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"step": StepConfig(kind="eta")}, "method.step has no meaning"),
+        ({"residual": ResidualConfig(kind="ect")}, "weights a difference"),
+        ({"residual": ResidualConfig(of_difference=True)}, "weights a difference"),
+        ({"derivative": "difference"}, "schedule_images"),
+        ({"derivative": "difference", "tangent_mix": 0.5}, "tangent_mix has no meaning"),
+        ({"label_drop_at": "equal", "times": TwoTimesConfig(equal=0.05), "label_drop": 0.1}, "times.equal of at least"),
+        ({"times": TwoTimesConfig(t=[0.0])}, "times.t"),
+    ],
+)
+def test_what_does_not_fit_is_refused(settings, message):
+    with pytest.raises(UserError, match=message.replace(".", r"\.")):
+        EulerianConfig(**settings).validate()
+
+
+# --- guidance inside training ---
+
+
+@pytest.mark.parametrize(("omega", "kappa"), [(1.5, 0.0), (0.2, 0.92), (0.5, 0.5), (1.0, 0.5)])
+def test_the_guided_velocity_is_the_published_mix(omega, kappa):
+    flow_map, (x, label, ordinal) = random_map(), batch()
+    config = TrainingGuidanceConfig(omega=omega, kappa=kappa, low=0.1, high=0.75)
+    t = torch.linspace(0.01, 0.99, 16).double()
+    label = torch.where(ordinal % 5 == 0, 3, label)  # dropped
+    v = x.flip(0)
+    with torch.no_grad():
+        of_label = SIGMA_D * flow_map.average(x, t, t, label)
+        of_none = SIGMA_D * flow_map.average(x, t, t, torch.full_like(label, 3))
+    expected = omega * v + kappa * of_label + (1 - omega - kappa) * of_none
+    guided_here = ((t >= 0.1) & (t <= 0.75) & (ordinal % 5 != 0))[:, None, None, None]
+    got = guided(config, flow_map, x, v, t, label, None)
+    torch.testing.assert_close(got, torch.where(guided_here, expected, v), rtol=1e-12, atol=1e-13)
+
+
+def test_soflows_guidance_is_that_mix_and_fades():
+    """mu (v + z (W - 1)(v - u_null)) + (1 - mu) u_label, z = 1 - exp(-0.025 d / (1 - d)), d = 5 (1 - t), above 0.8."""
+    mu, scale, t = 0.25, 3.0, torch.tensor([0.5, 0.8, 0.9, 0.99, 1.0]).double()
+    d = (1 - t[2:4]) / 0.2
+    z = torch.cat([torch.ones(2), 1 - torch.exp(-0.025 * d / (1 - d)), torch.zeros(1)]).double()
+    torch.testing.assert_close(faded(t, 0.8), z, rtol=1e-12, atol=1e-12)
+    flow_map, x, label = random_map(), batch()[0][:5], torch.zeros(5, dtype=torch.int64)
+    config = TrainingGuidanceConfig(omega=mu * scale, kappa=1 - mu, fade=0.8)
+    v = x.flip(0)
+    with torch.no_grad():
+        of_label, of_none = flow_map.velocity(x, t, label), flow_map.velocity(x, t, label + 3)
+    strength = (z * (scale - 1))[:, None, None, None]
+    expected = mu * (v + strength * (v - of_none)) + (1 - mu) * of_label
+    got = guided(config, flow_map, x, v, t, label, None)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_differences_follow_the_guided_velocity():
+    """On straight lines x_r = x_t - (t - r) v_g, and e is then (G - (1 - a) G_r) / a - v_g / sd."""
+    flow_map, (x, label, ordinal) = random_map(), batch()
+    guidance = TrainingGuidanceConfig(omega=0.75, kappa=0.75)
+    method = at_share(0.1, times=APART, guidance=guidance, label_drop=0.1)
+    d = method.draw(flow_map, x, label, ordinal, 7)
+    v = guided(guidance, flow_map, d.x_t, d.v, d.t, d.label, None)
+    back = 0.1 * (d.t - d.s)
+    with torch.no_grad():
+        out = flow_map.average(d.x_t, d.s, d.t, d.label)
+        out_r = flow_map.average(d.x_t - back[:, None, None, None] * v, d.s, d.t - back, d.label)
+    e = (out - 0.9 * out_r) / 0.1 - v / SIGMA_D
+    result = method.loss(flow_map, Batch(0, x, label, ordinal, torch.ones(16)), 7)
+    torch.testing.assert_close(result.monitors["residual"], e.square().mean(dim=(1, 2, 3)), rtol=1e-8, atol=0)
+
+
+def test_guidance_needs_dropped_labels():
+    with pytest.raises(UserError, match="label_drop"):
+        EulerianConfig(guidance=TrainingGuidanceConfig(kappa=0.5), label_drop=0.0).validate()
