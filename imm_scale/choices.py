@@ -5,7 +5,7 @@ Each registered class has a `Config`, a frozen dataclass derived from one of the
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 
 def option(default: Any, help: str) -> Any:
@@ -47,7 +47,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class MethodConfig(Choice):
-    """Settings of a method: how to sample, and what to minimize."""
+    """Settings of a method: how to sample, and what to minimize.
+
+    Attributes:
+        MAX_ZERO_STAGE: the last ZeRO stage it can be trained at.
+        WHY_NOT_BEYOND: what keeps it from the next.
+    """
+
+    MAX_ZERO_STAGE: ClassVar[int] = 3
+    WHY_NOT_BEYOND: ClassVar[str] = ""
 
     @property
     def group_size(self) -> int:

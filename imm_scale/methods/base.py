@@ -59,7 +59,8 @@ class GroupLosses(NamedTuple):
     Attributes:
         loss_G: carries the gradient.
         t_G: where on the trajectory each group was.
-        monitors: further quantities per group (G,), detached, whose means are logged.
+        monitors: further quantities per group (G,), detached. With "gap", t - s, among them the means of the others
+            are logged by thirds of t and of t - s.
     """
 
     loss_G: Tensor

@@ -10,7 +10,7 @@ Legend: N samples, each a group of its own; times are (N,) fp64.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +44,9 @@ class Draws(NamedTuple):
 @dataclass(frozen=True)
 class TvmConfig(FlowMapMethodConfig):
     """How the times are drawn."""
+
+    MAX_ZERO_STAGE: ClassVar[int] = 2
+    WHY_NOT_BEYOND: ClassVar[str] = "its tangent calls each layer twice with gradient, and stage 3 counts on one call"
 
     name: str = option("tvm", "")
     gap: list[float] = option([-0.8, 1.0], "Mean and standard deviation of the logit of t - s.")  # noqa: RUF009
