@@ -29,7 +29,7 @@ from imm_scale.methods.base import (
     regression,
     zero_filled,
 )
-from imm_scale.methods.flow_map import FlowMap, per_sample
+from imm_scale.methods.flow_map import VELOCITIES, FlowMap, per_sample
 from imm_scale.methods.probability_path import diffuse
 from imm_scale.methods.two_times import TwoTimes, TwoTimesConfig
 from imm_scale.registry import register_method
@@ -72,7 +72,7 @@ class ShortcutConfig(FlowMapMethodConfig):
     def validate(self) -> None:
         super().validate()
         self.times.validate()
-        if self.flow_map.parameterization != "euler_fm":
+        if self.flow_map.parameterization not in VELOCITIES:
             raise UserError(
                 "method.name=shortcut adds mean velocities: it needs method.flow_map.parameterization=euler_fm"
             )

@@ -21,7 +21,7 @@ from imm_scale.data.batch import Batch
 from imm_scale.errors import UserError
 from imm_scale.fusion import fused
 from imm_scale.methods.base import FlowMapMethod, FlowMapMethodConfig, GroupLosses, prior_noise
-from imm_scale.methods.flow_map import FlowMap, per_sample
+from imm_scale.methods.flow_map import VELOCITIES, FlowMap, per_sample
 from imm_scale.methods.probability_path import diffuse
 from imm_scale.registry import register_method
 
@@ -60,10 +60,12 @@ class TvmConfig(FlowMapMethodConfig):
 
     def validate(self) -> None:
         super().validate()
-        if self.flow_map.parameterization != "euler_fm" or self.flow_map.second_time == "none":
+        told = self.flow_map.second_time != "none" and self.flow_map.time_input == "t"
+        if self.flow_map.parameterization not in VELOCITIES or not told:
             raise UserError(
-                "method.name=tvm needs method.flow_map.parameterization=euler_fm and a second time to move, not "
-                f"{self.flow_map.parameterization} and second_time={self.flow_map.second_time}"
+                f"method.name=tvm needs method.flow_map.parameterization={' or '.join(VELOCITIES)}, a second time to "
+                f"move and time_input=t, not {self.flow_map.parameterization}, second_time={self.flow_map.second_time} "
+                f"and {self.flow_map.time_input}"
             )
         for key in ("gap", "s"):
             value = getattr(self, key)

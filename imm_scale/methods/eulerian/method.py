@@ -116,7 +116,12 @@ class EulerianConfig(FlowMapMethodConfig):
             )
 
     def _check_unused(self) -> None:
-        """Raises UserError for settings that would do nothing."""
+        """Raises UserError for settings that would do nothing, and for times a tangent cannot follow."""
+        if self.derivative == "tangent" and self.flow_map.time_input != "t":
+            raise UserError(
+                f"method.flow_map.time_input={self.flow_map.time_input} has no derivative: use "
+                "method.derivative=difference"
+            )
         if self.derivative == "tangent" and self.step != StepConfig():
             raise UserError("method.step has no meaning for method.derivative=tangent: leave it out")
         if self.derivative == "tangent" and self.residual.kind == "ect":

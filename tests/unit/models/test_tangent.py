@@ -176,9 +176,9 @@ def test_compiled_blocks_have_no_graph_break():
 MAPS = [
     (path, parameterization, second)
     for path, parameterization, second in itertools.product(
-        (OT, COSINE), ("identity", "simple_edm", "euler_fm"), ("s", "t_minus_s", "none")
+        (OT, COSINE), ("identity", "simple_edm", "euler_fm", "velocity", "epsilon"), ("s", "t_minus_s", "none")
     )
-    if not (path is COSINE and parameterization == "euler_fm")
+    if not (path is COSINE and parameterization in ("euler_fm", "velocity"))
 ]
 
 
