@@ -21,12 +21,13 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from imm_scale import config as configs
 from imm_scale import storage
 from imm_scale.checkpoint import format as checkpoints
 from imm_scale.checkpoint import run_folder
-from imm_scale.checkpoint.format import Meta, Piece
+from imm_scale.checkpoint.format import Meta
 from imm_scale.checkpoint.host_copy import HostCopy
 from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
@@ -78,7 +79,7 @@ class Saver:
         self._plan, self._world, self._engine = plan, world, engine
         self._tally = tally or SaveTally()
         # Made once: writing YAML and asking for versions takes longer than the copy of a small state.
-        self._words = (configs.to_yaml(plan.config), plan.spec.to_json(), run_folder.versions())
+        self._fixed_meta = (configs.to_yaml(plan.config), plan.spec.to_json(), run_folder.versions())
         self._copy = HostCopy(slices)
         engine.before_update = self._copy.taken.wait
         self._staging = staging_folder(plan.config, world.rank)
@@ -177,12 +178,12 @@ class Saver:
     def _write(self, meta: Meta, committed: Callable[[int], None]) -> str:
         """Copies, writes and commits. Returns what went wrong, the same on every rank, or ""."""
         url, rank = checkpoints.folder(self._plan.config.run_dir, meta.step), self._world.rank
-        pieces: list[Piece] = []
+        copied: list[ParamSlice[tuple[Tensor, ...]]] = []
         stages: Sequence[Callable[[], None]] = (
-            lambda: pieces.extend(self._copy.take()),
+            lambda: copied.extend(self._copy.take()),
             # A damaged checkpoint that the run went back behind may still be there.
             lambda: checkpoints.remove(url) if rank == 0 else None,
-            lambda: checkpoints.write_rank(url, rank, pieces, self._staging),
+            lambda: checkpoints.write_rank(url, rank, copied, self._staging),
             lambda: checkpoints.commit(url, meta) if rank == 0 else None,
         )
         problem = self._in_step(stages)
@@ -214,7 +215,7 @@ class Saver:
         run_folder.write_progress(config.run_dir, step=meta.step, images_seen=meta.images_seen)
 
     def _meta(self, step: int, images_seen: int, skipped: Ranges, guards: Mapping[str, Any]) -> Meta:
-        loss_scale, (config, spec, versions) = self._engine.loss_scale, self._words
+        loss_scale, (config, spec, versions) = self._engine.loss_scale, self._fixed_meta
         return Meta(
             step=step,
             images_seen=images_seen,
