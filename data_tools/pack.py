@@ -128,8 +128,8 @@ def _write_images(args: argparse.Namespace, source: Source, writer: ShardWriter)
     if writer.shape is None:
         first = writer.bad[0]
         raise UserError(
-            f"no readable images in {printable(', '.join(args.source))}: {len(writer.bad)} are unreadable, the first of "
-            f"them {printable(first.name)} ({printable(first.reason)})"
+            f"no readable images in {printable(', '.join(args.source))}: {len(writer.bad)} are unreadable, the first "
+            f"{printable(first.name)} ({printable(first.reason)})"
         )
     if other_sizes > _MOST_OF_OTHER_SIZE * len(order):
         raise UserError(_sizes_differ(writer, other_sizes))

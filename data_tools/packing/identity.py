@@ -55,8 +55,8 @@ def check_same(out: str, existing: Pack, arguments: dict[str, Any], moved: bool)
         if not moved:
             raise UserError(
                 f"{out} holds a pack of {existing.arguments['source']}, whose files had the names and sizes of "
-                f"those of {arguments['source']}: if it is the same source that has moved, say --source-moved; else choose "
-                "another --out"
+                f"those of {arguments['source']}: if it is the same source that has moved, say --source-moved; else "
+                "choose another --out"
             )
     elif differing:
         said = ", ".join(_said(key, existing.arguments[key], arguments[key]) for key in differing)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+_ENCRYPTED = 0x1  # flag of a ZIP's entry
 _MOST_BYTES = 1 << 30  # of an image's file: a larger one is no photograph, and could fill the memory
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -137,10 +138,14 @@ def _read_member(member: ZipMember) -> bytes:
     archive = open_zip(member.path)
     info = archive.getinfo(member.name)
     _check_size(info.file_size)
+    if info.flag_bits & _ENCRYPTED:
+        raise RuntimeError("protected by a password: unpack the archive first")
     try:
         return archive.read(info)
     except NotImplementedError as error:
-        raise RuntimeError(f"compressed by method {info.compress_type}, which Python cannot read ({error})") from error
+        raise RuntimeError(
+            f"compressed by method {info.compress_type}, which Python cannot read: unpack the archive first"
+        ) from error
 
 
 def _check_size(size: int) -> None:

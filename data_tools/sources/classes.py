@@ -150,11 +150,10 @@ def _check_splits(tree: Tree, root: str, classes: dict[str, list[str]], known: C
     splits = [name for name in classes if names.folder_split(name) and name not in known]
     nested = [name for name in splits if all(path[len(root) :].count("/") > 1 for path in classes[name])]
     if len(splits) > 1 or nested or (splits and len(classes) == 1):
-        listed = ", ".join(sorted(splits))
+        one = f"as in --source {tree.where}/{root}{sorted(splits)[0]}" if tree.separator == "/" else "unpacked first"
         raise UserError(
-            f"{tree.where}: the folders {listed} are splits of a data set by their names, not classes: pack one of "
-            f"them at a time (of an archive, unpack it first), as in --source {tree.where}/{root}{sorted(splits)[0]}; "
-            "if they are classes, name them in a map for --labels"
+            f"{tree.where}: the folders {', '.join(sorted(splits))} are splits of a data set by their names, not "
+            f"classes: pack one of them at a time, {one}; if they are classes, name them in a map for --labels"
         )
 
 

@@ -129,6 +129,7 @@ def _check_splits(files: list[str], base: str, text: str) -> None:
         if split:
             found.setdefault(split, path)
     if len(found) > 1:
+        found = {split: found[split] for split in names.SPLITS if split in found}
         examples = ", ".join(names.printable(os.path.basename(path)) for path in found.values())
         raise UserError(
             f"--source {text} has files of the splits {', '.join(found)} ({examples}): choose by a pattern, as in "

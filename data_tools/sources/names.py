@@ -35,6 +35,7 @@ _SPLIT_WORDS = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+SPLITS = tuple(dict.fromkeys(_SPLIT_WORDS.values()))
 _SPLIT = "|".join(sorted(_SPLIT_WORDS, key=len, reverse=True))
 _SPLIT_FOLDER = re.compile(rf"({_SPLIT})([-_ ]*(set|data|split|images?|imgs?|\d+|[ab]))*", re.IGNORECASE)
 _SPLIT_IN_FILE = re.compile(rf"(?<![a-z])({_SPLIT})(?![a-z])", re.IGNORECASE)

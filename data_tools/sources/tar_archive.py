@@ -145,8 +145,9 @@ def _check_end(file: BinaryIO, where: str, end: int, nested: bool) -> None:
     if rest != _NUL:
         raise UserError(f"{where}: the tar header at byte {end} is damaged: copy or write the archive again")
     while not nested and (chunk := file.read(_CHUNK)):
-        if chunk.strip(b"\0"):
+        if content := chunk.lstrip(b"\0"):
+            second = file.tell() - len(content)
             raise UserError(
-                f"{where} goes on after the end of an archive at byte {end}, as two tars do that were joined: give "
-                f"them as two files (head -c {end + len(_NUL)}, and tail -c +N from where the second begins)"
+                f"{where} goes on after the end of an archive at byte {end}, as two tars do that were joined: cut them "
+                f"apart (head -c {second}, tail -c +{second + 1}) and give both files"
             )
