@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from data_tools import sources
 from data_tools.packing.metadata import without_metadata
@@ -58,10 +58,9 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Why an image is left out; `no_image`: it begins as no image does."""
+    """Why an image is left out."""
 
     reason: str
-    no_image: bool = False
 
 
 def render(
@@ -78,7 +77,7 @@ def render(
             return Unreadable(f"mode {picture.mode} has more than 8 bits a channel: convert it first")
         picture = _opaque(picture, background).convert("L" if channels == 1 else "RGB")
     except _UNREADABLE as error:
-        return Unreadable(f"{type(error).__name__}: {error}", isinstance(error, UnidentifiedImageError))
+        return Unreadable(f"{type(error).__name__}: {error}")
     if size is not None:
         picture = center_crop(picture, size)
     stream = io.BytesIO()

@@ -22,7 +22,7 @@ from data_tools.common import LABELS_NAME, PACK_NAME, Pack, load_pack, paths_are
 from data_tools.images import Rendered, Unreadable
 from data_tools.packing import closing, contact_sheet, identity, shard_writer
 from data_tools.packing.shard_writer import Bad, ShardWriter
-from data_tools.sources import Source
+from data_tools.sources import Located, Source
 from data_tools.sources.label_files import read_map
 from data_tools.sources.names import printable
 from imm_scale import rng, storage
@@ -44,8 +44,8 @@ _OURS = re.compile(rf"({'|'.join(_FILES)})(\.[0-9a-f]{{8}}\.tmp)?")
 def pack(args: argparse.Namespace) -> None:
     """Does what the command line asks. Raises UserError."""
     _check_arguments(args)
-    label_map = None if args.labels is None else read_map(os.path.expanduser(args.labels))
     located = sources.locate(args.source)
+    label_map = _label_map(args.labels, located)
     arguments = identity.of(args, located, label_map)
     if _finished(args.out, arguments, args.source_moved):
         return
@@ -68,6 +68,14 @@ def _check_arguments(args: argparse.Namespace) -> None:
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
     identity.background(args.background)
+
+
+def _label_map(path: str | None, located: Located) -> list[str] | None:
+    if path is None:
+        return None
+    if located.kind == "built_in":
+        raise UserError(f"--labels is for sources of your own: {located.where} has its labels")
+    return read_map(os.path.expanduser(path))
 
 
 def _finished(out: str, arguments: dict[str, Any], moved: bool) -> bool:
@@ -139,7 +147,7 @@ def _write_images(args: argparse.Namespace, source: Source, writer: ShardWriter)
 def _problem(result: Rendered | Unreadable, i: int, source: Source, writer: ShardWriter) -> Bad | None:
     """Why a result is no image of the pack; the first image of all says their shape."""
     if isinstance(result, Unreadable):
-        return Bad(source.names[i], result.reason, counts=not (result.no_image and i in source.doubtful))
+        return Bad(source.names[i], result.reason)
     if writer.shape is None:
         writer.shape, writer.first_name = result.shape, source.names[i]
     if result.shape != writer.shape:
@@ -150,12 +158,11 @@ def _problem(result: Rendered | Unreadable, i: int, source: Source, writer: Shar
 
 
 def _check_bad(args: argparse.Namespace, writer: ShardWriter, other_sizes: int) -> None:
-    counted = [bad for bad in writer.bad if bad.counts]
-    if len(counted) <= args.max_bad:
+    if len(writer.bad) <= args.max_bad:
         return
-    if 2 * other_sizes > len(counted):
+    if 2 * other_sizes > len(writer.bad):
         raise UserError(_sizes_differ(writer, other_sizes))
-    last = counted[-1]
+    last = writer.bad[-1]
     raise UserError(
         f"more than {args.max_bad} unreadable images, the last one {printable(last.name)} ({printable(last.reason)}); "
         f"see {storage.join(args.out, QUARANTINE_NAME)}, mend them or raise --max-bad"

@@ -16,11 +16,10 @@ _RECORD = re.compile(r"images-\d{6}\.json")
 
 @dataclass(frozen=True)
 class Bad:
-    """An image that is left out. `counts` says whether it counts against --max-bad."""
+    """An image that is left out, and why."""
 
     name: str
     reason: str
-    counts: bool = True
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,14 @@ def find(located: Located, label_map: list[str] | None, image_column: str, label
     """The images of a source, with labels as numbers.
 
     Args:
-        label_map: names of the classes 0, 1, ...; None takes the order of the source or of the names.
+        label_map: names of the classes 0, 1, ...; None takes the order of the source or of the names. Built-in sets
+            have their own.
         label_column: Parquet column of labels, or key of a WebDataset's .json.
 
     Raises:
         UserError: no images, damaged files, or labels that do not match the map.
     """
     if located.kind == "built_in":
-        if label_map is not None:
-            raise UserError(f"--labels is for sources of your own: {located.where} has its labels")
         return BUILT_IN[located.given[0]]()
     known = [label_files.folder_name(name) for name in label_map or ()]
     if located.tree is not None:

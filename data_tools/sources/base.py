@@ -60,7 +60,6 @@ class Labelled:
         class_names: names of the numbers 0, 1, ..., where the source says them.
         folders: names of classes that have a folder, with or without images.
         titles: what stands for a class beside its name: {"n01440764": "tench, Tinca tinca"}.
-        doubtful: positions of files whose names do not say whether they are images.
         bad: images that cannot be used, with the reason.
         keeps: what must live as long as the images.
     """
@@ -71,7 +70,6 @@ class Labelled:
     class_names: list[str] | None = None
     folders: set[str] = field(default_factory=set)
     titles: dict[str, str] = field(default_factory=dict)
-    doubtful: set[int] = field(default_factory=set)
     bad: list[tuple[str, str]] = field(default_factory=list)
     left_out: LeftOut = field(default_factory=LeftOut)
     keeps: list[Any] = field(default_factory=list)
@@ -84,7 +82,6 @@ class Labelled:
 
     def extend(self, other: "Labelled") -> None:
         """Adds the images of another archive of the same source."""
-        self.doubtful |= {len(self.names) + i for i in other.doubtful}
         self.names += other.names
         self.labels += other.labels
         self.images += other.images
@@ -106,42 +103,43 @@ class Source:
     names: list[str]
     labels: list[int]
     images: Sequence[Image]
-    doubtful: set[int] = field(default_factory=set)
     bad: list[tuple[str, str]] = field(default_factory=list)
     left_out: LeftOut = field(default_factory=LeftOut)
     keeps: Any = field(default=None, compare=False)
 
 
-def read(image: str | Slice | ZipMember) -> bytes:
-    """The bytes of an image's file.
+def read(image: str | Slice | ZipMember, most: int = -1) -> bytes:
+    """The bytes of an image's file, or at most so many from its beginning.
 
     Raises:
         OSError: the file cannot be read, or is a Git LFS pointer.
         ValueError: it is too large for an image.
         RuntimeError, zipfile.BadZipFile, zlib.error: it is encrypted, compressed in an unknown way or damaged.
     """
-    data = _read_member(image) if isinstance(image, ZipMember) else _read_file(image)
+    data = _read_member(image, most) if isinstance(image, ZipMember) else _read_file(image, most)
     if data.startswith(_LFS_POINTER):
         raise OSError("a Git LFS pointer, not the file itself: run git lfs pull in its repository")
     return data
 
 
-def _read_file(image: str | Slice) -> bytes:
+def _read_file(image: str | Slice, most: int) -> bytes:
     path, offset, size = (image, 0, None) if isinstance(image, str) else (image.path, image.offset, image.size)
     with open(path, "rb") as file:
-        _check_size(os.fstat(file.fileno()).st_size if size is None else size)
+        size = os.fstat(file.fileno()).st_size if size is None else size
+        _check_size(size if most < 0 else most)
         file.seek(offset)
-        return file.read() if size is None else file.read(size)
+        return file.read(size if most < 0 else min(size, most))
 
 
-def _read_member(member: ZipMember) -> bytes:
+def _read_member(member: ZipMember, most: int) -> bytes:
     archive = open_zip(member.path)
     info = archive.getinfo(member.name)
-    _check_size(info.file_size)
+    _check_size(info.file_size if most < 0 else most)
     if info.flag_bits & _ENCRYPTED:
         raise RuntimeError("protected by a password: unpack the archive first")
     try:
-        return archive.read(info)
+        with archive.open(info) as file:
+            return file.read(most)
     except NotImplementedError as error:
         raise RuntimeError(
             f"compressed by method {info.compress_type}, which Python cannot read: unpack the archive first"

@@ -8,15 +8,14 @@ from collections.abc import Collection
 
 import numpy as np
 from PIL import Image as Pillow
-from PIL import UnidentifiedImageError
 
 from data_tools.sources import label_files, names
-from data_tools.sources.base import Image, Labelled, LeftOut, read
+from data_tools.sources.base import Labelled, LeftOut, read
 from data_tools.sources.tree import Tree
 from imm_scale.errors import UserError
 
 _WEAK_FORMATS = {"TGA", "PCX", "DCX"}  # hardly anything in such a file says what it is
-NO_CLASS_FOLDER = "images in no class folder"
+_HEAD = 1 << 18  # bytes by which most images are known
 
 
 def classify(tree: Tree, known: Collection[str] = (), flat_class: str | None = None) -> Labelled:
@@ -44,22 +43,32 @@ def classify(tree: Tree, known: Collection[str] = (), flat_class: str | None = N
 
 
 def _images(tree: Tree) -> list[str]:
-    """Paths of images in order; those with an image's name, or if there are none, with an image's content."""
+    """Paths of images in order, by their names or, where those say nothing, by their content."""
     paths = sorted(tree.files, key=names.raw)
-    named = [path for path in paths if names.is_image(path)]
-    return named or [path for path in paths if not names.is_other(path) and is_image_content(tree.files[path].image)]
+    return [path for path in paths if names.is_image(path) or _is_image_by_content(tree, path)]
 
 
-def is_image_content(image: Image) -> bool:
-    """Whether a file begins as an image does."""
+def _is_image_by_content(tree: Tree, path: str) -> bool:
+    """Whether a file that may be an image by its name begins as one does."""
+    image = tree.files[path].image
     assert not isinstance(image, np.ndarray)
+    if names.is_other(path):
+        return False
     try:
-        formats = [name for name in names.FORMATS if name not in _WEAK_FORMATS]
-        with Pillow.open(io.BytesIO(read(image)), formats=formats):
+        head = read(image, _HEAD)
+        return _opens(head) or (len(head) == _HEAD and _opens(read(image)))
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        return False
+
+
+def _opens(data: bytes) -> bool:
+    formats = [name for name in names.FORMATS if name not in _WEAK_FORMATS]
+    try:
+        with Pillow.open(io.BytesIO(data), formats=formats):
             return True
     except Pillow.DecompressionBombError:
         return True
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, RuntimeError, zipfile.BadZipFile, zlib.error):
+    except (OSError, ValueError, SyntaxError, RuntimeError):
         return False
 
 
@@ -98,45 +107,37 @@ def _flat(tree: Tree, images: list[str], flat_class: str | None) -> Labelled:
 
 def _by_folder(tree: Tree, images: list[str], root: str, known: Collection[str]) -> Labelled:
     found = Labelled()
-    named: dict[str, list[str]] = {}
-    outside = [path for path in images if not is_inside(path, root)]
+    classes: dict[str, list[str]] = {}
     for path in images:
         if is_inside(path, root):
-            named.setdefault(path[len(root) :].split("/", 1)[0], []).append(path)
-    others = _doubtful(tree, set(images), root, set(named), found.left_out)
-    classes = {name: sorted(named.get(name, []) + others.get(name, []), key=names.raw) for name in {**named, **others}}
+            classes.setdefault(path[len(root) :].split("/", 1)[0], []).append(path)
     _check_splits(tree, root, classes, known)
-    _check_outside(tree, outside, len(images))
-    if outside:
-        found.left_out.add(NO_CLASS_FOLDER, tree.name(outside[0]), len(outside))
+    _leave_out(tree, images, root, classes, found.left_out)
     for name in names.in_order(classes):
         for path in classes[name]:
-            if not names.is_image(path):
-                found.doubtful.add(len(found.names))
             file = tree.files[path]
-            found.add(file.image if isinstance(file.image, str) else tree.name(path), name, file.image)
+            found.add(tree.name(path), name, file.image)
     found.folders = set(classes) | _empty_folders(tree, root)
     found.titles = label_files.titles(tree, found.folders)
     return found
 
 
-def _doubtful(tree: Tree, images: set[str], root: str, classes: set[str], left_out: LeftOut) -> dict[str, list[str]]:
-    """Other files of class folders that may be images; a folder with none but such is a class if one of them is."""
-    others: dict[str, list[str]] = {}
-    without: dict[str, str] = {}
-    for path in sorted(tree.files.keys() - images, key=names.raw):
-        head, inside = path[len(root) :].split("/", 1)[0], is_inside(path, root)
-        if inside and not names.is_other(path):
-            others.setdefault(head, []).append(path)
-        else:
-            left_out.add(f"files that are no images ({names.suffix(path) or 'without an ending'})", tree.name(path))
-        if inside and head not in classes:
-            without[head] = path
-    for head in without:
-        if not any(is_image_content(tree.files[path].image) for path in others.get(head, [])):
-            left_out.add("folders with files but no image", tree.name(root + head))
-            others.pop(head, None)
-    return others
+def _leave_out(tree: Tree, images: list[str], root: str, classes: Collection[str], left_out: LeftOut) -> None:
+    """Counts what belongs to no class. Raises UserError if that are most of the images."""
+    outside = [path for path in images if not is_inside(path, root)]
+    if 2 * len(outside) > len(images):
+        raise UserError(
+            f"{tree.where}: {len(outside)} of {len(images)} images lie in no class folder, as "
+            f"{names.printable(outside[0])}: put every image into the folder of its class"
+        )
+    if outside:
+        left_out.add("images in no class folder", tree.name(outside[0]), len(outside))
+    others = sorted(tree.files.keys() - set(images), key=names.raw)
+    for path in others:
+        left_out.add(f"files that are no images ({names.suffix(path) or 'without an ending'})", tree.name(path))
+    heads = {path[len(root) :].split("/", 1)[0] for path in others if is_inside(path, root)}
+    for head in sorted(heads - set(classes)):
+        left_out.add("folders with files but no image", tree.name(root + head))
 
 
 def _empty_folders(tree: Tree, root: str) -> set[str]:
@@ -154,12 +155,4 @@ def _check_splits(tree: Tree, root: str, classes: dict[str, list[str]], known: C
         raise UserError(
             f"{tree.where}: the folders {', '.join(sorted(splits))} are splits of a data set by their names, not "
             f"classes: pack one of them at a time, {one}; if they are classes, name them in a map for --labels"
-        )
-
-
-def _check_outside(tree: Tree, outside: list[str], images: int) -> None:
-    if 2 * len(outside) > images:
-        raise UserError(
-            f"{tree.where}: {len(outside)} of {images} images lie in no class folder, as "
-            f"{names.printable(outside[0])}: put every image into the folder of its class"
         )

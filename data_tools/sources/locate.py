@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from data_tools.sources import folder, label_files, names
 from data_tools.sources.built_in import BUILT_IN
 from data_tools.sources.classes import class_root, is_inside
+from data_tools.sources.tar_archive import is_tar
 from data_tools.sources.tree import Tree
 from imm_scale.errors import UserError
 
@@ -133,16 +134,15 @@ def _check_splits(files: list[str], base: str, text: str) -> None:
         examples = ", ".join(names.printable(os.path.basename(path)) for path in found.values())
         raise UserError(
             f"--source {text} has files of the splits {', '.join(found)} ({examples}): choose by a pattern, as in "
-            f"--source '{_pattern(*next(iter(found.items())))}', or give several files or patterns, which are packed "
+            f"--source '{_pattern(next(iter(found.values())))}', or give several files or patterns, which are packed "
             "together"
         )
 
 
-def _pattern(split: str, path: str) -> str:
-    """A pattern for the files of the same split: "train-*.parquet" for "train-00000-of-00001.parquet"."""
-    folder, name = os.path.split(path)
-    at = name.find(split)
-    return os.path.join(folder, f"{name[:at]}{split}*{names.suffix(name)}" if at >= 0 else f"*{names.suffix(name)}")
+def _pattern(path: str) -> str:
+    """A pattern for the files of the same split: "train*.parquet" for "train-00000-of-00001.parquet"."""
+    folder, name = os.path.split(glob.escape(path))
+    return os.path.join(folder, f"{names.up_to_split(name) or ''}*{names.suffix(name)}")
 
 
 def _in_folder(path: str, given: list[str]) -> Located:
@@ -189,7 +189,9 @@ def _checked_kind(path: str) -> str:
         unpack = "unpack it first; " if path.lower().endswith(_OTHER_ARCHIVES) else ""
         raise UserError(f"--source {names.printable(path)}: {unpack}{_KNOWN} are read")
     with open(path, "rb") as file:
-        head = file.read(64)
+        head = file.read(512)
+    if is_tar(head) and kind == "tar":
+        return kind  # whatever the name of its first file makes it look like
     if not head:
         raise UserError(f"{path} is empty: copy it again")
     if head.startswith(b"version https://git-lfs"):

@@ -79,6 +79,12 @@ def file_split(path: str) -> str | None:
     return _SPLIT_WORDS[match[1].lower()] if match else None
 
 
+def up_to_split(name: str) -> str | None:
+    """A file's name to the end of the word that says the split: "set_dev" of "set_dev-00001.parquet"; or None."""
+    match = _SPLIT_IN_FILE.search(name)
+    return name[: match.end()] if match else None
+
+
 def raw(name: str) -> bytes:
     """The bytes of a name, which need be no text."""
     return name.encode("utf-8", "surrogateescape" if _is_escaped(name) else "surrogatepass")

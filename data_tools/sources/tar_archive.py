@@ -37,8 +37,9 @@ def entries_of(path: str) -> Entries:
     """
     entries = Entries()
     with open(path, "rb") as file:
-        head = file.read(8)
+        head = file.read(tarfile.BLOCKSIZE)
         opener = next((opener for magic, opener in _OPENERS.items() if head.startswith(magic)), None)
+        opener = None if is_tar(head) else opener  # a name may begin as a compressed file does
         if opener is None:
             _read(file, path, path, 0, "", entries)
             return entries
@@ -47,6 +48,11 @@ def entries_of(path: str) -> Entries:
     with open(spool.name, "rb") as file:
         _read(file, path, spool.name, 0, "", entries)
     return entries
+
+
+def is_tar(head: bytes) -> bool:
+    """Whether a file that begins with these 512 bytes is a tar of any writer since 1988."""
+    return head[257:262] == b"ustar"
 
 
 def _decompressed(path: str, opener: Callable[[str], Any]) -> Spool:

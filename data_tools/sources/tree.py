@@ -52,8 +52,9 @@ class Tree:
             self.folders.add("/".join(parts))
 
     def name(self, path: str) -> str:
-        """How messages call a file."""
-        return f"{self.where}{self.separator}{path}"
+        """How messages call a file; in a folder, its path."""
+        image = self.files[path].image if path in self.files else None
+        return image if isinstance(image, str) else f"{self.where}{self.separator}{path}"
 
     def text(self, path: str) -> str:
         """The text of a file that says labels. Raises UserError if it cannot be read."""

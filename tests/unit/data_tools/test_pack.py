@@ -130,6 +130,7 @@ def test_unreadable_images_are_listed_and_left_out(
     tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (source / "cat" / "notes.txt").write_text("no image")
+    (source / "cat" / "README").write_text("no image either")
     whole = (source / "dog" / "2.png").read_bytes()
     (source / "cat" / "cut.png").write_bytes(whole[: len(whole) // 2])
     Image.fromarray(np.zeros((6, 6), np.uint16)).save(source / "cat" / "deep.png")
@@ -137,13 +138,15 @@ def test_unreadable_images_are_listed_and_left_out(
     assert len(_read(tmp_path / "out")) == 8
     lines = sorted((tmp_path / "out/quarantine.txt").read_text().splitlines())
     reasons = dict(line.split("\t") for line in lines)
-    assert {os.path.basename(name) for name in reasons} == {"notes.txt", "cut.png", "deep.png"}
+    assert {os.path.basename(name) for name in reasons} == {"cut.png", "deep.png"}
     assert "8 bits" in reasons[str(source / "cat/deep.png")]
-    assert "left out: 3" in capsys.readouterr().out
-    assert _pack("--source", source, "--out", tmp_path / "strict", "--max-bad", 2) == 2
-    assert "more than 2 unreadable images" in capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "left out: 5, 2 of them listed in" in said
+    assert f"1  files that are no images (.txt), as {source}/cat/notes.txt" in said
+    assert _pack("--source", source, "--out", tmp_path / "strict", "--max-bad", 1) == 2
+    assert "more than 1 unreadable images" in capsys.readouterr().err
     assert not (tmp_path / "strict/pack.json").exists()
-    assert len((tmp_path / "strict/quarantine.txt").read_text().splitlines()) == 3
+    assert len((tmp_path / "strict/quarantine.txt").read_text().splitlines()) == 2
 
 
 def test_mixed_sizes_need_size(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,9 +163,12 @@ def test_bad_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "is no folder" in capsys.readouterr().err
     _picture(tmp_path / "flat" / "a.png")
     assert _pack("--source", tmp_path / "flat", "--out", tmp_path / "out") == 2
-    assert "no images in" in capsys.readouterr().err
+    assert "lies in no class folder" in capsys.readouterr().err
     (tmp_path / "texts" / "cat").mkdir(parents=True)
     (tmp_path / "texts" / "cat" / "a.txt").write_text("x")
+    assert _pack("--source", tmp_path / "texts", "--out", tmp_path / "out") == 2
+    assert "no images in" in capsys.readouterr().err
+    (tmp_path / "texts" / "cat" / "a.png").write_text("x")
     assert _pack("--source", tmp_path / "texts", "--out", tmp_path / "out") == 2
     assert "no readable images" in capsys.readouterr().err
     assert _pack("--source", "digits", "--out", tmp_path / "out", "--size", 0) == 2

@@ -14,6 +14,7 @@ from PIL import Image
 
 from data_tools import pack, sources
 from data_tools.common import load_pack
+from data_tools.sources.label_files import read_map
 from imm_scale.data import tar
 
 CLASSES = ("ant", "bee", "cat")
@@ -96,7 +97,7 @@ def test_shards_of_a_chosen_size(folder: Path, tmp_path: Path) -> None:
 def test_a_label_map_decides_the_numbers(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels = tmp_path / "labels.json"
     labels.write_text(json.dumps({"0": "cat", "1": "bee", "2": "ant", "3": "dog"}))
-    images = sources.find(str(folder), str(labels), "image", "label")
+    images = sources.find(sources.locate([str(folder)]), read_map(str(labels)), "image", "label")
     assert images.class_names == ["cat", "bee", "ant", "dog"]
     assert [CLASSES[2 - label] for label in images.labels] == [Path(name).parent.name for name in images.names]
     labels.write_text(json.dumps({"0": "cat", "1": "bee"}))
@@ -128,7 +129,7 @@ def test_damaged_and_unfit_sources(folder: Path, tmp_path: Path, capsys: pytest.
         (["--source", str(shards)], "cut short"),
         (["--source", str(archive)], "no readable ZIP file"),
         (["--source", str(flat)], "lies in no class folder"),
-        (["--source", str(text)], "a folder, .zip, .tar or .parquet is needed"),
+        (["--source", str(text)], "a folder with a subfolder of images per class, .zip"),
         (["--source", str(parquet), "--label-column", "y"], "has no column 'y', only image, label"),
         (["--source", "digits", "--labels", str(text)], "digits has its labels"),
     ]
