@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from data_tools import sources
 from data_tools.packing.metadata import without_metadata
@@ -76,6 +76,8 @@ def render(
         if picture.mode.startswith(("I", "F")):
             return Unreadable(f"mode {picture.mode} has more than 8 bits a channel: convert it first")
         picture = _opaque(picture, background).convert("L" if channels == 1 else "RGB")
+    except UnidentifiedImageError:
+        return Unreadable("it begins as no image does")
     except _UNREADABLE as error:
         return Unreadable(f"{type(error).__name__}: {error}")
     if size is not None:

@@ -98,7 +98,9 @@ def test_columns_that_are_no_images_or_labels(tmp_path, columns, message):
 )
 def test_splits_are_not_mixed_but_when_asked_for(tmp_path, files):
     paths = [_write(tmp_path / name, {"image": PNGS, "label": [0, 1, 0, 1]}) for name in files]
-    with pytest.raises(UserError, match="has files of the splits.*choose by a pattern, as in --source '(.*)'") as error:
+    with pytest.raises(
+        UserError, match=r"has files of the splits.*choose by a pattern, as in --source '(.*)'"
+    ) as error:
         _find(tmp_path)
     pattern = str(error.value).split("as in --source '")[1].split("'")[0]
     assert len(_find(pattern).images) == 4, "what the message suggests works"
