@@ -1,6 +1,7 @@
 """How an image becomes a PNG of the wanted size."""
 
 import io
+import logging
 import struct
 import warnings
 import zipfile
@@ -48,6 +49,9 @@ _LONGEST = 8  # times the shorter side: what a crop needs of a strip is far less
 WHITE = (255, 255, 255)
 
 
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # of a broken file the reason is returned, with its name
+
+
 @dataclass(frozen=True)
 class Rendered:
     """A PNG file and its image's (H, W, channels)."""
@@ -89,6 +93,8 @@ def render(
 
 def _load(data: bytes, size: int | None) -> Image.Image:
     """The pixels, upright. Where the file fails as it is, its metadata may be what is broken."""
+    if not data:
+        raise ValueError("the file is empty")
     try:
         return _decode(data, size)
     except _UNREADABLE as error:

@@ -185,7 +185,9 @@ def _render(source: Source, order: list[int], job: Any, workers: int) -> Iterato
     with ExitStack() as stack:
         # Spawned, because forking a process with torch's threads may hang.
         spawn = get_context("spawn")
-        pool = stack.enter_context(ProcessPoolExecutor(workers, spawn, _leave_interrupts)) if workers > 1 else None
+        pool = ProcessPoolExecutor(workers, spawn, _leave_interrupts) if workers > 1 else None
+        if pool is not None:
+            stack.callback(pool.shutdown, cancel_futures=True)  # at Ctrl-C nobody waits for a whole window
         for start in range(0, len(order), _WINDOW):
             window = order[start : start + _WINDOW]
             inputs = [source.images[i] for i in window]

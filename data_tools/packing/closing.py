@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from data_tools.packing.shard_writer import Bad
 from data_tools.sources import LeftOut
-from data_tools.sources.names import printable
+from data_tools.sources.names import is_number, printable
 
 _SHOWN = 20  # classes of the table, half of them from its end
 _EXAMPLES = 5
@@ -35,7 +35,7 @@ def table(class_names: Sequence[str], counts: Mapping[int, int]) -> list[str]:
 
 def _odd_numbers(class_names: Sequence[str]) -> list[str]:
     """Classes named by numbers that are not their own, as folders 1 to 10 would be."""
-    if not all(name.isascii() and name.isdecimal() for name in class_names):
+    if not all(map(is_number, class_names)):
         return []
     odd = next((i for i, name in enumerate(class_names) if int(name) != i), None)
     if odd is None:

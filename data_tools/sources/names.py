@@ -87,17 +87,25 @@ def up_to_split(name: str) -> str | None:
 
 def raw(name: str) -> bytes:
     """The bytes of a name, which need be no text."""
-    return name.encode("utf-8", "surrogateescape" if _is_escaped(name) else "surrogatepass")
+    try:
+        return name.encode()
+    except UnicodeEncodeError:
+        return b"".join(_raw_letter(c) for c in name)
 
 
-def _is_escaped(name: str) -> bool:
-    return all(not "\ud800" <= c <= "\udfff" or "\udc80" <= c <= "\udcff" for c in name)
+def _raw_letter(c: str) -> bytes:
+    return bytes([ord(c) - 0xDC00]) if "\udc80" <= c <= "\udcff" else c.encode("utf-8", "surrogatepass")
+
+
+def is_number(name: str) -> bool:
+    """Whether a name has decimal digits alone."""
+    return name.isascii() and name.isdecimal()
 
 
 def in_order(classes: Iterable[str]) -> list[str]:
     """Classes by name; by number where all names are decimal numbers."""
     classes = set(classes)
-    if all(name.isascii() and name.isdecimal() for name in classes):
+    if all(map(is_number, classes)):
         return sorted(classes, key=lambda name: (int(name), name))
     return sorted(classes, key=raw)
 

@@ -49,6 +49,11 @@ def _by_name(found: Labelled, label_map: list[str], where: str) -> Labelled:
 def _numbers(found: Labelled, label_map: list[str] | None, where: str) -> tuple[list[str], dict[int | str, int]]:
     most = max(int(label) for label in found.labels)
     class_names = label_map or found.class_names
+    if label_map is not None and any(names.is_number(name) and int(name) != i for i, name in enumerate(label_map)):
+        raise UserError(
+            f"{where} has numbers as labels, and --labels names classes by numbers that are not their own: a label may "
+            "mean the one or the other; give the classes other names in the map"
+        )
     if class_names is None:
         if most >= _MOST_CLASSES:
             i = found.labels.index(most)

@@ -1,5 +1,6 @@
 """A temporary copy of what a source holds in a form that cannot be read in any order."""
 
+import contextlib
 import tempfile
 
 from imm_scale.errors import UserError, explain_os_error
@@ -35,6 +36,8 @@ class Spool:
 
     def _explained(self, error: OSError) -> Exception:
         error.filename = self.name
+        with contextlib.suppress(OSError):  # it tries to write the rest once more, and is removed
+            self._file.close()
         mistake = explain_os_error(error)
         if mistake is None:
             return error

@@ -3,6 +3,7 @@
 import errno
 import json
 import signal
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,17 @@ def test_records_say_where_the_first_images_of_each_class_lie(tmp_path, source):
         assert shard[example["offset"] :][:8] == b"\x89PNG\r\n\x1a\n"
         assert shard[example["offset"] :][: example["size"]].endswith(b"IEND\xaeB`\x82")
     assert sum(record["labels"].values()) == len(record["examples"]) == 3
+
+
+def test_a_killed_worker_is_a_message(tmp_path, source, capsys, monkeypatch):
+    class Pool:
+        def __init__(self, *_: object) -> None: ...
+
+        def map(self, *_: object, **__: object) -> None:
+            raise BrokenProcessPool("a process in the pool was terminated abruptly")
+
+        def shutdown(self, **_: object) -> None: ...
+
+    monkeypatch.setattr(pack, "ProcessPoolExecutor", Pool)
+    assert _pack(source, tmp_path / "out", "--workers", 4) == 2
+    assert "a process of --workers 4 was killed" in capsys.readouterr().err

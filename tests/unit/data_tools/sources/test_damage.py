@@ -18,6 +18,7 @@ from data_tools.images import Rendered, render
 from data_tools.sources import base
 from imm_scale.errors import UserError
 from tests.unit.data_tools.sources import trees
+from tests.unit.test_errors import file_size_limit
 
 FILES = {f"c{i % 2}/{'x' * 120 * (i == 3)}{i}.png".encode(): trees.png(i) for i in range(4)}
 LABELLED = {b"0.png": trees.png(0), b"0.cls": b"3", b"1.png": trees.png(1), b"1.cls": b"0"}
@@ -227,3 +228,20 @@ def test_names_of_windows_in_a_zip(tmp_path):
         data[at + 5] = 0  # written on DOS
     (tmp_path / "a.zip").write_bytes(data)
     assert _find(tmp_path / "a.zip").class_names == ["ant", "käfer"]
+
+
+def test_labels_and_a_map_that_calls_classes_by_other_numbers(tmp_path):
+    """Does the label 1 mean class 1, or the class named "1"?"""
+    trees.as_tar(tmp_path / "a.tar", LABELLED)
+    located = sources.locate([str(tmp_path / "a.tar")])
+    with pytest.raises(UserError, match="numbers that are not their own"):
+        sources.find(located, ["1", "2", "3", "4"], "image", "label")
+    assert sources.find(located, ["0", "1", "2", "3"], "image", "label").labels == [3, 0]
+    assert sources.find(located, ["d", "c", "b", "a"], "image", "label").labels == [3, 0]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.tgz"])
+def test_a_full_disk_of_temporary_files_says_how_to_choose_another(archives, tmp_path, name):
+    (tmp_path / name).write_bytes(archives[name])
+    with file_size_limit(400), pytest.raises(UserError, match=r"no file may grow that large.*TMPDIR=/some/folder"):
+        _find(tmp_path / name)
