@@ -6,6 +6,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -82,6 +84,34 @@ def test_any_tree_in_any_form(made):  # type: ignore[no-untyped-def]
             assert source.class_names == [names.printable(os.fsdecode(name)) for name in order], form
             orders.append([sources.read(image) for image in source.images])  # type: ignore[arg-type]
         assert all(order == orders[0] for order in orders), "in one order, so that the shards are the same"
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/"), min_size=1, max_size=8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.one_of(TEXTS, NUMBERS.map(bytes.decode)).map(lambda name: "c" + name), min_size=2, unique=True)
+       | st.lists(NUMBERS.map(bytes.decode), min_size=2, unique=True))  # fmt: skip
+def test_names_in_parquet_and_beside_images_are_those_of_folders(classes):  # type: ignore[no-untyped-def]
+    """As text in a Parquet column for all; in .cls for those that begin with a letter, as numbers are numbers there."""
+    classes = [name for name in classes if names.folder_split(name) is None and name == name.strip()]
+    pictures = {name: trees.png(seed) for seed, name in enumerate(classes)}
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        trees.as_folder(base / "folder", {f"{name}/1.png".encode(): data for name, data in pictures.items()})
+        pyarrow.parquet.write_table(pa.table({"image": list(pictures.values()), "label": classes}), base / "a.parquet")
+        forms = [base / "folder", base / "a.parquet"]
+        if all(name[0] == "c" for name in classes):
+            samples = {b"%d.%s" % (i, end): data for i, (name, png) in enumerate(pictures.items())
+                       for end, data in ((b"png", png), (b"cls", name.encode()))}  # fmt: skip
+            forms.append(trees.as_tar(base / "a.tar", samples))
+        for form in forms if len(classes) > 1 else []:
+            source = _find(form)
+            assert source.class_names == [
+                names.printable(os.fsdecode(name)) for name in _in_order([c.encode() for c in classes])
+            ]
+            for label, image in zip(source.labels, source.images, strict=True):
+                assert sources.read(image) == pictures[_in_order([c.encode() for c in classes])[label].decode()]  # type: ignore[arg-type]
 
 
 def test_names_of_any_bytes_reach_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
