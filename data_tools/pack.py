@@ -46,6 +46,7 @@ def pack(args: argparse.Namespace) -> None:
     _check_arguments(args)
     located = sources.locate(args.source)
     label_map = _label_map(args.labels, located)
+    _check_outside(args.out, located)
     arguments = identity.of(args, located, label_map)
     if _finished(args.out, arguments, args.source_moved):
         return
@@ -68,6 +69,15 @@ def _check_arguments(args: argparse.Namespace) -> None:
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
     identity.background(args.background)
+
+
+def _check_outside(out: str, located: Located) -> None:
+    """What is written must not be among what is read: the next time it would be images and files of the source."""
+    if located.tree is None or not storage.is_local(out):
+        return
+    folder, target = os.path.realpath(located.given[0]), os.path.realpath(storage.local_path(out))
+    if os.path.commonpath([folder, target]) == folder:
+        raise UserError(f"--out {out} lies inside --source {located.where}: choose a folder outside of it")
 
 
 def _label_map(path: str | None, located: Located) -> list[str] | None:

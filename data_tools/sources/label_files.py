@@ -98,7 +98,7 @@ def synsets_above(path: str) -> str | None:
 def read_map(path: str) -> list[str]:
     """Class names by number, of a JSON {"0": name, ...} or of a LOC_synset_mapping.txt. Raises UserError."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             text = file.read()
         lines = [_SYNSET.fullmatch(line) for line in text.splitlines() if line.strip()]
         if lines and all(lines):

@@ -31,9 +31,11 @@ FORMATS = [name for name in _FORMATS.split() if name in Image.OPEN]
 _IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
 _TYPES = mimetypes.MimeTypes()  # Python's own list: that of the machine would make sets depend on it
 _SPLIT_WORDS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("train", "training", "trainval"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "minival"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation", "holdout"), "test"),
+    **dict.fromkeys(("unlabeled", "unlabelled"), "unlabeled"),
+    "fold": "fold",
 }
 SPLITS = tuple(dict.fromkeys(_SPLIT_WORDS.values()))
 _SPLIT = "|".join(sorted(_SPLIT_WORDS, key=len, reverse=True))
@@ -68,13 +70,13 @@ def _type(name: str) -> str | None:
 
 
 def folder_split(name: str) -> str | None:
-    """train, validation or test for a folder called that, or "val2017", "train_images", "testA"; else None."""
+    """The split that a folder is called after: train for "train_images", validation for "val2017"; else None."""
     match = _SPLIT_FOLDER.fullmatch(name)
     return _SPLIT_WORDS[match[1].lower()] if match else None
 
 
 def file_split(path: str) -> str | None:
-    """train, validation or test for "data/train-00000-of-00001.parquet" and the like; else None."""
+    """The split that a file is called after: train for "data/train-00000-of-00001.parquet"; else None."""
     match = _SPLIT_IN_FILE.search(path)
     return _SPLIT_WORDS[match[1].lower()] if match else None
 

@@ -11,7 +11,12 @@ class Spool:
 
     def __init__(self, source: str) -> None:
         self._source = source
-        self._file = tempfile.NamedTemporaryFile(prefix="imm-pack-", suffix=".images")  # noqa: SIM115 - lives on
+        try:
+            self._file = tempfile.NamedTemporaryFile(prefix="imm-pack-", suffix=".images")  # noqa: SIM115 - lives on
+        except FileNotFoundError as error:  # Python tried several folders
+            raise UserError(
+                f"{source} needs a temporary file ({error.strerror}): set TMPDIR=/some/folder to one with free space"
+            ) from error
 
     @property
     def name(self) -> str:

@@ -61,7 +61,7 @@ class Tree:
         image = self.files[path].image
         assert not isinstance(image, np.ndarray)
         try:
-            return read(image).decode("utf-8")
+            return read(image).decode("utf-8-sig")  # some editors of Windows mark it
         except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             where = names.printable(self.name(path))
             raise UserError(f"{where} should say the labels but cannot be read ({error}): mend or remove it") from error

@@ -64,7 +64,7 @@ def _label(files: Mapping[str, Slice], key: str) -> int | str:
         raise ValueError(f"it has {', '.join(files)}, but no .cls")
     stored = "cls" if "cls" in files else "json"
     try:
-        text = read(files[stored]).decode().strip()
+        text = read(files[stored]).decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f".{stored} holds bytes that are no text ({error})") from error
     label = text if stored == "cls" else _in_json(text, key)

@@ -68,8 +68,7 @@ def _packed(folder: Path) -> set[tuple[bytes, int]]:
     return samples
 
 
-@pytest.mark.parametrize("make", [_as_zip, _as_stock_shards, _as_parquet])
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("make", "workers"), [(_as_zip, 2), (_as_stock_shards, 1), (_as_parquet, 2)])
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_every_kind_gives_the_same_images(make, workers: int, folder: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     source, out = make(folder, tmp_path), tmp_path / "out"

@@ -204,3 +204,29 @@ def test_rendering_turns_photographs_upright(tmp_path: Path) -> None:
     rendered = images.render(str(tmp_path / "turned.jpg"), 3, None)
     assert isinstance(rendered, Rendered) and rendered.shape == (9, 4, 3)
     assert isinstance(images.render(str(tmp_path / "nowhere.png"), 3, None), Unreadable)
+
+
+def test_a_terminal_that_cannot_show_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("käfer", "猫"):
+        _picture(tmp_path / "source" / name / "1.png")
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="iso-8859-1", write_through=True)
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert _pack("--source", tmp_path / "source", "--out", tmp_path / "out") == 0
+    said = stdout.buffer.getvalue()  # type: ignore[attr-defined]
+    assert "  käfer\n".encode("iso-8859-1") in said and b"\\u732b" in said
+
+
+@pytest.mark.parametrize("inside", ["out", "cat/out", "../source/out"])
+def test_output_inside_the_source_is_refused(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], inside: str
+) -> None:
+    assert _pack("--source", source, "--out", source / inside) == 2
+    assert "lies inside --source" in capsys.readouterr().err
+
+
+def test_output_that_is_no_folder(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", "/dev/null", "/dev/null/x", f"{tmp_path}/{'x' * 300}"):
+        assert _pack("--source", source, "--out", out) == 2, out
+        assert "choose" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"

@@ -64,6 +64,9 @@ def test_classes(tmp_path, files, folders, expected):
         ("trainA/1.png", "testA/1.png"),
         ("test_images/a/1.png", "extra/a/1.png"),
         ("train/1.png",),
+        ("trainval/1.png", "test/1.png"),
+        ("fold_1/1.png", "fold_2/1.png", "fold_3/1.png"),
+        ("train/1.png", "unlabeled/1.png"),
     ],
 )
 def test_splits_are_no_classes(tmp_path, paths):

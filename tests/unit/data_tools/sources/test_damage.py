@@ -2,7 +2,9 @@
 
 import gzip
 import io
+import stat
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -187,7 +189,7 @@ def test_links_and_newer_files_of_one_name_are_as_unpacked(tmp_path):
 @pytest.mark.parametrize(
     ("samples", "labels", "bad"),
     [
-        ({b"a.jpg": b"x", b"b.jpg": b"x", b"a.cls": b"1", b"b.cls": b" 0\n"}, {"a": 1, "b": 0}, []),
+        ({b"a.jpg": b"x", b"b.jpg": b"x", b"a.cls": b"\xef\xbb\xbf1\r\n", b"b.cls": b" 0\n"}, {"a": 1, "b": 0}, []),
         ({b"a.jpg": b"x", b"a.cls": b"\xff\x00", b"b.jpg": b"x", b"b.cls": b"1"}, {"b": 1}, ["bytes that are no text"]),
         ({b"a.jpg": b"x", b"a.cls": b"", b"b.jpg": b"x", b"b.cls": b"1"}, {"b": 1}, ["holds no label but ''"]),
         ({b"a.jpg": b"x", b"b.cls": b"1", b"b.jpg": b"x", b"c.cls": b"1"}, {"b": 1}, ["no .cls", "no image"]),
@@ -245,3 +247,24 @@ def test_a_full_disk_of_temporary_files_says_how_to_choose_another(archives, tmp
     (tmp_path / name).write_bytes(archives[name])
     with file_size_limit(400), pytest.raises(UserError, match=r"no file may grow that large.*TMPDIR=/some/folder"):
         _find(tmp_path / name)
+
+
+def test_links_in_a_zip_lead_to_files_of_it(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a/1.png", FILES[b"c0/0.png"])
+        for name, target in (("b/2.png", "../a/1.png"), ("b/3.png", "nowhere.png")):
+            info = zipfile.ZipInfo(name)
+            info.create_system, info.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+            archive.writestr(info, target)
+    source = _find(tmp_path / "a.zip")
+    assert source.class_names == ["a", "b"] and source.labels == [0, 1]
+    assert [sources.read(image) for image in source.images] == [FILES[b"c0/0.png"]] * 2
+    assert source.left_out.reasons["links to what is no file of the archive"][0] == 1
+
+
+def test_no_place_for_temporary_files(archives, tmp_path, monkeypatch):
+    (tmp_path / "a.tgz").write_bytes(archives["a.tgz"])
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "nowhere")])
+    with pytest.raises(UserError, match=r"a\.tgz needs a temporary file .*TMPDIR"):
+        _find(tmp_path / "a.tgz")

@@ -73,6 +73,9 @@ def test_any_tree_in_any_form(made):  # type: ignore[no-untyped-def]
             trees.as_tar(base / "a.tar", files, folders),
             trees.as_tar(base / "pax.tar", files, folders, form=tarfile.PAX_FORMAT),
             trees.as_tar(base / "a.tar.gz", files, folders, mode="w:gz"),
+            trees.as_tar(
+                base / "dot.tar", {b"./" + name: data for name, data in files.items()}, [b"./" + f for f in folders]
+            ),
         ]
         orders = []
         for form in forms:
