@@ -6,7 +6,7 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -45,7 +45,7 @@ _UPRIGHT = {  # source: EXIF 2.32, table 6
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_LONGEST = 8  # times the shorter side: what a crop needs of a strip is far less
+_LONGEST = 8  # times as long as what is cut out of it: longer strips lose their ends before they are resized
 WHITE = (255, 255, 255)
 
 
@@ -68,11 +68,12 @@ class Unreadable:
 
 
 def render(
-    image: sources.Image, channels: int, size: int | None, background: tuple[int, int, int] = WHITE
+    image: sources.Image, channels: int, size: int | Sequence[int] | None, background: tuple[int, int, int] = WHITE
 ) -> Rendered | Unreadable:
     """Loads, turns upright, lays on a background, converts to grey or RGB, crops and resizes, and writes a PNG.
 
     Args:
+        size: pixels on a side of a square, or (height, width); None leaves the size as it is.
         background: RGB of what shows through transparent pixels.
     """
     try:
@@ -91,7 +92,7 @@ def render(
     return Rendered(stream.getvalue(), (picture.height, picture.width, channels))
 
 
-def _load(data: bytes, size: int | None) -> Image.Image:
+def _load(data: bytes, size: int | Sequence[int] | None) -> Image.Image:
     """The pixels, upright. Where the file fails as it is, its metadata may be what is broken."""
     if not data:
         raise ValueError("the file is empty")
@@ -107,10 +108,11 @@ def _load(data: bytes, size: int | None) -> Image.Image:
             raise error from None  # of the file as it is
 
 
-def _decode(data: bytes, size: int | None) -> Image.Image:
+def _decode(data: bytes, size: int | Sequence[int] | None) -> Image.Image:
     with _own_limit_of_pixels(), Image.open(io.BytesIO(data), formats=FORMATS) as opened:
         if opened.width * opened.height > _MOST_PIXELS and size is not None:
-            opened.draft(None, (2 * size, 2 * size))  # a JPEG can be decoded at an eighth of its size
+            height, width = _sides(size)
+            opened.draft(None, (2 * width, 2 * height))  # a JPEG can be decoded at an eighth of its size
         if opened.width * opened.height > _MOST_PIXELS:
             raise ValueError(f"{opened.width}x{opened.height} are more than {_MOST_PIXELS} pixels: shrink it first")
         opened.load()
@@ -147,27 +149,37 @@ def _opaque(picture: Image.Image, background: tuple[int, int, int]) -> Image.Ima
     return Image.alpha_composite(Image.new("RGBA", front.size, (*background, 255)), front)
 
 
-def center_crop(picture: Image.Image, size: int) -> Image.Image:
-    """A centred size x size image, as published ImageNet models were trained on.
+def center_crop(picture: Image.Image, size: int | Sequence[int]) -> Image.Image:
+    """A centred size x size image, as published ImageNet models were trained on, or one of (height, width).
 
     Source: Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis", 2021, released code (box halving,
-    then bicubic to the shorter side, then the centre).
+    then bicubic to the shorter side, then the centre). Of other shapes, the side that is short for the shape counts.
     """
-    picture = _middle_of_strip(picture)
-    while min(picture.size) >= 2 * size:
+    height, width = _sides(size)
+    picture = _middle_of_strip(picture, height, width)
+    while picture.width >= 2 * width and picture.height >= 2 * height:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
+    scale = max(width / picture.width, height / picture.height)
     picture = picture.resize(
-        (max(size, round(picture.width * scale)), max(size, round(picture.height * scale))), Image.Resampling.BICUBIC
+        (max(width, round(picture.width * scale)), max(height, round(picture.height * scale))),
+        Image.Resampling.BICUBIC,
     )
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
 
 
-def _middle_of_strip(picture: Image.Image) -> Image.Image:
+def _sides(size: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def _middle_of_strip(picture: Image.Image, height: int, width: int) -> Image.Image:
     """Without the ends of a long strip, which would be enlarged to any number of pixels before they are cut off."""
-    longest = _LONGEST * min(picture.size)
-    cut = [max(0, side - longest) // 2 for side in picture.size]
-    if cut == [0, 0]:
+    scale = max(width / picture.width, height / picture.height)
+    left, top = (
+        max(0, side - int(_LONGEST * target / scale)) // 2
+        for side, target in ((picture.width, width), (picture.height, height))
+    )
+    if left == top == 0:
         return picture
-    return picture.crop((cut[0], cut[1], picture.width - cut[0], picture.height - cut[1]))
+    return picture.crop((left, top, picture.width - left, picture.height - top))

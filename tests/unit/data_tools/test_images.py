@@ -221,6 +221,17 @@ def test_what_is_no_strip_is_cropped_as_before(width, height):
     assert np.array_equal(np.array(images.center_crop(picture, 24)), values[top : top + 24, left : left + 24])
 
 
+@pytest.mark.parametrize(("width", "height"), [(2, 20_000), (20_000, 2), (640, 480)])
+def test_other_shapes_are_cropped_alike(width, height):
+    """A wide crop of a picture is the tall crop of the picture laid on its side."""
+    picture = Image.fromarray(RNG.integers(100, 156, (height, width, 3), dtype=np.uint8))
+    # Of few contrasts, so that no overshoot is cut off between the passes along rows and columns, whose order differs:
+    # each halving and the resize round after each pass.
+    wide = np.array(images.center_crop(picture, (24, 36)))
+    tall = np.array(images.center_crop(picture.transpose(Image.Transpose.TRANSPOSE), (36, 24)))
+    assert wide.shape == (24, 36, 3) and np.abs(wide.astype(int) - tall.transpose(1, 0, 2)).max() <= 2
+
+
 def test_huge_images_are_decoded_smaller_or_left_out(tmp_path, monkeypatch):
     """With a limit of 10,000 pixels in place of 179 million."""
     monkeypatch.setattr(images, "_MOST_PIXELS", 10_000)
