@@ -42,6 +42,11 @@ def _positive(config: Config) -> None:
 def _choices(config: Config) -> None:
     for choice in (config.method, config.model, config.data.space):
         choice.validate()
+    if config.zero.stage > config.method.MAX_ZERO_STAGE:
+        raise UserError(
+            f"method.name={config.method.name} cannot be trained at zero.stage={config.zero.stage}: "
+            f"{config.method.WHY_NOT_BEYOND}. Use zero.stage={config.method.MAX_ZERO_STAGE} or below"
+        )
     size = config.method.group_size
     for key in ("global_batch_size", "micro_batch_size"):
         value = getattr(config.train, key)
