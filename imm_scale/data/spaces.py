@@ -1,7 +1,8 @@
 """Sample spaces: what samples look like, where sampling starts, and how stored samples become a batch."""
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any, ClassVar, Self
 
@@ -40,10 +41,14 @@ class SampleSpace(ABC):
     def of(cls, config: Any, manifest: Manifest) -> Self:
         """The space of a data set, as a config has it. Raises UserError where the two do not fit."""
 
+    def to_fields(self) -> dict[str, Any]:
+        """For `from_fields`, by way of JSON."""
+        return asdict(self)  # type: ignore[call-overload]
+
     @classmethod
     @abstractmethod
     def from_fields(cls, fields: dict[str, Any]) -> Self:
-        """From what `dataclasses.asdict` gave, by way of JSON."""
+        """From what `to_fields` gave, by way of JSON."""
 
     @abstractmethod
     def prior(self, seed: int, purpose: str, index_N: Tensor, stream: int = 0) -> Tensor:
@@ -58,6 +63,10 @@ class SampleSpace(ABC):
         Args:
             out: memory for them, which may be longer than this call's samples only by the caller's slicing.
         """
+
+    def reading(self, manifest: Manifest) -> Self:
+        """This space for samples that are stored as a manifest says. Raises UserError for samples of another space."""
+        return self
 
     @abstractmethod
     def artifacts(self, decoder: str | None, device: torch.device, precision: str = "fp32") -> "Artifacts":
@@ -78,18 +87,53 @@ class SampleSpace(ABC):
 
     @property
     @abstractmethod
-    def image_size(self) -> int | None:
-        """Side of the square images that `artifacts` makes, None where they have no such size."""
+    def image_size(self) -> int | tuple[int, int] | None:
+        """Height and width of the images that `artifacts` makes, one number for both where they are square, None where
+        they have no such size."""
+
+    @property
+    def image_shape(self) -> tuple[int, int] | None:
+        """Height and width of the images that `artifacts` makes, None where they have no such size."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else size
 
     @property
     @abstractmethod
     def provenance(self) -> dict[str, str]:
         """Kind and weights' hash of what made samples of images, for the record of an evaluation."""
 
+    def unlike(self, source: "SampleSpace") -> dict[str, tuple[Any, Any]]:
+        """What samples of `source` are otherwise than here, to a net: {config key: (there, here)}."""
+        if type(source) is not type(self):
+            return {"data.space.name": (type(source).__name__, type(self).__name__)}
+        there, here = getattr(source, "sigma_data", None), getattr(self, "sigma_data", None)
+        differing: dict[str, tuple[Any, Any]] = {} if there == here else {"data.space.sigma_data": (there, here)}
+        known = codecs.AUTOENCODER_UNKNOWN not in (source.provenance["weights"], self.provenance["weights"])
+        if source.provenance["kind"] != self.provenance["kind"] or (known and source.provenance != self.provenance):
+            differing["data.codec"] = (_what_made(source), _what_made(self))
+        return differing
+
+    def notes_on(self, source: "SampleSpace") -> list[str]:
+        """A sentence on each thing in which samples of `source`, which is not `unlike`, are other numbers than here."""
+        return []
+
+    def classes_of(self, source: "SampleSpace") -> list[int | None]:
+        """For each class here its number in `source`: by name where both name theirs, else the same number."""
+        if source.class_names and self.class_names:
+            numbers = {name: number for number, name in reversed(list(enumerate(source.class_names)))}
+            return [numbers.get(name) for name in self.class_names]
+        return [number if number < source.num_classes else None for number in range(self.num_classes)]
+
     @property
     def sample_bytes(self) -> int:
         """Of one sample as the net sees it."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta").nbytes
+
+
+def _what_made(space: SampleSpace) -> str:
+    """Kind and hash, as in "vae 1b134cded8eb", and what else there is."""
+    kind, weights, *rest = space.provenance.values()
+    return " ".join([part for part in (kind, weights[:12], *rest) if part])
 
 
 class Artifacts(ABC):
@@ -110,10 +154,29 @@ class Artifacts(ABC):
 class LatentsConfig(SpaceConfig):
     name: str = option("latents", "")
     sigma_data: float = option(0.5, "Standard deviation of data and prior after normalization.")
+    mean: list[float] | None = option(  # noqa: RUF009 - None, or a list of its own
+        None, "Per channel, subtracted from the stored samples; null takes the manifest's, measured on the data."
+    )
+    std: list[float] | None = option(  # noqa: RUF009 - as above
+        None, "Per channel, the stored samples' deviation that becomes sigma_data; null takes the manifest's."
+    )
 
     def validate(self) -> None:
         if self.sigma_data <= 0:
             raise UserError(f"data.space.sigma_data={self.sigma_data} must be above 0")
+        if self.std is not None and not all(0 < value < math.inf for value in self.std):
+            raise UserError(f"data.space.std={self.std} must be finite numbers above 0")
+        if self.mean is not None and not all(map(math.isfinite, self.mean)):
+            raise UserError(f"data.space.mean={self.mean} must be finite numbers")
+
+    def normalized(self, codec: Codec) -> Codec:
+        """The codec with this section's mean and std. Raises UserError where their length is not its channels'."""
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != codec.channels:
+                raise UserError(f"data.space.{key}={values} has {len(values)} numbers for {codec.channels} channels")
+        mean = codec.mean if self.mean is None else tuple(self.mean)
+        std = codec.std if self.std is None else tuple(self.std)
+        return replace(codec, mean=mean, std=std)
 
 
 @register_space("latents")
@@ -133,7 +196,11 @@ class Latents(SampleSpace):
     @classmethod
     def of(cls, config: LatentsConfig, manifest: Manifest) -> Self:
         names = tuple(manifest.class_names)
-        return cls(config.sigma_data, manifest.latent_shape, manifest.codec, manifest.num_classes, names)
+        codec = config.normalized(manifest.codec)
+        return cls(config.sigma_data, manifest.latent_shape, codec, manifest.num_classes, names)
+
+    def to_fields(self) -> dict[str, Any]:
+        return {**asdict(self), "codec": self.codec.to_fields()}
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Self:
@@ -153,22 +220,45 @@ class Latents(SampleSpace):
     def from_stored(
         self, stored_N: Tensor, seed: int, purpose: str, ordinal_N: Tensor, out: Tensor | None = None
     ) -> Tensor:
-        raw = codecs.draw_raw(stored_N, self.codec.kind, seed, purpose, ordinal_N)
+        raw = codecs.draw_raw(stored_N, self.codec, seed, purpose, ordinal_N)
         z = torch.empty(raw.shape, dtype=torch.float32, device=raw.device) if out is None else out
         codecs.normalize_into(z, raw, *_scale(self.codec, raw.device), self.sigma_data)
         return z
+
+    def reading(self, manifest: Manifest) -> Self:
+        stored, differing = manifest.codec, Latents.of(LatentsConfig(), manifest).unlike(self)
+        differing.pop("data.space.sigma_data", None)
+        if manifest.latent_shape != self.shape:
+            differing["data.latent_shape"] = (self.shape, manifest.latent_shape)
+        for key, (ours, theirs) in differing.items():
+            raise UserError(
+                f"data.manifest holds other samples than the net's: {key} {theirs}, not {ours}; name its data"
+            )
+        return replace(self, codec=replace(self.codec, moments=stored.moments, scale=stored.scale, shift=stored.shift))
+
+    def notes_on(self, source: SampleSpace) -> list[str]:
+        assert isinstance(source, Latents)
+        there, here = ((*space.codec.mean, *space.codec.std) for space in (source, self))
+        if there == here:
+            return []
+        mean, std = (f"[{','.join(map(repr, values))}]" for values in (source.codec.mean, source.codec.std))
+        return [
+            "samples are normalized by these data's mean and std; the source's would be data.space.mean="
+            f"{mean} data.space.std={std}"
+        ]
 
     @property
     def needs_decoder(self) -> bool:
         return self.codec.kind == "vae"
 
     @property
-    def image_size(self) -> int:
-        return self.codec.image_size
+    def image_size(self) -> tuple[int, int]:
+        return self.codec.image_shape
 
     @property
     def provenance(self) -> dict[str, str]:
-        return {"kind": self.codec.kind, "weights": self.codec.weights_hash}
+        pixels = {"pixels": self.codec.pixel_range} if self.codec.pixel_range != "signed" else {}
+        return {"kind": self.codec.kind, "weights": self.codec.weights_hash, **pixels}
 
     def artifacts(self, decoder: str | None, device: torch.device, precision: str = "fp32") -> "Images":
         return Images(self, codecs.open_codec(self.codec, decoder, str(device), precision))
