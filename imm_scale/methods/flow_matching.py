@@ -1,45 +1,28 @@
 """Flow matching: the baseline. One time, and a regression on what makes f_{s,t} exact for every s."""
 
-import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from imm_scale import rng
 from imm_scale.choices import option
 from imm_scale.data.batch import Batch
-from imm_scale.errors import UserError
 from imm_scale.fusion import fused
-from imm_scale.methods.base import FlowMapMethod, FlowMapMethodConfig, GroupLosses, prior_noise
+from imm_scale.methods.base import FlowMapMethod, GroupLosses, prior_noise
 from imm_scale.methods.flow_map import FlowMap, exact_target, per_sample
+from imm_scale.methods.one_time import OneTimeConfig
 from imm_scale.methods.probability_path import diffuse
 from imm_scale.registry import register_method
 
 
 @dataclass(frozen=True)
-class FlowMatchingConfig(FlowMapMethodConfig):
+class FlowMatchingConfig(OneTimeConfig):
     name: str = option("flow_matching", "")
-    logit_normal: list[float] = option(  # noqa: RUF009 - copied for each instance
-        [], "Mean and standard deviation of the logit of t, as [0, 1] of Stable Diffusion 3; [] draws t uniformly."
-    )
-
-    def validate(self) -> None:
-        super().validate()
-        numbers = self.logit_normal
-        if numbers and not (len(numbers) == 2 and all(map(math.isfinite, numbers)) and numbers[1] > 0):
-            raise UserError(
-                f"method.logit_normal={numbers} must be a mean and a standard deviation above 0, as [0, 1], or []"
-            )
 
 
 @register_method("flow_matching")
 class FlowMatching(FlowMapMethod):
-    """Mean squared error of the velocity (Lipman et al., arXiv 2210.02747), each sample at a time of its own.
-
-    Times fill [t_min, t_max] uniformly, or as the logistic function of a normal number (Esser et al., arXiv 2403.03206,
-    section 3.1).
-    """
+    """Mean squared error of the velocity (Lipman et al., arXiv 2210.02747), each sample at a time of its own."""
 
     Config = FlowMatchingConfig
 
@@ -51,12 +34,7 @@ class FlowMatching(FlowMapMethod):
     def draw_times(self, group: Tensor, seed: int) -> Tensor:
         """t of each group, fp64, shape (G,)."""
         c = self.config
-        if c.logit_normal:
-            mean, std = c.logit_normal
-            share = torch.sigmoid(mean + std * rng.normal(seed, "times", group, (1,))[:, 0].double())
-        else:
-            share = rng.uniform(seed, "times", group)[:, 0]
-        return c.t_min + (c.t_max - c.t_min) * share
+        return c.t_min + (c.t_max - c.t_min) * c.place(rng.uniform(seed, "times", group)[:, 0])
 
     @fused()
     def draw(

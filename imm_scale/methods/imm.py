@@ -11,9 +11,10 @@ from imm_scale.data.batch import Batch
 from imm_scale.errors import UserError
 from imm_scale.fusion import fused
 from imm_scale.methods import imm_times
-from imm_scale.methods.base import FlowMapMethod, FlowMapMethodConfig, GroupLosses, prior_noise
+from imm_scale.methods.base import FlowMapMethod, GroupLosses, prior_noise
 from imm_scale.methods.flow_map import FlowMap, per_sample
 from imm_scale.methods.mmd import KERNELS, grouped_mmd
+from imm_scale.methods.one_time import OneTimeConfig
 from imm_scale.methods.probability_path import diffuse
 from imm_scale.registry import register_method
 
@@ -33,7 +34,7 @@ class Draws(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ImmConfig(FlowMapMethodConfig):
+class ImmConfig(OneTimeConfig):
     """The published loss and what can be varied in it (app C, app I)."""
 
     DEFAULT_T_MAX: ClassVar[dict[str, float]] = imm_times.T_MAX
@@ -103,7 +104,7 @@ class InductiveMomentMatching(FlowMapMethod):
         """(s, r, t) of each group, fp64, shape (G,)."""
         c = self.config
         u = rng.uniform(seed, "times", group, 2)
-        t, s = imm_times.draw(u[:, 0], u[:, 1], c.t_min, c.t_max)
+        t, s = imm_times.draw(c.place(u[:, 0]), u[:, 1], c.t_min, c.t_max)
         return s, self.map_r(flow_map, s, t), t
 
     def map_r(self, flow_map: FlowMap, s: Tensor, t: Tensor) -> Tensor:

@@ -32,6 +32,13 @@ class ConsistencyConfig(ImmConfig):
 class GmmnConfig(ImmConfig):
     name: str = option("gmmn", "")
 
+    def validate(self) -> None:
+        super().validate()
+        if self.logit_normal:
+            raise UserError(
+                f"method.logit_normal={self.logit_normal}: method.name=gmmn has t = t_max always: leave it at []"
+            )
+
 
 @register_method("consistency")
 class ConsistencyTraining(InductiveMomentMatching):
@@ -44,7 +51,7 @@ class ConsistencyTraining(InductiveMomentMatching):
 
     def draw_times(self, flow_map: FlowMap, group: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
-        t = c.t_min + (c.t_max - c.t_min) * rng.uniform(seed, "times", group)[:, 0]
+        t = c.t_min + (c.t_max - c.t_min) * c.place(rng.uniform(seed, "times", group)[:, 0])
         s = torch.full_like(t, c.t_min)
         return s, self.map_r(flow_map, s, t), t
 

@@ -123,5 +123,9 @@ def draw(interp: Interpolant, config: TwoTimesConfig, group: Tensor, seed: int, 
 
 def _at(interp: Interpolant, normal: list[float], u: Tensor, t_min: float, t_max: float) -> Tensor:
     mean, deviation = normal
-    log_eta = mean + deviation * torch.special.ndtri(u.clamp(_LEAST, _MOST))
-    return interp.eta_inverse(torch.exp(log_eta)).clamp(t_min, t_max)
+    return interp.eta_inverse(torch.exp(mean + deviation * standard_normal(u))).clamp(t_min, t_max)
+
+
+def standard_normal(u: Tensor) -> Tensor:
+    """Standard normals, finite, from uniforms in [0, 1) of any shape, by the inverse of their distribution."""
+    return torch.special.ndtri(u.clamp(_LEAST, _MOST))
