@@ -6,48 +6,33 @@ of a method (or backbone, or sample space) that another file's choice of `name` 
 
 import dataclasses
 import logging
-import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from imm_scale import shipped
-from imm_scale.config import keys
+from imm_scale.config import keys, values
 from imm_scale.config.checks import validate
 from imm_scale.config.keys import Entry, check_key, entries, flatten
-from imm_scale.config.moved import renamed
 from imm_scale.config.schema import Config
+from imm_scale.config.settings import (
+    Setting,
+    load_named_plugins,
+    parse_override,
+    parse_yaml,
+    read_yaml,
+    setting_of,
+    value_of,
+)
 from imm_scale.errors import UserError
-from imm_scale.registry import load_plugins
 
 log = logging.getLogger("imm_scale")
-
-_COMMAND_LINE = "command line"
-
-
-class Setting(NamedTuple):
-    """One key set somewhere.
-
-    Attributes:
-        source: the file, or the command line.
-        line: in the file; 0 on the command line.
-        old_key: the key as it was written, where it has moved since.
-    """
-
-    key: str
-    value: Any
-    source: str
-    line: int = 0
-    old_key: str | None = None
-
-    @property
-    def origin(self) -> str:
-        return f"{self.source}:{self.line}" if self.line else self.source
 
 
 @dataclass(frozen=True)
@@ -56,66 +41,6 @@ class Loaded:
 
     config: Config
     origins: dict[str, str]
-
-
-# --- reading ---
-
-
-def _setting(key: str, value: Any, source: str, line: int = 0) -> Setting:
-    new = renamed(key)
-    return Setting(new, value, source, line, key if new != key else None)
-
-
-def _settings_of_node(loader: Any, node: yaml.MappingNode, prefix: str, source: str) -> Iterator[Setting]:
-    for key_node, value_node in node.value:
-        key = f"{prefix}{key_node.value}"
-        if isinstance(value_node, yaml.MappingNode) and keys.is_section(key):
-            yield from _settings_of_node(loader, value_node, f"{key}.", source)
-        else:
-            line = key_node.start_mark.line + 1
-            yield _setting(key, loader.construct_object(value_node, deep=True), source, line)
-
-
-def _parse_yaml(text: str, source: str) -> list[Setting]:
-    """The settings of one YAML mapping, in its order; plugins it names are imported first."""
-    loader = yaml.SafeLoader(text)
-    try:
-        node = loader.get_single_node()
-    except yaml.YAMLError as error:
-        raise UserError(f"{source} is not valid YAML: {error}") from error
-    if node is None:
-        return []
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{source} must be a mapping of keys to values")
-    for key_node, value_node in node.value:
-        if key_node.value == "plugins":
-            load_plugins(loader.construct_object(value_node, deep=True))
-    return list(_settings_of_node(loader, node, "", source))
-
-
-def _read_yaml(path: str, seen: tuple[str, ...] = ()) -> Iterator[Setting]:
-    absolute = os.path.abspath(path)
-    if absolute in seen:
-        raise UserError(f"{path} includes itself, by way of {' -> '.join((*seen, absolute))}")
-    try:
-        with open(path) as file:
-            text = file.read()
-    except OSError as error:
-        raise UserError(f"cannot read config {path!r}: {error.strerror}") from error
-    settings = _parse_yaml(text, path)
-    for setting in settings:
-        if setting.key == "include":
-            for included in [setting.value] if isinstance(setting.value, str) else setting.value:
-                yield from _read_yaml(os.path.join(os.path.dirname(path), included), (*seen, absolute))
-    yield from (setting for setting in settings if setting.key != "include")
-
-
-def _parse_override(text: str) -> Setting:
-    key, _, value = text.partition("=")
-    try:
-        return _setting(key.strip(), yaml.safe_load(value), _COMMAND_LINE)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {text!r}: the value is not valid YAML ({error})") from error
 
 
 # --- merging ---
@@ -170,14 +95,66 @@ def _apply(config: Config, settings: Sequence[Setting]) -> Config:
     """A config with other values under some keys; not validated. Raises UserError for what does not fit."""
     names = {s.key.removesuffix(".name"): s for s in settings if s.key.removesuffix(".name") in keys.UNIONS}
     for section, chosen in names.items():
-        config = _choose(config, section, chosen.value, chosen.origin)
+        config = _choose(config, section, value_of(chosen, str, "a name"), chosen.origin)
     known = entries(config)
     used = [setting for setting in settings if not _is_replaced(setting, names, known)]
     for setting in used:
         check_key(setting.key, setting.origin, known, config)
     _say_what_moved(settings)
-    made: Config = OmegaConf.to_object(_merged(config, used, known))  # type: ignore[assignment]
+    made: Config = _resolved(_merged(config, [_read(s, known) for s in used], known), used)
+    _check_text(made, used)
     return made
+
+
+def _read(setting: Setting, known: Mapping[str, Entry]) -> Setting:
+    """With its value as the key's type reads it."""
+    entry = known.get(setting.key)
+    if entry is None:
+        return setting._replace(value=value_of(setting, Any, "a DeepSpeed setting"))
+    value = value_of(setting, entry.hint, entry.type, entry.is_path)
+    if any(text == "???" for text in _texts(value)):  # OmegaConf's word for a value that is missing
+        raise UserError(f"{setting.shown}: ??? cannot stand as a value: give another")
+    return setting._replace(value=value)
+
+
+def _resolved(node: Any, settings: Sequence[Setting]) -> Any:
+    """The config of a node, what stands in ${...} resolved. Raises UserError."""
+    try:
+        return OmegaConf.to_object(node)
+    except OmegaConfBaseException as error:
+        where = next((setting for setting in settings if setting.key == error.full_key), None)
+        shown = where.shown if where is not None else str(error.full_key)
+        raise UserError(f"{shown}: {_first_line(error)}. {_interpolation_remedy(shown)}") from error
+
+
+def _interpolation_remedy(shown: str) -> str:
+    names = re.findall(r"\$\{(\w+)\}", shown)
+    variable = names[0] if names else "NAME"
+    return f"${{KEY}} is the value of another key, ${{oc.env:{variable}}} that of an environment variable"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _check_text(config: Config, settings: Sequence[Setting]) -> None:
+    """Raises UserError for text that would not be the same when the run folder's config.yaml is read."""
+    for key, value in flatten(config).items():
+        bad = next((text for text in _texts(value) if "${" in text or "\0" in text), None)
+        if bad is not None:
+            where = next((f"{s.origin}: " for s in reversed(settings) if s.key == key), "")
+            raise UserError(f"{where}{key}={bad!r}: neither ${{ nor the character 0 can stand in a value: rename it")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in (*value, *value.values()):
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
 
 
 _typed: list[tuple[Config, Any]] = []  # the last config and its node: the variants of a sweep share their base
@@ -205,10 +182,9 @@ def _merge_one(node: Any, setting: Setting, known: Mapping[str, Entry]) -> Any:
     try:
         return OmegaConf.merge(node, _nested(setting.key, setting.value))
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
         expected = known[setting.key].type if setting.key in known else "a DeepSpeed setting"
         raise UserError(
-            f"{setting.origin}: {setting.key}={setting.value!r} does not fit {expected}: {reason}"
+            f"{setting.origin}: {setting.key}={setting.value!r} does not fit {expected}: {_first_line(error)}"
         ) from error
 
 
@@ -226,19 +202,17 @@ def load(files: Sequence[str] = (), overrides: Sequence[str] = ()) -> Loaded:
         UserError: unreadable file, a plugin that does not import, unknown key (with its file, line and nearest valid
             key), wrong type or value.
     """
-    return _loaded([setting for path in files for setting in _read_yaml(path)], overrides)
+    return _loaded([setting for path in files for setting in read_yaml(path)], overrides)
 
 
 def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Loaded:
     """`load` of a YAML document at hand, which includes no other; `source` names it in messages. Raises UserError."""
-    return _loaded(_parse_yaml(text, source), overrides)
+    return _loaded(parse_yaml(text, source), overrides)
 
 
 def _loaded(settings: list[Setting], overrides: Sequence[str]) -> Loaded:
-    words = [_parse_override(text) for text in overrides]
-    for word in words:
-        if word.key == "plugins":
-            load_plugins(word.value)
+    words = [parse_override(text) for text in overrides]
+    load_named_plugins(words)
     settings = settings + words
     config = _apply(Config(), settings)
     validate(config)
@@ -271,8 +245,8 @@ def load_words(words: Sequence[str]) -> Loaded:
 
 
 def settings_of(overrides: Sequence[str]) -> dict[str, Any]:
-    """{dotted key: value} of key=value words. Raises UserError for a value that is not YAML."""
-    return {setting.key: setting.value for setting in map(_parse_override, overrides)}
+    """{dotted key: what was written} of key=value words, for `changed`."""
+    return {setting.key: setting.value for setting in map(parse_override, overrides)}
 
 
 def changed(config: Config, settings: Mapping[str, Any], origin: str) -> Config:
@@ -285,7 +259,7 @@ def changed(config: Config, settings: Mapping[str, Any], origin: str) -> Config:
     Raises:
         UserError: unknown key, wrong type or value.
     """
-    made = _apply(config, [_setting(key, value, origin) for key, value in settings.items()])
+    made = _apply(config, [setting_of(key, value, origin) for key, value in settings.items()])
     try:
         validate(made)
     except UserError as error:
@@ -295,9 +269,9 @@ def changed(config: Config, settings: Mapping[str, Any], origin: str) -> Config:
 
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML that `load` reads back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    return yaml.dump(dataclasses.asdict(config), Dumper=values.Dumper, sort_keys=False)
 
 
 def from_yaml(text: str, source: str = "config.yaml") -> Config:
     """The config a run folder was started with. Raises UserError for one that cannot be read."""
-    return _apply(Config(), _parse_yaml(text, source))
+    return _apply(Config(), parse_yaml(text, source))

@@ -12,7 +12,6 @@ from imm_scale import rng
 from imm_scale.choices import SpaceConfig, option
 from imm_scale.data import codec as codecs
 from imm_scale.data.manifest import Codec, Manifest
-from imm_scale.errors import UserError
 from imm_scale.registry import register_space
 
 DECODED_AT_ONCE = 8  # images; fixed, because convolutions of other batches round differently
@@ -109,11 +108,7 @@ class Artifacts(ABC):
 @dataclass(frozen=True)
 class LatentsConfig(SpaceConfig):
     name: str = option("latents", "")
-    sigma_data: float = option(0.5, "Standard deviation of data and prior after normalization.")
-
-    def validate(self) -> None:
-        if self.sigma_data <= 0:
-            raise UserError(f"data.space.sigma_data={self.sigma_data} must be above 0")
+    sigma_data: float = option(0.5, "Standard deviation of data and prior after normalization.", range="(0, inf)")
 
 
 @register_space("latents")

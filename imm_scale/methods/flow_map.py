@@ -34,13 +34,11 @@ class FlowMapConfig:
     second_time: Literal["s", "t_minus_s", "none"] = option(
         "s", "How the net is told where to land: s, t - s (best at XL with a = 2), or not at all (flow matching)."
     )
-    time_scale: float = option(1000.0, "Times are multiplied by this before they are embedded.")
+    time_scale: float = option(1000.0, "Times are multiplied by this before they are embedded.", range="(0, inf)")
 
     def validate(self) -> None:
         """Raises UserError where the three do not fit together."""
         check(self.trajectory, self.parameterization, self.second_time)
-        if self.time_scale <= 0:
-            raise UserError(f"method.flow_map.time_scale={self.time_scale} must be above 0")
 
 
 class Coefficients(NamedTuple):
