@@ -59,8 +59,10 @@ def ema_state(checkpoint: Checkpoint, ema: float | None) -> str:
         return "weight"
     decay = config.ema.decays[0] if ema is None else ema
     if state_name(decay) not in checkpoint.states:
-        held = ", ".join(state.removeprefix("ema-") for state in checkpoint.states if state.startswith("ema-"))
-        raise UserError(f"{checkpoint.url} holds no moving average of decay {decay:g}; it has {held} (0: raw weights)")
+        decays = ", ".join(state.removeprefix("ema-") for state in checkpoint.states if state.startswith("ema-"))
+        raise UserError(
+            f"{checkpoint.url} holds no moving average of decay {decay:g}; it has {decays} (0: raw weights)"
+        )
     return state_name(decay)
 
 

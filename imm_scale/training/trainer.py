@@ -38,10 +38,10 @@ def train(config: Config, world: World | None = None) -> Outcome:
     prepared = plan(config, world.size)
     resume.check_run_folder(prepared)
     distributed.init(world, patience=watchdog.collective_patience(config.train.step_timeout))
-    found = resume.find(config, world)
-    if found.checkpoint is not None:
-        resume.check_net(found.checkpoint, prepared.spec)
-    if found.step >= config.train.max_steps:
+    resume_point = resume.find(config, world)
+    if resume_point.checkpoint is not None:
+        resume.check_net(resume_point.checkpoint, prepared.spec)
+    if resume_point.step >= config.train.max_steps:
         if world.is_main:
             print(f"{config.run_dir} is complete: step {config.train.max_steps} is committed")
         return "completed"
@@ -50,14 +50,14 @@ def train(config: Config, world: World | None = None) -> Outcome:
     with StopSignals(config.train.stop_signals) as signals:
         _claim_run_folder(prepared, world)
         set_up_logging(config.run_dir, world.rank)
-        for words in found.passed_over:
-            log.warning(words)
+        for problem in resume_point.passed_over:
+            log.warning(problem)
         try:
             remove_leftovers(config, world)
             context = RunContext(
                 *watchdog.hosts_and_call(world), signals, stop_signals.deadline(config.train.stop_before)
             )
-            return _train(prepared, world, context, found.checkpoint)
+            return _train(prepared, world, context, resume_point.checkpoint)
         except torch.OutOfMemoryError as error:
             remedy = _out_of_memory(config, prepared.layout, error)
             _note_failure(config.run_dir, remedy, world.rank)
@@ -129,9 +129,9 @@ def _out_of_memory(config: Config, layout: Layout, error: torch.OutOfMemoryError
         f"a higher zero.stage (now {config.zero.stage})" * (config.zero.stage < 3),
         "zero.offload=optimizer" * (config.zero.offload == "none"),
     ]
-    said = str(error).split(". ")[0].strip()
+    cause = str(error).split(". ")[0].strip()
     ways = "; ".join(filter(None, remedies)) or "a smaller model or GPUs with more memory"
-    return UserError(f"the GPU's memory is too small: {said}. Take {ways}. `imm-scale plan` shows what fits")
+    return UserError(f"the GPU's memory is too small: {cause}. Take {ways}. `imm-scale plan` shows what fits")
 
 
 def _note_failure(run_dir: str, error: Exception, rank: int) -> None:
