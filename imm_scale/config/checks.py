@@ -19,12 +19,12 @@ def _check_ranges(entries: Iterable[Entry], values: Mapping[str, Any], where: st
     """Raises UserError for a number out of its key's range, or a list of another length than its key's."""
     for entry in entries:
         value = values[entry.key]
-        problem = _problem(value, entry)
+        problem = problem_of(value, entry)
         if problem is not None:
             raise UserError(f"{where}{entry.key}={value} {problem}")
 
 
-def _problem(value: Any, entry: Entry) -> str | None:
+def problem_of(value: Any, entry: Entry) -> str | None:
     """Why a value cannot stand under a key, None where it can."""
     if isinstance(value, list) and len(value) not in entry.length:
         return f"must have {_count(entry.length)}"

@@ -53,6 +53,22 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
+def _all_nested(settings: Sequence[Setting]) -> dict[str, Any]:
+    """One mapping of all settings, later ones over earlier ones; mappings are merged, as OmegaConf does."""
+    whole: dict[str, Any] = {}
+    for setting in settings:
+        _merge_into(whole, _nested(setting.key, setting.value))
+    return whole
+
+
+def _merge_into(whole: dict[str, Any], part: Mapping[str, Any]) -> None:
+    for key, value in part.items():
+        if isinstance(value, dict) and isinstance(whole.get(key), dict):
+            _merge_into(whole[key], value)
+        else:
+            whole[key] = dict(value) if isinstance(value, dict) else value
+
+
 def _with(config: Any, path: Sequence[str], value: Any) -> Any:
     """The config with another value at the end of the path."""
     first, *rest = path
@@ -103,7 +119,7 @@ def _apply(config: Config, settings: Sequence[Setting]) -> Config:
     _say_what_moved(settings)
     resolved: Config = _resolved(_merged(config, [_read(s, known) for s in used], known), used)
     _check_text(resolved, used)
-    return resolved
+    return _with_homes(resolved, known, used)
 
 
 def _read(setting: Setting, known: Mapping[str, Entry]) -> Setting:
@@ -122,8 +138,9 @@ def _resolved(node: Any, settings: Sequence[Setting]) -> Any:
     try:
         return OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
-        where = next((setting for setting in settings if setting.key == error.full_key), None)
-        shown = where.shown if where is not None else str(error.full_key)
+        key = str(error.full_key)
+        where = [setting.shown for setting in settings if re.match(rf"{re.escape(setting.key)}(?![^.\[])", key)]
+        shown = where[-1] if where else key
         raise UserError(f"{shown}: {_first_line(error)}. {_interpolation_remedy(shown)}") from error
 
 
@@ -144,6 +161,18 @@ def _check_text(config: Config, settings: Sequence[Setting]) -> None:
         if bad is not None:
             where = next((f"{s.origin}: " for s in reversed(settings) if s.key == key), "")
             raise UserError(f"{where}{key}={bad!r}: neither ${{ nor the character 0 can stand in a value: rename it")
+
+
+def _with_homes(config: Config, known: Mapping[str, Entry], settings: Sequence[Setting]) -> Config:
+    """With homes in place of ~ at the beginning of paths. Raises UserError for a home that is not there."""
+    for key, value in flatten(config).items():
+        if key in known and known[key].is_path and value is not None and value.startswith("~"):
+            try:
+                config = _with(config, key.split("."), values.expanded(value))
+            except ValueError as error:
+                shown = next((setting.shown for setting in reversed(settings) if setting.key == key), key)
+                raise UserError(f"{shown}: {error}") from error
+    return config
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -171,7 +200,7 @@ def _merged(config: Config, settings: Sequence[Setting], known: Mapping[str, Ent
     """The typed node of a config with settings merged in, at once where all of them fit."""
     node = _typed_node(config)
     try:
-        return OmegaConf.merge(node, *(_nested(s.key, s.value) for s in settings))
+        return OmegaConf.merge(node, _all_nested(settings))  # in one piece: a merge per key takes ten times as long
     except OmegaConfBaseException:
         for setting in settings:  # once more, for the message
             node = _merge_one(node, setting, known)

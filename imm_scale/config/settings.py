@@ -91,8 +91,8 @@ def read_yaml(path: str, seen: tuple[str, ...] = ()) -> Iterator[Setting]:
 
 def _includes(setting: Setting) -> list[str]:
     one = isinstance(setting.value, yaml.ScalarNode)
-    value: Any = value_of(setting, str if one else list[str], "a file or a list of files", is_path=one)
-    return [value] if one else value
+    value: Any = value_of(setting, str if one else list[str], "a file or a list of files")
+    return [os.path.expanduser(path) for path in ([value] if one else value)]
 
 
 def load_named_plugins(settings: Sequence[Setting]) -> None:

@@ -43,19 +43,15 @@ def read(written: Any, hint: Any, is_path: bool = False) -> Any:
     Args:
         written: a node of a YAML file, a `Word`, or a value from Python.
         hint: the key's type.
-        is_path: whether a leading ~ stands for a home.
+        is_path: whether a leading ~ stands for a home (`expanded`), so that ~ alone is not YAML's null.
 
     Raises:
         ValueError: it does not fit; the message says why, and what would.
         yaml.YAMLError: a word that is not YAML, where the key holds a list or a mapping.
     """
     if isinstance(written, Word):
-        value = _of_word(written, hint, is_path)
-    elif isinstance(written, yaml.Node):
-        value = _of_node(written, hint)
-    else:
-        value = _of_value(written, hint)
-    return _expanded(value) if is_path and isinstance(value, str) else value
+        return _of_word(written, hint, is_path)
+    return _of_node(written, hint) if isinstance(written, yaml.Node) else _of_value(written, hint)
 
 
 def shown(written: Any) -> str:
@@ -166,8 +162,8 @@ def _truth(text: str) -> bool:
     return _BOOLS[text.lower()]
 
 
-def _expanded(path: str) -> str:
-    """With the home that a leading ~ stands for."""
+def expanded(path: str) -> str:
+    """With the home that a leading ~ stands for. Raises ValueError."""
     found = os.path.expanduser(path)
     if found.startswith("~"):
         raise ValueError(f"{found.partition('/')[0]} is no user's home here; a folder of that name is ./{path}")

@@ -6,20 +6,13 @@ from imm_scale import config as configs
 from imm_scale.errors import UserError
 
 # What YAML 1.1 would turn into numbers, dates, truth, nothing, lists or mappings.
-TEXTS = (
-    "5e12345 1e3 1e+3 0123456 007 0x1f 0o17 0b11 1_000 12:30:00 12:30 2026-11-26 1.0 1. .5 .inf .nan -0 +7 no No NO yes "
-    "on off true null Null ~ = << [1] {a} {a: b} a: b: 'c 'tis don't @x `x` %x !x &x *x - ? | > a,b #a a#b $HOME {x}"
-).split(" ") + [
-    "a: b",
-    "a #b",
-    "'a' b",
-    " lead and trail ",
-    "{a: b}",
-    "tab\there",
-    "ünï → 漢字 🙂",
-    "a\nb",
-    "\udce9t\udce9",
-]
+_WORDS = """\
+5e12345|1e3|1e+3|0123456|007|0x1f|0o17|0b11|1_000|12:30:00|12:30|2026-11-26|1.0|1.|.5|.inf|.nan|-0|+7|no|No|NO|yes|on
+off|true|null|Null|~|=|<<|[1]|{a}|{a: b}|a: b|a #b|'c|'tis|'a' b|don't
+@x|`x`|%x|!x|&x|*x|-|?|>|a,b|#a|a#b|$HOME|{x|tab\there
+ lead and trail |ünï → 漢字 🙂"""
+TEXTS = [*_WORDS.replace("\n", "|").split("|"), "a\nb", "\udce9t\udce9", "a|b"]
+FILE_TEXTS = ["5e12345", "1e3", "0123456", "007", "1_000", "12:30:00", "2026-11-26", "no", "yes", "null", "~", ".inf"]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -30,9 +23,7 @@ def test_text_on_the_command_line_stays_as_typed(text):
     assert configs.from_yaml(configs.to_yaml(config)) == config
 
 
-@pytest.mark.parametrize(
-    "text", "5e12345 1e3 0123456 007 1_000 12:30:00 2026-11-26 no yes null ~ 1.0 .inf 0x1f".split()
-)
+@pytest.mark.parametrize("text", FILE_TEXTS)
 def test_plain_text_in_a_file_stays_as_typed(text, tmp_path):
     (tmp_path / "a.yaml").write_text(
         f"run: {{name: {text}}}\nwandb:\n  tags: [{text}, b]\nsampling:\n  labels: '{text}'\n"
@@ -117,14 +108,16 @@ def test_variables_are_written_as_omegaconf_has_them(monkeypatch):
 
 @pytest.mark.parametrize(
     ("word", "value"),
-    [("1000000", 10**6), ("1e6", 10**6), ("1_000_000", 10**6), ("1.5e6", 1_500_000), ("2.0", 2), ("007", 7), ("0x10", 16),
-     ("+5", 5), ("9223372036854775807", 2**63 - 1), ("'12'", 12)],
+    [("1000000", 10**6), ("1e6", 10**6), ("1_000_000", 10**6), ("1.5e6", 1_500_000), ("2.0", 2), ("007", 7),
+     ("0x10", 16), ("+5", 5), ("9223372036854775807", 2**63 - 1), ("'12'", 12)],
 )  # fmt: skip
 def test_whole_numbers_as_people_write_them(word, value, tmp_path):
     (tmp_path / "a.yaml").write_text(f"train: {{max_steps: {word}}}\n")
     for config in (configs.load_words([f"train.max_steps={word}"]), configs.load([str(tmp_path / "a.yaml")])):
         assert config.config.train.max_steps == value and isinstance(config.config.train.max_steps, int)
-    assert configs.changed(configs.Config(), {"train.max_steps": float(value)}, "a test").train.max_steps == int(float(value))  # fmt: skip
+    if value < 2**53:  # a float holds it
+        from_python = configs.changed(configs.Config(), {"train.max_steps": float(value)}, "a test")
+        assert from_python.train.max_steps == value and isinstance(from_python.train.max_steps, int)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +160,7 @@ def test_values_from_python_are_read_alike():
     base = configs.Config()
     assert configs.changed(base, {"optimizer.lr": "1e-3", "train.max_steps": "1e3"}, "x").train.max_steps == 1000
     for settings in ({"run.name": 7}, {"run.name": False}, {"wandb.tags": [1]}, {"optimizer.lr": True}):
-        with pytest.raises(UserError, match="quotes|number"):
+        with pytest.raises(UserError, match=r"quotes|number"):
             configs.changed(base, settings, "x")
 
 
