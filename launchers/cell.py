@@ -79,7 +79,7 @@ def _evaluate(sweep: Sweep, cell: Cell) -> None:
 
 def _sample(sweep: Sweep, cell: Cell) -> None:
     source = sources.find(cell.run_dir).at_newest()
-    config = sources.config_of(source, []).sampling
+    config = sources.config_of(source, [], ()).sampling
     job.run(source, config, job.Request(job.folder_of(source), (config.guidance_scale,)), world.detect(), say)
 
 

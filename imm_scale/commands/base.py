@@ -41,7 +41,7 @@ def add_config_args(parser: argparse.ArgumentParser) -> None:
 def numbers(text: str | None, flag: str) -> tuple[float, ...]:
     """The numbers of "1,1.5,2"; none for None. Raises UserError."""
     try:
-        return tuple(float(item) for item in text.split(",")) if text else ()
+        return () if text is None else tuple(float(item) for item in text.split(","))
     except ValueError as error:
         raise UserError(f"{flag} {text}: give numbers, as in 1,1.5,2") from error
 

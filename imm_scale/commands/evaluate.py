@@ -12,7 +12,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, help="sampling seeds; their spread is the error bar")
     parser.add_argument("--reference", help=".npz to compare with; default the training data")
     parser.add_argument("--watch", action="store_true", help="measure checkpoints as they come, until the run ends")
-    parser.add_argument("--poll", type=float, default=30.0, metavar="SECONDS", help="how often --watch looks")
+    parser.add_argument("--poll", type=float, metavar="SECONDS", help="how often --watch looks; default 30")
     parser.add_argument("--search", nargs="+", metavar="guidance=LOW:HIGH", help="find the best guidance; steps=1,2,4")
     parser.add_argument(
         "--make-reference", metavar="MANIFEST | FOLDER | FILE.npz", help="write the statistics of these images to --out"
@@ -42,6 +42,8 @@ def _run(args: argparse.Namespace) -> int:
     bare = [token for token in tokens if token not in settings and token not in gallery]
     source = bare[0] if bare else None
     args.positionals = [token for token in settings if token not in search] + bare[1:]
+    if args.gallery is not None:
+        args.section = "sampling"  # which has the step counts that are drawn
     arguments = command.Arguments(
         source=source,
         guidance=numbers(args.guidance, "--guidance"),

@@ -2,8 +2,8 @@
 
 import argparse
 
-from imm_scale.commands.base import Command, numbers, say
-from imm_scale.commands.sampling_flags import add_sampling_flags, overrides
+from imm_scale.commands.base import Command, say
+from imm_scale.commands.sampling_flags import add_sampling_flags, guidance_of, overrides
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +26,8 @@ def _run(args: argparse.Namespace) -> int:
 
     precision.set_tf32(False)  # but where a key allows it
     source = sources.find(args.source).at_newest()
-    config = sources.config_of(source, overrides(args)).sampling
-    guidance = numbers(args.guidance, "--guidance") or (config.guidance_scale,)
+    whole = sources.config_of(source, overrides(args), job.READS)
+    config, guidance = whole.sampling, guidance_of(args, whole)
     request = job.Request(args.out or job.folder_of(source), guidance, tuple(args.format.split(",")), args.latents)
     world = distributed.detect()
     distributed.init(world)

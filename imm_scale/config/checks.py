@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from imm_scale.choices import Interval, MetricConfig
-from imm_scale.config.keys import Entry, entries, entries_of, flatten
+from imm_scale.config.keys import Entry, entries, entries_of, flatten, is_known
 from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
 from imm_scale.registry import METRICS
@@ -60,6 +60,9 @@ def _run(config: Config) -> None:
     name = config.run.name
     if config.run.dir == "" or not name or (config.run.dir is None and {".", ".."} & set(name.split("/"))):
         raise UserError(f"run.name={name!r} and run.dir={config.run.dir!r} make no folder of a run: name it")
+    for key in config.run.allow_change:
+        if not is_known(key):
+            raise UserError(f"run.allow_change={config.run.allow_change}: {key!r} is neither a key nor a section")
 
 
 def _choices(config: Config) -> None:

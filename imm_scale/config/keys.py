@@ -127,6 +127,12 @@ def is_section(key: str) -> bool:
     return renamed(key) in all_sections()
 
 
+def is_known(key: str) -> bool:
+    """Whether a key or a section of this name exists under any choices, as it is now or was in version 0.1."""
+    new = renamed(key)
+    return new in entries(Config()) or bool(owners(new)) or new in all_sections() or new.startswith(f"{FREE_SECTION}.")
+
+
 def union_of(key: str) -> str | None:
     """The section with a choice that a key lies in."""
     return next((section for section in UNIONS if key.startswith(f"{section}.")), None)

@@ -104,7 +104,8 @@ def _is_replaced(setting: Setting, names: Mapping[str, Setting], known: Mapping[
     if section is None or setting.key in known or not keys.owners(setting.key):
         return False
     name = names.get(section)
-    return setting.old_key is not None or (name is not None and name.source != setting.source)
+    is_old = setting.old_key is not None and setting.line > 0  # a file; what is typed now is meant now
+    return is_old or (name is not None and name.source != setting.source)
 
 
 def _apply(config: Config, settings: Sequence[Setting]) -> Config:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from imm_scale import build, storage
+from imm_scale import config as configs
 from imm_scale.checkpoint import export
-from imm_scale.config.schema import Config
+from imm_scale.config.schema import Config, SamplingConfig
 from imm_scale.data.manifest import Manifest
 from imm_scale.errors import UserError
 from imm_scale.evaluation import gallery, images, networks, reference, watch
@@ -23,6 +24,13 @@ from imm_scale.sampling.job import open_artifacts
 from imm_scale.sampling.source import Source
 
 Announce = Callable[[str], None]
+# Keys of the config that each way of evaluating reads
+_SAMPLING = tuple(f"sampling.{item.name}" for item in dataclasses.fields(SamplingConfig))
+_OF_SAMPLES = tuple(key for key in _SAMPLING if key not in ("sampling.steps", "sampling.num"))
+_OF_GALLERY = tuple(key for key in _SAMPLING if key not in ("sampling.num", "sampling.grid", "sampling.batch_size"))
+_COMMON = ("plugins", "seed", "data.manifest")
+_OF_IMAGES = tuple(f"evaluation.{name}" for name in ("metrics", "reference", "compared", "extractor."))
+_OF_REFERENCE = ("evaluation.compared", "evaluation.extractor.", "sampling.vae", "sampling.vae_precision")
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Arguments:
     source: str | None
     guidance: tuple[float, ...] = ()
     watch: bool = False
-    poll: float = 30.0
+    poll: float | None = None
     search: tuple[str, ...] = ()
     make_reference: str | None = None
     out: str | None = None
@@ -51,26 +59,80 @@ class Arguments:
 
 def run(arguments: Arguments, overrides: Sequence[str], world: World, announce: Announce) -> None:
     """Raises UserError for flags that do not go together, and whatever else the user can mend."""
-    if arguments.poll <= 0:
-        raise UserError(f"--poll {arguments.poll} must be above 0")
+    _check_flags(arguments)
     if arguments.make_reference is not None:
         _make_reference(arguments, overrides, world, announce)
         return
     if arguments.source is None:
         raise UserError("name a run, a checkpoint, exported weights or a set of images to evaluate")
     if arguments.watch:
-        watch.wait_for_run(arguments.source, announce if world.is_main else lambda line: None, arguments.poll)
+        watch.wait_for_run(arguments.source, announce if world.is_main else lambda line: None, _poll(arguments))
     elif not export.is_export(arguments.source) and images.is_image_set(arguments.source):
-        config = sources.config_of(Source(""), overrides)
+        _refuse(arguments, "a set of images is measured as it is", "guidance", "search", "gallery", "out")
+        config = sources.config_of(Source(""), overrides, ("plugins", *_OF_IMAGES))
         distributed.init(world)
         measure_images(images.find(arguments.source), config, world, announce)
         return
     source = sources.find(arguments.source)
     if arguments.out is not None and source.run_dir is not None:
         raise UserError(f"--out {arguments.out}: evaluations of a run lie in its folder, leave --out away")
-    config = sources.config_of(source, overrides)
+    config = sources.config_of(source, overrides, _reads(arguments))
+    _check_guidance(arguments, config)
     distributed.init(world)
     _evaluate(arguments, source, config, world, announce)
+
+
+READS = (*_COMMON, "evaluation.", *_OF_SAMPLES)
+
+
+def _reads(arguments: Arguments) -> tuple[str, ...]:
+    if arguments.gallery is not None:
+        return (*_COMMON, "evaluation.extractor.", *_OF_GALLERY)
+    return tuple(key for key in READS if not arguments.search or key != "sampling.guidance_scale")
+
+
+_WATCH_SECONDS = 30.0
+
+
+def _poll(arguments: Arguments) -> float:
+    return _WATCH_SECONDS if arguments.poll is None else arguments.poll
+
+
+def _check_flags(arguments: Arguments) -> None:
+    """Raises UserError for flags of which one would do nothing."""
+    if arguments.poll is not None and not arguments.watch:
+        raise UserError(f"--poll {arguments.poll:g} is for --watch: leave it out, or add --watch")
+    if not 0 < _poll(arguments) < float("inf"):
+        raise UserError(f"--poll {arguments.poll} must be above 0")
+    if arguments.make_reference is not None:
+        _refuse(arguments, "--make-reference draws no samples", "source", "guidance", "watch", "search", "gallery")
+    elif arguments.watch:
+        _refuse(arguments, "--watch measures checkpoints of a run", "search", "gallery", "out")
+    elif arguments.search:
+        _refuse(arguments, "--search chooses the guidance itself", "guidance", "gallery", "out")
+    elif arguments.gallery is not None:
+        _refuse(arguments, "--gallery draws at sampling.guidance_scale, into the run's folder", "guidance", "out")
+
+
+def _refuse(arguments: Arguments, why: str, *flags: str) -> None:
+    """Raises UserError where one of the flags is given."""
+    for flag in flags:
+        value = getattr(arguments, flag)
+        if value in (None, (), False):
+            continue
+        shown = value if isinstance(value, str) else "" if value is True else ",".join(map(str, value))
+        given = shown if flag == "source" else f"--{flag} {shown}".rstrip()
+        raise UserError(f"{given}: {why}; leave it out")
+
+
+def _check_guidance(arguments: Arguments, config: Config) -> None:
+    """Raises UserError for scales that no config of the run could have, before anything is read."""
+    scales = [*arguments.guidance]
+    if arguments.search:
+        limits = search.parse(arguments.search, config.evaluation.steps)
+        scales += [limits.low, limits.high]
+    for scale in scales:
+        configs.changed(config, {"sampling.guidance_scale": scale}, f"guidance {scale:g}")
 
 
 def _evaluate(arguments: Arguments, source: Source, config: Config, world: World, announce: Announce) -> None:
@@ -89,7 +151,7 @@ def _evaluate(arguments: Arguments, source: Source, config: Config, world: World
         return lambda: at_all_scales(evaluator)
 
     if arguments.watch:
-        watch.watch(config, world, prepare, announce, arguments.poll)
+        watch.watch(config, world, prepare, announce, _poll(arguments))
     elif arguments.search:
         _search(arguments, Evaluator(source, config, world, announce), announce)
     elif arguments.gallery is not None:
@@ -144,7 +206,7 @@ def _make_reference(arguments: Arguments, overrides: Sequence[str], world: World
     assert source is not None
     if arguments.out is None or not arguments.out.endswith(".npz"):
         raise UserError(f"--make-reference {source} needs --out FILE.npz")
-    config = sources.config_of(Source(""), overrides)
+    config = sources.config_of(Source(""), overrides, ("plugins", "seed", "data.space.", *_OF_REFERENCE))
     distributed.init(world)
     device = distributed.device(world)
     extractor = networks.open_extractor(config.evaluation.extractor, device)

@@ -29,6 +29,7 @@ from imm_scale.sampling.source import Source
 Announce = Callable[[str], None]
 FORMAT_VERSION = 1
 TELL_SECONDS = 60.0
+READS = ("plugins", "sampling.")  # keys of the config
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,14 @@ def run(source: Source, config: SamplingConfig, request: Request, world: World, 
         UserError: whatever the user can mend.
     """
     model = Model.load(source.at_newest(), config, distributed.device(world))
+    sets = []  # all of them before the first is drawn: what cannot be drawn is said at once
     for scale in request.guidance:
         for steps in config.steps:
             chosen = dataclasses.replace(config, guidance_scale=scale)
             plan = plan_of(chosen, model.spec, steps, config.num, config.seed)
-            _SetOfSamples(model, plan, request, source, world, announce if world.is_main else _silent).finish()
+            sets.append(_SetOfSamples(model, plan, request, source, world, announce if world.is_main else _silent))
+    for one in sets:
+        one.finish()
 
 
 def _silent(line: str) -> None:
