@@ -33,16 +33,31 @@ _BATCHES_AHEAD = 4
 _DECODERS = 4  # threads that decode PNGs ahead of the encoder
 
 
-def make_codec(args: argparse.Namespace) -> ImageCodec:
-    """Raises UserError for options that do not fit together or an autoencoder that cannot be loaded."""
+def check(args: argparse.Namespace) -> None:
+    """Raises UserError for what can be known before an autoencoder is loaded, or a job waits in a queue."""
+    _check_codec(args)
+    tasks.check(args.task_index, args.num_tasks)
+    if not getattr(args, "may_come", False):
+        load_images(args.images)
+    storage.check_writable(args.out)
+
+
+def _check_codec(args: argparse.Namespace) -> None:
+    """Raises UserError for options that do not fit together."""
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}: it must be at least 1")
     if args.codec == "pixels":
         if args.vae is not None:
             raise UserError(f"--vae {args.vae} is for --codec vae: give one or the other")
-        return PixelsCodec()
-    if args.vae is None:
+    elif args.vae is None:
         raise UserError("--codec vae needs --vae PATH, the folder or hub name of a diffusers AutoencoderKL")
+
+
+def make_codec(args: argparse.Namespace) -> ImageCodec:
+    """Raises UserError for options that do not fit together or an autoencoder that cannot be loaded."""
+    _check_codec(args)
+    if args.codec == "pixels":
+        return PixelsCodec()
     return VAECodec(args.vae, _device(args.device))
 
 
@@ -80,6 +95,7 @@ def load_images(folder: str) -> Pack:
 def encode(args: argparse.Namespace) -> None:
     """Does what the command line asks. Raises UserError."""
     precision.set_tf32(False)  # but where --precision allows it
+    check(args)
     codec = make_codec(args)
     _set_precision(codec, args.precision)
     pack = load_images(args.images)

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 from data_tools.common import paths_are_the_users
 from data_tools.statistics import ChannelSums
+from imm_scale import storage
 from imm_scale.cli import entry
 from imm_scale.data import codec as codecs
 from imm_scale.data import sample_order
@@ -32,13 +34,26 @@ def bit_compression(pixels: int, image_channels: int, bits_per_position: float) 
 @paths_are_the_users()
 def stats(args: argparse.Namespace) -> None:
     """Does what the command line asks. Raises UserError."""
+    _check(args)
     dataset = Dataset(args.manifest)
     for line in [*_moments(dataset), *_classes(dataset), *_compression(dataset, args)]:
         print(line)
     if args.page:
         page = _page(dataset, args)
+        storage.make_folder(storage.parent(args.page) or ".")
         page.save(args.page)
         print(f"page of {args.rows} classes x {args.columns} samples: {args.page}")
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises UserError for a page that could not be drawn or written, before everything is read."""
+    for name in ("rows", "columns"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)} must be at least 1")
+    if args.page is not None:
+        if os.path.splitext(args.page)[1].lower() not in Image.registered_extensions():
+            raise UserError(f"--page {args.page}: the name must end as a kind of image does, such as .png")
+        storage.check_writable(storage.parent(args.page))
 
 
 def _moments(dataset: Dataset) -> list[str]:

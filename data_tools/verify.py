@@ -33,6 +33,7 @@ def verify(args: argparse.Namespace) -> int:
     if args.adopt:
         adopt(args)
         return 0
+    _check_flags(args)
     manifest = Manifest.load(args.manifest)
     folder = storage.parent(args.manifest)
     reports = check(folder, manifest, manifest.shards, args.workers)
@@ -47,6 +48,19 @@ def verify(args: argparse.Namespace) -> int:
     again = check(folder, manifest, [info for info in manifest.shards if info.name in bad], args.workers)
     _print(again, manifest)
     return 1 if any(report.problems for report in again) else 0
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that do nothing alone, before hours of reading."""
+    if args.workers < 1:
+        raise UserError(f"--workers {args.workers} must be at least 1")
+    if args.repair and (args.images is None or args.codec is None):
+        raise UserError("--repair needs the images and how they were encoded: --images FOLDER --codec pixels or vae")
+    for flag in ("images", "codec", "vae"):
+        if not args.repair and getattr(args, flag) is not None:
+            raise UserError(
+                f"--{flag} {getattr(args, flag)} is for --repair or --adopt: add one of them, or leave it out"
+            )
 
 
 @dataclass

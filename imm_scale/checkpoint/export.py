@@ -7,6 +7,7 @@ diffusion_pytorch_model.safetensors. A folder with a config.json is an export; a
 import hashlib
 import json
 import os
+import re
 import tempfile
 
 from safetensors import SafetensorError, safe_open
@@ -175,6 +176,7 @@ def write(spec: ModelSpec, weights: dict[str, Tensor], out: str, format: str = "
 
 def check_out(out: str, format: str) -> None:
     """Raises UserError for an unknown format, or a name that does not fit it."""
+    storage.check_writable(storage.parent(out))
     if format not in FORMATS:
         raise UserError(f"format {format!r} is unknown; choose one of {', '.join(FORMATS)}")
     if format == "safetensors" and not is_file(out):
@@ -188,6 +190,10 @@ def check_out(out: str, format: str) -> None:
 def _write_tensors(weights: dict[str, Tensor], url: str, metadata: dict[str, str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         path = os.path.join(temporary, "weights.safetensors")
-        save_file({name: value.contiguous() for name, value in weights.items()}, path, metadata)
+        try:
+            save_file({name: value.contiguous() for name, value in weights.items()}, path, metadata)
+        except SafetensorError as error:  # its words of an OSError, as "No space left on device (os error 28)"
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else None, str(error), url) from error
         with open(path, "rb") as file:
             storage.write_bytes(url, file.read())

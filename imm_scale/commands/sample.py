@@ -43,4 +43,5 @@ SAMPLE = Command(
   imm-scale sample runs/demo/imm --steps 1,2,4,8 --num 64 --labels 0-9
   imm-scale sample digits.safetensors --steps 2 --guidance 1,1.5 --out pictures
   torchrun --nproc-per-node 8 -m imm_scale sample RUN --num 50000 --steps 1,2,4 --format webdataset --out s3://b/run""",
+    interrupted="the same command goes on after the parts that are finished",
 )

@@ -3,6 +3,7 @@
 import argparse
 
 from imm_scale.commands.base import EXIT_PREEMPTED, Command, add_config_args
+from imm_scale.errors import UserError
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,10 +16,14 @@ def _run(args: argparse.Namespace) -> int:
     from imm_scale import config as configs
 
     loaded = configs.load_words(args.positionals)
+    if args.world_size is not None and not args.dry_run:
+        raise UserError(f"--world-size {args.world_size} is for --dry-run: leave it out, or start that many ranks")
     from imm_scale import preflight
     from imm_scale.parallel import world
+    from imm_scale.sampling import source
     from imm_scale.training import trainer
 
+    source.check_start(loaded.config)
     if args.dry_run:
         print(preflight.describe(loaded.config, args.world_size or world.detect().size))
         return 0
@@ -35,4 +40,5 @@ TRAIN = Command(
   imm-scale train my_run.yaml optimizer.lr=5e-4
   imm-scale train demo run.name=wide model.width=128 --dry-run
   torchrun --nproc-per-node 2 -m imm_scale train demo zero.stage=2""",
+    interrupted="the same command goes on from the last checkpoint, or starts over where there is none",
 )

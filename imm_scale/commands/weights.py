@@ -52,6 +52,7 @@ EXPORT = Command(
     """examples:
   imm-scale export runs/demo/imm --out digits.safetensors --ema 0.995
   imm-scale export digits.safetensors --out digits --format diffusers""",
+    interrupted="nothing is half-written, the same command starts over",
 )
 IMPORT = Command(
     _add_import,
@@ -59,4 +60,5 @@ IMPORT = Command(
     """examples:
   imm-scale import imagenet256_ts_a2.pkl --out ts_a2.safetensors --vae /models/sd-vae-ft-ema
   imm-scale import imagenet256_s_a1.pkl --out s_a1.safetensors --second-time s""",
+    interrupted="nothing is half-written, the same command starts over",
 )

@@ -29,8 +29,12 @@ _SAMPLING = tuple(f"sampling.{item.name}" for item in dataclasses.fields(Samplin
 _OF_SAMPLES = tuple(key for key in _SAMPLING if key not in ("sampling.steps", "sampling.num"))
 _OF_GALLERY = tuple(key for key in _SAMPLING if key not in ("sampling.num", "sampling.grid", "sampling.batch_size"))
 _COMMON = ("plugins", "seed", "data.manifest")
-_OF_IMAGES = tuple(f"evaluation.{name}" for name in ("metrics", "reference", "compared", "extractor."))
-_OF_REFERENCE = ("evaluation.compared", "evaluation.extractor.", "sampling.vae", "sampling.vae_precision")
+_IMAGE_READS = ("plugins", *(f"evaluation.{name}" for name in ("metrics", "reference", "compared", "extractor.")))
+_REFERENCE_READS = (
+    *("plugins", "seed", "data.space.", "evaluation.compared", "evaluation.extractor."),
+    *("sampling.vae", "sampling.vae_precision"),
+)
+READS = (*_COMMON, "evaluation.", *_OF_SAMPLES)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Arguments:
         make_reference: what to make a reference of.
         out: the reference to write, or the folder for evaluations of exports.
         gallery: other sources to draw beside this one, or None for no gallery.
+        may_come: whether the run may be started later.
     """
 
     source: str | None
@@ -55,34 +60,64 @@ class Arguments:
     make_reference: str | None = None
     out: str | None = None
     gallery: tuple[str, ...] | None = None
+    may_come: bool = False
+
+
+def check(arguments: Arguments, overrides: Sequence[str]) -> None:
+    """What can be known before weights or images are read, and before a job waits in a queue. Raises UserError."""
+    _check_flags(arguments)
+    if arguments.make_reference is not None:
+        _check_files(sources.config_of(Source(""), overrides, _REFERENCE_READS), arguments.make_reference)
+    elif arguments.source is None:
+        raise UserError("name a run, a checkpoint, exported weights or a set of images to evaluate")
+    elif _is_image_set(arguments):
+        _refuse(arguments, "a set of images is measured as it is", "guidance", "search", "gallery", "out")
+        _check_files(sources.config_of(Source(""), overrides, _IMAGE_READS))
+    else:
+        is_there = not arguments.may_come or storage.exists(storage.join(arguments.source, "config.yaml"))
+        source = sources.find(arguments.source) if is_there else Source("")
+        if arguments.out is not None and source.run_dir is not None:
+            raise UserError(f"--out {arguments.out}: evaluations of a run lie in its folder, leave --out away")
+        config = sources.config_of(source, overrides, _reads(arguments))
+        _check_guidance(arguments, config)
+        _check_files(config)
+    if arguments.out is not None:
+        storage.check_writable(storage.parent(arguments.out))
+
+
+def _is_image_set(arguments: Arguments) -> bool:
+    url = arguments.source
+    assert url is not None
+    return not arguments.watch and not export.is_export(url) and images.is_image_set(url)
+
+
+def _check_files(config: Config, *others: str) -> None:
+    """Raises UserError for files that are named and not there."""
+    evaluation = config.evaluation
+    named = {"evaluation.reference": evaluation.reference, "evaluation.extractor.file": evaluation.extractor.file}
+    for key, url in [*named.items(), *(("--make-reference", other) for other in others)]:
+        if url is not None and not storage.exists(url):
+            raise UserError(f"{key}={url} does not exist")
 
 
 def run(arguments: Arguments, overrides: Sequence[str], world: World, announce: Announce) -> None:
     """Raises UserError for flags that do not go together, and whatever else the user can mend."""
-    _check_flags(arguments)
+    check(arguments, overrides)
     if arguments.make_reference is not None:
         _make_reference(arguments, overrides, world, announce)
         return
-    if arguments.source is None:
-        raise UserError("name a run, a checkpoint, exported weights or a set of images to evaluate")
+    assert arguments.source is not None
     if arguments.watch:
         watch.wait_for_run(arguments.source, announce if world.is_main else lambda line: None, _poll(arguments))
-    elif not export.is_export(arguments.source) and images.is_image_set(arguments.source):
-        _refuse(arguments, "a set of images is measured as it is", "guidance", "search", "gallery", "out")
-        config = sources.config_of(Source(""), overrides, ("plugins", *_OF_IMAGES))
+    elif _is_image_set(arguments):
+        config = sources.config_of(Source(""), overrides, _IMAGE_READS)
         distributed.init(world)
         measure_images(images.find(arguments.source), config, world, announce)
         return
     source = sources.find(arguments.source)
-    if arguments.out is not None and source.run_dir is not None:
-        raise UserError(f"--out {arguments.out}: evaluations of a run lie in its folder, leave --out away")
     config = sources.config_of(source, overrides, _reads(arguments))
-    _check_guidance(arguments, config)
     distributed.init(world)
     _evaluate(arguments, source, config, world, announce)
-
-
-READS = (*_COMMON, "evaluation.", *_OF_SAMPLES)
 
 
 def _reads(arguments: Arguments) -> tuple[str, ...]:
@@ -105,6 +140,8 @@ def _check_flags(arguments: Arguments) -> None:
     if not 0 < _poll(arguments) < float("inf"):
         raise UserError(f"--poll {arguments.poll} must be above 0")
     if arguments.make_reference is not None:
+        if arguments.out is None or not arguments.out.endswith(".npz"):
+            raise UserError(f"--make-reference {arguments.make_reference} needs --out FILE.npz")
         _refuse(arguments, "--make-reference draws no samples", "source", "guidance", "watch", "search", "gallery")
     elif arguments.watch:
         _refuse(arguments, "--watch measures checkpoints of a run", "search", "gallery", "out")
@@ -203,10 +240,8 @@ def _write_search(arguments: Arguments, evaluator: Evaluator, optima: Sequence[s
 
 def _make_reference(arguments: Arguments, overrides: Sequence[str], world: World, announce: Announce) -> None:
     source = arguments.make_reference
-    assert source is not None
-    if arguments.out is None or not arguments.out.endswith(".npz"):
-        raise UserError(f"--make-reference {source} needs --out FILE.npz")
-    config = sources.config_of(Source(""), overrides, ("plugins", "seed", "data.space.", *_OF_REFERENCE))
+    assert source is not None and arguments.out is not None
+    config = sources.config_of(Source(""), overrides, _REFERENCE_READS)
     distributed.init(world)
     device = distributed.device(world)
     extractor = networks.open_extractor(config.evaluation.extractor, device)

@@ -100,6 +100,7 @@ def run(source: Source, config: SamplingConfig, request: Request, world: World, 
     Raises:
         UserError: whatever the user can mend.
     """
+    storage.check_writable(request.out)
     model = Model.load(source.at_newest(), config, distributed.device(world))
     sets = []  # all of them before the first is drawn: what cannot be drawn is said at once
     for scale in request.guidance:

@@ -48,6 +48,8 @@ def find(url: str) -> Source:
         inside = storage.exists(storage.join(run_dir, "config.yaml")) and checkpoints.folder(run_dir, step) == url
         return Source(url, run_dir if inside else None, step)
     if export.is_export(url):
+        if not storage.exists(url):
+            raise UserError(f"{url} does not exist")
         return Source(url)
     if not storage.exists(storage.join(url, "config.yaml")):
         raise UserError(
@@ -88,3 +90,13 @@ def _config_of(source: Source, overrides: Sequence[str]) -> Config:
     else:
         return configs.load([], overrides).config
     return configs.load_text(text, f"the config of {source.url}", overrides).config
+
+
+def check_start(config: Config) -> None:
+    """What a run starts from and where it goes to, before it works. Raises UserError, or OSError with a path."""
+    storage.check_writable(config.run_dir)
+    if config.train.init_from is not None and not checkpoints.committed_steps(config.run_dir):
+        try:
+            find(config.train.init_from)
+        except UserError as error:
+            raise UserError(f"train.init_from={config.train.init_from}: {error}") from error
