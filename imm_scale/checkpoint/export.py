@@ -58,6 +58,8 @@ def ema_state(checkpoint: Checkpoint, ema: float | None) -> str:
     config = from_yaml(checkpoint.meta.config)
     if ema == RAW_WEIGHTS:
         return "weight"
+    if ema is None and not config.ema.decays:
+        raise UserError(f"{checkpoint.url} has no moving average (ema.decays=[]): take the raw weights, with ema=0")
     decay = config.ema.decays[0] if ema is None else ema
     if state_name(decay) not in checkpoint.states:
         decays = ", ".join(state.removeprefix("ema-") for state in checkpoint.states if state.startswith("ema-"))

@@ -25,9 +25,10 @@ def _run(args: argparse.Namespace) -> int:
     from imm_scale.sampling import source as sources
 
     precision.set_tf32(False)  # but where a key allows it
-    source = sources.find(args.source).at_newest()
+    source = sources.find(args.source)
     whole = sources.config_of(source, overrides(args), job.READS)
     config, guidance = whole.sampling, guidance_of(args, whole)
+    source = source.at_newest()
     request = job.Request(args.out or job.folder_of(source), guidance, tuple(args.format.split(",")), args.latents)
     world = distributed.detect()
     distributed.init(world)

@@ -97,15 +97,14 @@ def _choose(config: Config, section: str, name: Any, origin: str) -> Config:
     return _with(config, path, OmegaConf.to_object(node))
 
 
-def _is_replaced(setting: Setting, names: Mapping[str, Setting], known: Mapping[str, Entry]) -> bool:
-    """Whether a key went with the class it belongs to: it is older than the choice of another, or of version 0.1, where
-    every key stood beside every method."""
+def _is_replaced(setting: Setting, later: Sequence[Setting], known: Mapping[str, Entry]) -> bool:
+    """Whether a key went with the class it belongs to: another was chosen later, elsewhere; or the key stands in a file
+    of version 0.1, where every key stood beside every method."""
     section = keys.union_of(setting.key)
     if section is None or setting.key in known or not keys.owners(setting.key):
         return False
-    name = names.get(section)
     is_old = setting.old_key is not None and setting.line > 0  # a file; what is typed now is meant now
-    return is_old or (name is not None and name.source != setting.source)
+    return is_old or any(other.key == f"{section}.name" and other.source != setting.source for other in later)
 
 
 def _apply(config: Config, settings: Sequence[Setting]) -> Config:
@@ -114,7 +113,7 @@ def _apply(config: Config, settings: Sequence[Setting]) -> Config:
     for section, chosen in names.items():
         config = _choose(config, section, value_of(chosen, str, "a name"), chosen.origin)
     known = entries(config)
-    used = [setting for setting in settings if not _is_replaced(setting, names, known)]
+    used = [s for i, s in enumerate(settings) if not _is_replaced(s, settings[i + 1 :], known)]
     for setting in used:
         check_key(setting.key, setting.origin, known, config)
     _say_what_moved(settings)

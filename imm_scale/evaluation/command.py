@@ -155,7 +155,7 @@ def _refuse(arguments: Arguments, why: str, *flags: str) -> None:
     """Raises UserError where one of the flags is given."""
     for flag in flags:
         value = getattr(arguments, flag)
-        if value in (None, (), False):
+        if value in (None, False) or (value == () and flag != "gallery"):  # () is a gallery of the run alone
             continue
         shown = value if isinstance(value, str) else "" if value is True else ",".join(map(str, value))
         given = shown if flag == "source" else f"--{flag} {shown}".rstrip()

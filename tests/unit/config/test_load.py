@@ -114,6 +114,19 @@ def test_another_method_replaces_the_keys_of_the_file_below(tmp_path):
         configs.load([base, beside])
 
 
+@pytest.mark.parametrize("word", ["method.k=3", "method.min_gap=null", "objective.min_gap=null", "objective.k=3"])
+def test_a_key_that_the_chosen_method_has_not_is_refused_where_it_is_typed(word, tmp_path):
+    """However the method was chosen; a file below, or one of version 0.1, may have it."""
+    path = _write(tmp_path / "a.yaml", "method:\n  name: flow_matching\n")
+    for files, words in (([path], [word]), ([], ["method.name=flow_matching", word])):
+        with pytest.raises(UserError, match=r"command line: method\.(k|min_gap) is a key of the method imm"):
+            configs.load(files, words)
+    above = _write(tmp_path / "b.yaml", "method:\n  k: 3\n")
+    with pytest.raises(UserError, match=r"b\.yaml:2: method\.k is a key of the method imm"):
+        configs.load([path, above])
+    assert configs.load([above, path]).config.method.name == "flow_matching"
+
+
 def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         configs.load().config.seed = 1  # type: ignore[misc]
