@@ -19,13 +19,18 @@ def _run(args: argparse.Namespace) -> int:
     if args.world_size is not None and not args.dry_run:
         raise UserError(f"--world-size {args.world_size} is for --dry-run: leave it out, or start that many ranks")
     from imm_scale import preflight
+    from imm_scale.checkpoint import init_weights
+    from imm_scale.checkpoint.format import committed_steps
     from imm_scale.parallel import world
     from imm_scale.sampling import source
     from imm_scale.training import trainer
 
     source.check_start(loaded.config)
     if args.dry_run:
-        print(preflight.describe(loaded.config, args.world_size or world.detect().size))
+        plan = preflight.plan(loaded.config, args.world_size or world.detect().size)
+        if not committed_steps(plan.config.run_dir):  # else it goes on from there, and its source may be gone
+            init_weights.check(plan)
+        print(preflight.describe(plan))
         return 0
     outcome = trainer.train(loaded.config)
     world.shutdown()

@@ -8,8 +8,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from imm_scale.choices import Interval, MetricConfig
-from imm_scale.config.keys import Entry, entries, entries_of, flatten, is_known
+from imm_scale.choices import ANY_NUMBER, Interval, MetricConfig
+from imm_scale.config.keys import Entry, entries, entries_of, flatten, is_known, nearest_key, sections_of
+from imm_scale.config.moved import renamed
 from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
 from imm_scale.registry import METRICS
@@ -31,7 +32,8 @@ def problem_of(value: Any, entry: Entry) -> str | None:
     items = value if isinstance(value, list) else [value]
     numbers = [item for item in items if isinstance(item, int | float) and not isinstance(item, bool)]
     if entry.holds_numbers and any(number not in entry.range for number in numbers):
-        return f"is out of range: {'each' if isinstance(value, list) else 'it'} must be in {entry.range.text}"
+        each = "each" if isinstance(value, list) else "it"
+        return f"is out of range: {each} must be in {entry.range.text}" + ", finite" * (entry.range == ANY_NUMBER)
     return None
 
 
@@ -68,6 +70,11 @@ def _run(config: Config) -> None:
 def _choices(config: Config) -> None:
     for choice in (config.method, config.model, config.data.space):
         choice.validate()
+    if config.zero.stage > config.method.MAX_ZERO_STAGE:
+        raise UserError(
+            f"method.name={config.method.name} cannot be trained at zero.stage={config.zero.stage}: "
+            f"{config.method.WHY_NOT_BEYOND}. Use zero.stage={config.method.MAX_ZERO_STAGE} or below"
+        )
     size = config.method.group_size
     for key in ("global_batch_size", "micro_batch_size"):
         value = getattr(config.train, key)
@@ -102,6 +109,20 @@ def _going_on(config: Config) -> None:
         raise UserError(f"data.holdout={data.holdout} must be a share below 1 or a whole number of samples")
 
 
+def _initial_weights(config: Config) -> None:
+    train = config.train
+    if train.init_from is None:
+        for key, unset in (("init_ema", None), ("init_step", None), ("init_allow_change", [])):
+            if getattr(train, key) != unset:
+                raise UserError(f"train.{key}={getattr(train, key)} does nothing without train.init_from: set it too")
+    if train.init_ema is not None and not 0.0 <= train.init_ema < 1.0:
+        raise UserError(f"train.init_ema={train.init_ema} must be the decay of an average, or 0 for the raw weights")
+    known = flatten(config)
+    for key in map(renamed, train.init_allow_change):
+        if key not in known and key not in sections_of(known):
+            raise UserError(f"train.init_allow_change: unknown key {key!r}; {nearest_key(key, known)}")
+
+
 def metric_configs(metrics: Sequence[Any]) -> list[MetricConfig]:
     """The settings of each metric in `evaluation.metrics`: a name, or a mapping with a name and keys of its own.
 
@@ -130,6 +151,7 @@ def validate(config: Config) -> None:
     _check_ranges(entries(config).values(), flatten(config))
     _run(config)
     _going_on(config)
+    _initial_weights(config)
     _choices(config)
     _offload(config)
     _sampling(config)

@@ -13,8 +13,9 @@ from imm_scale.config import checks
 from imm_scale.config.keys import UNIONS, Entry
 from imm_scale.errors import UserError
 
-# Any finite number is meant: the ends of a network's input, and its mean.
-WITHOUT_BOUND = {"evaluation.extractor.range", "evaluation.extractor.mean"}
+# Any finite number is meant: ends and means of a network's input, of latents, and of the logits of times.
+WITHOUT_BOUND = {"evaluation.extractor.range", "evaluation.extractor.mean", "data.space.mean"}
+WITHOUT_BOUND |= {"method.times.t", "method.times.s", "method.times.equal_t", "method.gap", "method.s"}
 
 
 @cache
