@@ -115,8 +115,6 @@ def _initial_weights(config: Config) -> None:
         for key, unset in (("init_ema", None), ("init_step", None), ("init_allow_change", [])):
             if getattr(train, key) != unset:
                 raise UserError(f"train.{key}={getattr(train, key)} does nothing without train.init_from: set it too")
-    if train.init_ema is not None and not 0.0 <= train.init_ema < 1.0:
-        raise UserError(f"train.init_ema={train.init_ema} must be the decay of an average, or 0 for the raw weights")
     known = flatten(config)
     for key in map(renamed, train.init_allow_change):
         if key not in known and key not in sections_of(known):
