@@ -241,7 +241,9 @@ class SamplingConfig:
         "auto takes eta_1.4 for imm in two steps, else uniform.",
     )
     vae: str | None = option(
-        None, "Folder of the AutoencoderKL that decodes vae latents; pixels need none.", is_path=True
+        None,
+        "Folder or hub name of the AutoencoderKL that decodes vae latents (FOLDER:vae: a pipeline's).",
+        is_path=True,
     )
     ema: float | None = option(
         None, "Decay of the moving average to sample from; null takes the first, 0 the raw weights.", range="[0, 1)"
