@@ -102,7 +102,7 @@ class VAECodec:
         weights = os.path.join(folder, _WEIGHTS)
         if not os.path.isfile(weights):
             raise UserError(f"no {weights}: --vae must name a folder written by AutoencoderKL.save_pretrained")
-        self.weights_hash = _file_sha256(weights)
+        self.folder, self.weights_hash = folder, _file_sha256(weights)
         model: Any = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True)
         self._model = model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
         if self._model.config.in_channels != 3:
