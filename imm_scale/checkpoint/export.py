@@ -19,7 +19,7 @@ from torch import Tensor
 from imm_scale import build, storage
 from imm_scale.build import ModelSpec
 from imm_scale.checkpoint import pipeline_folder
-from imm_scale.checkpoint.format import COMMITTED, Checkpoint
+from imm_scale.checkpoint.format import COMMITTED, Checkpoint, committed_steps
 from imm_scale.config.load import from_yaml
 from imm_scale.errors import UserError
 from imm_scale.methods.flow_map import FlowMap
@@ -116,12 +116,20 @@ def _read(source: str, ema: float | None, step: int | None) -> tuple[ModelSpec, 
     if is_checkpoint(source):
         checkpoint = Checkpoint(source)
     else:
-        checkpoint = Checkpoint.latest(source) if step is None else Checkpoint.of_step(source, step)
+        checkpoint = Checkpoint.latest(source) if step is None else _of_step(source, step)
     state = ema_state(checkpoint, ema)  # reads the config, whose plugins the spec may need
     meta, config = checkpoint.meta, from_yaml(checkpoint.meta.config)
     decay = config.ema.decays[0] if ema is None else ema
     origin = Origin(config.run.name, meta.step, meta.images_seen, decay)
+    origin.check(source, None, step)
     return ModelSpec.from_json(meta.spec), checkpoint.weights(state), origin
+
+
+def _of_step(run_dir: str, step: int) -> Checkpoint:
+    steps = committed_steps(run_dir)
+    if step not in steps:
+        raise UserError(f"{run_dir} has no checkpoint of step {step}; it has {', '.join(map(str, steps)) or 'none'}")
+    return Checkpoint.of_step(run_dir, step)
 
 
 def _read_file(source: str) -> tuple[ModelSpec, dict[str, Tensor], Origin]:
@@ -183,10 +191,15 @@ def _read_tensors(url: str) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 def load_flow_map(source: str, ema: float | None = None, step: int | None = None) -> tuple[ModelSpec, FlowMap]:
     """A flow map ready to sample: in eval mode, without gradients."""
-    spec, weights = read(source, ema, step)
+    return load(source, ema, step)[:2]
+
+
+def load(source: str, ema: float | None = None, step: int | None = None) -> tuple[ModelSpec, FlowMap, Origin]:
+    """As `load_flow_map`, and which weights they are."""
+    spec, weights, origin = _read(source, ema, step)
     flow_map = build.net(spec)
     put(flow_map, weights, source)
-    return spec, flow_map.eval().requires_grad_(False)
+    return spec, flow_map.eval().requires_grad_(False), origin
 
 
 def identity(spec: ModelSpec, flow_map: FlowMap) -> str:
