@@ -106,6 +106,7 @@ def files(spec: ModelSpec, origin: dict[str, Any], has_vae: bool) -> dict[str, s
         **version,
         "transformer": ["flow_map_transformer", "FlowMapTransformer"],
         "vae": ["diffusers", "AutoencoderKL"] if has_vae else [None, None],
+        "guide": [None, None],
     }
     record = {"spec": json.loads(spec.to_json()), "weights": origin}
     code = importlib.resources.files(_STANDALONE)

@@ -23,7 +23,7 @@ from imm_scale.errors import UserError
 from imm_scale.evaluation import extractors, measures, networks, reference
 from imm_scale.evaluation.collect import Collector, Features
 from imm_scale.evaluation.metrics import Measure
-from imm_scale.evaluation.records import FOLDER, SCHEMA_VERSION, arithmetic, evaluation_url, read_evaluations
+from imm_scale.evaluation.records import FOLDER, SCHEMA_VERSION, arithmetic, evaluation_url, guidance, read_evaluations
 from imm_scale.evaluation.reference import Reference
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
@@ -338,12 +338,11 @@ def evaluate(config: Config, world: World, announce: Announce, source: Source | 
 def describe(result: Mapping[str, Any]) -> str:
     """A result in words: a line for the distance, and one for each further metric."""
     steps = f"{result['steps']} step" + ("" if result["steps"] == 1 else "s")
-    guidance = "" if result["guidance_scale"] == 1.0 else f", guidance {result['guidance_scale']:g}"
-    guidance += f" by {result['guide']}" if result.get("guide") else ""
+    guided = "" if result["guidance_scale"] == 1.0 else f", guidance {guidance(result)}"
     computed = f", {arithmetic(result)}" if arithmetic(result) else ""
     lines = [
         f"{result['metric']}  {steps:>9}  {result['mean']:.4f} +- {_error(result):.4f}"
-        f"  ({len(result['seeds'])} x {result['num']} samples{guidance}{computed})"
+        f"  ({len(result['seeds'])} x {result['num']} samples{guided}{computed})"
     ]
     for name, one in result.get("measures", {}).items():
         if name != result["metric"]:

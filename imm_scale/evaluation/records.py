@@ -55,6 +55,11 @@ def arithmetic(result: Mapping[str, Any]) -> str:
     return "" if parts == ["fp32"] else " ".join(parts)
 
 
+def guidance(result: Mapping[str, Any]) -> str:
+    """Scale of the guidance of a result, and what it leads away from unless that is the null label: "2 by small"."""
+    return f"{result['guidance_scale']:g}" + (f" by {result['guide']}" if result.get("guide") else "")
+
+
 def _from_1(document: dict[str, Any]) -> dict[str, Any]:
     """What a file of version 1 says, in version 2; what it does not say is None."""
     extractor = {"name": document["extractor"], "id": None}

@@ -129,14 +129,16 @@ class FlowMapPipeline(DiffusionPipeline):
     Args:
         transformer: a FlowMapTransformer.
         vae: the AutoencoderKL whose latents it draws; nets that draw pixels need none.
+        guide: a weaker FlowMapTransformer of the same samples that guidance leads away from (autoguidance, arXiv
+            2406.02507); without one it leads away from the net's own answer without a label.
     """
 
     model_cpu_offload_seq = "transformer->vae"
-    _optional_components: ClassVar[list[str]] = ["vae"]
+    _optional_components: ClassVar[list[str]] = ["vae", "guide"]
 
-    def __init__(self, transformer: Any, vae: Any = None):
+    def __init__(self, transformer: Any, vae: Any = None, guide: Any = None):
         super().__init__()
-        self.register_modules(transformer=transformer, vae=vae)
+        self.register_modules(transformer=transformer, vae=vae, guide=guide)
 
     @torch.no_grad()
     def __call__(
@@ -159,7 +161,7 @@ class FlowMapPipeline(DiffusionPipeline):
         Args:
             class_labels: one or N labels.
             num_inference_steps: steps; each costs one evaluation of the net, two under guidance.
-            guidance_scale: w of w G(label) + (1 - w) G(no label); 1 is off.
+            guidance_scale: w of w G(label) + (1 - w) G(no label), or of w f + (1 - w) guide; 1 is off.
             guidance_interval: (low, high] of the times at which guidance is in force.
             sampler: pushforward, restart, pushforward_restart or heun.
             grid: auto, uniform, edm, eta_1.4, or the times themselves.
@@ -170,6 +172,7 @@ class FlowMapPipeline(DiffusionPipeline):
             return_dict: an ImagePipelineOutput with `images`, rather than a tuple.
         """
         labels = self._labels(class_labels)
+        self._check_guide()
         self._check(num_inference_steps, sampler, output_type)
         if seed is not None and generator is not None:
             raise ValueError("give seed or generator, not both")
@@ -187,7 +190,10 @@ class FlowMapPipeline(DiffusionPipeline):
             return config.sigma_data * normals.to(device, dtype)
 
         def jump(x: Tensor, s: float, t: float) -> Tensor:
-            return self.transformer(x, s, t, labels, guidance_scale if low < t <= high else 1.0)
+            scale = guidance_scale if low < t <= high else 1.0
+            if self.guide is None or scale == 1.0:
+                return self.transformer(x, s, t, labels, scale)
+            return scale * self.transformer(x, s, t, labels) + (1.0 - scale) * self.guide(x, s, t, labels)
 
         def renoise(x: Tensor, t: float, step: int) -> Tensor:
             alpha, sigma = self.transformer.alpha_sigma(t)
@@ -219,6 +225,13 @@ class FlowMapPipeline(DiffusionPipeline):
         if config.codec == "vae" and self.vae is None and output_type != "latent":
             raise ValueError(
                 "the net draws an autoencoder's latents: load it with vae=..., or use output_type='latent'"
+            )
+
+    def _check_guide(self) -> None:
+        same = ("channels", "height", "image_width", "num_classes", "trajectory", "sigma_data", "mean", "std", "codec")
+        if self.guide is not None and any(self.guide.config[key] != self.transformer.config[key] for key in same):
+            raise ValueError(
+                f"the guide draws other samples than the transformer: both need the same {', '.join(same)}"
             )
 
     def _images(self, x_NCHW: Tensor, output_type: str) -> Any:

@@ -2,8 +2,8 @@
 
     python draw_elsewhere.py JOBS.json OUT.npz
 
-A job is {"name", "folder", "load": arguments of from_pretrained, "vae": a folder or none, "call": arguments of the
-pipeline}; OUT holds the samples of each by its name.
+A job is {"name", "folder", "load": arguments of from_pretrained, "vae", "guide": a folder or none, "call": arguments of
+the pipeline}; OUT holds the samples of each by its name.
 """
 
 import json
@@ -17,7 +17,10 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 
 def _draw(job: dict[str, Any]) -> np.ndarray:
     vae = {} if job["vae"] is None else {"vae": AutoencoderKL.from_pretrained(job["vae"])}
-    pipeline = DiffusionPipeline.from_pretrained(job["folder"], **job["load"], **vae)
+    guide = {}
+    if job["guide"] is not None:
+        guide["guide"] = DiffusionPipeline.from_pretrained(job["guide"], **job["load"]).transformer
+    pipeline = DiffusionPipeline.from_pretrained(job["folder"], **job["load"], **vae, **guide)
     pipeline.set_progress_bar_config(disable=True)
     call = dict(job["call"])
     if "latents" in call:

@@ -140,13 +140,18 @@ REMOTE = {"trust_remote_code": True}
 Job = dict[str, Any]
 
 
-def _job(name: str, folder: str, vae: str | None = None, load: Job = REMOTE, **call: Any) -> Job:
-    return {"name": name, "folder": folder, "vae": vae, "load": load, "call": {"class_labels": LABELS, **call}}
+def _job(
+    name: str, folder: str, vae: str | None = None, guide: str | None = None, load: Job = REMOTE, **call: Any
+) -> Job:
+    call = {"class_labels": LABELS, **call}
+    return {"name": name, "folder": folder, "vae": vae, "guide": guide, "load": load, "call": call}
 
 
 def _ours(job: Job, vae: str | None = None) -> np.ndarray:
     """What `imm-scale sample` draws of a job."""
     spec, flow_map = export.load_flow_map(job["folder"])
+    if job["guide"] is not None:
+        flow_map = flow_map.guided_by(export.load_flow_map(job["guide"])[1])
     call = dict(job["call"])
     config = SamplingConfig(
         guidance_scale=call.get("guidance_scale", 1.0),
@@ -174,6 +179,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Job, np.n
     cosine = ImmConfig(flow_map=FlowMapConfig("vp_cosine", "simple_edm", "t_minus_s"), label_drop=0.0)
     latents = _write(root / "latents", _spec(cosine, codec), vae=vae)
     without = _write(root / "without", _spec(cosine, codec))
+    weaker = _write(root / "weaker", _spec(FlowMatchingConfig(flow_map=FlowMapConfig("ot_fm", "identity", "none"))), 1)
     guided = {"guidance_scale": 1.5, "seed": 3, "output_type": "latent"}
     jobs = [
         _job(f"{name} {sampler} {steps}", folder, num_inference_steps=steps, sampler=sampler, **guided)
@@ -186,6 +192,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Job, np.n
     ]
     jobs += [
         _job("interval", imm, num_inference_steps=4, guidance_interval=(0.2, 0.8), **guided),
+        _job("guide", imm, guide=weaker, num_inference_steps=4, guidance_interval=(0.2, 0.8), **guided),
         _job("edm", imm, num_inference_steps=4, grid="edm", **guided),
         _job("unguided", latents, num_inference_steps=2, seed=0, output_type="latent"),
         _job("custom pipeline", imm, load={"custom_pipeline": imm, **REMOTE}, seed=1, output_type="latent"),
@@ -221,7 +228,7 @@ def test_latents_drawn_elsewhere_are_ours(drawn):
             assert theirs.shape == ours.shape
             np.testing.assert_allclose(theirs, ours, rtol=CLOSE, atol=CLOSE, err_msg=name)
             compared += 1
-    assert compared == 3 * 4 + 2 * 4 + 5
+    assert compared == 3 * 4 + 2 * 4 + 6
     sets = [theirs for job, theirs, _ in drawn.values() if theirs.shape == (len(LABELS), 1, 8, 12)]
     distinct = {np.round(samples, 3).tobytes() for samples in sets}
     # In one step the three samplers of IMM are one, and so are flow matching's two; in two pushforward_restart does not
