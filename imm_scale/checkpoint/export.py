@@ -27,6 +27,7 @@ from imm_scale.parallel.ema import state_name
 
 RAW_WEIGHTS = 0.0
 FORMATS = ("safetensors", "diffusers")
+_FOREIGN = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _SPEC_KEY = "imm_scale_spec"
 _ORIGIN_KEY = "imm_scale_weights"
 # Of folders as version 0.1 wrote them
@@ -109,53 +110,86 @@ def read(source: str, ema: float | None = None, step: int | None = None) -> tupl
 
 
 def _read(source: str, ema: float | None, step: int | None) -> tuple[ModelSpec, dict[str, Tensor], Origin]:
-    if is_file(source) or _is_folder(source):
-        spec, weights, origin = _read_file(source) if is_file(source) else _read_folder(source)
-        origin.check(source, ema, step)
-        return spec, weights, origin
-    if is_checkpoint(source):
-        checkpoint = Checkpoint(source)
+    if is_file(source):
+        metadata, weights = read_tensors(source)
+        spec, origin = _of_file(source, metadata)
+    elif _is_folder(source):
+        spec, origin, weights_url = _of_folder(source)
+        weights = read_tensors(weights_url)[1]
     else:
-        checkpoint = Checkpoint.latest(source) if step is None else _of_step(source, step)
-    state = ema_state(checkpoint, ema)  # reads the config, whose plugins the spec may need
-    meta, config = checkpoint.meta, from_yaml(checkpoint.meta.config)
+        checkpoint = _checkpoint(source, step)
+        spec, origin, weights = *_of_checkpoint(checkpoint, ema), checkpoint.weights(ema_state(checkpoint, ema))
+    origin.check(source, ema, step)
+    return spec, weights, origin
+
+
+def _of_checkpoint(checkpoint: Checkpoint, ema: float | None) -> tuple[ModelSpec, Origin]:
+    meta, config = checkpoint.meta, from_yaml(checkpoint.meta.config)  # whose plugins the spec may need
     decay = config.ema.decays[0] if ema is None else ema
-    origin = Origin(config.run.name, meta.step, meta.images_seen, decay)
-    origin.check(source, None, step)
-    return ModelSpec.from_json(meta.spec), checkpoint.weights(state), origin
+    return ModelSpec.from_json(meta.spec), Origin(config.run.name, meta.step, meta.images_seen, decay)
 
 
-def _of_step(run_dir: str, step: int) -> Checkpoint:
-    steps = committed_steps(run_dir)
-    if step not in steps:
-        raise UserError(f"{run_dir} has no checkpoint of step {step}; it has {', '.join(map(str, steps)) or 'none'}")
-    return Checkpoint.of_step(run_dir, step)
+def read_spec(source: str, ema: float | None = None, step: int | None = None) -> tuple[ModelSpec, str]:
+    """The spec that `read` would give, and what the weights are in words, without reading them.
+
+    Raises:
+        UserError: as `read`, where it can be known without the weights.
+    """
+    if is_export(source):
+        spec, origin = _of_file(source, _header(source)) if is_file(source) else _of_folder(source)[:2]
+        origin.check(source, ema, step)
+        return spec, source
+    checkpoint = _checkpoint(source, step)
+    state = ema_state(checkpoint, ema)
+    spec, origin = _of_checkpoint(checkpoint, ema)
+    origin.check(source, ema, step)
+    return spec, f"{checkpoint.url} ({state})"
 
 
-def _read_file(source: str) -> tuple[ModelSpec, dict[str, Tensor], Origin]:
-    metadata, weights = _read_tensors(source)
+def _checkpoint(source: str, step: int | None) -> Checkpoint:
+    if source.endswith(_FOREIGN):
+        raise UserError(f"{source} was not written by imm-scale: make a .safetensors of it by `imm-scale import`")
+    if is_checkpoint(source):
+        return Checkpoint(source)
+    steps = committed_steps(source)
+    if step is not None and steps and step not in steps:
+        raise UserError(f"{source} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+    return Checkpoint.latest(source) if step is None else Checkpoint.of_step(source, step)
+
+
+def _of_file(source: str, metadata: dict[str, str]) -> tuple[ModelSpec, Origin]:
     if _SPEC_KEY not in metadata:
-        raise UserError(f"{source} carries no model spec: write it with `imm-scale export`")
-    origin = Origin(**json.loads(metadata.get(_ORIGIN_KEY, "{}")))
-    return ModelSpec.from_json(metadata[_SPEC_KEY]), weights, origin
+        raise UserError(
+            f"{source} carries no model spec: write it with `imm-scale export`, or where it holds published weights of "
+            "DiT or SiT with `imm-scale import`"
+        )
+    return ModelSpec.from_json(metadata[_SPEC_KEY]), Origin(**json.loads(metadata.get(_ORIGIN_KEY, "{}")))
 
 
-def _read_folder(source: str) -> tuple[ModelSpec, dict[str, Tensor], Origin]:
+def _header(url: str) -> dict[str, str]:
+    """The strings in the header of a .safetensors file: 8 bytes of its length, and JSON."""
+    if not storage.exists(url):
+        raise UserError(f"{url} does not exist")
+    try:
+        length = int.from_bytes(storage.read_range(url, 0, 8), "little")
+        header = json.loads(storage.read_range(url, 8, min(8 + length, storage.size(url))))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{url} is not a safetensors file: {error}") from error
+    return header.get("__metadata__", {}) if isinstance(header, dict) else {}
+
+
+def _of_folder(source: str) -> tuple[ModelSpec, Origin, str]:
+    """Spec, origin and where the weights are."""
     url = storage.join(source, pipeline_folder.RECORD)
     if storage.exists(url):
         record = _fields(url)
-        spec, origin = _spec(url, record.get("spec")), Origin(**record.get("weights", {}))
         weights_url = storage.join(source, pipeline_folder.TRANSFORMER, pipeline_folder.WEIGHTS)
-    else:
-        url = storage.join(source, _FOLDER_CONFIG)
-        fields = _fields(url)
-        if fields.pop("_class_name", None) != _CLASS_NAME:
-            raise UserError(
-                f"{url} describes no model of imm-scale: write it with `imm-scale export --format diffusers`"
-            )
-        spec, origin = _spec(url, fields), Origin()
-        weights_url = storage.join(source, pipeline_folder.WEIGHTS)
-    return spec, _read_tensors(weights_url)[1], origin
+        return _spec(url, record.get("spec")), Origin(**record.get("weights", {})), weights_url
+    url = storage.join(source, _FOLDER_CONFIG)
+    fields = _fields(url)
+    if fields.pop("_class_name", None) != _CLASS_NAME:
+        raise UserError(f"{url} describes no model of imm-scale: write it with `imm-scale export --format diffusers`")
+    return _spec(url, fields), Origin(), storage.join(source, pipeline_folder.WEIGHTS)
 
 
 def _fields(url: str) -> dict[str, Any]:
@@ -174,8 +208,8 @@ def _spec(url: str, fields: Any) -> ModelSpec:
         raise UserError(f"{url} lacks a field or has one too many ({error}): export the model again") from error
 
 
-def _read_tensors(url: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header and tensors of a .safetensors file."""
+def read_tensors(url: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of a .safetensors file. Raises UserError for one that is none."""
     if not storage.exists(url):
         raise UserError(f"{url} does not exist")
     with tempfile.TemporaryDirectory() as temporary:

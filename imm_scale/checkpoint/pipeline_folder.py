@@ -12,7 +12,8 @@ The two .py files are those of `standalone/`, byte for byte.
 import importlib.resources
 import json
 import os
-from dataclasses import asdict
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, fields
 from typing import Any
 
 from imm_scale import build, storage
@@ -32,8 +33,17 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 # The oldest diffusers that loads a pipeline with code of its own from a folder; see [project.optional-dependencies].
 _DIFFUSERS_VERSION = "0.34.0"
 _STANDALONE = "imm_scale.checkpoint.standalone"
-_PARAMETERIZATIONS = ("identity", "simple_edm", "euler_fm")
-_TRAJECTORIES = ("ot_fm", "vp_cosine")
+# What the standalone code knows: of each setting its values, or None for any.
+_NET = dict.fromkeys(("width", "depth", "heads", "patch_size", "mlp_ratio", "qk_norm", "second_time"))
+_NET |= dict.fromkeys(("channels", "height", "image_width", "num_classes", "time_embedding"))
+_NET |= dict.fromkeys(("dropout", "attention"))  # of which samples do not depend
+_FLOW_MAP = {
+    "parameterization": ("identity", "simple_edm", "euler_fm", "velocity", "epsilon"),
+    "trajectory": ("ot_fm", "vp_cosine"),
+    "second_time": ("s", "t_minus_s", "none"),
+    "time_input": ("t", "ddpm_step"),
+    "time_scale": None,
+}
 _UNIFORM_STEPS = (1, *range(3, 17))  # step counts looked at
 
 
@@ -49,7 +59,9 @@ def check(spec: ModelSpec) -> None:
 
 def _unknown(spec: ModelSpec) -> list[str]:
     unknown = []
-    if type(spec.net) is not DiTConfig:
+    if type(spec.net) is DiTConfig:
+        unknown += _unknown_settings("model", spec.net, _NET)
+    else:
         unknown.append(f"the backbone {build.describe_net(spec.net)['name']!r}")
     if type(spec.space) is not Latents:
         unknown.append(f"the sample space {SPACES.name_of(type(spec.space))!r}")
@@ -59,14 +71,15 @@ def _unknown(spec: ModelSpec) -> list[str]:
     )
     if not same or any(build.method(spec).default_grid(steps) != "uniform" for steps in _UNIFORM_STEPS):
         return [*unknown, f"the method {spec.method.name!r}"]
-    flow_map = asdict(spec.method.flow_map)
-    choices = {"parameterization": _PARAMETERIZATIONS, "trajectory": _TRAJECTORIES, "time_input": ("t",)}
-    unknown += [
-        f"method.flow_map.{key}={flow_map[key]}"
-        for key, known in choices.items()
-        if key in flow_map and flow_map[key] not in known
-    ]
-    return unknown
+    return unknown + _unknown_settings("method.flow_map", spec.method.flow_map, _FLOW_MAP)
+
+
+def _unknown_settings(section: str, settings: Any, known: Mapping[str, Collection[Any] | None]) -> list[str]:
+    """Settings of a dataclass, as "section.key=value", that the standalone code would not heed."""
+    values, defaults = asdict(settings), {field.name: field.default for field in fields(settings)}
+    new = [key for key in values if key not in known and values[key] != defaults[key]]
+    other = [key for key, choices in known.items() if choices is not None and values[key] not in choices]
+    return [f"{section}.{key}={values[key]}" for key in (*new, *other)]
 
 
 def transformer_config(spec: ModelSpec) -> dict[str, Any]:
@@ -81,6 +94,7 @@ def transformer_config(spec: ModelSpec) -> dict[str, Any]:
         "parameterization": flow_map.parameterization,
         "second_time": flow_map.second_time,
         "time_scale": flow_map.time_scale,
+        "time_input": flow_map.time_input,
         "frequencies": time_frequencies(net.time_embedding).tolist() if fourier else None,
         "t_min": method.t_min,
         "t_max": method.t_max,

@@ -13,6 +13,7 @@ import math
 from collections import OrderedDict
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -140,9 +141,10 @@ class FlowMapTransformer(ModelMixin, ConfigMixin):
         num_classes: labels are 0 to num_classes - 1.
         unconditional: whether the label num_classes was trained as "no label", which guidance needs.
         trajectory: ot_fm, x_t = (1 - t) x + t eps, or vp_cosine, x_t = cos(pi t / 2) x + sin(pi t / 2) eps.
-        parameterization: what G predicts: identity the data, euler_fm and simple_edm a velocity.
+        parameterization: what G predicts: identity the data, epsilon the noise, the others a velocity.
         second_time: what G is told of s: s, t_minus_s or none.
         time_scale: times are multiplied by this before they are embedded.
+        time_input: what is embedded of a time: t itself, or ddpm_step, the step of DDPM's linear schedule as noisy.
         frequencies: of the time embedding; None: 128, geometric from 1 to 1 / 10000.
         t_min, t_max: times sampling ends and starts at.
         two_step_grid: times visited in two steps where none are asked for: uniform or eta_1.4.
@@ -178,6 +180,7 @@ class FlowMapTransformer(ModelMixin, ConfigMixin):
         codec: str,
         mlp_ratio: float = 4.0,
         qk_norm: bool = False,
+        time_input: str = "t",
         frequencies: list[float] | None = None,
     ):
         super().__init__()
@@ -209,17 +212,32 @@ class FlowMapTransformer(ModelMixin, ConfigMixin):
         # alpha_s sigma_t - sigma_s alpha_t, without its cancellation
         determinant = t - s if self.config.trajectory == "ot_fm" else math.sin((t - s) * (math.pi / 2))
         c_in = 1.0 / (sigma_data * norm)
-        if self.config.parameterization == "euler_fm":
+        if self.config.parameterization in ("euler_fm", "velocity"):
+            c_in = c_in if self.config.parameterization == "euler_fm" else 1.0 / sigma_data
             return c_in, 1.0, -sigma_data * determinant
+        if self.config.parameterization == "epsilon":
+            return c_in, alpha_s / alpha_t, -sigma_data * determinant / alpha_t
         if self.config.parameterization == "simple_edm":
             return c_in, (alpha_s * alpha_t + sigma_s * sigma_t) / norm**2, -sigma_data * determinant / norm
         return (c_in, sigma_s / sigma_t, determinant / sigma_t) if sigma_t else (c_in, 1.0, 0.0)
 
     # --- the net ---
 
+    def told(self, t: float) -> float:
+        """A time as the net is told it, before it is scaled."""
+        if self.config.time_input == "t":
+            return t
+        # Beta from 1e-4 to 0.02 in 1,000 steps (arXiv 2006.11239); step -1 is data, and between steps log alpha-bar
+        # is linear.
+        log_alpha_bar = np.append(0.0, np.log1p(-np.linspace(1e-4, 0.02, 1000)).cumsum())
+        alpha, sigma = self.alpha_sigma(t)
+        noisiness = math.log1p((sigma / alpha) ** 2) if alpha else math.inf
+        return float(np.interp(noisiness, -log_alpha_bar, np.arange(-1.0, 1000.0)))
+
     def predict(self, x_NCHW: Tensor, s: float, t: float, class_labels_N: Tensor) -> Tensor:
         """G, (N, C, H, W) fp32."""
         scale, p = self.config.time_scale, self.config.patch_size
+        s, t = self.told(s), self.told(t)
         times = self.t_embedder(scale * t)
         if self.s_embedder is not None:
             times = times + self.s_embedder(scale * (s if self.config.second_time == "s" else t - s))

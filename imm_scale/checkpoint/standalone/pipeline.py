@@ -218,7 +218,8 @@ class FlowMapPipeline(DiffusionPipeline):
             raise ValueError(f"num_inference_steps={steps} must be at least 1")
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler={sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
-        if sampler == "heun" and (config.parameterization != "euler_fm" or config.second_time != "none"):
+        velocity = config.parameterization in ("euler_fm", "velocity") and config.second_time == "none"
+        if sampler == "heun" and not velocity:
             raise ValueError("sampler='heun' follows a velocity, which this net is not; use pushforward")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r} is unknown; choose one of pil, np, pt, latent")

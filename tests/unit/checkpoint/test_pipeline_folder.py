@@ -22,12 +22,12 @@ from imm_scale.config.schema import SamplingConfig
 from imm_scale.data.manifest import Codec
 from imm_scale.data.spaces import Latents
 from imm_scale.errors import UserError
-from imm_scale.methods.flow_map import PARAMETERIZATIONS, SECOND_TIMES, FlowMapConfig
+from imm_scale.methods.flow_map import PARAMETERIZATIONS, SECOND_TIMES, TIME_INPUTS, FlowMapConfig
 from imm_scale.methods.flow_matching import FlowMatching, FlowMatchingConfig
 from imm_scale.methods.imm import ImmConfig
 from imm_scale.methods.probability_path import TRAJECTORIES
 from imm_scale.models.dit import DiTConfig
-from imm_scale.registry import register_method
+from imm_scale.registry import METHODS, register_method
 from imm_scale.sampling.draw import plan_of
 from imm_scale.sampling.job import Model
 from tests import ranks
@@ -61,8 +61,10 @@ def _write(folder: Path, spec: build.ModelSpec, seed: int = 0, **how: Any) -> st
 def _variants() -> list[FlowMapConfig]:
     """Every combination that goes together."""
     variants = []
-    for choice in itertools.product(TRAJECTORIES, PARAMETERIZATIONS, SECOND_TIMES, (1.0, 1000.0)):
-        config = FlowMapConfig(*choice)  # type: ignore[arg-type]
+    scales = [(1.0, "t"), (1000.0, "t"), (1.0, "ddpm_step")]
+    assert {time_input for _, time_input in scales} == set(TIME_INPUTS)
+    for *choice, (scale, time_input) in itertools.product(TRAJECTORIES, PARAMETERIZATIONS, SECOND_TIMES, scales):
+        config = FlowMapConfig(*choice, scale, time_input)  # type: ignore[arg-type]
         try:
             config.validate()
         except UserError:
@@ -78,7 +80,7 @@ def _variants() -> list[FlowMapConfig]:
 def test_its_transformer_is_our_flow_map(flow_map, net):
     from imm_scale.checkpoint.standalone.flow_map_transformer import FlowMapTransformer
 
-    spec = _spec(FlowMatchingConfig(flow_map=flow_map), **net)
+    spec = _spec(FlowMatchingConfig(flow_map=flow_map, t_max=0.994), **net)
     pipeline_folder.check(spec)
     torch.manual_seed(0)
     ours = build.net(spec).eval()
@@ -88,7 +90,8 @@ def test_its_transformer_is_our_flow_map(flow_map, net):
     theirs.load_state_dict(state)
     x, label = torch.randn(5, 1, 8, 12, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
     with torch.no_grad():
-        for (s, t), scale in itertools.product([(0.0, 1.0), (0.3, 0.7), (0.5, 0.5), (0.0, 0.0)], (1.0, 1.7)):
+        latest = 0.99 if flow_map.parameterization == "epsilon" else 1.0  # alpha_t is 0 at 1
+        for (s, t), scale in itertools.product([(0.0, latest), (0.3, 0.7), (0.5, 0.5), (0.0, 0.0)], (1.0, 1.7)):
             times = (torch.tensor([time], dtype=torch.float64) for time in (s, t))
             torch.testing.assert_close(
                 theirs(x, s, t, label, scale), ours(x, *times, label, scale), rtol=CLOSE, atol=CLOSE
@@ -367,3 +370,21 @@ def test_weights_in_16_bits_keep_the_conditioning_in_fp32():
     assert 0 < float((rounded - whole).std()) < 2e-2 * float((whole - x).std())  # bf16 has 8 bits
     # A step of 1e-6 in t moves each angle by 1e-3 at most, which an input of 8 bits would not show in most of them.
     assert near.dtype == torch.float32 and 0 < float((near - nearer).abs().max()) < 1e-2
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_every_method_of_ours_can_be_exported(name):
+    """They all sample a flow map; one that will not must be refused, and say so here."""
+    config: Any = METHODS.config(name)()
+    pipeline_folder.check(_spec(config))
+
+
+def test_settings_the_code_does_not_know_are_refused(monkeypatch):
+    spec = _spec(ImmConfig(), qk_norm=True)
+    known = {key: values for key, values in pipeline_folder._NET.items() if key != "qk_norm"}
+    monkeypatch.setattr(pipeline_folder, "_NET", known)
+    with pytest.raises(UserError, match=r"no code for model\.qk_norm=True, so"):
+        pipeline_folder.check(spec)
+    monkeypatch.setitem(pipeline_folder._FLOW_MAP, "trajectory", ("vp_cosine",))
+    with pytest.raises(UserError, match=r"nor for method\.flow_map\.trajectory=ot_fm, so"):
+        pipeline_folder.check(spec)
