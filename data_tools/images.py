@@ -4,6 +4,7 @@ import io
 import struct
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +42,7 @@ class Unreadable:
     reason: str
 
 
-def render(image: sources.Image, channels: int, size: int | None) -> Rendered | Unreadable:
+def render(image: sources.Image, channels: int, size: int | Sequence[int] | None) -> Rendered | Unreadable:
     """Loads, turns upright, converts to grey or RGB, crops and resizes, and writes a PNG."""
     try:
         if isinstance(image, np.ndarray):
@@ -61,17 +62,19 @@ def render(image: sources.Image, channels: int, size: int | None) -> Rendered | 
     return Rendered(stream.getvalue(), (picture.height, picture.width, channels))
 
 
-def center_crop(picture: Image.Image, size: int) -> Image.Image:
-    """A centred size x size image, as published ImageNet models were trained on.
+def center_crop(picture: Image.Image, size: int | Sequence[int]) -> Image.Image:
+    """A centred size x size image, as published ImageNet models were trained on, or one of (height, width).
 
     Source: Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis", 2021, released code (box halving,
-    then bicubic to the shorter side, then the centre).
+    then bicubic to the shorter side, then the centre). Of other shapes, the side that is short for the shape counts.
     """
-    while min(picture.size) >= 2 * size:
+    height, width = (size, size) if isinstance(size, int) else size
+    while picture.width >= 2 * width and picture.height >= 2 * height:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
+    scale = max(width / picture.width, height / picture.height)
     picture = picture.resize(
-        (max(size, round(picture.width * scale)), max(size, round(picture.height * scale))), Image.Resampling.BICUBIC
+        (max(width, round(picture.width * scale)), max(height, round(picture.height * scale))),
+        Image.Resampling.BICUBIC,
     )
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))

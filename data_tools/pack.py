@@ -58,7 +58,7 @@ def pack(args: argparse.Namespace) -> None:
 def _check_arguments(args: argparse.Namespace) -> None:
     for name, least in (("size", 1), ("shard_bytes", 1), ("shard_samples", 1), ("max_bad", 0), ("workers", 1)):
         value = getattr(args, name)
-        if value is not None and value < least:
+        if isinstance(value, int) and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
 
 

@@ -37,6 +37,10 @@ _STANDALONE = "imm_scale.checkpoint.standalone"
 _NET = dict.fromkeys(("width", "depth", "heads", "patch_size", "mlp_ratio", "qk_norm", "second_time"))
 _NET |= dict.fromkeys(("channels", "height", "image_width", "num_classes", "time_embedding"))
 _NET |= dict.fromkeys(("dropout", "attention"))  # of which samples do not depend
+_CODEC: dict[str, Any] = dict.fromkeys(("weights_hash", "channels", "factor", "mean", "std"))
+_CODEC |= dict.fromkeys(("image_size", "image_width"))  # follow from height, width and factor
+_CODEC |= dict.fromkeys(("moments", "scale", "shift"))  # how shards hold the samples
+_CODEC |= {"kind": ("pixels", "vae"), "pixel_range": ("signed", "unit")}
 _FLOW_MAP = {
     "parameterization": ("identity", "simple_edm", "euler_fm", "velocity", "epsilon"),
     "trajectory": ("ot_fm", "vp_cosine"),
@@ -63,7 +67,9 @@ def _unknown(spec: ModelSpec) -> list[str]:
         unknown += _unknown_settings("model", spec.net, _NET)
     else:
         unknown.append(f"the backbone {build.describe_net(spec.net)['name']!r}")
-    if type(spec.space) is not Latents:
+    if type(spec.space) is Latents:
+        unknown += _unknown_settings("codec", spec.space.codec, _CODEC)
+    else:
         unknown.append(f"the sample space {SPACES.name_of(type(spec.space))!r}")
     method: Any = METHODS.get(spec.method.name)
     same = issubclass(method, FlowMapMethod) and all(
@@ -103,6 +109,7 @@ def transformer_config(spec: ModelSpec) -> dict[str, Any]:
         "mean": list(space.codec.mean),
         "std": list(space.codec.std),
         "codec": space.codec.kind,
+        "pixel_range": space.codec.pixel_range,
     }
 
 

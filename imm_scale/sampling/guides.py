@@ -113,4 +113,5 @@ def _differences(ours: SampleSpace, theirs: SampleSpace) -> Sequence[str]:
 def _flat(space: SampleSpace) -> dict[str, Any]:
     fields = dataclasses.asdict(space)  # type: ignore[call-overload]
     codec = fields.pop("codec", {})
-    return {**fields, **codec}
+    stored = ("moments", "scale", "shift")  # how shards hold the same samples
+    return {**fields, **{key: value for key, value in codec.items() if key not in stored}}

@@ -150,7 +150,8 @@ class FlowMapTransformer(ModelMixin, ConfigMixin):
         two_step_grid: times visited in two steps where none are asked for: uniform or eta_1.4.
         sigma_data: standard deviation of samples and noise, as the net sees them.
         mean, std: per channel; a sample is std / sigma_data * (what the net sees) + mean.
-        codec: pixels, a sample is an image in [-1, 1], or vae, it is an autoencoder's latent without scaling factor.
+        codec: pixels, a sample is an image, or vae, it is an autoencoder's latent without scaling factor.
+        pixel_range: black and white of the image or of the autoencoder's: signed -1 and 1, unit 0 and 1.
     """
 
     _no_split_modules: ClassVar[list[str]] = ["Block"]
@@ -178,6 +179,7 @@ class FlowMapTransformer(ModelMixin, ConfigMixin):
         mean: list[float],
         std: list[float],
         codec: str,
+        pixel_range: str = "signed",
         mlp_ratio: float = 4.0,
         qk_norm: bool = False,
         time_input: str = "t",

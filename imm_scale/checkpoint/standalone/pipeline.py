@@ -229,7 +229,18 @@ class FlowMapPipeline(DiffusionPipeline):
             )
 
     def _check_guide(self) -> None:
-        same = ("channels", "height", "image_width", "num_classes", "trajectory", "sigma_data", "mean", "std", "codec")
+        same = (
+            "channels",
+            "height",
+            "image_width",
+            "num_classes",
+            "trajectory",
+            "sigma_data",
+            "mean",
+            "std",
+            "codec",
+            "pixel_range",
+        )
         if self.guide is not None and any(self.guide.config[key] != self.transformer.config[key] for key in same):
             raise ValueError(
                 f"the guide draws other samples than the transformer: both need the same {', '.join(same)}"
@@ -243,7 +254,7 @@ class FlowMapPipeline(DiffusionPipeline):
         raw = x_NCHW.float() / config.sigma_data * std + mean
         if config.codec == "vae":
             raw = torch.cat([self.vae.decode(z.to(self.vae.dtype)).sample for z in raw.split(DECODED_AT_ONCE)])
-        images = (raw.float() / 2 + 0.5).clamp(0, 1)
+        images = (raw.float() if config.pixel_range == "unit" else raw.float() / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
         arrays = images.permute(0, 2, 3, 1).cpu().numpy()

@@ -178,6 +178,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Job, np.n
     weights_hash = hashlib.sha256(Path(vae, "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
     codec = Codec("vae", weights_hash, 16, 4, 3, (0.1, -0.2, 0.0, 0.3), (0.7, 1.1, 0.9, 1.3))
     imm = _write(root / "imm", _spec(ImmConfig(t_min=0.006)))
+    unit = _write(root / "unit", _spec(ImmConfig(), Codec("pixels", "", 8, 1, 1, (0.4,), (0.3,), pixel_range="unit")))
     flow = _write(root / "flow", _spec(FlowMatchingConfig(flow_map=FlowMapConfig(second_time="none"))))
     cosine = ImmConfig(flow_map=FlowMapConfig("vp_cosine", "simple_edm", "t_minus_s"), label_drop=0.0)
     latents = _write(root / "latents", _spec(cosine, codec), vae=vae)
@@ -200,6 +201,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Job, np.n
         _job("unguided", latents, num_inference_steps=2, seed=0, output_type="latent"),
         _job("custom pipeline", imm, load={"custom_pipeline": imm, **REMOTE}, seed=1, output_type="latent"),
         _job("pixels", imm, num_inference_steps=2, seed=0),
+        _job("pixels of 0 to 1", unit, num_inference_steps=2, seed=0),
         _job("vae inside", latents, num_inference_steps=2, seed=0),
         _job("vae given", without, vae, num_inference_steps=2, seed=0),
     ]
@@ -239,7 +241,7 @@ def test_latents_drawn_elsewhere_are_ours(drawn):
     assert len(distinct) == len(sets) - 4
 
 
-@pytest.mark.parametrize("name", ["pixels", "vae inside", "vae given"])
+@pytest.mark.parametrize("name", ["pixels", "pixels of 0 to 1", "vae inside", "vae given"])
 def test_images_drawn_elsewhere_are_ours(name, drawn):
     _, theirs, ours = drawn[name]
     ours = ours[..., 0] if ours.shape[-1] == 1 else ours
