@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -20,6 +20,7 @@ from imm_scale import build, storage
 from imm_scale.build import ModelSpec
 from imm_scale.checkpoint import pipeline_folder
 from imm_scale.checkpoint.format import COMMITTED, Checkpoint, committed_steps
+from imm_scale.checkpoint.origin import Origin
 from imm_scale.config.load import from_yaml
 from imm_scale.errors import UserError
 from imm_scale.methods.flow_map import FlowMap
@@ -33,32 +34,6 @@ _ORIGIN_KEY = "imm_scale_weights"
 # Of folders as version 0.1 wrote them
 _CLASS_NAME = "ImmScaleFlowMap"
 _FOLDER_CONFIG = "config.json"
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Which weights an export holds; None is what it does not say, as one of imported weights or of version 0.1.
-
-    Attributes:
-        run: name of the run.
-        step, images_seen: of the checkpoint.
-        ema: decay of the moving average, 0 for the raw weights.
-    """
-
-    run: str | None = None
-    step: int | None = None
-    images_seen: int | None = None
-    ema: float | None = None
-
-    def check(self, source: str, ema: float | None, step: int | None) -> None:
-        """Raises UserError where another average or step is asked for than the one there is; None asks for none."""
-        for name, wanted, held in (("average", ema, self.ema), ("step", step, self.step)):
-            if wanted is not None and held is None:
-                raise UserError(f"{source} does not say which {name} it holds, {wanted!r} was asked for: leave it out")
-            if wanted is not None and wanted != held:
-                raise UserError(
-                    f"{source} holds weights of {name} {held!r} alone, not of {wanted!r}: leave it out, or name the run"
-                )
 
 
 def is_file(source: str) -> bool:

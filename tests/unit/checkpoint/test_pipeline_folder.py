@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from imm_scale import build, rng, sampling
 from imm_scale.checkpoint import export, pipeline_folder
+from imm_scale.checkpoint.origin import Origin
 from imm_scale.config.schema import SamplingConfig
 from imm_scale.data.manifest import Codec
 from imm_scale.data.spaces import Latents
@@ -257,7 +258,7 @@ def test_images_drawn_elsewhere_are_ours(name, drawn):
 
 def test_what_is_in_a_folder(tmp_path):
     spec = _spec(ImmConfig())
-    origin = export.Origin("run", 700, 44_800, 0.99)
+    origin = Origin("run", 700, 44_800, 0.99)
     folder = _write(tmp_path / "model", spec, origin=origin)
     assert sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()) == [
         "imm_scale.json",
