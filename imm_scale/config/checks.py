@@ -51,7 +51,7 @@ def _sampling(config: Config) -> None:
             "sampling.guidance_scale=1 is without guidance"
         )
     scale, drop = config.sampling.guidance_scale, getattr(config.method, "label_drop", None)
-    if scale != 1.0 and drop == 0.0:
+    if scale != 1.0 and drop == 0.0 and not config.sampling.guide.is_set:
         raise UserError(
             f"sampling.guidance_scale={scale} needs a net that is trained without labels now and then: set "
             "method.label_drop above 0 (0.1, say), or sampling.guidance_scale=1"

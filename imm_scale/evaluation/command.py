@@ -19,13 +19,14 @@ from imm_scale.evaluation.records import FOLDER
 from imm_scale.evaluation.sets import measure_images
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
+from imm_scale.sampling import guides
 from imm_scale.sampling import source as sources
 from imm_scale.sampling.job import open_artifacts
 from imm_scale.sampling.source import Source
 
 Announce = Callable[[str], None]
 # Keys of the config that each way of evaluating reads
-_SAMPLING = tuple(f"sampling.{item.name}" for item in dataclasses.fields(SamplingConfig))
+_SAMPLING = (*(f"sampling.{item.name}" for item in dataclasses.fields(SamplingConfig)), "sampling.guide.")
 _OF_SAMPLES = tuple(key for key in _SAMPLING if key not in ("sampling.steps", "sampling.num"))
 _OF_GALLERY = tuple(key for key in _SAMPLING if key not in ("sampling.num", "sampling.grid", "sampling.batch_size"))
 _COMMON = ("plugins", "seed", "data.manifest")
@@ -174,6 +175,8 @@ def _check_guidance(arguments: Arguments, config: Config) -> None:
 
 def _evaluate(arguments: Arguments, source: Source, config: Config, world: World, announce: Announce) -> None:
     scales = arguments.guidance or (config.sampling.guidance_scale,)
+    if not arguments.search:
+        guides.check_scales(config.sampling, scales)
 
     def at_all_scales(evaluator: Evaluator) -> None:
         for scale in scales:
@@ -227,7 +230,9 @@ def _write_search(arguments: Arguments, evaluator: Evaluator, optima: Sequence[s
     if evaluator.source.run_dir is None:
         return
     sampling = evaluator.config.sampling
-    computed = {"precision": sampling.precision, "compile": sampling.compile}
+    computed: dict[str, object] = {"precision": sampling.precision, "compile": sampling.compile}
+    if evaluator.model.guide is not None:
+        computed["guide"] = evaluator.model.guide.text
     key = hashlib.sha256(json.dumps([*arguments.search, computed, *map(str, optima)]).encode()).hexdigest()[:12]
     url = storage.join(evaluator.source.run_dir, "searches", f"step-{evaluator.source.step:08d}-{key}.json")
     storage.write_text(
