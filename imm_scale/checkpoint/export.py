@@ -103,6 +103,7 @@ def _read(source: str, ema: float | None, step: int | None) -> tuple[ModelSpec, 
 
 def _of_checkpoint(checkpoint: Checkpoint, ema: float | None) -> tuple[ModelSpec, Origin]:
     meta, config = checkpoint.meta, from_yaml(checkpoint.meta.config)  # whose plugins the spec may need
+    ema_state(checkpoint, ema)  # refuses an average that is not held
     decay = config.ema.decays[0] if ema is None else ema
     return ModelSpec.from_json(meta.spec), Origin(config.run.name, meta.step, meta.images_seen, decay)
 

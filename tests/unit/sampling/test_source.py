@@ -109,3 +109,15 @@ def test_guidance_of_a_run_that_always_saw_labels_is_refused_for_every_scale(tmp
 def test_an_empty_interval_of_guidance_is_refused_from_python_too(interval):
     with pytest.raises(errors.UserError, match="interval of times within 0 to 1"):
         draw.SamplingPlan(1, guidance_interval=interval)
+
+
+def test_a_run_without_averages_says_that_its_raw_weights_can_be_had(digits, tmp_path):
+    from imm_scale.checkpoint import export
+    from tests import ranks
+    from tests.conftest import TINY
+
+    words = [*TINY, f"data.manifest={digits}", f"run.dir={tmp_path}/run", "train.max_steps=1", "ema.decays=[]"]
+    ranks.train(1, *words)
+    with pytest.raises(errors.UserError, match=r"no moving average \(ema\.decays=\[\]\).*ema=0"):
+        export.read(f"{tmp_path}/run")
+    assert export.read(f"{tmp_path}/run", ema=export.RAW_WEIGHTS)[1]
