@@ -69,6 +69,8 @@ def _check_needs(metric: Metric, features: Features, reference: Reference, extra
     name = metric.config.name
     if "logits" in metric.needs and not features.classes:
         raise UserError(f"{name} needs class logits, {extractor.name} gives none: see evaluation.extractor.logits")
+    if "spatial" in metric.needs:
+        _check_spatial(name, features, reference, extractor)
     if "vectors" not in metric.needs:
         return
     if reference.kept is None:
@@ -79,6 +81,22 @@ def _check_needs(metric: Metric, features: Features, reference: Reference, extra
     if min(len(features.kept), len(reference.kept)) < _LEAST_COMPARED:
         ours, theirs = len(features.kept), len(reference.kept)
         raise UserError(f"{ours} samples and {theirs} of the reference are too few: at least 7 are needed")
+
+
+def _check_spatial(name: str, features: Features, reference: Reference, extractor: Extractor) -> None:
+    if not features.spatial_groups:
+        raise UserError(
+            f"{name} needs features with places, {extractor.name} gives none: name an output of four axes in "
+            "evaluation.extractor.spatial"
+        )
+    if reference.spatial is None:
+        raise UserError(
+            f"the reference has no moments of features with places (mu_s, sigma_s), which {name} needs: write it again "
+            "with imm-scale evaluate --make-reference and evaluation.extractor.spatial"
+        )
+    ours, theirs = len(features.spatial_groups[0].mean), len(reference.spatial.mean)
+    if ours != theirs:
+        raise UserError(f"{name}: the reference has {theirs} features with places, {extractor.name} gives {ours}")
 
 
 def warnings(count: int, dim: int, reference: Reference) -> list[str]:
