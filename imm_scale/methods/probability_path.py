@@ -28,6 +28,14 @@ class Interpolant(ABC):
         """Coefficient of the noise at times t, of the same shape."""
 
     @abstractmethod
+    def dalpha(self, t: Tensor) -> Tensor:
+        """d(alpha)/dt at times t, of the same shape."""
+
+    @abstractmethod
+    def dsigma(self, t: Tensor) -> Tensor:
+        """d(sigma)/dt at times t, of the same shape."""
+
+    @abstractmethod
     def eta_inverse(self, eta: Tensor) -> Tensor:
         """The time at which sigma / alpha = eta."""
 
@@ -72,6 +80,12 @@ class OTFlowMatching(Interpolant):
     def sigma(self, t: Tensor) -> Tensor:
         return t
 
+    def dalpha(self, t: Tensor) -> Tensor:
+        return -torch.ones_like(t)
+
+    def dsigma(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
     def eta_inverse(self, eta: Tensor) -> Tensor:
         return torch.where(torch.isinf(eta), torch.ones_like(eta), eta / (1.0 + eta))
 
@@ -94,6 +108,12 @@ class VPCosine(Interpolant):
     def sigma(self, t: Tensor) -> Tensor:
         return torch.sin(t * (math.pi / 2))
 
+    def dalpha(self, t: Tensor) -> Tensor:
+        return -self.rate * self.sigma(t)
+
+    def dsigma(self, t: Tensor) -> Tensor:
+        return self.rate * self.alpha(t)
+
     def eta_inverse(self, eta: Tensor) -> Tensor:
         return torch.atan(eta) * (2 / math.pi)
 
@@ -115,6 +135,30 @@ def build(trajectory: str) -> Interpolant:
     if trajectory not in TRAJECTORIES:
         raise UserError(f"trajectory {trajectory!r} is unknown; choose one of {', '.join(TRAJECTORIES)}")
     return TRAJECTORIES[trajectory]()
+
+
+# DDPM's linear schedule (arXiv 2006.11239, section 4): beta from 1e-4 to 0.02 over 1,000 steps, which DiT keeps.
+_DDPM_STEPS, _FIRST_BETA, _LAST_BETA = 1000, 1e-4, 0.02
+
+
+def _ddpm_log_alpha_bar(device: torch.device) -> Tensor:
+    """(1001,) fp64 log alpha-bar of data (step -1, where it is 0) and of DDPM's steps 0 to 999, decreasing."""
+    betas = torch.linspace(_FIRST_BETA, _LAST_BETA, _DDPM_STEPS, dtype=torch.float64, device=device)
+    return torch.cat([betas.new_zeros(1), torch.log1p(-betas).cumsum(0)])
+
+
+def ddpm_step(interp: Interpolant, t: Tensor) -> Tensor:
+    """The step of DDPM's linear schedule with the noise-to-data ratio of time t, a real number of the shape of t.
+
+    0 to 999 are the steps DDPM trains on, -1 is data; between them log alpha-bar is taken as linear. What is noisier
+    than step 999 is step 999.
+    """
+    table = _ddpm_log_alpha_bar(t.device)
+    wanted = -torch.log1p(interp.eta(t.double()).square())  # alpha-bar = alpha^2 / (alpha^2 + sigma^2)
+    wanted = torch.maximum(wanted, table[-1])
+    above = torch.searchsorted(-table, -wanted, right=True).clamp(1, _DDPM_STEPS)
+    before, after = table[above - 1], table[above]
+    return (above - 2 + (before - wanted) / (before - after)).to(t.dtype)
 
 
 def diffuse(interp: Interpolant, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:

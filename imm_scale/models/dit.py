@@ -1,5 +1,6 @@
 """The diffusion transformer (DiT, arXiv 2212.09748) with (t, s, label) conditioning."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from imm_scale import rng
 from imm_scale.choices import BackboneConfig, option
 from imm_scale.data.spaces import SampleSpace
 from imm_scale.errors import UserError
+from imm_scale.models import tangent
 from imm_scale.models.base import Architecture, Backbone
 from imm_scale.models.layers import ATTENTIONS, Block, FinalLayer, TimeEmbedder, position_table
 from imm_scale.registry import register_backbone
@@ -23,6 +25,8 @@ SIZES = {
     "XL": (1152, 28, 16),
 }
 PATCH_SIZES = (2, 4, 8)
+_LABELS = "y_embedder.weight"
+_SECOND_TIME = "s_embedder."
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class DiTConfig(Architecture):
     time_embedding: str = "positional"
     second_time: bool = True
 
+    MAY_DIFFER = frozenset({"dropout", "attention", "num_classes", "height", "image_width", "second_time"})
+
     def __post_init__(self) -> None:
         if self.width % self.heads or self.width % 4:
             raise UserError(f"model.width={self.width} must be a multiple of model.heads={self.heads} and of 4")
@@ -90,8 +96,13 @@ class DiTConfig(Architecture):
         return x, times, times if self.second_time else None, torch.zeros(samples, dtype=torch.int64)
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.height // self.patch_size, self.image_width // self.patch_size
+
+    @property
     def tokens(self) -> int:
-        return (self.height // self.patch_size) * (self.image_width // self.patch_size)
+        return self.grid[0] * self.grid[1]
 
 
 def size_config(size: str, **overrides: Any) -> DiTConfig:
@@ -145,7 +156,7 @@ class DiT(Backbone):
             Block(c.width, c.heads, c.mlp_ratio, c.qk_norm, c.dropout, c.attention) for _ in range(c.depth)
         )
         self.final_layer = FinalLayer(c.width, c.patch_size, c.channels)
-        table = position_table(c.width, c.height // c.patch_size, c.image_width // c.patch_size)
+        table = position_table(c.width, *c.grid)
         self.register_buffer("pos_embed", table[None], persistent=False)
         self._initialize()
 
@@ -175,6 +186,27 @@ class DiT(Backbone):
     def null_label(self) -> int:  # type: ignore[override]
         return self.config.num_classes
 
+    def adapted(
+        self, weights: dict[str, Tensor], source: DiTConfig, classes: Sequence[int | None], null_is_trained: bool
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """As in the base: rows of classes, a second time whose embedder answers 0, positions of this grid."""
+        made, notes = dict(weights), []
+        if source.grid != self.config.grid:
+            there, here = (" x ".join(map(str, grid)) for grid in (source.grid, self.config.grid))
+            notes.append(f"the net had {there} patches and has {here}: the sin-cos positions are computed for them")
+        table = weights.get(_LABELS)
+        if table is not None and (list(classes) != list(range(len(table) - 1)) or not null_is_trained):
+            made[_LABELS], note = _label_rows(table, classes, null_is_trained)
+            notes.append(note)
+        if self.s_embedder is None:
+            made = {name: value for name, value in made.items() if not name.startswith(_SECOND_TIME)}
+        elif not source.second_time:
+            new = {f"{_SECOND_TIME}{name}": value for name, value in self.s_embedder.state_dict().items()}
+            last = [f"{_SECOND_TIME}mlp.2.{name}" for name in ("weight", "bias")]
+            made |= new | {name: torch.zeros_like(new[name]) for name in last}
+            notes.append("the embedder of the second time is new and answers 0 at first: the net starts as it was")
+        return made, notes
+
     def _condition(self, c_noise_G: Tensor, second_G: Tensor | None, label_N: Tensor) -> Tensor:
         """(N, D) SiLU of the sum of the embeddings, which every adaLN takes; times are embedded once per group."""
         assert (second_G is not None) == self.config.second_time, "the flow map and the net disagree on the second time"
@@ -184,6 +216,26 @@ class DiT(Backbone):
         repeated = times.repeat_interleave(label_N.shape[0] // times.shape[0], dim=0)
         return F.silu(repeated + self.y_embedder(label_N))
 
+    def _condition_with_tangent(
+        self,
+        c_noise_G: Tensor,
+        dc_noise_G: Tensor,
+        second_G: Tensor | None,
+        dsecond_G: Tensor | None,
+        label_N: Tensor,
+        live: bool,
+    ) -> tuple[Tensor, Tensor]:
+        times, dtimes = self.t_embedder.with_tangent(c_noise_G, dc_noise_G, live)
+        if self.s_embedder is not None:
+            assert second_G is not None and dsecond_G is not None, (
+                "the flow map and the net disagree on the second time"
+            )
+            second, dsecond = self.s_embedder.with_tangent(second_G, dsecond_G, live)
+            times, dtimes = times + second, dtimes + dsecond
+        particles = label_N.shape[0] // times.shape[0]
+        times, dtimes = (part.repeat_interleave(particles, dim=0) for part in (times, dtimes))
+        return tangent.silu(times + self.y_embedder(label_N), dtimes, live)
+
     def _tokens(self, x_NCHW: Tensor) -> Tensor:
         # Contiguous: sums keep the layout of their first term, and every norm would copy a transposed residual stream.
         return self.x_embedder(x_NCHW).flatten(2).transpose(1, 2).contiguous() + self.pos_embed
@@ -191,7 +243,7 @@ class DiT(Backbone):
     def _image(self, tokens_NTD: Tensor) -> Tensor:
         """Tokens whose channels are ordered (row in patch, column in patch, channel) back to (N, C, H, W)."""
         c, p = self.config, self.config.patch_size
-        grid = tokens_NTD.view(-1, c.height // p, c.image_width // p, p, p, c.channels)
+        grid = tokens_NTD.view(-1, *c.grid, p, p, c.channels)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, c.channels, c.height, c.image_width)
 
     def _dropout_keys(self, dropout_key: Tensor | None) -> list[Tensor | None]:
@@ -232,8 +284,9 @@ class DiT(Backbone):
         in the backward pass, and let go of its gathered weights then. After the other order they keep all to its end.
         """
         second = None if second_t is None or second_r is None else torch.cat([second_t, second_r])
-        both = self._condition(torch.cat([c_noise_t, c_noise_r]), second, torch.cat([label, label]))
-        condition_t, condition_r = both.chunk(2)
+        samples = [len(x_t), len(x_r)]
+        both = self._condition(torch.cat([c_noise_t, c_noise_r]), second, torch.cat([label, label[: len(x_r)]]))
+        condition_t, condition_r = both.split(samples)
         with torch.no_grad():
             x_r = self._tokens(x_r)
         x_t = self._tokens(x_t)
@@ -252,6 +305,57 @@ class DiT(Backbone):
         with torch.no_grad():
             x_r = block(x_r, condition_r, key)
         return self.run_block(block, x_t, condition_t, key), x_r
+
+    def with_tangent(
+        self,
+        x: Tensor,
+        dx: Tensor,
+        c_noise: Tensor,
+        dc_noise: Tensor,
+        second: Tensor | None,
+        dsecond: Tensor | None,
+        label: Tensor,
+        dropout_key: Tensor | None = None,
+        live: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` and its tangent block by block: each block's weights are gathered once for both."""
+        condition, dcondition = self._condition_with_tangent(c_noise, dc_noise, second, dsecond, label, live)
+        with tangent.gradients(live):
+            dx = tangent.affine_tangent(self.x_embedder, dx, row_dims=3).flatten(2).transpose(1, 2).contiguous()
+        x = self._tokens(x)
+        for block, key in zip(self.blocks, self._dropout_keys(dropout_key), strict=True):
+            x, dx = self._block_with_tangent(block, x, dx, condition, dcondition, key, live)
+        out, dout = self.final_layer(x, condition, dx, dcondition, live)
+        return self._image(out), self._image(dout)
+
+    def _block_with_tangent(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        dx: Tensor,
+        condition: Tensor,
+        dcondition: Tensor,
+        key: Tensor | None,
+        live: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """In one call; apart where the value, alone, is to be recomputed for the backward pass."""
+        if live or not self.recomputes:
+            return self.run_block(block, x, condition, key, None, None, dx, dcondition, live)
+        with torch.no_grad():
+            _, dx = block(x, condition, key, None, None, dx, dcondition)
+        return self.run_block(block, x, condition, key), dx
+
+
+def _label_rows(table: Tensor, classes: Sequence[int | None], null_is_trained: bool) -> tuple[Tensor, str]:
+    """Rows (classes + 1, D) of the source's (its classes + 1, D), and a sentence; the last is "no label" in both."""
+    old, null = table[:-1], table[-1:] if null_is_trained else table[:-1].mean(dim=0, keepdim=True)
+    rows = [len(old) if number is None else number for number in classes]
+    new = sum(number is None for number in classes)
+    blank = "its row for no label" if null_is_trained else "the mean of its classes, as it never trained without label"
+    note = f"of {len(classes)} classes {len(classes) - new} start at rows of the source's {len(old)}"
+    note += f", {new} are new and start at {blank}" if new else ""
+    note += f"; so does the row for no label ({blank})" if not null_is_trained and not new else ""
+    return torch.cat([old, null])[torch.tensor([*rows, len(old)], device=table.device)], note
 
 
 def build(size: str, **overrides: Any) -> DiT:

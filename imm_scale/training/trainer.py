@@ -5,7 +5,7 @@ import torch
 from imm_scale import config as configs
 from imm_scale import storage
 from imm_scale.checkpoint import format as checkpoints
-from imm_scale.checkpoint import resume, run_folder
+from imm_scale.checkpoint import init_weights, resume, run_folder
 from imm_scale.checkpoint.async_saver import SaveTally, remove_leftovers
 from imm_scale.checkpoint.format import Checkpoint
 from imm_scale.config.schema import Config
@@ -39,7 +39,9 @@ def train(config: Config, world: World | None = None) -> Outcome:
     resume.check_run_folder(prepared)
     distributed.init(world, patience=watchdog.collective_patience(config.train.step_timeout))
     resume_point = resume.find(config, world)
-    if resume_point.checkpoint is not None:
+    if resume_point.checkpoint is None:
+        init_weights.check(prepared)
+    else:
         resume.check_net(resume_point.checkpoint, prepared.spec)
     if resume_point.step >= config.train.max_steps:
         if world.is_main:
