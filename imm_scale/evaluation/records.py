@@ -102,7 +102,11 @@ def _guidance(evaluation: Mapping[str, Any], result: Mapping[str, Any]) -> str |
     scale, interval = result.get("guidance_scale"), evaluation.get("guidance_interval")
     if scale is None or scale == 1.0:
         return None if scale is None else "1"
-    return None if interval is None else f"{scale:g}" + ("" if list(interval) == [0.0, 1.0] else f" in {interval}")
+    if interval is None:
+        return None
+    guide = evaluation.get("guide")  # weights of another net that it leads away from; without one, the null label
+    words = ["" if list(interval) == [0.0, 1.0] else f" in {interval}", "" if guide is None else f" from {guide[:12]}"]
+    return f"{scale:g}" + "".join(words)
 
 
 def differing(a: Conditions, b: Conditions) -> list[str]:

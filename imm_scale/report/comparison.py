@@ -10,7 +10,7 @@ _Result = dict[str, Any]  # as it stands in an evaluation file, with its `condit
 
 
 def lines(few: Iterable[_Result], many: Sequence[_Result]) -> list[str]:
-    """Each step count of IMM, best first, beside the flow-matching result of at least ten times as many steps.
+    """Each step count of a few-step method beside the flow-matching result of at least ten times as many steps.
 
     Both have to share every condition of `evaluation.records.conditions`, and to say so. Where samplers, grids or
     averages were tried under the same conditions, the best of each side stands for it.
@@ -27,7 +27,9 @@ def unlike(few: Iterable[_Result], many: Sequence[_Result]) -> list[str]:
         if longer and all(gaps):
             gap, theirs = min(zip(gaps, longer, strict=True), key=lambda pair: len(pair[0]))
             what = "; ".join(_difference(name, ours["conditions"], theirs["conditions"]) for name in gap)
-            left_out.append(f"IMM with {ours['steps']} beside {theirs['steps']} steps is no comparison: {what}")
+            left_out.append(
+                f"{_method(ours)} with {ours['steps']} beside {theirs['steps']} steps is no comparison: {what}"
+            )
     return left_out
 
 
@@ -61,9 +63,13 @@ def _ratio(ours: _Result, theirs: _Result) -> str:
     words += [f"guidance {shared['guidance']}"] if shared["guidance"] != "1" else []
     words += [str(shared["precision"])] if shared["precision"] != "fp32" else []
     return (
-        f"IMM with {ours['steps']} against flow matching with {theirs['steps']} steps: {values}{ratio}"
+        f"{_method(ours)} with {ours['steps']} against flow matching with {theirs['steps']} steps: {values}{ratio}"
         f"  ({', '.join([*words, str(shared['metric'])])})"
     )
+
+
+def _method(result: _Result) -> str:
+    return "IMM" if result["method"] == "imm" else str(result["method"]).replace("_", " ")
 
 
 def _difference(name: str, ours: Conditions, theirs: Conditions) -> str:

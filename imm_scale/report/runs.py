@@ -27,7 +27,7 @@ class Run:
 
     Attributes:
         evaluations: of the newest checkpoint that was measured.
-        distances: their results, each with its `run`, its training `step` and its `conditions`.
+        distances: their results, each with its `run` and `method`, its training `step` and its `conditions`.
     """
 
     dir: str
@@ -52,13 +52,20 @@ def read_run(run_dir: str) -> Run:
     evaluations = read_evaluations(run_dir)
     newest = max((e["step"] for e in evaluations), default=0)
     last = [e for e in evaluations if e["step"] == newest]
+    config = configs.from_yaml(storage.read_text(url))
     return Run(
         dir=run_dir,
-        config=configs.from_yaml(storage.read_text(url)),
+        config=config,
         records=run_folder.read_metrics(run_dir),
         evaluations=last,
         distances=[
-            {**result, "run": run_dir, "step": newest, "conditions": conditions(e, result)}
+            {
+                **result,
+                "run": run_dir,
+                "method": config.method.name,
+                "step": newest,
+                "conditions": conditions(e, result),
+            }
             for e in last
             for result in e["results"]
         ],
@@ -83,12 +90,12 @@ def _by_steps(name: str) -> tuple[int, str]:
 
 
 def _few_and_many(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    few = [d for run in runs if run.config.method.name == "imm" for d in run.distances]
+    few = [d for run in runs if run.config.method.name != "flow_matching" for d in run.distances]
     return few, [d for run in runs if run.config.method.name == "flow_matching" for d in run.distances]
 
 
 def comparisons(runs: Sequence[Run]) -> list[str]:
-    """Each step count of an IMM run beside what it may be held against (`comparison.lines`)."""
+    """Each step count of a few-step method beside what it may be held against (`comparison.lines`)."""
     return comparison.lines(*_few_and_many(runs))
 
 

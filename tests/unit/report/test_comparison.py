@@ -45,7 +45,7 @@ class _Run:
             (folder / FOLDER / f"step-00000001-{number:012x}.json").write_text(json.dumps(evaluation))
         self.evaluations = read_evaluations(str(folder))
         results = [(e, result) for e in self.evaluations for result in e["results"]]
-        self.distances = [{**result, "conditions": conditions(e, result)} for e, result in results]
+        self.distances = [{**result, "method": "imm", "conditions": conditions(e, result)} for e, result in results]
 
 
 def _printed(tmp_path: Path, few: list[dict[str, Any]], many: list[dict[str, Any]]) -> list[str]:
