@@ -104,8 +104,14 @@ class Evaluator:
                 "there is nothing to compare with: set evaluation.reference (an .npz of --make-reference) or "
                 "data.manifest (the training data)"
             )
+        if config.evaluation.reference is None and config.evaluation.reference_entry is not None:
+            entry = config.evaluation.reference_entry
+            raise UserError(
+                f"evaluation.reference_entry={entry} chooses from an evaluation.reference, and there is none"
+            )
         self.device = distributed.device(world)
         self.extractor = networks.open_extractor(config.evaluation.extractor, self.device)
+        measures.check(config.evaluation, self.extractor)
 
     @cached_property
     def model(self) -> Model:
@@ -242,6 +248,7 @@ class Evaluator:
 
     def _distance(self, sampling: SamplingConfig, evaluation: EvaluationConfig, steps: int) -> Distance:
         began = time.perf_counter()
+        measures.check_reference(evaluation.metrics, self.reference)
         num = evaluation.num or self.reference.count
         if num is None:
             raise UserError("the reference does not say how many images it is of: give --num (50,000 is the custom)")

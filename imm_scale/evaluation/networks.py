@@ -50,6 +50,10 @@ def open_extractor(config: ExtractorConfig, device: torch.device) -> Extractor:
         UserError: a network without its file and sha256, a file with another one, or a package that is missing.
     """
     if config.kind in ("latents", "pixels"):
+        if config.spatial is not None:
+            raise UserError(
+                f"evaluation.extractor.spatial={config.spatial} names an output of a network; {config.kind} have none"
+            )
         return Flat("latents" if config.kind == "latents" else "pixels", config.max_dim)
     return _open_network(config, preprocessing(config), device)
 

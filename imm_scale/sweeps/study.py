@@ -138,6 +138,18 @@ def _unlike(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def measured_under(rows: Sequence[Row]) -> str:
+    """Metric, samples, guidance and reference of the rows in words, every value there is."""
+
+    def values(text: Callable[[Row], str]) -> str:
+        return " or ".join(dict.fromkeys(map(text, rows)))
+
+    samples = values(lambda row: f"{row['repeats']} x {row['num']}")
+    guidance = values(lambda row: f"{row['guidance_scale']:g}")
+    reference = values(lambda row: row.get("reference") or "not recorded")
+    return f"{rows[0]['metric']} of {samples} samples, guidance {guidance}, reference {reference}"
+
+
 def _try(study: Study, what: str, action: Callable[[], None]) -> None:
     """A fit the data may not carry: then a note says why."""
     try:

@@ -159,6 +159,8 @@ def test_a_result_of_one_seed_has_no_spread(sweep):
 
 def test_a_study_says_what_its_cells_do_not_share(sweep):
     rows = [{"num": n, "repeats": 2, "reference": "a"} for n in (100, 90, 100)]
+    rows = [{**row, "guidance_scale": 1.0, "metric": "frechet"} for row in rows]
+    assert study.measured_under(rows) == "frechet of 2 x 100 or 2 x 90 samples, guidance 1, reference a"
     (note,) = study._unlike(rows)
     assert "different num (100, 90)" in note
 
