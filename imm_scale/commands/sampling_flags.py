@@ -20,7 +20,9 @@ def add_sampling_flags(parser: argparse.ArgumentParser, section: str) -> None:
     parser.add_argument("--batch-size", type=int, help="images held at once; sample i is the same whatever it is")
     parser.add_argument("--precision", help="of the network: fp32 (default), tf32, bf16 or fp16")
     parser.add_argument("--compile", action="store_true", help="compile the network first: worth it for many images")
-    parser.add_argument("--vae", help="folder of the AutoencoderKL that decodes vae latents")
+    parser.add_argument(
+        "--vae", help="folder or hub name of the AutoencoderKL that decodes vae latents; FOLDER:vae inside a pipeline"
+    )
 
 
 def overrides(args: argparse.Namespace) -> list[str]:

@@ -43,7 +43,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--second-time", choices=("s", "t_minus_s"), help="of imm, in place of what the file records")
     parser.add_argument("--heads", type=int, help="of sit and dit, attention heads of a net of no published size")
-    parser.add_argument("--vae", help="folder of the AutoencoderKL that decodes its latents")
+    parser.add_argument("--vae", help="folder or hub name of the AutoencoderKL that decodes its latents")
     _add_out(parser)
 
 

@@ -180,7 +180,9 @@ class SamplingConfig:
         "Times visited: uniform, edm (rho = 7 in eta), eta_1.4 (two steps), or a list as in 0.994,0.5,0; "
         "auto takes eta_1.4 for imm in two steps, else uniform.",
     )
-    vae: str | None = option(None, "Folder of the AutoencoderKL that decodes vae latents; pixels need none.")
+    vae: str | None = option(
+        None, "Folder or hub name of the AutoencoderKL that decodes vae latents (FOLDER:vae: a pipeline's)."
+    )
     ema: float | None = option(
         None, "Decay of the moving average to sample from; null takes the first, 0 the raw weights."
     )

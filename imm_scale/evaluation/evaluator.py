@@ -126,12 +126,10 @@ class Evaluator:
     @cached_property
     def reference(self) -> Reference:
         """As given, or of the training data; the latter is kept in the run folder's references/."""
-        given = self.config.evaluation.reference is not None
         evaluation = self.config.evaluation
+        given = evaluation.reference is not None
         result = reference.open_reference(evaluation, self.extractor) if given else self._of_training_data()
-        size = self.model.spec.space.image_size
-        fixed = size is not None and self.extractor.takes == "images"
-        result.check(self.extractor, (size, size) if fixed else None)
+        result.check(self.extractor, self.model.spec.space.image_shape if self.extractor.takes == "images" else None)
         return result
 
     def _of_training_data(self) -> Reference:
@@ -141,7 +139,7 @@ class Evaluator:
         key = [Manifest.load(url).hash, extractors.identity_hash(self.extractor.identity), self.config.seed, most]
         if self.extractor.takes == "images":
             key.append(self.config.sampling.vae_precision)
-        name = hashlib.sha256(json.dumps([*key, asdict(spec.space)]).encode()).hexdigest()[:12]
+        name = hashlib.sha256(json.dumps([*key, spec.space.to_fields()]).encode()).hexdigest()[:12]
         cache_url = storage.join(run_dir, "references", f"{name}.npz") if run_dir is not None else None
         is_cached = cache_url is not None and self.world.is_main and storage.exists(cache_url)
         if cache_url is not None and distributed.all_sum(_flag(is_cached)):

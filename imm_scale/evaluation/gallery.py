@@ -194,7 +194,9 @@ class _Training:
         spec = self._model.spec
         stored = [torch.from_numpy(self._dataset.read(i, i + 1)) for i in number.flatten().tolist()]
         index = number.flatten()
-        z = spec.space.from_stored(torch.cat(stored), self._seed, REFERENCE_POSTERIOR, index)
+        z = spec.space.reading(self._dataset.manifest).from_stored(
+            torch.cat(stored), self._seed, REFERENCE_POSTERIOR, index
+        )
         images = self._model.decode(z).numpy()
         return images.reshape(*number.shape, *images.shape[1:])
 

@@ -31,9 +31,9 @@ def measure_images(images: ImageSet, config: Config, world: World, announce: Cal
         raise UserError(f"{images.url} holds images: set evaluation.extractor.kind=pixels, torchscript or onnx")
     reference = open_reference(evaluation, extractor)
     measures.check(evaluation, extractor)
-    measures.check_reference(evaluation.metrics, reference)
     height, width = next(images.read())[1].shape[1:3]
     reference.check(extractor, (height, width))
+    measures.check_reference(evaluation.metrics, reference)
     collector = Collector(len(images), evaluation.compared, "image")
     for index, batch in shown(images.read(world.rank, world.size), len(images), world):
         collector.add(index, extractor(batch))

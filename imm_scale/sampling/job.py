@@ -145,7 +145,7 @@ class _SetOfSamples:
             "labels": f"sha256 {labels}" if len(plan.labels) > 1000 else list(plan.labels),
             "precision": plan.precision,
             "compile": plan.compile,
-            "space": dataclasses.asdict(spec.space),
+            "space": spec.space.to_fields(),
             "vae_precision": self.model.artifacts.precision if self.model.artifacts is not None else None,
             "latents": self.request.latents,
             "samples_per_call": SAMPLES_PER_CALL,
