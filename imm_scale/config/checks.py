@@ -23,7 +23,7 @@ def _positive(config: Config) -> None:
         "train.init_step train.holdout_every train.max_consecutive_skips train.step_timeout train.peak_flops "
         "optimizer.reference_images ema.images train.grad_clip sampling.num "
         "sampling.batch_size evaluation.repeats evaluation.num evaluation.compared evaluation.extractor.max_dim "
-        "evaluation.extractor.resize"
+        "evaluation.extractor.resize sampling.guide.step"
     )
     for key in keys.split():
         if values[key] is not None and values[key] <= 0:

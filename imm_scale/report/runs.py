@@ -139,7 +139,8 @@ def _sample_section(run: Run) -> str:
 def _caption(name: str) -> str:
     parts = name.removesuffix(".png").removeprefix("steps-").split("-")
     plural = "" if parts[0] == "1" else "s"
-    return f"{parts[0]} step{plural}" + (f", guidance {parts[2]}" if len(parts) > 2 else "")
+    guided = f", guidance {parts[2]}" if len(parts) > 2 else ""
+    return f"{parts[0]} step{plural}{guided}" + (f" by weights {parts[4]}" if len(parts) > 4 else "")
 
 
 def _config_section(runs: Sequence[Run]) -> str:

@@ -129,6 +129,7 @@ def _is_as_asked(config: Config, evaluation: Mapping[str, Any]) -> bool:
         all(evaluation.get(key, value) == value for key, value in wanted.items())
         and all(made_of.get(key, value) == value for key, value in network.items())
         and (evaluation.get("reference_file") is None) == (asked.reference is None)
+        and (evaluation.get("guide") is not None) == (sampling.guide.is_set and sampling.guidance_scale != 1.0)
     )
 
 
@@ -214,8 +215,10 @@ def _result_columns(cell: Cell, result: dict[str, Any] | None) -> dict[str, Any]
         "mean": result["mean"],
         "std": result["std"],
         "error": error_of(result),
-        # Forward passes per image already count guidance twice, and Heun's second look.
-        "inference_flops": cell.forward_flops * result["function_evaluations"],
+        # Forward passes per image already count guidance twice, and Heun's second look; a guide has a cost of its own.
+        "inference_flops": result["flops_per_image"]
+        if result.get("guide")
+        else cell.forward_flops * result["function_evaluations"],
     }
 
 

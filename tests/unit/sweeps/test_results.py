@@ -125,7 +125,7 @@ def test_results_in_other_precisions_than_the_sweeps_are_not_its_rows(sweep):
     [
         {"num": 90}, {"repeats": 1}, {"labels": "0-4"}, {"grid": "edm"}, {"ema": "weight"}, {"guidance_scale": 1.5},
         {"reference_file": "ab" * 32}, {"extractor": {"kind": "pixels", "name": "pixels", "id": "ab" * 32}},
-        {"steps": 3}, {"guidance_interval": [0.2, 0.8]}, {"seed": 1000}, {"sampler": "restart"},
+        {"steps": 3}, {"guidance_interval": [0.2, 0.8]}, {"seed": 1000}, {"sampler": "restart"}, {"guide": "ab" * 32},
     ],
     ids=lambda changes: next(iter(changes)),
 )  # fmt: skip
