@@ -25,6 +25,7 @@ def _run(args: argparse.Namespace) -> int:
         say(f"{storage.address(args.out)} shows the runs as they train, and reloads by itself")
     from imm_scale.report import runs, sweeps
 
+    storage.check_writable(storage.parent(args.out))  # before all is read
     if sweeps.check_single(args.runs):
         if args.watch:
             raise UserError(f"--watch is for runs, {args.runs[0]} is a sweep")
@@ -64,4 +65,5 @@ REPORT = Command(
   imm-scale report runs/demo/imm runs/demo/flow_matching --out runs/demo/report.html
   imm-scale report RUN OTHER --watch --draw --until evaluated
   imm-scale report sweeps/digits_scaling --out digits_scaling.html --figures docs/images/digits_scaling""",
+    interrupted="nothing is half-written, the same command starts over",
 )

@@ -1,8 +1,13 @@
 """Flags that `sample` and `evaluate` have in common, and the overrides they stand for."""
 
 import argparse
+from typing import TYPE_CHECKING
 
+from imm_scale.commands.base import numbers
 from imm_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from imm_scale.config import Config
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, section: str) -> None:
@@ -13,6 +18,9 @@ def add_sampling_flags(parser: argparse.ArgumentParser, section: str) -> None:
     parser.add_argument("--num", type=int, help="samples per step count")
     parser.add_argument("--seed", type=int, help="seed of the starting noise")
     parser.add_argument("--guidance", metavar="W[,W...]", help="guidance scales w, as in 1,1.5,2; 1 is off")
+    parser.add_argument("--guide", help="a weaker net that guidance leads away from: a run, a checkpoint, an export")
+    parser.add_argument("--guide-step", type=int, help="step of the guide; without --guide of the same run")
+    parser.add_argument("--guide-ema", type=float, help="decay of the guide's average, 0 for its raw weights")
     parser.add_argument("--labels", help="classes in turn: all, 0-9 or 3,7; or counts of each: 0:500,3-4:100")
     parser.add_argument("--grid", help="time grid: auto, uniform, edm, eta_1.4 or times as in 0.994,0.5,0")
     parser.add_argument("--sampler", help="pushforward, restart, pushforward_restart or heun")
@@ -33,10 +41,13 @@ def overrides(args: argparse.Namespace) -> list[str]:
     if wrong:
         raise UserError(f"{wrong[0]!r} is not an override (key=value)")
     flags = {
-        f"{args.section}.steps": f"[{args.steps}]" if args.steps else None,
+        f"{args.section}.steps": None if args.steps is None else f"[{args.steps}]",
         "sampling.seed": args.seed,
-        "sampling.labels": f"'{args.labels}'" if args.labels else None,
+        "sampling.labels": args.labels,
         "sampling.ema": args.ema,
+        "sampling.guide.source": args.guide,
+        "sampling.guide.step": args.guide_step,
+        "sampling.guide.ema": args.guide_ema,
         "sampling.batch_size": args.batch_size,
         "sampling.grid": args.grid,
         "sampling.sampler": args.sampler,
@@ -50,3 +61,13 @@ def overrides(args: argparse.Namespace) -> list[str]:
     if args.num is not None and args.labels is not None and ":" in args.labels:
         raise UserError(f"--num {args.num} beside --labels {args.labels}: the counts say how many, leave --num out")
     return [f"{key}={value}" for key, value in flags.items() if value is not None] + args.positionals
+
+
+def guidance_of(args: argparse.Namespace, config: "Config") -> tuple[float, ...]:
+    """The scales of --guidance, else the config's, each as good as in the config. Raises UserError."""
+    from imm_scale import config as configs
+
+    scales = numbers(args.guidance, "--guidance") or (config.sampling.guidance_scale,)
+    for scale in scales:
+        configs.changed(config, {"sampling.guidance_scale": scale}, f"--guidance {args.guidance}")
+    return scales

@@ -15,20 +15,22 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         default="safetensors",
-        help="safetensors: one file; diffusers: config.json and diffusion_pytorch_model.safetensors in a folder",
+        help="safetensors: one file; diffusers: a folder that DiffusionPipeline.from_pretrained loads",
     )
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN | FILE.safetensors | FOLDER")
     parser.add_argument("--ema", type=float, help="decay of the average; default the first, 0 for the raw weights")
+    parser.add_argument("--step", type=int, help="of the run's checkpoint; default the newest")
+    parser.add_argument("--vae", help="folder of the AutoencoderKL of its latents, to put into a diffusers folder")
     _add_out(parser)
 
 
 def _export(args: argparse.Namespace) -> int:
     from imm_scale.checkpoint import export
 
-    export.export(args.run, args.out, args.ema, format=args.format)
+    export.export(args.run, args.out, args.ema, args.step, args.format, args.vae)
     print(args.out)
     return 0
 
@@ -76,7 +78,9 @@ EXPORT = Command(
     _export,
     """examples:
   imm-scale export runs/demo/imm --out digits.safetensors --ema 0.995
-  imm-scale export digits.safetensors --out digits --format diffusers""",
+  imm-scale export digits.safetensors --out digits --format diffusers
+  imm-scale export runs/xl --step 200000 --out xl --format diffusers --vae /models/sd-vae-ft-mse""",
+    interrupted="nothing is half-written, the same command starts over",
 )
 IMPORT = Command(
     _add_import,
@@ -86,4 +90,5 @@ IMPORT = Command(
   imm-scale import imagenet256_s_a1.pkl --out s_a1.safetensors --second-time s
   imm-scale import SiT-XL-2-256x256.pt --from sit --out sit_xl2.safetensors --vae /models/sd-vae-ft-ema
   imm-scale import DiT-XL-2-256x256.pt --from dit --out dit_xl2.safetensors""",
+    interrupted="nothing is half-written, the same command starts over",
 )

@@ -107,7 +107,7 @@ class VAECodec:
             raise UserError(f"the vae codec needs diffusers ({error}): pip install 'imm-scale[vae]'") from error
         folder = _local_folder(folder)
         weights = os.path.join(folder, _WEIGHTS)
-        self.weights_hash = _file_sha256(weights)
+        self.folder, self.weights_hash = folder, _file_sha256(weights)
         options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}  # as is, and without warnings
         model: Any = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
         self._model = model.to(device).eval().requires_grad_(False)

@@ -5,6 +5,7 @@
 Times are per group, in fp64, of shape (G,): the N = G * M samples of a call are G groups of M neighbours.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -38,7 +39,7 @@ class FlowMapConfig:
     second_time: Literal["s", "t_minus_s", "none"] = option(
         "s", "How the net is told where to land: s, t - s (best at XL with a = 2), or not at all (flow matching)."
     )
-    time_scale: float = option(1000.0, "Times are multiplied by this before they are embedded.")
+    time_scale: float = option(1000.0, "Times are multiplied by this before they are embedded.", range="(0, inf)")
     time_input: Literal["t", "ddpm_step"] = option(
         "t", "What is embedded of a time: itself, or the step (0 to 999) of DDPM's linear schedule as noisy (DiT)."
     )
@@ -46,8 +47,6 @@ class FlowMapConfig:
     def validate(self) -> None:
         """Raises UserError where the three do not fit together."""
         check(self.trajectory, self.parameterization, self.second_time)
-        if self.time_scale <= 0:
-            raise UserError(f"method.flow_map.time_scale={self.time_scale} must be above 0")
 
 
 class Coefficients(NamedTuple):
@@ -166,7 +165,12 @@ class FlowMap(nn.Module):
         parameterization, second_time, sigma_data, time_scale: app C.5; `second_time` = `none` hides s from G.
         null_label: the label that stands for "no condition", or None for a net that has none.
         time_input: `t`, or `ddpm_step` for G to be told times as `probability_path.ddpm_step` counts them.
+
+    Attributes:
+        guide: the weaker map that guidance leads away from; None leads away from the null label.
     """
+
+    guide: "FlowMap | None"
 
     def __init__(
         self,
@@ -189,6 +193,23 @@ class FlowMap(nn.Module):
         self.time_scale = time_scale
         self.null_label = null_label
         self.time_input = time_input
+        self.guide = None
+
+    def guided_by(self, guide: "FlowMap") -> "FlowMap":
+        """The same map and weights with a guide (autoguidance, Karras et al. 2024, arXiv 2406.02507).
+
+        Raises:
+            UserError: another trajectory: the two would mean different things by x_t.
+        """
+        if guide.interp.name != self.interp.name:
+            raise UserError(
+                f"the guide was trained on trajectory {guide.interp.name}, the model on {self.interp.name}: "
+                "at one time they expect different noise; take a guide of the same trajectory"
+            )
+        guided = copy.copy(self)
+        guided._modules = dict(self._modules)
+        guided.guide = guide
+        return guided
 
     def coefficients(self, s: Tensor, t: Tensor) -> Coefficients:
         """c_in, c_skip and c_out of this map (app C.5) for times (G,)."""
@@ -225,20 +246,25 @@ class FlowMap(nn.Module):
             x_t: (N, ...) samples at time t, fp32 or fp64.
             s, t: (G,) fp64 target and source times; N is a multiple of G.
             label: (N,) class labels.
-            guidance_scale: w replaces G by w G(label) + (1 - w) G(null); 1 is off and costs nothing.
+            guidance_scale: w replaces G by w G(label) + (1 - w) G(null); with a guide g it is w f + (1 - w) g, which
+                is g + w (f - g), both of the label. 1 is off and costs nothing.
 
         Raises:
-            UserError: guidance on a net without a null label.
+            UserError: guidance on a net without a null label or a guide.
         """
         c = self.coefficients(s, t)
         scaled, times = self._net_input(x_t, c, self._net_dtype(x_t)), self._c_noise(s, t)
         out = self.model(scaled, *times, label).to(x_t.dtype)
-        if guidance_scale != 1.0:
+        if guidance_scale != 1.0 and self.guide is None:
             if self.null_label is None:
                 raise UserError(f"guidance_scale={guidance_scale} needs a net with a null label; use guidance_scale=1")
             unconditional = self.model(scaled, *times, torch.full_like(label, self.null_label)).to(x_t.dtype)
             out = guidance_scale * out + (1.0 - guidance_scale) * unconditional
-        return self._assemble(x_t, c, out)
+        jump = self._assemble(x_t, c, out)
+        if guidance_scale != 1.0 and self.guide is not None:
+            # Of the maps, not of G: the guide may predict something else. Where it does not, the two are the same.
+            jump = guidance_scale * jump + (1.0 - guidance_scale) * self.guide(x_t, s, t, label)
+        return jump
 
     def pair(
         self,

@@ -69,7 +69,7 @@ def _rows(sampling: SamplingConfig) -> list[int]:
 def _picture(run_dir: str, step: int, device: torch.device) -> bytes:
     """PNG with a row for each step count and a column for each noise and its class."""
     source = Source(run_dir, run_dir, step)
-    sampling = config_of(source, []).sampling
+    sampling = config_of(source, [], ["sampling."]).sampling
     model = Model.load(source, sampling, device)
     steps = _rows(sampling)
     drawn = [model.decode(gallery.draw(model, sampling, n, gallery.COLUMNS)).numpy() for n in steps]

@@ -21,14 +21,16 @@ from imm_scale.errors import UserError
 from imm_scale.methods.flow_map import FlowMap
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
-from imm_scale.sampling import outputs
+from imm_scale.sampling import guides, outputs
 from imm_scale.sampling.draw import SAMPLES_PER_CALL, Drawer, SamplingPlan, check_machine, plan_of
+from imm_scale.sampling.guides import Guide
 from imm_scale.sampling.parts import Parts
 from imm_scale.sampling.source import Source
 
 Announce = Callable[[str], None]
 FORMAT_VERSION = 1
 TELL_SECONDS = 60.0
+READS = ("plugins", "sampling.")  # keys of the config
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Model:
     flow_map: FlowMap
     artifacts: Artifacts | None
     weights_id: str
+    guide: Guide | None = None
 
     @classmethod
     def load(cls, source: Source, config: SamplingConfig, device: torch.device, decoding: bool = True) -> "Model":
@@ -75,7 +78,20 @@ class Model:
         check_machine(config)
         spec, flow_map = export.load_flow_map(source.weights_url, config.ema)
         artifacts = open_artifacts(spec.space, config, device) if decoding else None
-        return cls(spec, flow_map.to(device), artifacts, export.identity(spec, flow_map))
+        model = cls(spec, flow_map.to(device), artifacts, export.identity(spec, flow_map))
+        guide = guides.load(source, config)
+        return model if guide is None else model.guided_by(guide)
+
+    def guided_by(self, guide: Guide) -> "Model":
+        """The model with a guide. Raises UserError for one that does not fit."""
+        guide.flow_map.to(next(self.flow_map.parameters()).device)
+        return dataclasses.replace(
+            self, flow_map=guides.put(self.flow_map, self.spec, self.weights_id, guide), guide=guide
+        )
+
+    def guide_of(self, plan: SamplingPlan) -> Guide | None:
+        """The guide where a plan uses it."""
+        return self.guide if plan.guidance_scale != 1.0 else None
 
     def decode(self, z_N: Tensor) -> Tensor:
         """uint8 (N, H, W, channels) images of samples (N, ...)."""
@@ -99,21 +115,27 @@ def run(source: Source, config: SamplingConfig, request: Request, world: World, 
     Raises:
         UserError: whatever the user can mend.
     """
+    storage.check_writable(request.out)
+    guides.check_scales(config, request.guidance)
     model = Model.load(source.at_newest(), config, distributed.device(world))
+    sets = []  # all of them before the first is drawn: what cannot be drawn is said at once
     for scale in request.guidance:
         for steps in config.steps:
             chosen = dataclasses.replace(config, guidance_scale=scale)
             plan = plan_of(chosen, model.spec, steps, config.num, config.seed)
-            _SetOfSamples(model, plan, request, source, world, announce if world.is_main else _silent).finish()
+            sets.append(_SetOfSamples(model, plan, request, source, world, announce if world.is_main else _silent))
+    for one in sets:
+        one.finish()
 
 
 def _silent(line: str) -> None:
     """What the other ranks announce."""
 
 
-def stem(plan: SamplingPlan) -> str:
+def stem(plan: SamplingPlan, guide: Guide | None = None) -> str:
     """Name of a set of samples."""
-    return f"steps-{plan.steps}" + ("" if plan.guidance_scale == 1.0 else f"-guidance-{plan.guidance_scale:g}")
+    guidance = "" if plan.guidance_scale == 1.0 else f"-guidance-{plan.guidance_scale:g}"
+    return f"steps-{plan.steps}{guidance}" + ("" if guide is None else f"-guide-{guide.weights_id[:8]}")
 
 
 class _SetOfSamples:
@@ -127,12 +149,13 @@ class _SetOfSamples:
         self.drawer = Drawer(model.flow_map, model.spec, plan)
         self.settings = self._settings()
         self.identity = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
-        self.stem = storage.join(request.out, stem(plan))
+        self.name = stem(plan, model.guide_of(plan))
+        self.stem = storage.join(request.out, self.name)
         self.parts = Parts(f"{self.stem}.shards", self.identity, plan.batches)
 
     def _settings(self) -> dict[str, Any]:
         """All that decides the bits of a sample."""
-        plan, spec = self.plan, self.model.spec
+        plan, spec, guide = self.plan, self.model.spec, self.model.guide_of(self.plan)
         labels = hashlib.sha256(json.dumps(plan.labels).encode()).hexdigest()
         return {
             "weights": self.model.weights_id,
@@ -151,6 +174,7 @@ class _SetOfSamples:
             "samples_per_call": SAMPLES_PER_CALL,
             "device": next(self.model.flow_map.parameters()).device.type,
             "torch": torch.__version__,
+            **({} if guide is None else {"guide": guide.weights_id}),
         }
 
     # --- drawing ---
@@ -171,7 +195,7 @@ class _SetOfSamples:
         speed = f"{drawn} samples in {seconds:.1f} s, {drawn / seconds:.1f} a second on {self.world.size} ranks"
         self._close(written, {"seconds": seconds, "samples_drawn": drawn, "samples_kept": reused})
         reuse_note = f"; {reused} were there already" if reused else ""
-        self.announce("\n".join([*written, f"{stem(self.plan)}: {speed}{reuse_note}"]))
+        self.announce("\n".join([*written, f"{self.name}: {speed}{reuse_note}"]))
 
     def _missing(self) -> list[int]:
         """Parts yet to be drawn, the same list on every rank; ranks share the checking."""
@@ -188,7 +212,7 @@ class _SetOfSamples:
         mine = missing[self.world.rank :: self.world.size]
         total = sum(stop - start for start, stop in (self.parts.ranges[part] for part in mine))
         hidden = None if self.world.is_main else True  # None: shown on a terminal only
-        name = stem(self.plan) + (f", rank 0 of {self.world.size}" if self.world.size > 1 else "")
+        name = self.name + (f", rank 0 of {self.world.size}" if self.world.size > 1 else "")
         last_report = began = time.monotonic()
         with tqdm(total=total, desc=name, unit="image", disable=hidden) as bar:
             for done, part in enumerate(mine):
@@ -234,6 +258,7 @@ class _SetOfSamples:
 
     def _close(self, written: list[str], speed: dict[str, Any]) -> None:
         """The record of the whole, last of all; then the parts go, unless they are wanted as they are."""
+        guide = self.model.guide_of(self.plan)
         record = {
             "format_version": FORMAT_VERSION,
             "identity": self.identity,
@@ -241,6 +266,7 @@ class _SetOfSamples:
             "formats": list(self.request.formats),
             "outputs": written,
             "source": storage.shown(self.source.url),
+            "guide": None if guide is None else guide.text,
             "function_evaluations": self.plan.function_evaluations(self.drawer.times),
             "settings": self.settings,
             "ranks": self.world.size,

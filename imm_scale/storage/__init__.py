@@ -1,6 +1,7 @@
 """Files on any fsspec URL, whole and by ranges."""
 
 from imm_scale.storage.files import (
+    check_writable,
     create_bytes,
     exists,
     is_temporary,
@@ -24,6 +25,7 @@ __all__ = [
     "OnRetry",
     "RetryPolicy",
     "address",
+    "check_writable",
     "create_bytes",
     "exists",
     "is_local",
