@@ -70,6 +70,9 @@ def _complete(config: Config) -> bool:
 
 
 def _refuse_second_job(run_dir: str) -> None:
+    from imm_scale.checkpoint import run_lock
+
+    run_lock.check_free(run_dir)
     job = submissions.last_job(run_dir)
     if job is not None and not submissions.is_over(submissions.state_of(job)):
         run = shlex.quote(run_dir)

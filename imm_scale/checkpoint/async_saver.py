@@ -28,6 +28,7 @@ from imm_scale.checkpoint import format as checkpoints
 from imm_scale.checkpoint import run_folder
 from imm_scale.checkpoint.format import Meta, Piece
 from imm_scale.checkpoint.host_copy import HostCopy
+from imm_scale.checkpoint.run_lock import LostLockError, RunLock
 from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
 from imm_scale.parallel import world as distributed
@@ -67,15 +68,22 @@ class Saver:
     Args:
         slices: what this rank saves, live.
         tally: of the saves before these, to be counted on; None: there were none.
+        lock: of the run folder, asked before anything is removed, written or committed; None: nobody else is there.
 
     Raises:
         UserError: on every rank, where one has no memory for the copy.
     """
 
     def __init__(
-        self, plan: Plan, world: World, engine: Engine, slices: Sequence[ParamSlice], tally: SaveTally | None = None
+        self,
+        plan: Plan,
+        world: World,
+        engine: Engine,
+        slices: Sequence[ParamSlice],
+        tally: SaveTally | None = None,
+        lock: RunLock | None = None,
     ):
-        self._plan, self._world, self._engine = plan, world, engine
+        self._plan, self._world, self._engine, self._lock = plan, world, engine, lock
         self._tally = tally or SaveTally()
         # Made once: writing YAML and asking for versions takes longer than the copy of a small state.
         self._words = (configs.to_yaml(plan.config), plan.spec.to_json(), run_folder.versions())
@@ -181,9 +189,9 @@ class Saver:
         stages: Sequence[Callable[[], None]] = (
             lambda: pieces.extend(self._copy.take()),
             # A damaged checkpoint that the run went back behind may still be there.
-            lambda: checkpoints.remove(url) if rank == 0 else None,
+            lambda: self._discard(url) if rank == 0 else None,
             lambda: checkpoints.write_rank(url, rank, pieces, self._staging),
-            lambda: checkpoints.commit(url, meta) if rank == 0 else None,
+            lambda: self._commit(url, meta) if rank == 0 else None,
         )
         problem = self._in_step(stages)
         if problem:
@@ -191,10 +199,23 @@ class Saver:
             problem = f"cannot write checkpoint {storage.shown(url)}: {problem}"
             log.warning("%s; training goes on, the checkpoint before is intact", problem)
         if rank == 0:
-            left = _attempt(lambda: checkpoints.remove(url) if problem else self._tidy(meta, committed))
+            left = _attempt(lambda: self._discard(url) if problem else self._tidy(meta, committed))
             if left:
                 log.warning("after the save of step %d: %s", meta.step, left)
         return problem
+
+    def _still_ours(self) -> None:
+        """Raises LostLockError where another start has the folder."""
+        if self._lock is not None:
+            self._lock.verify()
+
+    def _discard(self, url: str) -> None:
+        self._still_ours()
+        checkpoints.remove(url)
+
+    def _commit(self, url: str, meta: Meta) -> None:
+        self._still_ours()
+        checkpoints.commit(url, meta)
 
     def _in_step(self, stages: Iterable[Callable[[], None]]) -> str:
         """Does one after the other on all ranks, each once the one before has worked on all; what kept one from it."""
@@ -240,6 +261,8 @@ def _attempt(action: Callable[[], None]) -> str:
     """
     try:
         return distributed.error_of(action)
+    except LostLockError as error:
+        return str(error)
     except Exception as error:
         log.exception("a save did not expect this")
         return f"{type(error).__name__}: {error}"

@@ -7,6 +7,7 @@ from imm_scale import build
 from imm_scale.checkpoint import resume
 from imm_scale.checkpoint.async_saver import Saver, SaveTally
 from imm_scale.checkpoint.format import Checkpoint
+from imm_scale.checkpoint.run_lock import RunLock
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.deepspeed_engine import Engine
 from imm_scale.parallel.ema import ShardedEma
@@ -21,6 +22,7 @@ class State:
 
     Args:
         saves: of this start so far, before a rewind.
+        lock: of the run folder; None: nobody else can be there.
 
     Attributes:
         step, images_seen: the clock; steps that were skipped or stepped over count.
@@ -28,7 +30,14 @@ class State:
         guards: what the guards remember.
     """
 
-    def __init__(self, plan: Plan, world: World, resumed: Checkpoint | None, saves: SaveTally | None = None):
+    def __init__(
+        self,
+        plan: Plan,
+        world: World,
+        resumed: Checkpoint | None,
+        saves: SaveTally | None = None,
+        lock: RunLock | None = None,
+    ):
         self.plan, self.world = plan, world
         config, layout = plan.config, plan.layout
         self.device = distributed.device(world)
@@ -37,7 +46,7 @@ class State:
             resume.load_init_weights(net, plan)
         self.engine = Engine(config, net, method, layout)
         self.ema = ShardedEma(self.engine.master_slices(), config.ema.decays, config.ema_power)
-        self.saver = Saver(plan, world, self.engine, self.ema.saved_slices(), saves)
+        self.saver = Saver(plan, world, self.engine, self.ema.saved_slices(), saves, lock)
         self.step = self.images_seen = 0
         self.stepped_over: list[tuple[int, int]] = []
         self.guards: dict[str, Any] = {}

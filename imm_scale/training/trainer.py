@@ -1,13 +1,16 @@
 """A run from its config to its last checkpoint."""
 
+import sys
+
 import torch
 
 from imm_scale import config as configs
 from imm_scale import storage
 from imm_scale.checkpoint import format as checkpoints
-from imm_scale.checkpoint import resume, run_folder
+from imm_scale.checkpoint import resume, run_folder, run_lock
 from imm_scale.checkpoint.async_saver import SaveTally, remove_leftovers
 from imm_scale.checkpoint.format import Checkpoint
+from imm_scale.checkpoint.run_lock import LostLockError, RunLock
 from imm_scale.config.schema import Config
 from imm_scale.data.sample_order import Layout
 from imm_scale.errors import UserError
@@ -38,33 +41,53 @@ def train(config: Config, world: World | None = None) -> Outcome:
     prepared = plan(config, world.size)
     resume.check_run_folder(prepared)
     distributed.init(world, patience=watchdog.collective_patience(config.train.step_timeout))
-    found = resume.find(config, world)
-    if found.checkpoint is not None:
-        resume.check_net(found.checkpoint, prepared.spec)
-    if found.step >= config.train.max_steps:
-        if world.is_main:
-            print(f"{config.run_dir} is complete: step {config.train.max_steps} is committed")
+    if _is_complete(config, world):
         return "completed"
-    check_wandb_key(config, world)
-    distributed.barrier()  # no rank writes before all have read
-    with StopSignals(config.train.stop_signals) as signals:
-        _claim_run_folder(prepared, world)
-        set_up_logging(config.run_dir, world.rank)
-        for words in found.passed_over:
-            log.warning(words)
-        try:
-            remove_leftovers(config, world)
-            context = RunContext(
-                *watchdog.hosts_and_call(world), signals, stop_signals.deadline(config.train.stop_before)
-            )
-            return _train(prepared, world, context, found.checkpoint)
-        except torch.OutOfMemoryError as error:
-            remedy = _out_of_memory(config, prepared.layout, error)
-            _note_failure(config.run_dir, remedy, world.rank)
-            raise remedy from error
-        except (UserError, RuntimeError, OSError) as error:
-            _note_failure(config.run_dir, error, world.rank)
-            raise
+    with run_lock.held(config.run_dir, world, _say) as lock:
+        resume.check_run_folder(prepared)  # once more: another start may have come and gone since
+        found = resume.find(config, world)
+        if found.checkpoint is not None:
+            resume.check_net(found.checkpoint, prepared.spec)
+        check_wandb_key(config, world)
+        distributed.barrier()  # no rank writes before all have read
+        with StopSignals(config.train.stop_signals) as signals:
+            return _start(prepared, world, lock, signals, found)
+
+
+def _is_complete(config: Config, world: World) -> bool:
+    """Whether there is nothing left to do, so that a folder that may only be read will do."""
+    steps = checkpoints.committed_steps(config.run_dir) if world.is_main else []
+    there = bool(steps) and steps[-1] >= config.train.max_steps
+    if not distributed.gather_objects(there, world)[0] or resume.find(config, world).step < config.train.max_steps:
+        return False
+    if world.is_main:
+        print(f"{config.run_dir} is complete: step {config.train.max_steps} is committed")
+    return True
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _start(prepared: Plan, world: World, lock: RunLock, signals: StopSignals, found: resume.Found) -> Outcome:
+    """Writes into the folder, which is this run's from here on; a failure is noted there."""
+    config = prepared.config
+    _write_config(prepared, world)
+    set_up_logging(config.run_dir, world.rank)
+    for words in found.passed_over:
+        log.warning(words)
+    try:
+        remove_leftovers(config, world)
+        deadline = stop_signals.deadline(config.train.stop_before)
+        context = RunContext(*watchdog.hosts_and_call(world), signals, deadline, lock)
+        return _train(prepared, world, context, found.checkpoint)
+    except torch.OutOfMemoryError as error:
+        remedy = _out_of_memory(config, prepared.layout, error)
+        _note_failure(config.run_dir, remedy, world.rank, lock)
+        raise remedy from error
+    except (UserError, RuntimeError, OSError) as error:
+        _note_failure(config.run_dir, error, world.rank, lock)
+        raise
 
 
 def _train(prepared: Plan, world: World, context: RunContext, checkpoint: Checkpoint | None) -> Outcome:
@@ -72,7 +95,7 @@ def _train(prepared: Plan, world: World, context: RunContext, checkpoint: Checkp
     config = prepared.config
     rewinds, rewind, saves = Rewinds(config.train.max_rewinds), None, SaveTally()
     while True:
-        state = State(prepared, world, checkpoint, saves)
+        state = State(prepared, world, checkpoint, saves, context.lock)
         if rewind is not None:
             rewinds.add(rewind, state.step, config.train.global_batch_size)
         state.step_over(rewinds.ranges)
@@ -91,12 +114,11 @@ def _train(prepared: Plan, world: World, context: RunContext, checkpoint: Checkp
         return outcome
 
 
-def _claim_run_folder(prepared: Plan, world: World) -> None:
+def _write_config(prepared: Plan, world: World) -> None:
     run_dir = prepared.config.run_dir
 
     def write() -> None:
         if world.is_main:
-            storage.make_folder(run_dir)
             storage.write_text(storage.join(run_dir, "config.yaml"), configs.to_yaml(prepared.config))
             run_folder.write_status(run_dir, "running", step=0)
 
@@ -110,6 +132,8 @@ def _finish(loop: Loop, outcome: Outcome) -> None:
     state, signals = loop.state, loop.context.signals
     distributed.barrier()
     if state.world.is_main:
+        if loop.context.lock is not None:
+            loop.context.lock.verify()
         reason = "max_steps is reached"
         if outcome == "preempted":
             reason = f"{signals.heard or 'a signal on another rank or the end of the job'} asked the run to stop"
@@ -134,10 +158,12 @@ def _out_of_memory(config: Config, layout: Layout, error: torch.OutOfMemoryError
     return UserError(f"the GPU's memory is too small: {said}. Take {ways}. `imm-scale plan` shows what fits")
 
 
-def _note_failure(run_dir: str, error: Exception, rank: int) -> None:
+def _note_failure(run_dir: str, error: Exception, rank: int, lock: RunLock) -> None:
+    """Writes what ended this rank, unless the folder is another start's by now."""
     log.error("failed: %s", error)
-    steps = checkpoints.committed_steps(run_dir)
     try:
+        lock.verify()
+        steps = checkpoints.committed_steps(run_dir)
         run_folder.write_failure(run_dir, str(error), step=steps[-1] if steps else 0, rank=rank)
-    except OSError as second:
+    except (OSError, LostLockError) as second:
         log.error("status.json could not be written: %s", second)
