@@ -55,10 +55,10 @@ class Run:
         manifest = _manifest(str(self.folder)) if self.world.is_main else f"{self.folder}/latents/manifest.json"
         world.barrier()
         batch = 16 * self.world.size
-        words = [f"model.width={width}", f"model.depth={depth}", "model.heads=4", f"zero.stage={stage}"]
-        words += [f"train.global_batch_size={batch}", "train.micro_batch_size=16", "wandb.mode=disabled"]
-        words += [f"data.manifest={manifest}", f"run.dir={self.folder}/run", "train.keep_last=2"]
-        self.config = configs.load([], words).config
+        overrides = [f"model.width={width}", f"model.depth={depth}", "model.heads=4", f"zero.stage={stage}"]
+        overrides += [f"train.global_batch_size={batch}", "train.micro_batch_size=16", "wandb.mode=disabled"]
+        overrides += [f"data.manifest={manifest}", f"run.dir={self.folder}/run", "train.keep_last=2"]
+        self.config = configs.load([], overrides).config
         prepared = plan(self.config, self.world.size)
         flow_map = build.net(prepared.spec)
         self.engine = Engine(self.config, flow_map, build.method(prepared.spec), prepared.layout)

@@ -54,12 +54,12 @@ class Check:
 
     name: str
     expected: str
-    found: str
+    observed: str
     passed: bool | None
 
     def __str__(self) -> str:
-        word = {True: "PASS", False: "FAIL", None: "SKIP"}[self.passed]
-        return f"{word}  {self.name:<26} {self.found}  (expected: {self.expected})"
+        status = {True: "PASS", False: "FAIL", None: "SKIP"}[self.passed]
+        return f"{status}  {self.name:<26} {self.observed}  (expected: {self.expected})"
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,11 @@ class Bench:
     def device(self) -> torch.device:
         return distributed.device(self.world)
 
-    def words(self, *more: str) -> list[str]:
+    def overrides(self, *more: str) -> list[str]:
         samples = SAMPLES[self.small]
-        words = [f"data.manifest={self.out}/latents/manifest.json", "wandb.mode=disabled", "ema.decays=[0.999]"]
-        words += [f"train.global_batch_size={samples * self.world.size}", f"train.micro_batch_size={samples}"]
-        return [*words, *(SMALL_NET if self.small else ("model.size=DiT-XL/2",)), *more]
+        base = [f"data.manifest={self.out}/latents/manifest.json", "wandb.mode=disabled", "ema.decays=[0.999]"]
+        base += [f"train.global_batch_size={samples * self.world.size}", f"train.micro_batch_size={samples}"]
+        return [*base, *(SMALL_NET if self.small else ("model.size=DiT-XL/2",)), *more]
 
 
 def make_data(out: Path) -> None:
@@ -90,9 +90,9 @@ def make_data(out: Path) -> None:
 
 
 @contextmanager
-def opened(bench: Bench, *words: str) -> Iterator[Callable[[], float]]:
+def opened(bench: Bench, *overrides: str) -> Iterator[Callable[[], float]]:
     """A step on random latents of an engine, which gives this rank's share of the loss."""
-    config = configs.load([], bench.words(*words)).config
+    config = configs.load([], bench.overrides(*overrides)).config
     prepared = plan(config, bench.world.size)
     layout, shape = prepared.layout, (1, 8, 8) if bench.small else (4, 32, 32)
     spec = build.model_spec(config, unseen(shape, 10 if bench.small else 1000))
@@ -129,15 +129,15 @@ def gloo(bench: Bench) -> Iterator[Check]:
 
 def contexts(bench: Bench) -> Iterator[Check]:
     """A process on each GPU, after steps and saves with all their threads: no rank has a context on GPU 0 besides."""
-    words = bench.words(f"run.dir={bench.out}/contexts", "train.max_steps=4", "train.checkpoint_every=2")
-    assert train(configs.load([], [*words, *SMALL_NET]).config, bench.world) == "completed"
-    mine = _processes() if bench.world.local_rank == 0 else None
+    overrides = bench.overrides(f"run.dir={bench.out}/contexts", "train.max_steps=4", "train.checkpoint_every=2")
+    assert train(configs.load([], [*overrides, *SMALL_NET]).config, bench.world) == "completed"
+    processes = _processes() if bench.world.local_rank == 0 else None
     distributed.barrier()  # nobody leaves, and makes no context, while it is counted
-    nodes = [counts for counts in distributed.gather_objects(mine, bench.world) if counts is not None]
-    found = "; ".join(", ".join(f"{n} on GPU {gpu}" for gpu, n in sorted(counts.items())) for counts in nodes)
+    nodes = [counts for counts in distributed.gather_objects(processes, bench.world) if counts is not None]
+    observed = "; ".join(", ".join(f"{n} on GPU {gpu}" for gpu, n in sorted(counts.items())) for counts in nodes)
     visible = all(nodes) and torch.cuda.is_available()
     passed = all(n == 1 for counts in nodes for n in counts.values()) if visible else None
-    yield Check("contexts", "1 process on each GPU", found if visible else "nvidia-smi shows none here", passed)
+    yield Check("contexts", "1 process on each GPU", observed if visible else "nvidia-smi shows none here", passed)
 
 
 def _processes() -> dict[str, int]:
@@ -153,13 +153,13 @@ def reduction(bench: Bench) -> Iterator[Check]:
     """What 16 bits cost a sum of gradients over ranks, and what they save."""
     numel = 1 << (16 if bench.small else 27)
     generator = torch.Generator(bench.device).manual_seed(bench.world.rank)
-    mine = torch.randn(numel, device=bench.device, generator=generator)
-    exact = mine.double()
+    gradient = torch.randn(numel, device=bench.device, generator=generator)
+    exact = gradient.double()
     dist.all_reduce(exact)
     errors, times = {}, {}
     for dtype in (torch.float32, torch.bfloat16):
-        dist.all_reduce(mine.to(dtype, copy=True))  # the first one sets up
-        total = mine.to(dtype, copy=True)
+        dist.all_reduce(gradient.to(dtype, copy=True))  # the first one sets up
+        total = gradient.to(dtype, copy=True)
         times[dtype] = _seconds(lambda total=total: dist.all_reduce(total), bench.device)  # type: ignore[misc]
         errors[dtype] = float((total.double() - exact).norm() / exact.norm())
     low, high = errors[torch.bfloat16], errors[torch.float32]
@@ -197,7 +197,7 @@ def stage3(bench: Bench) -> Iterator[Check]:
         bench.counts.clear()
         alone = _seconds(step, bench.device)
         sent = dict(bench.counts)
-    net = configs.load([], bench.words("model.depth=8")).config
+    net = configs.load([], bench.overrides("model.depth=8")).config
     weights = 4 * _parameters(net, bench.small)
     gathered, scattered = sent.get("gather", 0) / weights, sent.get("scatter", 0) / weights
     yield Check("stage 3, gathered", "<= 2.05 x the weights", f"{gathered:.2f}", 1.0 < gathered <= 2.05)
@@ -221,14 +221,14 @@ def run_checks(out: Path, small: bool) -> list[Check]:
     counts = traffic.listen()
     world = distributed.detect()
     distributed.init(world)
-    bench, found = Bench(world, out, small, counts), []
+    bench, checks = Bench(world, out, small, counts), []
     for check in CHECKS:
         for line in check(bench):
-            found.append(line)
+            checks.append(line)
             if world.is_main:
                 print(line, flush=True)
     distributed.shutdown()
-    return found
+    return checks
 
 
 # --- a rank that dies or hangs ---
@@ -238,38 +238,38 @@ def write_run(out: Path, small: bool) -> None:
     """DIR/run.yaml: a run long enough to be broken, on any number of ranks up to 16."""
     net = SMALL_NET if small else ("model.width=384", "model.depth=8", "model.heads=6")
     steps = ["train.max_steps=120", "train.checkpoint_every=10"] if small else ["train.max_steps=3000"]
-    words = [f"data.manifest={out}/latents/manifest.json", f"run.dir={out}/run", "train.global_batch_size=64"]
-    words += ["train.checkpoint_every=20", "train.log_every=1", f"train.step_timeout={STEP_TIMEOUT}"]
-    words += ["wandb.mode=disabled", "train.keep_last=3"]
+    overrides = [f"data.manifest={out}/latents/manifest.json", f"run.dir={out}/run", "train.global_batch_size=64"]
+    overrides += ["train.checkpoint_every=20", "train.log_every=1", f"train.step_timeout={STEP_TIMEOUT}"]
+    overrides += ["wandb.mode=disabled", "train.keep_last=3"]
     make_data(out)
-    (out / "run.yaml").write_text(configs.to_yaml(configs.load([], [*words, *net, *steps]).config))
+    (out / "run.yaml").write_text(configs.to_yaml(configs.load([], [*overrides, *net, *steps]).config))
 
 
 def _pid_of(job: str, rank: int) -> int:
     """The process of a rank of this job, as its environment tells."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
+            argv = (folder / "cmdline").read_bytes().split(b"\0")
             env = dict(pair.split(b"=", 1) for pair in (folder / "environ").read_bytes().split(b"\0") if b"=" in pair)
         except OSError:
             continue  # it has ended, or is another's
         ids = (env.get(b"SLURM_JOB_ID", b"").decode(), env.get(b"SLURM_PROCID", b"").decode())
-        if ids == (job, str(rank)) and b"imm_scale" in words and b"python" in words[0]:
+        if ids == (job, str(rank)) and b"imm_scale" in argv and b"python" in argv[0]:
             return int(folder.name)
     raise RuntimeError(f"rank {rank} of job {job} is not on this node")
 
 
-def break_a_rank(out: Path, word: str) -> None:
+def break_a_rank(out: Path, name: str) -> None:
     """Sends rank 1 SIGKILL or SIGSTOP once the run is at step 25, and notes how long the step of the job lasts then."""
     run_dir, job = str(out / "run"), os.environ["SLURM_JOB_ID"]
     while len(read_metrics(run_dir)) < BREAK_AT:
         time.sleep(0.5)
-    os.kill(_pid_of(job, 1), signal.Signals[f"SIG{word}"])
+    os.kill(_pid_of(job, 1), signal.Signals[f"SIG{name}"])
     began = time.monotonic()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of the requeue that follows: there is a line to write yet
     while not History.load(run_dir, job).ended:
         time.sleep(0.1)
-    (out / "broken.json").write_text(json.dumps({"signal": word, "seconds": time.monotonic() - began}))
+    (out / "broken.json").write_text(json.dumps({"signal": name, "seconds": time.monotonic() - began}))
 
 
 def verdict(out: Path) -> list[Check]:
@@ -299,14 +299,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.command == "checks":
-        found = run_checks(args.out, args.size == "small")
+        checks = run_checks(args.out, args.size == "small")
     elif args.command == "verdict":
-        found = verdict(args.out)
-        print("\n".join(map(str, found)), flush=True)
+        checks = verdict(args.out)
+        print("\n".join(map(str, checks)), flush=True)
     else:
-        found = []
+        checks = []
         write_run(args.out, args.size == "small") if args.command == "prepare" else break_a_rank(args.out, args.signal)
-    return int(any(check.passed is False for check in found))
+    return int(any(check.passed is False for check in checks))
 
 
 if __name__ == "__main__":

@@ -120,14 +120,14 @@ def peer(python: str, folder: Path, shards: int, remote: str | None) -> float:
     env = {**os.environ, "S3_ENDPOINT_URL": os.environ.get("AWS_ENDPOINT_URL", ""), "TOKENIZERS_PARALLELISM": "false"}
     script = str(Path(__file__).with_name("loader_peer.py"))
     command = [python, script, str(folder / "mds"), str(shards), remote or ""]
-    done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
-    return float(done.stdout.split()[-1])
+    result = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+    return float(result.stdout.split()[-1])
 
 
 def measure(name: str, runs: Callable[[], float], repeats: int) -> float:
-    found = [runs() for _ in range(repeats)]
-    print(f"  {name:42} {statistics.median(found):10,.0f} samples/s", flush=True)
-    return statistics.median(found)
+    rates = [runs() for _ in range(repeats)]
+    print(f"  {name:42} {statistics.median(rates):10,.0f} samples/s", flush=True)
+    return statistics.median(rates)
 
 
 def compare(where: str, url: dict[str, str], args: argparse.Namespace, folder: Path, remote: str | None) -> None:
@@ -140,7 +140,7 @@ def compare(where: str, url: dict[str, str], args: argparse.Namespace, folder: P
         "ours, normalized": lambda: rate(lambda: ours(url["pixels"]), args.samples),
         "ours, drawn and normalized": lambda: rate(lambda: ours(url["vae"]), args.samples),
     }
-    found = {name: measure(name, run, args.repeats) for name, run in counted.items()}
+    rates = {name: measure(name, run, args.repeats) for name, run in counted.items()}
     peers = {
         "stock webdataset, npy decoded": lambda: rate(lambda: stock(root, True), args.samples),
         "stock webdataset, raw bytes": lambda: rate(lambda: stock(root, False), args.samples),
@@ -152,7 +152,7 @@ def compare(where: str, url: dict[str, str], args: argparse.Namespace, folder: P
         peers["plain ranged reading"] = lambda: rate(lambda: ranged(root), args.samples)
     for name, run in peers.items():
         other = measure(name, run, args.repeats)
-        print("    " + "; ".join(f"{mine} {value / other:.2f} times" for mine, value in found.items()))
+        print("    " + "; ".join(f"{mine} {value / other:.2f} times" for mine, value in rates.items()))
 
 
 def main() -> None:

@@ -119,10 +119,10 @@ def _operators(method: str, depth: int, half: bool, checkpointing: bool) -> int:
 def main() -> None:
     for method in METHODS:
         for compiled in (False, True):
-            found = launches(method, compiled)
+            counts = launches(method, compiled)
             print(
-                f"{method:<14} {'compiled' if compiled else 'eager':<9} {found.around + found.graphs} around the "
-                f"blocks ({found.graphs} of them in graphs), {found.a_block} a block"
+                f"{method:<14} {'compiled' if compiled else 'eager':<9} {counts.around + counts.graphs} around the "
+                f"blocks ({counts.graphs} of them in graphs), {counts.a_block} a block"
             )
 
 

@@ -27,8 +27,8 @@ def main() -> None:
     shard_of = np.repeat(np.arange(SHARDS), shards)
     class_of = np.random.default_rng(0).integers(0, 1000, SAMPLES)
     for name, groups in (("shards", shard_of), ("classes", class_of)):
-        found = mixing.mixture(first, args.batch, groups)
-        print(f"{name} in a batch: {found.groups:.1f}, full shuffle {found.groups_shuffled:.1f}")
+        mixture = mixing.mixture(first, args.batch, groups)
+        print(f"{name} in a batch: {mixture.groups:.1f}, full shuffle {mixture.groups_shuffled:.1f}")
     for window in (1, args.block):
         again = mixing.meeting_again(first, second, args.batch, window)
         print(f"samples that met within {window} steps meet again {again:.4f} times as often as under a full shuffle")

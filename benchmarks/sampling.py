@@ -108,9 +108,9 @@ def digits(spec: ModelSpec) -> Moments:
 
 def moments(z: Tensor) -> Moments:
     features = LATENTS(z).features
-    found = Moments(features.shape[1])
-    found.add(features)
-    return found
+    accumulated = Moments(features.shape[1])
+    accumulated.add(features)
+    return accumulated
 
 
 def frechet(flow_map: FlowMap, spec: ModelSpec, chosen: SamplingPlan, reference: Moments, repeats: int = 5) -> Frechet:
@@ -147,14 +147,14 @@ def report(spec: ModelSpec, flow_map: FlowMap, steps: Sequence[int], repeats: in
             chosen = plan(spec, count, name, compiled)
             why = possible(name, compiled)
             if why:
-                print(f"| {count} | {words(name, compiled)} | skipped: {why} | | |", flush=True)
+                print(f"| {count} | {label(name, compiled)} | skipped: {why} | | |", flush=True)
                 continue
             error = error_against_fp64(flow_map, spec, chosen, exact)
-            found = frechet(flow_map, spec, chosen, reference, repeats)
-            print(f"| {count} | {words(name, compiled)} | {_shown(error)} | {_beside(found, base)} |", flush=True)
+            distance = frechet(flow_map, spec, chosen, reference, repeats)
+            print(f"| {count} | {label(name, compiled)} | {_shown(error)} | {_beside(distance, base)} |", flush=True)
 
 
-def words(name: str, compiled: bool) -> str:
+def label(name: str, compiled: bool) -> str:
     return name + (" compiled" if compiled else " eager")
 
 
@@ -162,11 +162,11 @@ def _shown(error: Error) -> str:
     return f"{error.mean:.2e} ± {error.standard_error:.0e}"
 
 
-def _beside(found: Frechet, base: Frechet) -> str:
+def _beside(distance: Frechet, base: Frechet) -> str:
     """The distance, and its mean difference to another on the same seeds, with the standard error of that."""
-    pairs = [a - b for a, b in zip(found.values, base.values, strict=True)]
+    pairs = [a - b for a, b in zip(distance.values, base.values, strict=True)]
     spread = statistics.stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else 0.0
-    return f"{found.mean:.4f} ± {found.std:.4f} | {statistics.fmean(pairs):+.1e} ± {spread:.0e}"
+    return f"{distance.mean:.4f} ± {distance.std:.4f} | {statistics.fmean(pairs):+.1e} ± {spread:.0e}"
 
 
 def main() -> None:

@@ -45,8 +45,8 @@ def report_particles(args: argparse.Namespace) -> None:
     sizes, config = (2, 4, 8, 16), size_config(args.size)
     cases = [Case(config, args.samples, "bf16", compiled=False, particles=m) for m in sizes]
     times = seconds([case.step for case in cases], args.rounds)
-    for m, taken in zip(sizes, times, strict=True):
-        print(f"  M = {m:<3} {ratio(taken, times[1])}")
+    for m, values in zip(sizes, times, strict=True):
+        print(f"  M = {m:<3} {ratio(values, times[1])}")
 
 
 def main() -> None:

@@ -73,8 +73,8 @@ class Tree:
 
     def __init__(self, root: Path):
         self.root = root.resolve()
-        found = (path.relative_to(self.root) for path in sorted(self.root.rglob("*.py")))
-        self.files = [path for path in found if not _is_test(path)]
+        paths = (path.relative_to(self.root) for path in sorted(self.root.rglob("*.py")))
+        self.files = [path for path in paths if not _is_test(path)]
         self.modules = {path: ast.parse((self.root / path).read_text()) for path in self.files}
 
     @cached_property
@@ -145,11 +145,11 @@ class Tree:
     @cached_property
     def _classes(self) -> dict[str, list[ast.ClassDef]]:
         """By name; a name may stand in several files."""
-        found: dict[str, list[ast.ClassDef]] = {}
+        classes: dict[str, list[ast.ClassDef]] = {}
         for node in itertools.chain.from_iterable(map(ast.walk, self.modules.values())):
             if isinstance(node, ast.ClassDef):
-                found.setdefault(node.name, []).append(node)
-        return found
+                classes.setdefault(node.name, []).append(node)
+        return classes
 
     def _is_inherited(self, function: Function) -> bool:
         return function.owner is not None and any(
@@ -258,11 +258,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("benchmarks.structure", description=__doc__.split("\n\n")[0])
     parser.add_argument("folders", nargs="+", metavar="[NAME=]FOLDER", help="a tree of Python, a column of the table")
     folders: list[str] = parser.parse_args(argv).folders
-    named = [text.partition("=")[::2] if "=" in text else (Path(text).name, text) for text in folders]
-    for _, folder in named:
+    columns = [text.partition("=")[::2] if "=" in text else (Path(text).name, text) for text in folders]
+    for _, folder in columns:
         if not any(Path(folder).rglob("*.py")):
             parser.error(f"no Python files under {folder}")
-    print(table({name: rows(Tree(Path(folder))) for name, folder in named}))
+    print(table({name: rows(Tree(Path(folder))) for name, folder in columns}))
 
 
 if __name__ == "__main__":

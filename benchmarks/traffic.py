@@ -35,8 +35,8 @@ def _counting(
     function: Callable[..., Any], counts: Counter[str], kind: str, position: int, keywords: tuple[str, ...]
 ) -> Callable[..., Any]:
     def counted(*args: Any, **options: Any) -> Any:
-        named = [options[keyword] for keyword in keywords if keyword in options]
-        counts[kind] += _bytes(args[position] if len(args) > position else named[0])
+        by_keyword = [options[keyword] for keyword in keywords if keyword in options]
+        counts[kind] += _bytes(args[position] if len(args) > position else by_keyword[0])
         return function(*args, **options)
 
     return counted

@@ -53,17 +53,17 @@ def _device(name: str) -> str:
     except RuntimeError as error:
         raise UserError(f"--device {name} is no device of torch: use cpu, cuda or, say, cuda:1") from error
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        seen = torch.cuda.device_count()
-        raise UserError(f"--device {name}: torch sees {seen} GPUs here; use another or --device cpu")
+        count = torch.cuda.device_count()
+        raise UserError(f"--device {name}: torch sees {count} GPUs here; use another or --device cpu")
     return str(world.device(world.detect())) if name == "cuda" else name
 
 
-def _set_precision(codec: ImageCodec, asked: str) -> None:
+def _set_precision(codec: ImageCodec, name: str) -> None:
     """Raises UserError for tf32 where nothing, or no GPU, computes in it."""
-    if asked != "fp32" and codec.kind != "vae":
-        raise UserError(f"--precision {asked} is for --codec vae: {codec.kind} computes nothing")
-    precision.check(asked, "--precision")
-    codec.precision = asked
+    if name != "fp32" and codec.kind != "vae":
+        raise UserError(f"--precision {name} is for --codec vae: {codec.kind} computes nothing")
+    precision.check(name, "--precision")
+    codec.precision = name
 
 
 def load_images(folder: str) -> Pack:

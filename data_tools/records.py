@@ -96,9 +96,9 @@ def check_manifest(out: str, identity: Identity) -> None:
     _check_same(existing, identity, url)
 
 
-def _check_same(existing: Identity, wanted: Identity, url: str) -> None:
-    if existing != wanted:
-        raise UserError(f"{url} is of another codec ({existing}) than asked for ({wanted}): choose another --out")
+def _check_same(existing: Identity, requested: Identity, url: str) -> None:
+    if existing != requested:
+        raise UserError(f"{url} is of another codec ({existing}) than asked for ({requested}): choose another --out")
 
 
 def finished(out: str, i: int, source: ImageShard, identity: Identity) -> Record | None:
@@ -140,9 +140,9 @@ def finalize(images: str, out: str, pack: Pack, records: list[Record | None]) ->
         )
     parts = [record for record in records if record is not None]
     expected = {stem(i) for i in range(len(parts))}
-    found = {name.split(".")[0] for name in storage.list_names(out) if re.match(r"latents-\d+\.", name)}
-    if found != expected:
-        raise UserError(f"{out} holds shards of no image shard ({_listed(sorted(found - expected))}): remove them")
+    existing = {name.split(".")[0] for name in storage.list_names(out) if re.match(r"latents-\d+\.", name)}
+    if existing != expected:
+        raise UserError(f"{out} holds shards of no image shard ({_listed(sorted(existing - expected))}): remove them")
     counts = {record.shard.name: (record.shard.samples, pack.shards[i].samples) for i, record in enumerate(parts)}
     wrong = [name for name, (encoded, packed) in counts.items() if encoded != packed]
     if len(counts) != len(parts) or wrong:

@@ -135,14 +135,14 @@ def _number(raw: _Raw, names: list[str] | None, source: str) -> Source:
     kinds = {type(label) for label in raw.labels}
     if len(kinds) != 1:
         raise UserError(f"{source} has labels that are numbers and labels that are names: make them one kind")
-    found = sorted(set(raw.labels), key=lambda label: (str(type(label)), label))
+    labels = sorted(set(raw.labels), key=lambda label: (str(type(label)), label))
     if kinds == {int}:
-        names = names or [str(i) for i in range(int(found[-1]) + 1)]
+        names = names or [str(i) for i in range(int(labels[-1]) + 1)]
         number: dict[int | str, int] = {i: i for i in range(len(names))}
     else:
-        names = names or [str(label) for label in found]
+        names = names or [str(label) for label in labels]
         number = {name: i for i, name in enumerate(names)}
-    unknown = [label for label in found if label not in number]
+    unknown = [label for label in labels if label not in number]
     if unknown:
         raise UserError(
             f"label {unknown[0]!r} of {raw.names[raw.labels.index(unknown[0])]} is none of the {len(names)} classes of "
@@ -160,9 +160,9 @@ def _files_of_kind(source: str) -> list[str]:
             raise UserError(f"--source {source}: a folder, .zip, .tar or .parquet is needed")
         return [source]
     for extension in (".tar", ".parquet"):
-        found = sorted(entry.path for entry in os.scandir(source) if entry.name.lower().endswith(extension))
-        if found:
-            return found
+        files = sorted(entry.path for entry in os.scandir(source) if entry.name.lower().endswith(extension))
+        if files:
+            return files
     return []
 
 
@@ -190,11 +190,11 @@ def _zip(files: list[str]) -> _Raw:
         members = sorted(name for name in _open_zip(path).namelist() if not name.endswith("/"))
     except zipfile.BadZipFile as error:
         raise UserError(f"--source {path} is no readable ZIP file: {error}") from error
-    kept = [name for name in members if not any(p.startswith((".", "__MACOSX")) for p in name.split("/"))]
-    split = [name.split("/") for name in kept]
+    visible = [name for name in members if not any(p.startswith((".", "__MACOSX")) for p in name.split("/"))]
+    split = [name.split("/") for name in visible]
     while split and len({parts[0] for parts in split}) == 1 and min(len(parts) for parts in split) > 2:
         split = [parts[1:] for parts in split]
-    for name, parts in zip(kept, split, strict=True):
+    for name, parts in zip(visible, split, strict=True):
         if len(parts) < 2:
             raise UserError(f"{path}: {name} lies in no class folder: one folder per class is needed")
         raw.add(f"{path}:{name}", parts[0], ZipMember(path, name))

@@ -46,15 +46,15 @@ def find(out: str, task_index: int | None, num_tasks: int | None, env: Mapping[s
     return Tasks(array.index * world.size + world.rank, array.count * world.size)
 
 
-def _agree_on_arguments(out: str, asked: Tasks) -> Tasks:
-    first, count = _recorded(out, 0, asked.count)
-    if (first, count) != (0, asked.count):
+def _agree_on_arguments(out: str, tasks: Tasks) -> Tasks:
+    first, count = _recorded(out, 0, tasks.count)
+    if (first, count) != (0, tasks.count):
         raise UserError(
-            f"--num-tasks {asked.count}, but {storage.join(out, TASKS_NAME)} says that {out} is shared by {count} "
+            f"--num-tasks {tasks.count}, but {storage.join(out, TASKS_NAME)} says that {out} is shared by {count} "
             f"tasks numbered from {first}: give the same number, leave both options out to do all that is missing, or "
             "remove that file to share it anew"
         )
-    return asked
+    return tasks
 
 
 def _agree_on_array(out: str, env: Mapping[str, str]) -> Tasks:

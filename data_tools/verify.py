@@ -96,9 +96,9 @@ def _check_contents(report: Report, reader: ShardReader, data: bytes, url: str, 
     if len(samples) != len(reader.index):
         report.problems.append(f"{len(samples)} samples in the tar, {len(reader.index)} in the index")
         return
-    wanted = {LATENT, LABEL} | ({FLIPPED} if manifest.flipped else set())
+    required = {LATENT, LABEL} | ({FLIPPED} if manifest.flipped else set())
     for i, ((key, files), row) in enumerate(zip(samples, reader.index, strict=True)):
-        if not wanted <= files.keys():
+        if not required <= files.keys():
             report.problems.append(f"sample {i} ({key}) has only {', '.join(files)}")
             return
         label = data[files[LABEL].offset : files[LABEL].offset + files[LABEL].size]

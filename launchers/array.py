@@ -17,47 +17,47 @@ _FOLDER = "launches"
 _CELLS = "cells.json"
 
 
-def job_of(found: Sweep, cells: Sequence[Cell], at_once: int, **options: str | int | None) -> Job:
+def job_of(sweep: Sweep, cells: Sequence[Cell], at_once: int, **options: str | int | None) -> Job:
     """The array: task i runs cell i, at most `at_once` of them at a time. Options are those of Job."""
     if at_once < 1:
         raise UserError(f"--at-once {at_once} must be at least 1")
-    folder = os.path.abspath(storage.local_path(found.folder))
+    folder = os.path.abspath(storage.local_path(sweep.folder))
     return Job(
         kind="cell",
         tasks=tuple((folder, cell.name) for cell in cells),
-        name=found.name,
+        name=sweep.name,
         output=os.path.join(folder.replace("%", "%%"), "logs", "slurm-%A_%a.out"),
         array=f"0-{len(cells) - 1}%{at_once}",
         **options,  # type: ignore[arg-type]
     )
 
 
-def check(found: Sweep, job: Job, cluster: Cluster) -> None:
+def check(sweep: Sweep, job: Job, cluster: Cluster) -> None:
     """Raises UserError for what would fail in the queue: the site's limits, or a folder that nodes do not share."""
-    if not storage.is_local(found.folder):
-        raise UserError(f"folder={found.folder}: a sweep's folder must be a path that all nodes share")
+    if not storage.is_local(sweep.folder):
+        raise UserError(f"folder={sweep.folder}: a sweep's folder must be a path that all nodes share")
     checks.check(job, cluster, ask=slurm.available())
-    checks.check_shared(found.folder, cluster)
+    checks.check_shared(sweep.folder, cluster)
 
 
-def submit(found: Sweep, cells: Sequence[Cell], job: Job, cluster: Cluster) -> int:
+def submit(sweep: Sweep, cells: Sequence[Cell], job: Job, cluster: Cluster) -> int:
     """Queues the array and notes which task is which cell; returns the array's id."""
     text = script(job, cluster, *snapshot.job_folders())
-    folder = submissions.new_folder(found.folder)
+    folder = submissions.new_folder(sweep.folder)
     names = [cell.name for cell in cells]
     snapshot.save(folder, snapshot.read(), json.dumps(names), text)
     storage.write_text(storage.join(folder, _CELLS), json.dumps(names))
-    os.makedirs(os.path.join(storage.local_path(found.folder), "logs"), exist_ok=True)
+    os.makedirs(os.path.join(storage.local_path(sweep.folder), "logs"), exist_ok=True)
     number = slurm.queue(text)
     submissions.record(folder, number)
     return number
 
 
-def activity(found: Sweep) -> dict[str, str]:
+def activity(sweep: Sweep) -> dict[str, str]:
     """{cell: "queued" or "running"} of the cells that some array of this sweep still has in the queue."""
     arrays: dict[str, list[str]] = {}
-    for name in storage.list_names(storage.join(found.folder, _FOLDER)):
-        folder = storage.join(found.folder, _FOLDER, name)
+    for name in storage.list_names(storage.join(sweep.folder, _FOLDER)):
+        folder = storage.join(sweep.folder, _FOLDER, name)
         url = storage.join(folder, "job")
         if storage.exists(url):
             arrays[storage.read_text(url)] = json.loads(storage.read_text(storage.join(folder, _CELLS)))

@@ -25,7 +25,7 @@ from imm_scale.training import trainer
 from launchers.records import snapshot
 
 
-def run(found: Sweep, cell: Cell) -> int:
+def run(sweep: Sweep, cell: Cell) -> int:
     """Runs a cell on every rank and returns the exit code of the first part that did not end with 0.
 
     Its state is written by rank 0: running, then finished, preempted, diverged (not measured then) or failed.
@@ -36,11 +36,11 @@ def run(found: Sweep, cell: Cell) -> int:
     def note(state: str, reason: str = "") -> None:
         if main:
             here = {"host": world.hostname(), "pid": os.getpid(), "seconds": time.time() - began}
-            results.write_state(found.folder, cell.name, state, reason, code=code, **here)
+            results.write_state(sweep.folder, cell.name, state, reason, code=code, **here)
 
     note("running")
     try:
-        outcome = _parts(found, cell)
+        outcome = _parts(sweep, cell)
     except (ValueError, RuntimeError, OSError) as error:
         note("failed", f"{type(error).__name__}: {error}")
         raise
@@ -50,11 +50,11 @@ def run(found: Sweep, cell: Cell) -> int:
     return {"finished": 0, "diverged": 0, "preempted": EXIT_PREEMPTED}.get(state, EXIT_USER_ERROR)
 
 
-def _parts(found: Sweep, cell: Cell) -> tuple[str, str]:
+def _parts(sweep: Sweep, cell: Cell) -> tuple[str, str]:
     """(state, reason) after the last part that ran."""
     for name, part in (("train", _train), ("evaluate", _evaluate), ("sample", _sample)):
         try:
-            ended = part(found, cell)
+            ended = part(sweep, cell)
         except (UserError, RunError) as error:
             print(f"launchers.cell: {name}: {error}", file=sys.stderr)
             return "failed", f"{name}: {error}"
@@ -63,21 +63,21 @@ def _parts(found: Sweep, cell: Cell) -> tuple[str, str]:
     return "finished", ""
 
 
-def _train(found: Sweep, cell: Cell) -> tuple[str, str] | None:
+def _train(sweep: Sweep, cell: Cell) -> tuple[str, str] | None:
     """How the cell ends here, None where it goes on to be measured."""
-    config = configs.load([definition.config_url(found.folder, cell.name)], [f"run.dir={cell.run_dir}"]).config
+    config = configs.load([definition.config_url(sweep.folder, cell.name)], [f"run.dir={cell.run_dir}"]).config
     if trainer.train(config) == "preempted":
         return "preempted", "a signal asked the run to stop"
     reason = results.divergence(run_folder.read_metrics(cell.run_dir))
     return ("diverged", reason) if reason else None
 
 
-def _evaluate(found: Sweep, cell: Cell) -> None:
+def _evaluate(sweep: Sweep, cell: Cell) -> None:
     precision.set_tf32(False)  # but where a key allows it
     command.run(command.Arguments(cell.run_dir), [], world.detect(), say)
 
 
-def _sample(found: Sweep, cell: Cell) -> None:
+def _sample(sweep: Sweep, cell: Cell) -> None:
     source = sources.find(cell.run_dir).at_newest()
     config = sources.config_of(source, []).sampling
     job.run(source, config, job.Request(job.folder_of(source), (config.guidance_scale,)), world.detect(), say)
@@ -91,13 +91,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--index", type=int, help="the cell's place in the sweep instead, for arrays")
     args = parser.parse_args(argv)
     try:
-        found = definition.load(args.folder)
+        sweep = definition.load(args.folder)
         if (args.cell is None) == (args.index is None):
             raise UserError("give a cell by its name, or by --index, and not by both")
-        if args.cell is None and not 0 <= args.index < len(found.cells):
-            raise UserError(f"--index {args.index}: the sweep has cells 0 to {len(found.cells) - 1}")
-        cell = found.cells[args.index] if args.cell is None else found.cell(args.cell)
-        return run(found, cell)
+        if args.cell is None and not 0 <= args.index < len(sweep.cells):
+            raise UserError(f"--index {args.index}: the sweep has cells 0 to {len(sweep.cells) - 1}")
+        cell = sweep.cells[args.index] if args.cell is None else sweep.cell(args.cell)
+        return run(sweep, cell)
     except UserError as error:
         print(f"launchers.cell: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

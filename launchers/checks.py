@@ -16,8 +16,8 @@ _ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%[1-9]\d*)?")
 
 def node_range(nodes: str) -> tuple[int, int]:
     """(least, most) of "4" or "4-8"."""
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", nodes)
-    least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", nodes)
+    least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= least <= most:
         raise UserError(f"--nodes {nodes}: give a number of nodes, or the least and the most as in 4-8")
     return least, most
@@ -27,14 +27,14 @@ def limit_seconds(time: str) -> float:
     """A time limit as sbatch takes it: minutes[:seconds], hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
     if time.lower() in ("infinite", "unlimited"):
         return math.inf
-    found = _TIME.fullmatch(time)
-    if found is None:
+    match = _TIME.fullmatch(time)
+    if match is None:
         raise UserError(f"--time {time}: give minutes, HH:MM:SS or DAYS-HH:MM:SS, as in 90, 12:00:00 or 2-00:00:00")
-    days, *parts = found.groups()
-    given = [int(part) for part in parts if part is not None]
+    days, *parts = match.groups()
+    numbers = [int(part) for part in parts if part is not None]
     # Without days one number is minutes and two are minutes and seconds; else the first is hours.
-    units = (3600, 60, 1) if days is not None or len(given) == 3 else (60, 1)
-    return int(days or 0) * 86400 + sum(count * unit for count, unit in zip(given, units, strict=False))
+    units = (3600, 60, 1) if days is not None or len(numbers) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(count * unit for count, unit in zip(numbers, units, strict=False))
 
 
 def check(job: Job, cluster: Cluster, ask: bool) -> None:
@@ -59,11 +59,11 @@ def check(job: Job, cluster: Cluster, ask: bool) -> None:
 
 
 def _check_partition(name: str | None, least: int, gpus: int, cluster: Cluster) -> None:
-    known = slurm.partitions()
-    fitting = [partition for partition in known if name in (None, partition.name)]
+    partitions = slurm.partitions()
+    fitting = [partition for partition in partitions if name in (None, partition.name)]
     if not fitting:
         raise UserError(
-            f"--partition {name}: there is none of this name; sinfo knows {', '.join(p.name for p in known)}"
+            f"--partition {name}: there is none of this name; sinfo knows {', '.join(p.name for p in partitions)}"
         )
     most = max(partition.nodes for partition in fitting)
     if least > most:
@@ -73,9 +73,9 @@ def _check_partition(name: str | None, least: int, gpus: int, cluster: Cluster) 
         raise UserError(_too_many_gpus(gpus, f"sinfo knows nodes of at most {most_gpus}", cluster))
 
 
-def _too_many_gpus(asked: int, why: str, cluster: Cluster) -> str:
+def _too_many_gpus(gpus: int, why: str, cluster: Cluster) -> str:
     remedy = "on a cluster of CPUs give --ranks-per-node" if cluster.gpus_per_node == 0 else "ask for more --nodes"
-    return f"--gpus-per-node {asked}: {why}; {remedy}, or set gpus_per_node in its configs/cluster/*.yaml"
+    return f"--gpus-per-node {gpus}: {why}; {remedy}, or set gpus_per_node in its configs/cluster/*.yaml"
 
 
 def check_shared(folder: str, cluster: Cluster) -> None:

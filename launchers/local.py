@@ -62,8 +62,8 @@ def _child(folder: str, name: str, slot: int, slots: int, log: str) -> None:
 
     with _locked(folder, name) as free:
         if free:
-            found = definition.load(folder)
-            sys.exit(cells.run(found, found.cell(name)))
+            sweep = definition.load(folder)
+            sys.exit(cells.run(sweep, sweep.cell(name)))
 
 
 def _environment(slot: int, slots: int) -> dict[str, str]:
@@ -78,7 +78,7 @@ def _environment(slot: int, slots: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": threads, **chosen}
 
 
-def run(found: Sweep, cells: Sequence[Cell], slots: int) -> int:
+def run(sweep: Sweep, cells: Sequence[Cell], slots: int) -> int:
     """Runs cells, `slots` at a time, with a bar or a line for each that ends.
 
     Returns:
@@ -86,24 +86,24 @@ def run(found: Sweep, cells: Sequence[Cell], slots: int) -> int:
     """
     if slots < 1:
         raise UserError(f"--local {slots} must be at least 1")
-    if not storage.is_local(found.folder):
-        raise UserError(f"folder={found.folder}: cells run on this machine need a folder on it")
+    if not storage.is_local(sweep.folder):
+        raise UserError(f"folder={sweep.folder}: cells run on this machine need a folder on it")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     waiting = list(cells)
     running: dict[int, tuple[Cell, BaseProcess]] = {}
     unfinished = 0
-    with tqdm(total=len(cells), unit="cell", desc=found.name, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(cells), unit="cell", desc=sweep.name, disable=not sys.stderr.isatty()) as bar:
         try:
             while waiting or running:
                 for slot in set(range(slots)) - set(running) if waiting else ():
                     if waiting:
-                        running[slot] = _start(context, found, waiting.pop(0), slot, slots)
+                        running[slot] = _start(context, sweep, waiting.pop(0), slot, slots)
                 time.sleep(_POLL_SECONDS)
                 for slot, (cell, process) in list(running.items()):
                     if not process.is_alive():
                         del running[slot]
-                        unfinished += not _settle(found, cell, process, bar)
+                        unfinished += not _settle(sweep, cell, process, bar)
         except KeyboardInterrupt:
             _stop([process for _, process in running.values()])
             raise
@@ -111,28 +111,28 @@ def run(found: Sweep, cells: Sequence[Cell], slots: int) -> int:
 
 
 def _start(
-    context: multiprocessing.context.BaseContext, found: Sweep, cell: Cell, slot: int, slots: int
+    context: multiprocessing.context.BaseContext, sweep: Sweep, cell: Cell, slot: int, slots: int
 ) -> tuple[Cell, BaseProcess]:
-    folder = os.path.join(storage.local_path(found.folder), "logs")
+    folder = os.path.join(storage.local_path(sweep.folder), "logs")
     os.makedirs(folder, exist_ok=True)
-    args = (found.folder, cell.name, slot, slots, os.path.join(folder, f"{cell.name}.log"))
+    args = (sweep.folder, cell.name, slot, slots, os.path.join(folder, f"{cell.name}.log"))
     process = context.Process(target=_child, args=args, name=cell.name)  # type: ignore[attr-defined]
     process.start()
     return cell, process
 
 
-def _settle(found: Sweep, cell: Cell, process: BaseProcess, bar: tqdm) -> bool:
+def _settle(sweep: Sweep, cell: Cell, process: BaseProcess, bar: tqdm) -> bool:
     """Says what became of a cell whose process has ended; whether it is finished."""
-    written = results.read_state(found.folder, cell.name)
-    if process.exitcode == 1 and written.get("state") == "running":
-        results.write_state(found.folder, cell.name, "failed", "an error: see its log", code=written.get("code", ""))
-        written = results.read_state(found.folder, cell.name)
-    one = results.outcome(found, cell)
+    record = results.read_state(sweep.folder, cell.name)
+    if process.exitcode == 1 and record.get("state") == "running":
+        results.write_state(sweep.folder, cell.name, "failed", "an error: see its log", code=record.get("code", ""))
+        record = results.read_state(sweep.folder, cell.name)
+    outcome = results.outcome(sweep, cell)
     bar.update()
-    words = f"{cell.name}: {one.state}" + (f": {one.reason}" if one.reason else "")
-    shown = "  ".join(f"{r['steps']}: {r['mean']:.4g}" for r in one.results)
-    bar.write(f"{words}  {shown}".rstrip(), file=sys.stderr)
-    return one.state == "finished"
+    line = f"{cell.name}: {outcome.state}" + (f": {outcome.reason}" if outcome.reason else "")
+    means = "  ".join(f"{r['steps']}: {r['mean']:.4g}" for r in outcome.results)
+    bar.write(f"{line}  {means}".rstrip(), file=sys.stderr)
+    return outcome.state == "finished"
 
 
 def _stop(processes: Sequence[BaseProcess]) -> None:

@@ -87,8 +87,8 @@ def script(job: Job, cluster: Cluster, folder: str, code: str | None = None) -> 
         f"cd {quote(folder)} || exit 1",
         *cluster.setup,
         *(f"export {name}={quote(value)}" for name, value in _environment(job, cluster).items()),
-        f"SRUN_OPTIONS=({_words(cluster.srun)})",
-        f"WRAP=({_words(cluster.wrap)})",
+        f"SRUN_OPTIONS=({_quoted(cluster.srun)})",
+        f"WRAP=({_quoted(cluster.wrap)})",
         *_arguments(job.tasks),
         *([f"IMM_CODE={quote(code)}"] if code else []),
         f"source {quote(os.path.join(code or '', 'launchers', f'{job.kind}.sbatch'))}",
@@ -154,17 +154,17 @@ def _environment(job: Job, cluster: Cluster) -> dict[str, str]:
     }
 
 
-def _words(words: Sequence[str]) -> str:
-    return " ".join(quote(word) for word in words)
+def _quoted(arguments: Sequence[str]) -> str:
+    return " ".join(quote(argument) for argument in arguments)
 
 
 def _arguments(tasks: Sequence[Sequence[str]]) -> Iterator[str]:
     """Positional parameters for the sourced script, by index where the tasks of an array differ."""
     if len(tasks) == 1:
-        yield f"set -- {_words(tasks[0])}"
+        yield f"set -- {_quoted(tasks[0])}"
         return
     yield 'case "$SLURM_ARRAY_TASK_ID" in'
-    for index, words in enumerate(tasks):
-        yield f"  {index}) set -- {_words(words)} ;;"
+    for index, arguments in enumerate(tasks):
+        yield f"  {index}) set -- {_quoted(arguments)} ;;"
     yield '  *) echo "no task $SLURM_ARRAY_TASK_ID" >&2; exit 2 ;;'
     yield "esac"

@@ -17,12 +17,12 @@ def available() -> bool:
 def _run(command: Sequence[str], text: str | None = None) -> str:
     data = None if text is None else text.encode("utf-8", "surrogateescape")
     try:
-        done = subprocess.run(list(command), input=data, capture_output=True, check=False)
+        result = subprocess.run(list(command), input=data, capture_output=True, check=False)
     except FileNotFoundError as error:
         raise UserError(f"{command[0]} is not here: run this on a machine that submits to SLURM") from error
-    if done.returncode != 0:
-        raise UserError(f"{command[0]}: {done.stderr.decode(errors='replace').strip()}")
-    return done.stdout.decode(errors="replace").strip()
+    if result.returncode != 0:
+        raise UserError(f"{command[0]}: {result.stderr.decode(errors='replace').strip()}")
+    return result.stdout.decode(errors="replace").strip()
 
 
 def queue(script: str) -> int:
@@ -49,9 +49,9 @@ class JobState:
 
 def jobs(ids: Iterable[str | int]) -> list[JobState]:
     """Those of the jobs that SLURM still keeps; the tasks of an array one by one."""
-    wanted = ",".join(str(job) for job in ids)
+    numbers = ",".join(str(job) for job in ids)
     try:
-        text = _run(["squeue", "--noheader", "--array", f"--jobs={wanted}", "--states=all", "--format=%i|%T|%r|%N|%x"])
+        text = _run(["squeue", "--noheader", "--array", f"--jobs={numbers}", "--states=all", "--format=%i|%T|%r|%N|%x"])
     except UserError as error:
         if "Invalid job id" in str(error):
             return []
@@ -102,10 +102,10 @@ class Partition:
 
 def partitions() -> list[Partition]:
     """Partitions with how many nodes they have and the most GPUs of one node."""
-    found: dict[str, Partition] = {}
+    by_name: dict[str, Partition] = {}
     for line in _run(["sinfo", "--noheader", "--format=%R|%D|%G"]).splitlines():
         name, nodes, gres = line.strip().split("|")
         gpus = sum(int(count) for count in re.findall(r"gpu(?::[^:,()]+)?:(\d+)", gres))
-        old = found.get(name, Partition(name, 0, 0))
-        found[name] = Partition(name, old.nodes + int(nodes), max(old.most_gpus, gpus))
-    return list(found.values())
+        old = by_name.get(name, Partition(name, 0, 0))
+        by_name[name] = Partition(name, old.nodes + int(nodes), max(old.most_gpus, gpus))
+    return list(by_name.values())

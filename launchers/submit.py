@@ -111,18 +111,18 @@ def _other(args: argparse.Namespace, cluster: Cluster, kind: Kind) -> int:
 
 
 def _job(args: argparse.Namespace, kind: Kind, name: str, output: str) -> Job:
-    named = {field.name for field in dataclasses.fields(Job)} - {"kind", "tasks", "name", "output"}
-    options = {key: value for key, value in vars(args).items() if key in named}
+    fields = {field.name for field in dataclasses.fields(Job)} - {"kind", "tasks", "name", "output"}
+    options = {key: value for key, value in vars(args).items() if key in fields}
     return Job(kind=kind, tasks=(tuple(args.words),), name=args.name or name, output=output, **options)
 
 
 def run(args: argparse.Namespace) -> int:
     """`imm-scale submit`: the first word says what, where it is not a run. Raises UserError."""
-    kind, *words = args.words if args.words[:1] and args.words[0] in _KINDS else ["train", *args.words]
+    kind, *arguments = args.words if args.words[:1] and args.words[0] in _KINDS else ["train", *args.words]
     folder, code = snapshot.job_folders()
     if code is None and os.path.realpath(os.getcwd()) != os.path.realpath(folder):
         raise UserError(f"this runs from the checkout, as the job will: cd {folder}")
-    args.words = words
+    args.words = arguments
     return _KINDS[kind](args, clusters.load(args.cluster or os.environ.get("IMM_CLUSTER", "default")))
 
 
@@ -131,8 +131,8 @@ _KINDS = {"train": _train, "encode": _encode, "evaluate": _evaluate}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m launchers.submit`: also status, logs and cancel of what it submitted."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    return cli.main(words if words[:1] and words[0] in ("status", "logs", "cancel") else ["submit", *words])
+    args = list(sys.argv[1:] if argv is None else argv)
+    return cli.main(args if args[:1] and args[0] in ("status", "logs", "cancel") else ["submit", *args])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Runs the step of a job and decides what follows it. The *.sbatch files end in it; a person has no use for it.
 
-    python -m launchers.supervise NUMBER_OF_WORDS WORD... COMMAND...
+    python -m launchers.supervise NUMBER_OF_ARGUMENTS ARGUMENT... COMMAND...
 
-The words are what `imm-scale train` gets. They name the run, and its status.json says how the step ended: launchers and
-srun rewrite exit codes. Without words (encode, evaluate) there is only the exit code. The job is put back in the queue
-under its own id as long as that makes sense (history.py), and away from nodes that failed twice.
+The arguments are what `imm-scale train` gets. They name the run, and its status.json says how the step ended: launchers
+and srun rewrite exit codes. Without them (encode, evaluate) there is only the exit code. The job is put back in the
+queue under its own id as long as that makes sense (history.py), and away from nodes that failed twice.
 """
 
 import os
@@ -72,9 +72,9 @@ class Ended:
     how: str = ""
 
 
-def say(words: str) -> None:
+def say(message: str) -> None:
     """A line of the launcher's own in the job's log."""
-    print(f"launcher: {words}", file=sys.stderr, flush=True)
+    print(f"launcher: {message}", file=sys.stderr, flush=True)
 
 
 def run_step(command: Sequence[str], env: Mapping[str, str]) -> Ended:
@@ -106,10 +106,10 @@ def _pass_on(stream: IO[bytes]) -> tuple[str | None, str]:
     for line in stream:
         sys.stderr.buffer.write(line)
         sys.stderr.flush()
-        found = _FIRST_FAILURE.match(line)
-        if found and node is None:
-            node = (found[1] or found[3]).decode()
-            how = _in_words((found[2] or b"node failure").decode(errors="replace").strip())
+        match = _FIRST_FAILURE.match(line)
+        if match and node is None:
+            node = (match[1] or match[3]).decode()
+            how = _in_words((match[2] or b"node failure").decode(errors="replace").strip())
     return node, how
 
 
@@ -138,7 +138,7 @@ def requeue(task: Task, excluded: Sequence[str]) -> None:
     time.sleep(600)
 
 
-def _retry(ask: Callable[[], None]) -> None:
+def _retry(request: Callable[[], None]) -> None:
     """Asks again where SLURM's controller does not answer; raises its last UserError. Jobs of an array spread out."""
     Retrying(
         retry=retry_if_exception_type(UserError),
@@ -146,7 +146,7 @@ def _retry(ask: Callable[[], None]) -> None:
         stop=stop_after_attempt(6),
         before_sleep=lambda state: say(f"{_error_of(state)}; once more in {state.upcoming_sleep:.1f} s"),
         reraise=True,
-    )(ask)
+    )(request)
 
 
 def _error_of(state: RetryCallState) -> BaseException | None:
@@ -164,9 +164,9 @@ class Run:
     max_steps: int
 
     @classmethod
-    def of(cls, words: Sequence[str]) -> "Run":
-        """The run that `imm-scale train WORD...` would train. Raises UserError."""
-        config = configs.load_words(words).config
+    def of(cls, arguments: Sequence[str]) -> "Run":
+        """The run that `imm-scale train ARGUMENT...` would train. Raises UserError."""
+        config = configs.load_words(arguments).config
         return cls(config.run_dir, config.train.max_steps)
 
     def step(self) -> int:
@@ -213,9 +213,9 @@ def outcome(run: Run, task: Task, ended: Ended, began: float) -> tuple[Outcome, 
         return "preempted", status.get("reason", "")
     where = f" on {ended.node}" if ended.node else ""
     # Of a killed rank only its peers can write, and they know no more than that it is gone.
-    told = ours and status["state"] == "failed" and not ended.how.startswith("killed")
-    what = f": {status['reason']}" if told else ""
-    return "failed", f"{ended.how or f'the step ended with {ended.code}'}{where}{what}"
+    explained = ours and status["state"] == "failed" and not ended.how.startswith("killed")
+    detail = f": {status['reason']}" if explained else ""
+    return "failed", f"{ended.how or f'the step ended with {ended.code}'}{where}{detail}"
 
 
 def supervise_run(run: Run, task: Task, command: Sequence[str]) -> int:
@@ -321,10 +321,10 @@ def supervise_command(task: Task, command: Sequence[str]) -> int:
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code of the batch script."""
     count = int(argv[0])
-    words, command = argv[1 : 1 + count], argv[1 + count :]
+    arguments, command = argv[1 : 1 + count], argv[1 + count :]
     try:
         task = Task.of(os.environ)
-        return supervise_run(Run.of(words), task, command) if words else supervise_command(task, command)
+        return supervise_run(Run.of(arguments), task, command) if arguments else supervise_command(task, command)
     except UserError as error:
         say(str(error))
         return EXIT_REFUSED

@@ -16,40 +16,40 @@ from launchers import cluster as clusters
 from launchers.script import Job, ranks_per_node
 
 
-def activity(found: Sweep) -> dict[str, str]:
+def activity(sweep: Sweep) -> dict[str, str]:
     """{cell: "running" or "queued"} of the cells that a process or the queue has now."""
-    here = {cell.name: "running" for cell in found.cells if local.is_running(found.folder, cell.name)}
-    return array.activity(found) | here
+    here = {cell.name: "running" for cell in sweep.cells if local.is_running(sweep.folder, cell.name)}
+    return array.activity(sweep) | here
 
 
-def _outcomes(found: Sweep) -> list[Outcome]:
-    active = activity(found)
-    return results.outcomes(found, lambda cell: active.get(cell.name))
+def _outcomes(sweep: Sweep) -> list[Outcome]:
+    active = activity(sweep)
+    return results.outcomes(sweep, lambda cell: active.get(cell.name))
 
 
 # --- plan ---
 
 
-def plan_table(found: Sweep) -> str:
+def plan_table(sweep: Sweep) -> str:
     """A line per cell: steps, images, parameters, multiply-adds; and the sums."""
-    width = max(len(cell.name) for cell in found.cells)
+    width = max(len(cell.name) for cell in sweep.cells)
     lines = [f"{'cell':<{width}} {'parameters':>12} {'steps':>9} {'images':>13} {'FLOPs':>10}"]
-    for cell in found.cells:
-        held = "  held out" if cell.held_out else ""
+    for cell in sweep.cells:
+        held_out = "  held out" if cell.held_out else ""
         lines.append(
             f"{cell.name:<{width}} {cell.parameters:>12,} {cell.config.train.max_steps:>9,} {cell.images:>13,} "
-            f"{cell.training_flops:>10.3g}{held}"
+            f"{cell.training_flops:>10.3g}{held_out}"
         )
-    total = sum(cell.training_flops for cell in found.cells)
-    lines += ["", f"{len(found.cells)} cells, {total:.3g} training FLOPs in all (a multiply-add counted once)"]
+    total = sum(cell.training_flops for cell in sweep.cells)
+    lines += ["", f"{len(sweep.cells)} cells, {total:.3g} training FLOPs in all (a multiply-add counted once)"]
     return "\n".join(lines)
 
 
 def _plan(args: argparse.Namespace) -> int:
-    found = definition.load(args.sweep)
-    print(plan_table(found))
-    print(f"folder {found.folder}")
-    hours = _gpu_hours(found.cells, args)
+    sweep = definition.load(args.sweep)
+    print(plan_table(sweep))
+    print(f"folder {sweep.folder}")
+    hours = _gpu_hours(sweep.cells, args)
     print(hours or "give --gpu (and --nodes, --gpus-per-node) for GPU-hours and a check of memory")
     return 0
 
@@ -68,107 +68,107 @@ def _gpu_hours(cells: Sequence[Cell], args: argparse.Namespace) -> str:
 # --- submit, retry ---
 
 
-def _start(found: Sweep, states: Sequence[str], args: argparse.Namespace) -> int:
-    known = _outcomes(found)
-    cells = [one.cell for one in known if one.state in states]
-    kept = Counter(one.state for one in known if one.state not in states)
-    note = ", ".join(f"{count} {state}" for state, count in kept.items())
-    print(f"{len(cells)} of {len(known)} cells to run" + (f" ({note})" if note else ""), file=sys.stderr)
+def _start(sweep: Sweep, states: Sequence[str], args: argparse.Namespace) -> int:
+    outcomes = _outcomes(sweep)
+    cells = [outcome.cell for outcome in outcomes if outcome.state in states]
+    skipped = Counter(outcome.state for outcome in outcomes if outcome.state not in states)
+    note = ", ".join(f"{count} {state}" for state, count in skipped.items())
+    print(f"{len(cells)} of {len(outcomes)} cells to run" + (f" ({note})" if note else ""), file=sys.stderr)
     if not cells:
         return 0
-    return _run(found, cells, args)
+    return _run(sweep, cells, args)
 
 
-def _run(found: Sweep, cells: Sequence[Cell], args: argparse.Namespace) -> int:
+def _run(sweep: Sweep, cells: Sequence[Cell], args: argparse.Namespace) -> int:
     if args.local is None:
-        return _queue(found, cells, args)
-    unfinished = local.run(found, cells, args.local)
+        return _queue(sweep, cells, args)
+    unfinished = local.run(sweep, cells, args.local)
     if unfinished:
         print(f"{unfinished} cells did not finish: `status` says why, `retry` runs them again", file=sys.stderr)
     return 1 if unfinished else 0
 
 
-def _job(found: Sweep, cells: Sequence[Cell], args: argparse.Namespace) -> Job:
+def _job(sweep: Sweep, cells: Sequence[Cell], args: argparse.Namespace) -> Job:
     names = ("nodes", "gpus_per_node", "time", "partition", "account", "qos", "exclude")
-    return array.job_of(found, cells, args.at_once, **{name: getattr(args, name) for name in names})
+    return array.job_of(sweep, cells, args.at_once, **{name: getattr(args, name) for name in names})
 
 
-def _check(found: Sweep, args: argparse.Namespace) -> None:
+def _check(sweep: Sweep, args: argparse.Namespace) -> None:
     """What would fail in the queue, before anything is written. Raises UserError."""
-    hours = _gpu_hours(found.cells, args)
+    hours = _gpu_hours(sweep.cells, args)
     print(hours or "no --gpu: whether the cells fit in memory is not checked", file=sys.stderr)
-    array.check(found, _job(found, found.cells, args), clusters.load(args.cluster))
+    array.check(sweep, _job(sweep, sweep.cells, args), clusters.load(args.cluster))
 
 
-def _queue(found: Sweep, cells: Sequence[Cell], args: argparse.Namespace) -> int:
+def _queue(sweep: Sweep, cells: Sequence[Cell], args: argparse.Namespace) -> int:
     cluster = clusters.load(args.cluster)
-    job = _job(found, cells, args)
-    number = array.submit(found, cells, job, cluster)
+    job = _job(sweep, cells, args)
+    number = array.submit(sweep, cells, job, cluster)
     ranks = f"{job.nodes} nodes x {ranks_per_node(job, cluster)} ranks"
     print(f"job {number}: {len(cells)} cells of {ranks}, {args.at_once} at a time")
     return 0
 
 
 def _submit(args: argparse.Namespace) -> int:
-    found = definition.load(args.sweep)
+    sweep = definition.load(args.sweep)
     if args.local is None:
-        _check(found, args)
-    definition.write(found)
-    return _start(found, results.STARTED_BY_SUBMIT, args)
+        _check(sweep, args)
+    definition.write(sweep)
+    return _start(sweep, results.STARTED_BY_SUBMIT, args)
 
 
 def _retry(args: argparse.Namespace) -> int:
-    found = _submitted(args.sweep)
+    sweep = _submitted(args.sweep)
     if args.local is None:
-        _check(found, args)
-    return _start(found, results.RETRIED, args)
+        _check(sweep, args)
+    return _start(sweep, results.RETRIED, args)
 
 
 def _submitted(path: str) -> Sweep:
     """The sweep as its folder has it. Raises UserError if it was never submitted."""
-    found = definition.load(path)
-    if not definition.is_folder(found.folder):
-        raise UserError(f"{found.folder} holds no sweep yet: submit {path} first")
-    return definition.load(found.folder)
+    sweep = definition.load(path)
+    if not definition.is_folder(sweep.folder):
+        raise UserError(f"{sweep.folder} holds no sweep yet: submit {path} first")
+    return definition.load(sweep.folder)
 
 
 # --- status, collect ---
 
 
-def status_table(found: Sweep, known: Sequence[Outcome]) -> str:
+def status_table(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
     """A line per cell that is not simply finished, and how many are in which state."""
-    width = max(len(one.cell.name) for one in known)
+    width = max(len(outcome.cell.name) for outcome in outcomes)
     lines = []
-    for one in known:
-        progress = f"{one.step:>9,} / {one.cell.config.train.max_steps:<9,}"
-        lines.append(f"{one.cell.name:<{width}}  {one.state:<11} {progress} {one.reason}".rstrip())
-    counts = Counter(one.state for one in known)
+    for outcome in outcomes:
+        progress = f"{outcome.step:>9,} / {outcome.cell.config.train.max_steps:<9,}"
+        lines.append(f"{outcome.cell.name:<{width}}  {outcome.state:<11} {progress} {outcome.reason}".rstrip())
+    counts = Counter(outcome.state for outcome in outcomes)
     lines += ["", "  ".join(f"{state} {counts[state]}" for state in results.STATES if counts[state])]
     return "\n".join(lines)
 
 
 def _status(args: argparse.Namespace) -> int:
-    found = _submitted(args.sweep)
+    sweep = _submitted(args.sweep)
     while True:
-        known = _outcomes(found)
-        print(("\033[H\033[2J" if args.watch else "") + status_table(found, known), flush=True)
-        if not args.watch or all(one.state not in ("queued", "running") for one in known):
+        outcomes = _outcomes(sweep)
+        print(("\033[H\033[2J" if args.watch else "") + status_table(sweep, outcomes), flush=True)
+        if not args.watch or all(outcome.state not in ("queued", "running") for outcome in outcomes):
             return 0
         time.sleep(args.watch)
 
 
 def _collect(args: argparse.Namespace) -> int:
-    found = _submitted(args.sweep)
-    known = _outcomes(found)
-    url = results.collect(found, known)
-    for one in known:
-        if one.state != "finished":
-            print(f"{one.cell.name}: {one.state}" + (f": {one.reason}" if one.reason else ""))
-    warning = results.mixed_code(known)
+    sweep = _submitted(args.sweep)
+    outcomes = _outcomes(sweep)
+    url = results.collect(sweep, outcomes)
+    for outcome in outcomes:
+        if outcome.state != "finished":
+            print(f"{outcome.cell.name}: {outcome.state}" + (f": {outcome.reason}" if outcome.reason else ""))
+    warning = results.mixed_code(outcomes)
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
-    finished = sum(one.state == "finished" for one in known)
-    print(f"{url}: {finished} of {len(known)} cells have results")
+    finished = sum(outcome.state == "finished" for outcome in outcomes)
+    print(f"{url}: {finished} of {len(outcomes)} cells have results")
     return 0
 
 

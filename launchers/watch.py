@@ -21,8 +21,8 @@ def status(run_dir: str) -> str:
     job = submissions.job_of(run_dir)
     run, history, state = read_status(run_dir), History.load(run_dir, str(job)), submissions.state_of(job)
     lines = [f"job        {job}  {_job(state)}"]
-    said = "  ".join(str(run[key]) for key in ("state", "reason") if run.get(key))
-    lines.append(f"run        {said or 'not started yet'}")
+    summary = "  ".join(str(run[key]) for key in ("state", "reason") if run.get(key))
+    lines.append(f"run        {summary or 'not started yet'}")
     owner = owner_of(run_dir)
     if owner is not None and owner.process.state() != "dead":
         lines.append(f"locked by  {owner}")
@@ -73,8 +73,8 @@ def log_file(run_dir: str, rank: int | None) -> str:
     name = f"slurm-{submissions.job_of(run_dir)}.out" if not rank else f"rank-{rank:05d}.log"
     path = os.path.join(folder, name)
     if not os.path.exists(path):
-        there = ", ".join(sorted(os.listdir(folder))) if os.path.isdir(folder) else "nothing"
-        raise UserError(f"{path} is not there yet; there is {there}")
+        files = ", ".join(sorted(os.listdir(folder))) if os.path.isdir(folder) else "nothing"
+        raise UserError(f"{path} is not there yet; there is {files}")
     return path
 
 

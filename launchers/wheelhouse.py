@@ -56,11 +56,11 @@ class Target:
 def required(extras: Iterable[str], pyproject: str) -> list[str]:
     """What the project asks for, with these extras, as the text of its pyproject.toml says."""
     project = tomllib.loads(pyproject)["project"]
-    known = project["optional-dependencies"]
+    optional = project["optional-dependencies"]
     for extra in extras:
-        if extra not in known:
-            raise UserError(f"the extra {extra!r} does not exist: choose from {', '.join(known)}")
-    return [*project["dependencies"], *(word for extra in extras for word in known[extra])]
+        if extra not in optional:
+            raise UserError(f"the extra {extra!r} does not exist: choose from {', '.join(optional)}")
+    return [*project["dependencies"], *(requirement for extra in extras for requirement in optional[extra])]
 
 
 def pinned(constraints: str) -> dict[str, str]:
@@ -71,10 +71,10 @@ def pinned(constraints: str) -> dict[str, str]:
     }
 
 
-def had(words: Iterable[str], pins: Mapping[str, str]) -> dict[str, str]:
+def had(packages: Iterable[str], pins: Mapping[str, str]) -> dict[str, str]:
     """{name: version} of what the machine has, "numpy" or "torch==2.11.0"; a version not said is the tested one."""
-    pairs = [word.partition("==") for word in words]
-    return {(name := canonicalize_name(word)): version or pins.get(name, "0") for word, _, version in pairs}
+    pairs = [package.partition("==") for package in packages]
+    return {(name := canonicalize_name(package)): version or pins.get(name, "0") for package, _, version in pairs}
 
 
 def stand_in(folder: Path, name: str, version: str) -> Path:
@@ -113,18 +113,18 @@ def needs(wheel: Path, python: str) -> Iterable[str]:
 def missing(wheels: Iterable[Path], have: Iterable[str], python: str) -> list[str]:
     """What the wheels need on that Python and is neither among them nor on the machine."""
     wheels = list(wheels)
-    there = {parse_wheel_filename(wheel.name)[0] for wheel in wheels} | set(have)
-    return sorted({name for wheel in wheels for name in needs(wheel, python)} - there)
+    present = {parse_wheel_filename(wheel.name)[0] for wheel in wheels} | set(have)
+    return sorted({name for wheel in wheels for name in needs(wheel, python)} - present)
 
 
-def _pip(*words: str) -> None:
+def _pip(*args: str) -> None:
     env = {**os.environ, "DS_BUILD_OPS": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    done = subprocess.run([sys.executable, "-m", "pip", *words], env=env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lacking = _LACKING.search(done.stderr)
+    result = subprocess.run([sys.executable, "-m", "pip", *args], env=env, capture_output=True, text=True, check=False)
+    if result.returncode:
+        lacking = _LACKING.search(result.stderr)
         what = f"{lacking[1]} has no wheel for that Python and platform; " if lacking else ""
         remedy = "name it under BUILD if it is pure Python, or under HAVE with the version the machine has"
-        raise UserError(f"{what}{remedy}. pip said:\n{done.stderr.strip()[-2000:]}")
+        raise UserError(f"{what}{remedy}. pip said:\n{result.stderr.strip()[-2000:]}")
 
 
 def build(name: str, version: str | None, out: Path) -> None:
@@ -159,14 +159,14 @@ def collect(
         constraints = Path(folder) / "constraints.txt"
         constraints.write_text(constraints_with(pins, stand_ins))
         options = [*target.options(), f"--dest={out}", f"--find-links={out}", f"--constraint={constraints}"]
-        wanted, more = list(requirements), [""]
+        packages, more = list(requirements), [""]
         while more:
-            _pip("download", *options, *wanted)
+            _pip("download", *options, *packages)
             for path in stand_ins.values():
                 (out / path.name).unlink(missing_ok=True)
             more = missing(out.glob("*.whl"), target.have, target.python)
-            assert not set(more) & set(wanted), more
-            wanted += more
+            assert not set(more) & set(packages), more
+            packages += more
     return sorted(out.glob("*.whl"))
 
 
@@ -185,17 +185,17 @@ def summary(wheels: Sequence[tuple[str, int]], out: str, python: str, names: Seq
     )
 
 
-def _words(text: str) -> list[str]:
-    return [word for word in re.split(r"[\s,]+", text) if word]
+def _items(text: str) -> list[str]:
+    return [item for item in re.split(r"[\s,]+", text) if item]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 the user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", default="3.12", help="of the machine")
-    parser.add_argument("--have", type=_words, default=[], help="what it has: torch==2.11.0,numpy,...")
-    parser.add_argument("--extras", type=_words, default=["vae"], help="of pyproject.toml")
-    parser.add_argument("--build", type=_words, default=list(_ONLY_SOURCES), help="what publishes sources only")
+    parser.add_argument("--have", type=_items, default=[], help="what it has: torch==2.11.0,numpy,...")
+    parser.add_argument("--extras", type=_items, default=["vae"], help="of pyproject.toml")
+    parser.add_argument("--build", type=_items, default=list(_ONLY_SOURCES), help="what publishes sources only")
     parser.add_argument("--glibc", type=int, default=28, help="the 28 of its glibc 2.28 (ldd --version)")
     parser.add_argument("--machine", default="x86_64", help="uname -m there")
     parser.add_argument("--out", default="wheelhouse")
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"launchers.wheelhouse: {error}", file=sys.stderr)
         return 2
-    names = [name for word in requirements if (name := canonicalize_name(Requirement(word).name)) not in target.have]
+    names = [name for line in requirements if (name := canonicalize_name(Requirement(line).name)) not in target.have]
     sizes = [(wheel.name, wheel.stat().st_size) for wheel in wheels]
     print(summary(sizes, args.out, args.python, names))
     return 0

@@ -32,9 +32,9 @@ def find() -> str:
         done = subprocess.run([str(_INSTALL)], capture_output=True, text=True, check=False)
         if done.returncode != 0:
             pytest.skip((done.stdout + done.stderr).strip().splitlines()[-1])
-    found = shutil.which("chromium")
-    assert found is not None
-    return found
+    chromium = shutil.which("chromium")
+    assert chromium is not None
+    return chromium
 
 
 class Browser:
@@ -58,9 +58,9 @@ class Browser:
         command = [find(), *options, f"--user-data-dir={self._profile.name}", "--remote-debugging-pipe", "about:blank"]
         # The debugging pipe is file descriptors 3 and 4 of the browser.
         moves = f"60<&{to_read} 61>&{to_write} 3<&60 4>&61"  # by way of numbers that neither end of a pipe has
-        words = ["bash", "-c", f'exec "$@" {moves}', "bash", *command]
+        argv = ["bash", "-c", f'exec "$@" {moves}', "bash", *command]
         with open(os.devnull, "w") as nowhere:
-            self._process = subprocess.Popen(words, pass_fds=(to_read, to_write), stdout=nowhere, stderr=nowhere)
+            self._process = subprocess.Popen(argv, pass_fds=(to_read, to_write), stdout=nowhere, stderr=nowhere)
         os.close(to_read)
         os.close(to_write)
         target = self._call("Target.createTarget", url="about:blank")["targetId"]

@@ -34,13 +34,13 @@ def collectives() -> Iterator[Counter[str]]:
             tensors = tensor if isinstance(tensor, list) else [tensor]
             sent[name] += sum(t.numel() * t.element_size() for t in tensors)
             # What gloo copies through must be freed by this thread: `Allocations` sees no other. So its own goes first.
-            asked = bound.arguments.get("async_op", False)
+            asynchronous = bound.arguments.get("async_op", False)
             bound.arguments["async_op"] = True
             work = function(*bound.args, **bound.kwargs)
             if work is not None:
                 work.wait()
                 time.sleep(_LET_GO)
-            return work if asked else None
+            return work if asynchronous else None
 
         return call
 
@@ -54,13 +54,13 @@ def collectives() -> Iterator[Counter[str]]:
         ("reduce_scatter", "reduce_scatter", "input_list"),
         ("reduce_scatter_tensor", "reduce_scatter", "input"),
     ]
-    kept = {function: getattr(dist, function) for function, _, _ in table}
+    originals = {function: getattr(dist, function) for function, _, _ in table}
     try:
         for function, name, whole in table:
-            setattr(dist, function, wrap(kept[function], name, whole))
+            setattr(dist, function, wrap(originals[function], name, whole))
         yield sent
     finally:
-        for function, original in kept.items():
+        for function, original in originals.items():
             setattr(dist, function, original)
 
 
@@ -107,7 +107,7 @@ def spec_of(config: "Config") -> "ModelSpec":
 
 
 def engines(cases: list[list[str]]) -> list[dict[str, Any]]:
-    """Builds and steps a real engine for each list of key=value words, on this rank; see `_engine` for what comes back.
+    """Builds and steps a real engine for each list of overrides, on this rank; see `_engine` for what comes back.
 
     One process may serve several: DeepSpeed remembers autocast, so 16-bit cases keep to themselves.
     """
@@ -115,10 +115,10 @@ def engines(cases: list[list[str]]) -> list[dict[str, Any]]:
         from imm_scale.parallel import world
 
         world.init(world.detect())
-        return [_engine(words, sent) for words in cases]
+        return [_engine(overrides, sent) for overrides in cases]
 
 
-def _engine(words: list[str], sent: Counter[str]) -> dict[str, Any]:
+def _engine(overrides: list[str], sent: Counter[str]) -> dict[str, Any]:
     """{held: bytes after construction, peak: most bytes in a step, sent: bytes by collective, flops: of a step}."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -131,7 +131,7 @@ def _engine(words: list[str], sent: Counter[str]) -> dict[str, Any]:
     from imm_scale.parallel.deepspeed_engine import Engine
     from imm_scale.parallel.ema import ShardedEma
 
-    config = configs.load([], [*LATENTS, *words]).config
+    config = configs.load([], [*LATENTS, *overrides]).config
     layout = Layout(
         config.train.global_batch_size,
         config.method.group_size,

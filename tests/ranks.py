@@ -77,7 +77,7 @@ def command(*argv: str) -> int:
     return main(argv)
 
 
-def command_and_words(*argv: str) -> tuple[int, str]:
+def command_and_output(*argv: str) -> tuple[int, str]:
     """The exit code of `imm-scale ARGV` in this process, and all it printed."""
     printed = io.StringIO()
     with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):

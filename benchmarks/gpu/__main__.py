@@ -56,11 +56,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _chosen(parser: argparse.ArgumentParser, only: Sequence[str] | None) -> list[Section]:
-    names = [name for words in only or () for name in words.split(",")]
-    known = [section.name for section in SECTIONS]
-    unknown = [name for name in names if name not in known]
+    names = [name for value in only or () for name in value.split(",")]
+    available = [section.name for section in SECTIONS]
+    unknown = [name for name in names if name not in available]
     if unknown:
-        parser.error(f"--only {unknown[0]}: there is no such section; there are {', '.join(known)}")
+        parser.error(f"--only {unknown[0]}: there is no such section; there are {', '.join(available)}")
     return [section for section in SECTIONS if not names or section.name in names]
 
 

@@ -85,7 +85,7 @@ def _measure(context: Context, report: Report, name: str, qkv: Tensor, kernel: A
         try:
             once, twice = Stopwatch(context).medians(forward, both, times=_TIMES)
         except (RuntimeError, NotImplementedError) as error:
-            if not any(words in str(error) for words in _NO_KERNEL):
+            if not any(message in str(error) for message in _NO_KERNEL):
                 raise
             report.skip(name, f"not for these inputs on this device: {str(error).partition('. ')[0].strip()}")
             return

@@ -65,17 +65,17 @@ def _case(context: Context, dtype: torch.dtype) -> _Case:
 
 
 def _complete(report: Report, precision: str, gradients: dict[str, Tensor | None]) -> None:
-    there = [gradient for gradient in gradients.values() if gradient is not None]
-    report.check(f"{precision}: parameters without a gradient", len(gradients) - len(there), at_most=0)
-    zero = sum(not bool(gradient.any()) for gradient in there)
+    present = [gradient for gradient in gradients.values() if gradient is not None]
+    report.check(f"{precision}: parameters without a gradient", len(gradients) - len(present), at_most=0)
+    zero = sum(not bool(gradient.any()) for gradient in present)
     report.check(f"{precision}: parameters whose gradient is all zeros", zero, at_most=0)
-    infinite = sum(not bool(gradient.isfinite().all()) for gradient in there)
+    infinite = sum(not bool(gradient.isfinite().all()) for gradient in present)
     report.check(f"{precision}: parameters whose gradient is not finite", infinite, at_most=0)
 
 
-def _apart(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> float:
+def _apart(actual: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> float:
     """Relative distance of two gradients."""
-    difference = [float((_whole(found[name]) - _whole(expected[name])).norm()) for name in expected]
+    difference = [float((_whole(actual[name]) - _whole(expected[name])).norm()) for name in expected]
     norm = [float(_whole(gradient).norm()) for gradient in expected.values()]
     return float(torch.tensor(difference).norm() / torch.tensor(norm).norm())
 

@@ -48,8 +48,8 @@ def _step(state: State, batch: Batch) -> None:
 
 def _size(state: State) -> int:
     """Bytes of what this rank saves."""
-    kept = (shard.numel * (len(shard.states) + len(state.ema.averages)) for shard in state.ema.slices)
-    return 4 * sum(kept)
+    sizes = (shard.numel * (len(shard.states) + len(state.ema.averages)) for shard in state.ema.slices)
+    return 4 * sum(sizes)
 
 
 def _memory(report: Report, state: State) -> None:
@@ -67,14 +67,14 @@ def _memory(report: Report, state: State) -> None:
 
 
 def _copy_seconds(state: State) -> list[float]:
-    copy, taken = state.saver._copy, []
+    copy, seconds = state.saver._copy, []
     for _ in range(_COPIES):
         wait(state.device)
         copy.begin()
         began = time.perf_counter()
         copy.take()
-        taken.append(time.perf_counter() - began)
-    return taken
+        seconds.append(time.perf_counter() - began)
+    return seconds
 
 
 def _disk_rate(folder: Path) -> float:
@@ -135,8 +135,8 @@ def _save(context: Context, report: Report, state: State, batch: Batch, step: fl
     called = time.perf_counter() - began
     beside = [_timed(state, batch)]
     report.figure("a save: its call and its wait, over a step", (called + held.seconds) / step)
-    written = state.saver._under_way
-    while written is not None and not written.done() and len(beside) < _STEPS_BESIDE:
+    under_way = state.saver._under_way
+    while under_way is not None and not under_way.done() and len(beside) < _STEPS_BESIDE:
         beside.append(_timed(state, batch))
     report.figure(f"a step beside the writing of a save, over a step ({len(beside)} steps)", _beside(beside, step))
     state.saver.finish()

@@ -59,16 +59,16 @@ def _words(ordinal_N: Tensor) -> Tensor:
 
 def _differing(there: Draw, here: Draw, ordinals: Tensor, device: torch.device) -> tuple[int, int]:
     """How many values differ between the device and eager draws on the CPU, of how many."""
-    expected, found = here(ordinals), there(ordinals.to(device)).cpu()
-    assert expected.dtype == found.dtype and expected.shape == found.shape
-    return int((expected != found).sum()), expected.numel()
+    expected, actual = here(ordinals), there(ordinals.to(device)).cpu()
+    assert expected.dtype == actual.dtype and expected.shape == actual.shape
+    return int((expected != actual).sum()), expected.numel()
 
 
 def _normals(
     report: Report, way: str, draw: Draw, shape: tuple[int, ...], ordinals: Tensor, device: torch.device
 ) -> None:
-    expected, found = rng.normal(_SEED, "noise", ordinals, shape), draw(ordinals.to(device)).cpu()
-    apart = (_place(expected) - _place(found)).abs()
+    expected, actual = rng.normal(_SEED, "noise", ordinals, shape), draw(ordinals.to(device)).cpu()
+    apart = (_place(expected) - _place(actual)).abs()
     report.figure(f"normals, {way}: of {apart.numel()} that differ", int((apart > 0).sum()))
     report.check(f"normals, {way}: share that differs", float((apart > 0).double().mean()), at_most=_TIES)
     report.check(f"normals, {way}: largest distance", int(apart.max()), at_most=1, unit="ulp")

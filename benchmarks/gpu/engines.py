@@ -45,7 +45,7 @@ def fresh_folder(path: Path) -> Path:
     return path
 
 
-def words(context: Context, manifest: str) -> list[str]:
+def base_overrides(context: Context, manifest: str) -> list[str]:
     """Overrides of a small run, in the form `imm-scale train` takes."""
     width, depth, heads, samples = (32, 2, 2, 32) if context.small else (256, 6, 4, 64)
     return [

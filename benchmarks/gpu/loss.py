@@ -37,11 +37,11 @@ def _compare_all(context: Context, report: Report, batch: Batch, here: DiT, ther
     pairs = zip(problem.methods(here, k), problem.methods(there, k), strict=True)
     for (name, flow_map, method), (_, flow_map_there, _) in pairs:
         reference = _evaluate(flow_map, method, problem.on(batch.x.device, batch, torch.float64))
-        found = _evaluate(flow_map_there, method, problem.on(context.device, batch, torch.float32))
+        actual = _evaluate(flow_map_there, method, problem.on(context.device, batch, torch.float32))
         if isinstance(method, InductiveMomentMatching):
-            _compare(report, f"{name}, k = {k}", found, reference, fewer)
+            _compare(report, f"{name}, k = {k}", actual, reference, fewer)
         elif k == _K:
-            _compare(report, name, found, reference, 1.0)
+            _compare(report, name, actual, reference, 1.0)
 
 
 def _evaluate(flow_map: FlowMap, method: FlowMapMethod, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -56,9 +56,9 @@ def _evaluate(flow_map: FlowMap, method: FlowMapMethod, batch: Batch) -> tuple[T
 
 
 def _compare(
-    report: Report, name: str, found: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor], fewer: float
+    report: Report, name: str, actual: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor], fewer: float
 ) -> None:
-    (loss_G, gradient), (expected_G, expected) = found, reference
+    (loss_G, gradient), (expected_G, expected) = actual, reference
     total = float((loss_G.sum() - expected_G.sum()).abs() / expected_G.sum().abs())
     report.check(f"{name}: total loss, relative", total, at_most=_TOTAL)
     report.check(

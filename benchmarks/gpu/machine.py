@@ -34,14 +34,14 @@ def describe() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
         "memory_gib": torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else None,
         "capability": list(torch.cuda.get_device_capability()) if torch.cuda.is_available() else None,
-        "driver": _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
+        "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
         "cuda": torch.version.cuda,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None,
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "deepspeed", "triton", "xformers", "diffusers")},
         "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-        "commit": _said_by("git", "rev-parse", "HEAD"),
+        "commit": _output_of("git", "rev-parse", "HEAD"),
         "command": os.environ.get(_COMMAND),
     }
 
@@ -53,7 +53,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _said_by(*command: str) -> str | None:
+def _output_of(*command: str) -> str | None:
     """What a tool prints, None where it is not there or fails."""
     if shutil.which(command[0]) is None:
         return None

@@ -34,7 +34,8 @@ def run(context: Context, report: Report) -> None:
 
 def _build(context: Context, manifest: str, stage: int) -> int:
     """Bytes held beside an engine that has made a step."""
-    with engines.opened(*engines.words(context, manifest), *_OVERRIDES, f"zero.stage={stage}") as (engine, steps, _):
+    overrides = [*engines.base_overrides(context, manifest), *_OVERRIDES, f"zero.stage={stage}"]
+    with engines.opened(*overrides) as (engine, steps, _):
         assert not engine.step(next(steps), 1e-3).skipped
         return _held(context)
 

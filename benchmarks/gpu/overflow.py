@@ -26,7 +26,12 @@ def run(context: Context, report: Report) -> None:
 
 def _overflow(context: Context, report: Report, manifest: str, stage: int) -> None:
     name = f"stage {stage}, fp16"
-    overrides = [*engines.words(context, manifest), "precision=fp16", f"zero.stage={stage}", "train.grad_clip=0.1"]
+    overrides = [
+        *engines.base_overrides(context, manifest),
+        "precision=fp16",
+        f"zero.stage={stage}",
+        "train.grad_clip=0.1",
+    ]
     with engines.opened(*overrides) as (engine, steps, _):
         assert engine.loss_scale is not None
         engine.loss_scale.value = _TOO_HIGH
@@ -48,15 +53,20 @@ def _overflow(context: Context, report: Report, manifest: str, stage: int) -> No
 def _not_a_number(context: Context, report: Report, manifest: str) -> None:
     """A run of a few steps, one of whose groups has a NaN in it."""
     run_dir = engines.fresh_folder(context.out / "overflow-run")
-    words = [*engines.words(context, manifest), f"train.max_steps={_STEPS}", f"run.dir={run_dir}", "precision=fp16"]
-    config = configs.load([], words).config
+    overrides = [
+        *engines.base_overrides(context, manifest),
+        f"train.max_steps={_STEPS}",
+        f"run.dir={run_dir}",
+        "precision=fp16",
+    ]
+    config = configs.load([], overrides).config
     global_batch = config.train.global_batch_size
     _spoil((_BAD_STEP - 1) * global_batch, _BAD_GROUP_OF_STEP * _PARTICLES + 1)
     report.check("the run goes on after the batch", trainer.train(config), equals="completed")
-    words_logged = (run_dir / "logs" / "rank-00000.log").read_text()
+    log = (run_dir / "logs" / "rank-00000.log").read_text()
     group = (_BAD_STEP - 1) * global_batch // _PARTICLES + _BAD_GROUP_OF_STEP
-    named = re.findall(r"step (\d+) is skipped .*the loss is not finite on rank 0 .*, group (\d+)", words_logged)
-    report.check("step and group named in the log", str(named), equals=str([(str(_BAD_STEP), str(group))]))
+    matches = re.findall(r"step (\d+) is skipped .*the loss is not finite on rank 0 .*, group (\d+)", log)
+    report.check("step and group named in the log", str(matches), equals=str([(str(_BAD_STEP), str(group))]))
     last = run_folder.read_metrics(str(run_dir))[-1]
     report.check("steps skipped for the loss", last["skipped_non_finite_loss"], equals=1)
 

@@ -41,9 +41,9 @@ def _settings(context: Context, stage: int) -> tuple[bool, ...]:
 def _step_seconds(context: Context, stage: int, overlaps: bool) -> float:
     samples = training.samples_of(context)
     # On CPU stage 0 refuses bf16, whose sums would differ from those of the other stages.
-    words = [f"zero.stage={stage}", f"precision={'fp32' if context.small else 'bf16'}"]
-    words += [f"zero.extra.overlap_comm={overlaps}".lower()] if stage else []
-    settings = training.config(context, SIZE, samples, *words)
+    overrides = [f"zero.stage={stage}", f"precision={'fp32' if context.small else 'bf16'}"]
+    overrides += [f"zero.extra.overlap_comm={overlaps}".lower()] if stage else []
+    settings = training.config(context, SIZE, samples, *overrides)
     with training.training_engine(context, settings, SIZE) as (engine, batch):
         (seconds,) = Stopwatch(context, _ROUNDS).medians(lambda: engine.step([batch], 1e-4), times=2)
     return seconds

@@ -77,13 +77,13 @@ class Report:
         unit: str = "",
     ) -> None:
         """Something measured that must keep a bound: exactly one of the three. Not a number keeps none."""
-        self._add(Entry("check", name, value, unit, *_kept(value, at_most, at_least, equals)))
+        self._add(Entry("check", name, value, unit, *_judge(value, at_most, at_least, equals)))
 
     def goal(
         self, name: str, value: float, *, at_most: float | None = None, at_least: float | None = None, unit: str = ""
     ) -> None:
         """Something measured beside the speed that is aimed at: exactly one of the two. A miss fails nothing."""
-        self._add(Entry("goal", name, value, unit, *_kept(value, at_most, at_least, None)))
+        self._add(Entry("goal", name, value, unit, *_judge(value, at_most, at_least, None)))
 
     def skip(self, name: str, why: str) -> None:
         """Something this machine cannot do."""
@@ -106,7 +106,7 @@ class Report:
         os.replace(draft, self.path)
 
 
-def _kept(value: Value, at_most: float | None, at_least: float | None, equals: Value) -> tuple[str, bool]:
+def _judge(value: Value, at_most: float | None, at_least: float | None, equals: Value) -> tuple[str, bool]:
     """A bound in words, exactly one of the three, and whether a value keeps it."""
     assert [at_most, at_least, equals].count(None) == 2, (at_most, at_least, equals)
     if equals is not None:

@@ -86,7 +86,7 @@ def _run(section: Section, context: Context, job: Job) -> Result:
     if code is None:
         return Result(section.name, "over its limit", seconds, f"over its limit of {limit} s", entries)
     if code:
-        return Result(section.name, "crashed", seconds, _last_words(context.out / f"{section.name}.log", code), entries)
+        return Result(section.name, "crashed", seconds, _log_tail(context.out / f"{section.name}.log", code), entries)
     failed = any(entry.kind == "check" and not entry.passed for entry in entries)
     return Result(section.name, "failed" if failed else "done", seconds, "", entries)
 
@@ -113,9 +113,9 @@ def _missing_memory(section: Section, context: Context) -> str:
     return "" if free >= section.memory else f"needs {section.memory} GiB of GPU memory, {free:.1f} are free"
 
 
-def _last_words(log: Path, code: int) -> str:
-    said = log.read_text(errors="replace") if log.exists() else ""
-    lines = [line for line in said.splitlines() if not line.startswith("Extension modules")]
+def _log_tail(log: Path, code: int) -> str:
+    text = log.read_text(errors="replace") if log.exists() else ""
+    lines = [line for line in text.splitlines() if not line.startswith("Extension modules")]
     ending = f"exit code {code}" if code > 0 else f"ended by signal {-code}"
     return "\n".join([ending, *lines[-_LAST_LINES:]]).strip()
 
@@ -126,5 +126,5 @@ def _write(results: Sequence[Result], out: Path) -> None:
     os.replace(draft, out / "results.json")
 
 
-def _say(words: str) -> None:
-    print(f"[gpu] {words}", file=sys.stderr, flush=True)
+def _say(message: str) -> None:
+    print(f"[gpu] {message}", file=sys.stderr, flush=True)

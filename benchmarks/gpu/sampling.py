@@ -71,7 +71,7 @@ def random_model(context: Context, size: str) -> Model:
 def _measure(context: Context, report: Report, budget: Budget, size: str) -> None:
     model, rates = random_model(context, size), {}
     for precision, compiled in WAYS:
-        name = f"{size}, {demo.words(precision, compiled)}"
+        name = f"{size}, {demo.label(precision, compiled)}"
         missing = demo.possible(precision, compiled)
         if missing:
             report.skip(name, missing)
@@ -113,6 +113,6 @@ def _compare_distances(context: Context, report: Report) -> None:
             for way in (_SLOW, _FAST)
         )
         name = f"{_DEMO}, {steps} steps"
-        report.figure(f"{name}, {demo.words(*_SLOW)}", slow.mean)
-        report.figure(f"{name}, {demo.words(*_FAST)}", fast.mean)
+        report.figure(f"{name}, {demo.label(*_SLOW)}", slow.mean)
+        report.figure(f"{name}, {demo.label(*_FAST)}", fast.mean)
         report.goal(f"{name}: how far apart", abs(fast.mean - slow.mean), at_most=slow.std)

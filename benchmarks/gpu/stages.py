@@ -85,7 +85,7 @@ def _missing(context: Context, case: _Case) -> str:
 def _train(context: Context, manifest: str, case: _Case) -> _Trained:
     torch.compiler.reset()  # blocks of another case's net would count as recompilations
     overrides = [f"zero.stage={case.stage}", f"precision={case.precision}", *case.more]
-    with engines.opened(*engines.words(context, manifest), *overrides) as (engine, steps, _):
+    with engines.opened(*engines.base_overrides(context, manifest), *overrides) as (engine, steps, _):
         if engine.loss_scale is not None:
             engine.loss_scale.value = _FP16_SCALE
         before = _weights(engine)
@@ -104,8 +104,8 @@ def _fall(trained: _Trained) -> float:
     return float(trained.losses[-1] / trained.losses[0])
 
 
-def _compare(report: Report, case: _Case, found: _Trained, expected: _Trained) -> None:
-    losses = float(((found.losses - expected.losses).abs() / expected.losses).max())
+def _compare(report: Report, case: _Case, actual: _Trained, expected: _Trained) -> None:
+    losses = float(((actual.losses - expected.losses).abs() / expected.losses).max())
     report.check(f"{case}: losses, relative", losses, at_most=_LOSS[case.precision])
-    update = float((found.update - expected.update).norm() / expected.update.norm())
+    update = float((actual.update - expected.update).norm() / expected.update.norm())
     report.check(f"{case}: change of the weights, relative", update, at_most=_UPDATE[case.precision])

@@ -58,10 +58,10 @@ def _compare(context: Context, report: Report) -> None:
 
 def _seconds(context: Context, report: Report, ours: Case, stock: "StockCase", mode: str) -> list[float]:
     """Medians of our pair of passes and of theirs, taken in turn."""
-    found = Stopwatch(context).medians(ours.pair, stock.passes)
-    for name, seconds in zip(("ours", "diffusers' DiT"), found, strict=True):
+    medians = Stopwatch(context).medians(ours.pair, stock.passes)
+    for name, seconds in zip(("ours", "diffusers' DiT"), medians, strict=True):
         report.figure(f"pair of passes: {name}, {mode}", ours.samples / seconds, "samples/s")
-    return found
+    return medians
 
 
 class StockCase:

@@ -17,7 +17,7 @@ from benchmarks.gpu.step import LARGEST
 from benchmarks.gpu.timing import Budget, Stopwatch, compilation, part
 from imm_scale.models.dit import DiTConfig
 
-_WORDS = "synchronizing CUDA operation"  # of torch's warning
+_WARNING = "synchronizing CUDA operation"  # of torch's warning
 _STEPS = 6  # counted one by one; the last of them is logged
 _TRACED = 3
 _ROUNDS = 5
@@ -32,8 +32,8 @@ def run(context: Context, report: Report) -> None:
     if why_not:
         report.skip("compiled", f"{why_not}: the steps below ran eagerly")
     samples = training.samples_of(context)
-    words = (f"train.compile={not why_not}".lower(), f"train.log_every={2 * _STEPS}")
-    settings = training.config(context, LARGEST, samples, *words)
+    overrides = (f"train.compile={not why_not}".lower(), f"train.log_every={2 * _STEPS}")
+    settings = training.config(context, LARGEST, samples, *overrides)
     name = f"{LARGEST}, {samples} samples"
     with compilation(context), part(report, name), training.training_state(settings) as state:
         with training.loop_steps(state) as step:
@@ -56,10 +56,10 @@ def _count(context: Context, report: Report, step: Callable[[], None]) -> None:
     """Torch's own count, a step at a time. It knows nothing of waits inside torch.distributed."""
     counts, places = [], Counter[str]()
     for _ in range(_STEPS):
-        with counted(context.device) as found:
+        with counted(context.device) as by_line:
             step()
-        counts.append(found.total())
-        places = found if len(counts) < _STEPS else places
+        counts.append(by_line.total())
+        places = by_line if len(counts) < _STEPS else places
     if context.device.type == "cpu":
         report.skip("synchronizations of a step", "a CPU has none")
         return
@@ -71,20 +71,20 @@ def _count(context: Context, report: Report, step: Callable[[], None]) -> None:
 @contextlib.contextmanager
 def counted(device: torch.device) -> Iterator[Counter[str]]:
     """Synchronizing operations, by the line of Python that ran them; filled on leaving. None on CPU."""
-    found = Counter[str]()
+    by_line = Counter[str]()
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        with _told(device):
-            yield found
+        with _sync_warnings(device):
+            yield by_line
     for warning in heard:
-        if _WORDS in str(warning.message):
-            found[f"{Path(warning.filename).name}:{warning.lineno}"] += 1
+        if _WARNING in str(warning.message):
+            by_line[f"{Path(warning.filename).name}:{warning.lineno}"] += 1
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 @contextlib.contextmanager
-def _told(device: torch.device) -> Iterator[None]:
+def _sync_warnings(device: torch.device) -> Iterator[None]:
     if device.type == "cpu":
         yield
         return
@@ -111,14 +111,14 @@ def _launches(context: Context, config: DiTConfig, samples: int) -> int:
     case = Case(config, samples, "bf16", compiled=False, device=context.device)
     for _ in range(2):
         case.step()
-    seen = trace.record(case.step, 1, context.device, context.out / f"trace-{config.depth}-blocks.json.gz")
-    return seen.kernels + seen.copies
+    recorded = trace.record(case.step, 1, context.device, context.out / f"trace-{config.depth}-blocks.json.gz")
+    return recorded.kernels + recorded.copies
 
 
 def _trace(context: Context, report: Report, step: Callable[[], None]) -> None:
-    seen = trace.record(step, _TRACED, context.device, context.out / "trace-step.json.gz")
-    report.figure("kernels of a step", seen.kernels / _TRACED)
-    report.figure("copies and fills of a step", seen.copies / _TRACED)
-    waits = ", ".join(f"{name} x {n / _TRACED:g}" for name, n in seen.waits.items())
+    recorded = trace.record(step, _TRACED, context.device, context.out / "trace-step.json.gz")
+    report.figure("kernels of a step", recorded.kernels / _TRACED)
+    report.figure("copies and fills of a step", recorded.copies / _TRACED)
+    waits = ", ".join(f"{name} x {n / _TRACED:g}" for name, n in recorded.waits.items())
     report.figure("the host's waits in a step, as CUDA's calls", waits or "none")
-    report.figure("idle share of the device under the profiler", seen.idle_share)
+    report.figure("idle share of the device under the profiler", recorded.idle_share)

@@ -24,7 +24,7 @@ def markdown(results: Sequence[Result], out: Path) -> str:
     """A section of docs/gpu.md: what it ran on, and a table."""
     rows = [_COLUMNS, tuple("---" for _ in _COLUMNS), *_rows(results)]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    crashes = [f"```text\n{words}\n```\n" for words in _crashes(results)]
+    crashes = [f"```text\n{crash}\n```\n" for crash in _crashes(results)]
     return "\n".join([_heading(out), "", *lines, "", *crashes, summary(results), ""])
 
 
@@ -34,11 +34,11 @@ def summary(results: Sequence[Result]) -> str:
     counts = {verdict: sum(_verdict(entry) == verdict for entry in entries) for verdict in _VERDICTS.values()}
     skipped = sum(entry.kind == "skipped" for entry in entries)
     ended = [f"{result.section} {result.outcome}" for result in results if result.outcome not in ("done", "failed")]
-    words = [f"{counts['holds']} checks hold, {counts['FAILS']} fail", f"{skipped} entries skipped"]
+    parts = [f"{counts['holds']} checks hold, {counts['FAILS']} fail", f"{skipped} entries skipped"]
     if counts["met"] + counts["missed"]:
-        words.insert(1, f"{counts['met']} goals met, {counts['missed']} missed")
+        parts.insert(1, f"{counts['met']} goals met, {counts['missed']} missed")
     seconds = sum(result.seconds for result in results)
-    return "; ".join([f"{len(results)} sections in {seconds:.0f} s", *words, *ended])
+    return "; ".join([f"{len(results)} sections in {seconds:.0f} s", *parts, *ended])
 
 
 def _heading(out: Path) -> str:

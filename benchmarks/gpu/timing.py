@@ -33,14 +33,14 @@ def seconds(
             short that the wait itself, some 10 us, would show.
         warm_ups: runs of each action that are not counted.
     """
-    taken: list[list[float]] = [[] for _ in actions]
+    per_action: list[list[float]] = [[] for _ in actions]
     for action in actions:
         for _ in range(warm_ups):
             action()
     for _ in range(rounds):
-        for action, values in zip(actions, taken, strict=True):
+        for action, values in zip(actions, per_action, strict=True):
             values.append(_mean_seconds(action, times, device))
-    return taken
+    return per_action
 
 
 def _mean_seconds(action: Action, times: int, device: torch.device) -> float:

@@ -28,8 +28,8 @@ class Trace:
 
     def __init__(self, events: Iterable[Event], on_cpu: bool = False):
         complete = [event for event in events if event.get("ph") == "X"]
-        wanted = {"cpu_op"} if on_cpu else _ON_DEVICE
-        busy = [event for event in complete if event.get("cat") in wanted]
+        categories = {"cpu_op"} if on_cpu else _ON_DEVICE
+        busy = [event for event in complete if event.get("cat") in categories]
         self.intervals: list[Interval] = [(float(e["ts"]), float(e["ts"]) + float(e["dur"])) for e in busy]
         self.kernels = sum(event["cat"] in ("kernel", "cpu_op") for event in busy)
         self.copies = len(busy) - self.kernels

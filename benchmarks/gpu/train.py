@@ -29,20 +29,20 @@ def run(context: Context, report: Report) -> None:
     manifest = engines.write_latents(context.out / "train-latents", 256, 8)
     run_dir, too_large = (engines.fresh_folder(context.out / name) for name in ("train-run", "train-too-large"))
     steps = 12 if context.small else 100
-    words = [*engines.words(context, manifest), f"train.max_steps={steps}"]
+    overrides = [*engines.base_overrides(context, manifest), f"train.max_steps={steps}"]
     with (
-        _command(context, "train-first", [*words, f"run.dir={run_dir}", "zero.stage=1"]) as first,
-        _command(context, "train-second", [*words, f"run.dir={run_dir}", "zero.stage=3"]) as second,
+        _command(context, "train-first", [*overrides, f"run.dir={run_dir}", "zero.stage=1"]) as first,
+        _command(context, "train-second", [*overrides, f"run.dir={run_dir}", "zero.stage=3"]) as second,
         _too_large(context, too_large) as third,
     ):
         _interrupted(report, first, run_dir)
         _resumed(report, second, run_dir, steps)
         _refused(report, third, too_large, context.out / "train-too-large.log")
-    _compared(report, run_dir, _undisturbed(context, words))
+    _compared(report, run_dir, _undisturbed(context, overrides))
 
 
-def _command(context: Context, name: str, words: Sequence[str]) -> Job:
-    return Job(context.method, context.out / f"{name}.log", _imports, partial(main, ["train", *words]))
+def _command(context: Context, name: str, overrides: Sequence[str]) -> Job:
+    return Job(context.method, context.out / f"{name}.log", _imports, partial(main, ["train", *overrides]))
 
 
 def _imports() -> None:
@@ -77,28 +77,28 @@ def _resumed(report: Report, job: Job, run_dir: Path, steps: int) -> None:
     records = run_folder.read_metrics(str(run_dir))
     numbers = [record["step"] for record in records]
     report.check("every step once and in order", numbers == list(range(1, steps + 1)), equals=True)
-    seen = {record["images_seen"] / record["step"] for record in records}
-    report.check("samples a step, throughout", len(seen), equals=1)
+    samples_per_step = {record["images_seen"] / record["step"] for record in records}
+    report.check("samples a step, throughout", len(samples_per_step), equals=1)
 
 
 def _too_large(context: Context, run_dir: Path) -> Job:
     """A run that asks for some 300 GB of activations; without a GPU, one that is told there is no memory."""
     samples, side, size = (32, 8, ()) if context.small else (2048, 32, ("model.size=DiT-B/2",))
     manifest = engines.write_latents(context.out / "train-large-latents", samples, side)
-    words = [*engines.words(context, manifest), f"run.dir={run_dir}", "train.max_steps=1"]
+    overrides = [*engines.base_overrides(context, manifest), f"run.dir={run_dir}", "train.max_steps=1"]
     if size:
-        words = [word for word in words if not word.startswith("model.")]
-    words += [*size, f"train.global_batch_size={samples}", f"train.micro_batch_size={samples}"]
-    act = partial(_without_memory if context.small else main, ["train", *words])
+        overrides = [override for override in overrides if not override.startswith("model.")]
+    overrides += [*size, f"train.global_batch_size={samples}", f"train.micro_batch_size={samples}"]
+    act = partial(_without_memory if context.small else main, ["train", *overrides])
     return Job(context.method, context.out / "train-too-large.log", _imports, act)
 
 
-def _without_memory(words: Sequence[str]) -> int:
+def _without_memory(argv: Sequence[str]) -> int:
     def forward(*_: object) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory (said by the benchmark: there is no GPU)")
 
     LossModule.forward = forward  # type: ignore[method-assign, assignment]
-    return main(words)
+    return main(argv)
 
 
 def _refused(report: Report, job: Job, run_dir: Path, log: Path) -> None:
@@ -107,16 +107,16 @@ def _refused(report: Report, job: Job, run_dir: Path, log: Path) -> None:
     report.check("micro-batch too large: it ended by itself, and not well", code in (1, 2), equals=True)
     status = run_folder.read_status(str(run_dir))
     report.check("micro-batch too large: status", status["state"], equals="failed")
-    said = "out of memory" in status["reason"]
-    report.check("micro-batch too large: the reason names the memory", said, equals=True)
-    named = "train.micro_batch_size" in log.read_text(errors="replace")
-    report.check("micro-batch too large: train.micro_batch_size is named", named, equals=True)
+    names_memory = "out of memory" in status["reason"]
+    report.check("micro-batch too large: the reason names the memory", names_memory, equals=True)
+    names_key = "train.micro_batch_size" in log.read_text(errors="replace")
+    report.check("micro-batch too large: train.micro_batch_size is named", names_key, equals=True)
 
 
-def _undisturbed(context: Context, words: Sequence[str]) -> list[float]:
+def _undisturbed(context: Context, overrides: Sequence[str]) -> list[float]:
     """Losses of the same run without a break, in this process."""
     run_dir = engines.fresh_folder(context.out / "train-reference")
-    trainer.train(configs.load([], [*words, f"run.dir={run_dir}", "zero.stage=1"]).config)
+    trainer.train(configs.load([], [*overrides, f"run.dir={run_dir}", "zero.stage=1"]).config)
     return _losses(run_dir)
 
 

@@ -49,11 +49,11 @@ def manifest(context: Context) -> str:
     return str(folder / "manifest.json")
 
 
-def config(context: Context, size: str, samples: int, *words: str) -> Config:
+def config(context: Context, size: str, samples: int, *overrides: str) -> Config:
     """A run of one micro-batch a step in bf16; neither a record nor a checkpoint is ever due by itself.
 
     Args:
-        words: overrides, as on the command line.
+        overrides: as on the command line.
     """
     net = net_config(context, size)
     shape = {"width": net.width, "depth": net.depth, "heads": net.heads, "patch_size": net.patch_size}
@@ -61,7 +61,7 @@ def config(context: Context, size: str, samples: int, *words: str) -> Config:
     own += ["precision=bf16", f"train.global_batch_size={samples}", f"train.micro_batch_size={samples}"]
     own += [f"train.max_steps={_NEVER}", f"train.log_every={_NEVER}", f"train.checkpoint_every={_NEVER}"]
     own += [f"data.manifest={manifest(context)}", f"run.dir={context.out}/runs/{size.replace('/', '-')}"]
-    return configs.load([], [*own, "wandb.mode=disabled", "train.keep_last=1", *words]).config
+    return configs.load([], [*own, "wandb.mode=disabled", "train.keep_last=1", *overrides]).config
 
 
 @contextlib.contextmanager

@@ -109,12 +109,12 @@ def _place(run_dir: str) -> str:
     if not storage.is_local(run_dir):
         return run_dir
     os.makedirs(storage.local_path(run_dir), exist_ok=True)
-    found = os.stat(storage.local_path(run_dir))
-    return f"{found.st_dev}:{found.st_ino}"
+    newest = os.stat(storage.local_path(run_dir))
+    return f"{newest.st_dev}:{newest.st_ino}"
 
 
 @dataclass(frozen=True)
-class _Found:
+class _LockFile:
     """The file that counts: its number (0: there is none) and content."""
 
     number: int
@@ -129,23 +129,23 @@ def _url(run_dir: str, number: int) -> str:
     return storage.join(run_dir, FOLDER, f"{number:08d}.json")
 
 
-def _newest(run_dir: str) -> _Found:
+def _newest(run_dir: str) -> _LockFile:
     while True:
         names = storage.list_names(storage.join(run_dir, FOLDER))
         stems = [name.removesuffix(".json") for name in names if name.endswith(".json")]
         numbers = [int(stem) for stem in stems if stem.isdigit()]
         if not numbers:
-            return _Found(0, b"")
+            return _LockFile(0, b"")
         try:
-            return _Found(max(numbers), storage.read_bytes(_url(run_dir, max(numbers))))
+            return _LockFile(max(numbers), storage.read_bytes(_url(run_dir, max(numbers))))
         except FileNotFoundError:
             continue  # whoever came after has tidied up
 
 
 def owner_of(run_dir: str) -> Owner | None:
     """Who has the lock of a run folder, as far as its files say; None where nobody does, or it has been released."""
-    found = _newest(run_dir)
-    return None if found.number == 0 or found.owner.released else found.owner
+    newest = _newest(run_dir)
+    return None if newest.number == 0 or newest.owner.released else newest.owner
 
 
 def check_free(run_dir: str) -> None:
@@ -167,19 +167,19 @@ def take(run_dir: str, say: Callable[[str], None], pause: Callable[[float], None
     """
     me, seen, since = Owner.here(run_dir), None, 0.0
     while True:
-        found = _newest(run_dir)
-        silent = seen == found and time.monotonic() - since >= STALE_SECONDS
-        if found.number == 0 or silent or found.owner.has_ended(me):
-            lock = _create(run_dir, found.number + 1, me)
+        newest = _newest(run_dir)
+        silent = seen == newest and time.monotonic() - since >= STALE_SECONDS
+        if newest.number == 0 or silent or newest.owner.has_ended(me):
+            lock = _create(run_dir, newest.number + 1, me)
             if lock is not None:
                 return lock
             seen = None  # another was faster
             continue
-        if found.owner.is_alive(me) or seen not in (None, found):
-            raise _refusal(run_dir, found.owner)
+        if newest.owner.is_alive(me) or seen not in (None, newest):
+            raise _refusal(run_dir, newest.owner)
         if seen is None:
-            seen, since = found, time.monotonic()
-            say(f"{run_dir} is locked by {found.owner}: waiting up to {STALE_SECONDS:.0f} s for a sign of life")
+            seen, since = newest, time.monotonic()
+            say(f"{run_dir} is locked by {newest.owner}: waiting up to {STALE_SECONDS:.0f} s for a sign of life")
         pause(_POLL_SECONDS)
 
 
@@ -247,9 +247,9 @@ class RunLock:
         )
 
     def _look(self) -> None:
-        found = _newest(self._run_dir)
-        if found.number != self._number or found.owner.token != self._me.token:
-            self._lost = self._lost or found.owner
+        newest = _newest(self._run_dir)
+        if newest.number != self._number or newest.owner.token != self._me.token:
+            self._lost = self._lost or newest.owner
         self._verified = time.monotonic()
 
     # --- keeping ---

@@ -50,15 +50,15 @@ def job_folders() -> tuple[str, str | None]:
     return (CODE, None) if is_checkout() else (os.getcwd(), CODE)
 
 
-def _git(*words: str) -> str:
+def _git(*args: str) -> str:
     # Only this checkout's own repository: a copy without .git inside another repository is not that one's state.
     if not os.path.exists(os.path.join(CODE, ".git")):
         return ""
     try:
-        done = subprocess.run(["git", "-C", CODE, *words], capture_output=True, check=False)
+        result = subprocess.run(["git", "-C", CODE, *args], capture_output=True, check=False)
     except FileNotFoundError:
         return ""
-    return done.stdout.decode(errors="replace") if done.returncode == 0 else ""
+    return result.stdout.decode(errors="replace") if result.returncode == 0 else ""
 
 
 def _release() -> str:

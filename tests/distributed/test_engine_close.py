@@ -44,8 +44,8 @@ def _alive_after_each(manifest: str) -> dict[tuple[str, ...], list[str]]:
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_nothing_outlives_close(size, digits):
-    for found in ranks.run(_alive_after_each, size, digits):
-        assert found == {case: [] for case in CASES}
+    for alive in ranks.run(_alive_after_each, size, digits):
+        assert alive == {case: [] for case in CASES}
 
 
 def _bytes_of_each_start(*argv: str) -> tuple[list[int], list[int]]:
@@ -61,8 +61,8 @@ def _bytes_of_each_start(*argv: str) -> tuple[list[int], list[int]]:
             after.append(measure.live_bytes())
 
     trainer.State = Measured
-    code, words = faults.spikes([23, 24, 25], *argv)
-    assert code == 0, words
+    code, output = faults.spikes([23, 24, 25], *argv)
+    assert code == 0, output
     return before, after
 
 

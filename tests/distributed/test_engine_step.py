@@ -74,7 +74,7 @@ def test_one_infinite_value_on_one_rank_leaves_all_ranks_unharmed(digits):
 
 def _one_bad_element(manifest: str, stage: int) -> list[bool]:
     """What each look back finds: a bad element of one parameter's gradient on rank 1 in the last micro-batch alone."""
-    found = []
+    verdicts = []
     argv = [*TINY, f"data.manifest={manifest}", f"zero.stage={stage}", "train.micro_batch_size=16"]
     with opened(*argv) as (_, engine, steps):
         batch = next(steps)
@@ -88,9 +88,9 @@ def _one_bad_element(manifest: str, stage: int) -> list[bool]:
                 return gradient * factor
 
             hook = engine.parameters[3].register_hook(spoil)
-            found.append(gradient_is_bad(engine, batch, None))
+            verdicts.append(gradient_is_bad(engine, batch, None))
             hook.remove()
-    return found
+    return verdicts
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

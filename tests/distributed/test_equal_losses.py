@@ -82,14 +82,14 @@ def _assert_equal(folder: Path, cases: list[tuple[int, int, int, str]], referenc
     curve, states = _results(reference)
     assert np.ptp(curve) > 0.01, "equal curves would prove nothing if they were constant"
     for case in cases:
-        found_curve, found = _results(folder / _name(case))
-        assert len(found_curve) == STEPS
-        np.testing.assert_allclose(found_curve, curve, rtol=tolerance, err_msg=str(case))
+        case_curve, case_states = _results(folder / _name(case))
+        assert len(case_curve) == STEPS
+        np.testing.assert_allclose(case_curve, curve, rtol=tolerance, err_msg=str(case))
         # Compiled kernels round every product inside a block in another order; where a gradient is a small difference
         # of large terms, Adam makes up to 4e-5 of it. All else agrees to 5e-7.
         wide = max(tolerance, 1e-4) if case[3] == "compile" else tolerance
-        assert found.keys() == states.keys()
-        for key, tensor in found.items():
+        assert case_states.keys() == states.keys()
+        for key, tensor in case_states.items():
             # Weights have moved by up to 20 learning rates, 2e-2, from values of order 1e-1.
             np.testing.assert_allclose(tensor, states[key], rtol=wide, atol=wide, err_msg=f"{case} {key}")
 

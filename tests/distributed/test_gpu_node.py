@@ -22,12 +22,12 @@ def test_every_check_runs_on_two_ranks(tmp_path):
     gpu_node.write_run(tmp_path, small=True)
     first, second = ranks.run(_checks, 2, str(tmp_path))
     assert first == second
-    found = dict(first)
-    judged = {name for name, passed in found.items() if passed}
-    assert not [name for name, passed in found.items() if passed is False]
+    checks = dict(first)
+    judged = {name for name, passed in checks.items() if passed}
+    assert not [name for name, passed in checks.items() if passed is False]
     assert {"doctor: gloo", "reduction in fp32", "reduction in bf16", "overlap, stage 1, loss"} <= judged
     assert {"overlap, stage 2, loss", "stage 3, gathered", "stage 3, scattered"} <= judged
-    assert found["contexts"] is None, "no GPU here"
+    assert checks["contexts"] is None, "no GPU here"
 
 
 @pytest.mark.parametrize(("outcomes", "seconds", "failing"), [

@@ -75,11 +75,11 @@ def test_a_launcher_that_is_told_to_stop_leaves_a_commit(launch, code, tiny, tmp
             assert time.monotonic() < deadline and running.poll() is None
             time.sleep(0.05)
         _told(running, launch).send_signal(signal.SIGTERM)
-        _, words = running.communicate(timeout=100)
+        _, stderr = running.communicate(timeout=100)
     finally:
         running.kill()
     status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert status["state"] == "preempted", words
+    assert status["state"] == "preempted", stderr
     assert status["reason"] == "SIGTERM asked the run to stop"
     assert committed_steps(str(tmp_path / "run")) == [status["step"]]
     assert running.returncode == code, "as docs/training.md says of this launcher"

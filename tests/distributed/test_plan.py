@@ -44,15 +44,15 @@ CASES = ALL if int(os.environ.get("IMM_SOAK", "1")) > 1 else COVERING  # as `mak
 TOLERANCE = 0.1  # what the planner claims
 
 
-def _predicted(words: list[str], size: int) -> tuple[Estimate, memory.Setting]:
-    config = configs.load([], [*measure.LATENTS, *words]).config
-    found = plan.estimate(config, 1, size, "a100-40gb")
-    return found, plan.setting(config, found.net, found.layout)
+def _predicted(overrides: list[str], size: int) -> tuple[Estimate, memory.Setting]:
+    config = configs.load([], [*measure.LATENTS, *overrides]).config
+    estimate = plan.estimate(config, 1, size, "a100-40gb")
+    return estimate, plan.setting(config, estimate.net, estimate.layout)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}-{case[2]}".replace(" ", "-"))
 def measured(request) -> list[tuple[list[str], int, list[dict[str, Any]]]]:
-    """(words, ranks, what each rank measured) of every stage."""
+    """(overrides, ranks, what each rank measured) of every stage."""
     size, precision, net, stages = request.param
     cases = [[*COMMON, *NETS[net], *f"precision={precision}".split(), f"zero.stage={stage}"] for stage in stages]
     by_rank = ranks.run(measure.engines, size, cases)
@@ -61,37 +61,40 @@ def measured(request) -> list[tuple[list[str], int, list[dict[str, Any]]]]:
 
 def test_what_is_held_between_steps(measured):
     """Weights, optimizer, averages, and at stage 3 gradients and buckets."""
-    for words, size, found in measured:
-        estimate, setting = _predicted(words, size)
+    for overrides, size, measurements in measured:
+        estimate, setting = _predicted(overrides, size)
         predicted = memory.between_steps(setting, estimate.parameters).total
-        assert predicted == pytest.approx(max(rank["held"] for rank in found), rel=TOLERANCE), words
+        assert predicted == pytest.approx(max(rank["held"] for rank in measurements), rel=TOLERANCE), overrides
 
 
 def test_the_peak_of_a_step(measured):
-    for words, size, found in measured:
-        estimate, setting = _predicted(words, size)
+    for overrides, size, measurements in measured:
+        estimate, setting = _predicted(overrides, size)
         peak = memory.peak(setting, estimate.parameters)
-        assert peak.total == pytest.approx(max(rank["peak"] for rank in found), rel=TOLERANCE), (peak.when, words)
+        assert peak.total == pytest.approx(max(rank["peak"] for rank in measurements), rel=TOLERANCE), (
+            peak.when,
+            overrides,
+        )
 
 
 def test_flops(measured):
     """Up to the first layer, whose input needs no gradient."""
-    for words, size, found in measured:
-        estimate, _ = _predicted(words, size)
-        assert estimate.executed_flops == pytest.approx(found[0]["flops"], rel=TOLERANCE), words
+    for overrides, size, measurements in measured:
+        estimate, _ = _predicted(overrides, size)
+        assert estimate.executed_flops == pytest.approx(measurements[0]["flops"], rel=TOLERANCE), overrides
 
 
 def test_bytes_on_the_wire(measured):
-    for words, size, found in measured:
+    for overrides, size, measurements in measured:
         if size == 1:
             continue  # collectives of one rank send nothing
-        estimate, _ = _predicted(words, size)
-        sent = found[0]["sent"]
+        estimate, _ = _predicted(overrides, size)
+        sent = measurements[0]["sent"]
         predicted = {item.collective: item.payload for item in estimate.traffic}
         for collective in predicted.keys() | sent.keys():
             # 1 % of the weights: norms and counts that DeepSpeed reduces beside the tensors
             slack = 0.01 * 4 * estimate.parameters.total
             assert predicted.get(collective, 0.0) == pytest.approx(sent.get(collective, 0), rel=TOLERANCE, abs=slack), (
                 collective,
-                words,
+                overrides,
             )

@@ -70,5 +70,5 @@ def _each(manifest: str) -> list[tuple[int, int]]:
 
 
 def test_a_step_waits_for_the_gradient_norm_and_nothing_else(digits):
-    for case, found in zip(CASES, ranks.run(_each, 1, digits)[0], strict=True):
-        assert found == (1, 0), case
+    for case, reads_and_waits in zip(CASES, ranks.run(_each, 1, digits)[0], strict=True):
+        assert reads_and_waits == (1, 0), case

@@ -38,12 +38,12 @@ def both_branches_at_once(digits: str) -> dict[str, float]:
 
 
 def test_a_step_gathers_twice_and_scatters_once(both_branches_at_once):
-    found = both_branches_at_once
-    print("block by block:", found)
-    assert found["gather"] + found["scatter"] <= 1.02 * 3, found
+    volume = both_branches_at_once
+    print("block by block:", volume)
+    assert volume["gather"] + volume["scatter"] <= 1.02 * 3, volume
     # Less than twice: the last block is still there when the backward pass begins with it.
-    assert found["scatter"] == pytest.approx(1.0, abs=0.02) and found["gather"] > 1.5
-    assert 0.0 < found["other"] < 1e-4, "the gradient norm and the overflow flag are a few bytes"
+    assert volume["scatter"] == pytest.approx(1.0, abs=0.02) and volume["gather"] > 1.5
+    assert 0.0 < volume["other"] < 1e-4, "the gradient norm and the overflow flag are a few bytes"
 
 
 def test_one_branch_after_the_other_gathers_three_times(digits, both_branches_at_once):

@@ -36,9 +36,9 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
 def test_a_wrong_bit_on_tensors_is_noticed(failing, monkeypatch):
     plain = rng._philox_on_tensors
     monkeypatch.setattr(rng, "_philox_on_tensors", lambda *args: tuple(word ^ 1 for word in plain(*args)))
-    found = failing(draws.run)
-    assert any(name.startswith("words, compiled") for name in found)
-    assert any(name.startswith("normals, compiled") for name in found)
+    failures = failing(draws.run)
+    assert any(name.startswith("words, compiled") for name in failures)
+    assert any(name.startswith("normals, compiled") for name in failures)
 
 
 class _MatrixUnits(TorchDispatchMode):
@@ -65,9 +65,9 @@ def test_conditioning_rounded_to_tf32_is_noticed(split, lost, failing, monkeypat
 
     monkeypatch.setattr(fp32_linear, "rounds_to_tf32", rounds)
     with _MatrixUnits():
-        found = failing(conditioning.run)
+        failures = failing(conditioning.run)
     torch.backends.cuda.matmul.allow_tf32 = allowed
-    assert len(found) == lost, found
+    assert len(failures) == lost, failures
 
 
 def test_a_weight_without_its_gradient_is_noticed(failing, monkeypatch):
@@ -93,11 +93,11 @@ def test_a_block_that_is_compiled_again_and_again_is_noticed(failing, monkeypatc
 # Engines have a process of their own each, where what is changed stays.
 
 
-def _with_kept_engines(out: Path) -> list[str]:
-    kept, plain = [], Engine.close
+def _with_leaked_engines(out: Path) -> list[str]:
+    leaked, plain = [], Engine.close
 
     def close(self: Engine) -> None:
-        kept.append([shard.states for shard in self.held_slices()])
+        leaked.append([shard.states for shard in self.held_slices()])
         plain(self)
 
     Engine.close = close  # type: ignore[method-assign]
@@ -105,8 +105,8 @@ def _with_kept_engines(out: Path) -> list[str]:
 
 
 def test_an_engine_that_is_not_let_go_is_noticed(tmp_path):
-    (found,) = ranks.run(_with_kept_engines, 1, tmp_path)
-    assert "stage 0: left of it after 3 were closed" in found
+    (failures,) = ranks.run(_with_leaked_engines, 1, tmp_path)
+    assert "stage 0: left of it after 3 were closed" in failures
 
 
 def _with_another_rate_at_stage_1(out: Path) -> list[str]:

@@ -79,14 +79,15 @@ def test_a_section_that_fails_hangs_or_crashes_is_recorded_and_the_next_one_runs
         "missing_import": "crashed",
         "good": "done",
     }
-    found = {result.section: result for result in results}
-    assert [entry.passed for entry in found["failing"].entries] == [False, None], "it goes on after a failed check"
-    assert found["hanging"].why == f"over its limit of {_LIMIT} s"
-    assert found["hanging"].seconds == pytest.approx(_LIMIT, abs=2)
-    assert found["crashing"].why.startswith("exit code 1\n") and "seven is no even number" in found["crashing"].why
-    assert [entry.name for entry in found["crashing"].entries] == ["before it"]
-    assert found["dying"].why.startswith("ended by signal 11\n")
-    assert "a_package_that_is_nowhere" in found["missing_import"].why
+    by_section = {result.section: result for result in results}
+    assert [entry.passed for entry in by_section["failing"].entries] == [False, None], "it goes on after a failed check"
+    assert by_section["hanging"].why == f"over its limit of {_LIMIT} s"
+    assert by_section["hanging"].seconds == pytest.approx(_LIMIT, abs=2)
+    assert by_section["crashing"].why.startswith("exit code 1\n")
+    assert "seven is no even number" in by_section["crashing"].why
+    assert [entry.name for entry in by_section["crashing"].entries] == ["before it"]
+    assert by_section["dying"].why.startswith("ended by signal 11\n")
+    assert "a_package_that_is_nowhere" in by_section["missing_import"].why
     assert not runner.succeeded(results) and runner.succeeded(results[-1:])
 
 
@@ -102,11 +103,11 @@ def test_what_a_section_over_its_limit_had_started_ends_with_it(sections, tmp_pa
 def test_tables_and_files_say_what_became_of_each(sections, tmp_path):
     chosen = [section for section in sections if section.name in ("failing", "crashing", "good")]
     results = runner.run(chosen, _context(tmp_path))
-    words = table.text(results)
-    assert "3 sections in" in words
-    assert "1 checks hold, 1 fail" in words and "0 goals met, 1 missed" in words and "1 entries skipped" in words
-    assert "crashing crashed: exit code 1" in words
-    rows = [line.split() for line in words.splitlines()]
+    text = table.text(results)
+    assert "3 sections in" in text
+    assert "1 checks hold, 1 fail" in text and "0 goals met, 1 missed" in text and "1 entries skipped" in text
+    assert "crashing crashed: exit code 1" in text
+    rows = [line.split() for line in text.splitlines()]
     assert ["failing", "small", "enough", "nan", "<=", "1", "FAILS"] in rows
     assert ["good", "tf32", "not", "here", "skipped"] in rows
     out = tmp_path / "out"
@@ -148,8 +149,8 @@ def test_a_section_without_the_memory_it_needs_is_skipped(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_it_says_so_in_a_line_and_ends_with_2(tmp_path, capsys):
     assert command.main(["--out", str(tmp_path / "out")]) == 2
-    words = capsys.readouterr().err
-    assert words.count("\n") == 1 and "no CUDA device" in words and "--size small" in words
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1 and "no CUDA device" in stderr and "--size small" in stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -179,7 +180,7 @@ def test_the_sections_fit_into_eight_minutes_and_proofs_come_first(capsys):
 @pytest.mark.parametrize("names", [[], ["loss"], ["train,draws", "loss"]])
 def test_only_chooses_in_the_order_they_run(names):
     chosen = command._parse([word for name in names for word in ("--only", name)]).sections
-    wanted = {one for name in names for one in name.split(",")}
+    only = {one for name in names for one in name.split(",")}
     assert [section.name for section in chosen] == [
-        section.name for section in SECTIONS if not wanted or section.name in wanted
+        section.name for section in SECTIONS if not only or section.name in only
     ]

@@ -70,13 +70,13 @@ def nan_gradient_and_inf_batch(*argv: str) -> int:
 def nan_for_ever(*argv: str) -> tuple[int, str]:
     """From step 3 on every gradient of rank 1 is NaN."""
     _change_loss(lambda loss, step: _Multiplied.apply(loss, torch.nan if step >= 3 else 1.0), 64, rank=1)
-    return ranks.command_and_words(*argv)
+    return ranks.command_and_output(*argv)
 
 
 def spikes(steps: list[int], *argv: str) -> tuple[int, str]:
     """Loss and gradient of rank 1 are a thousandfold at these steps, whenever their batches are trained on."""
     _change_loss(lambda loss, step: loss * (1000.0 if step in steps else 1.0), 64, rank=1)
-    return ranks.command_and_words(*argv)
+    return ranks.command_and_output(*argv)
 
 
 def spikes_after_a_failed_save(steps: list[int], failing: int, *argv: str) -> tuple[int, str]:
@@ -122,4 +122,4 @@ def out_of_memory(*argv: str) -> tuple[int, str]:
         return loss
 
     _change_loss(change, 64, rank=1)
-    return ranks.command_and_words(*argv)
+    return ranks.command_and_output(*argv)

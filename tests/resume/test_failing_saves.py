@@ -102,8 +102,8 @@ def test_training_goes_on_after_a_save_that_failed(hook, cause, small_disk, digi
     records = _records(run_dir)
     assert list(records) == list(range(1, LAST + 1))
     assert [records[step]["failed_checkpoints"] for step in (3, 7, 8)] == [0, 1, 1]
-    words = (run_dir / "logs" / "rank-00000.log").read_text()
-    assert f"cannot write checkpoint {checkpoints.folder(str(run_dir), 4)}" in words and cause in words
+    log = (run_dir / "logs" / "rank-00000.log").read_text()
+    assert f"cannot write checkpoint {checkpoints.folder(str(run_dir), 4)}" in log and cause in log
 
 
 def _only_rank_1_fails(step: int, folder: Path) -> None:
@@ -162,19 +162,18 @@ def test_whatever_ends_one_ranks_part_is_told_to_the_others_that_wait_for_it(hoo
     run_dir = tmp_path / "run"
     results = ranks.run(_train_with_hook, 2, hook, tmp_path, _argv(digits, run_dir))
     assert results == [[0, 0, 1, 1]] * 2 and committed_steps(str(run_dir)) == [2, 6, 8]
-    words = [(run_dir / "logs" / f"rank-0000{rank}.log").read_text() for rank in (0, 1)]
-    assert all(f"{cause}" in text and "(rank 1); training goes on" in text for text in words)
-    assert "Traceback" in words[1] and "Traceback" not in words[0]
+    logs = [(run_dir / "logs" / f"rank-0000{rank}.log").read_text() for rank in (0, 1)]
+    assert all(f"{cause}" in log and "(rank 1); training goes on" in log for log in logs)
+    assert "Traceback" in logs[1] and "Traceback" not in logs[0]
 
 
 def _train_without_memory(lacking: list[str], argv: list[str]) -> tuple[int, list[str], int]:
     """With slices as if on a GPU, and rank 1 without these kinds of memory. (code, allocations, failed saves)."""
     from imm_scale.checkpoint import host_copy
-    from imm_scale.checkpoint.async_saver import Saver as Made
 
     allocations: list[str] = []
-    savers: list[Made] = []
-    begin, made = host_copy.HostCopy.begin, Made.__init__
+    savers: list[Saver] = []
+    begin, init = host_copy.HostCopy.begin, Saver.__init__
 
     def empty(numel: int, pinned: bool) -> Any:
         import torch
@@ -189,11 +188,11 @@ def _train_without_memory(lacking: list[str], argv: list[str]) -> tuple[int, lis
         host_copy.HostCopy.from_gpu = False  # type: ignore[assignment,method-assign]
         begin(self)
 
-    def noted(self: Made, *args: Any) -> None:
+    def noted(self: Saver, *args: Any) -> None:
         savers.append(self)
-        made(self, *args)
+        init(self, *args)
 
-    host_copy._empty, host_copy.HostCopy.begin, Made.__init__ = empty, begun, noted  # type: ignore[method-assign]
+    host_copy._empty, host_copy.HostCopy.begin, Saver.__init__ = empty, begun, noted  # type: ignore[method-assign]
     host_copy.HostCopy.from_gpu = True  # type: ignore[assignment,method-assign]
     host_copy.LARGEST_CHUNK = 1 << 10
     host_copy.SMALLEST_CHUNK = 1 << 8
@@ -210,9 +209,9 @@ def test_a_rank_that_can_pin_nothing_has_all_copy_to_pageable_memory(digits, tmp
         pinned = allocations.index("pageable")
         assert (pinned == 2) == (rank == 1), "it stops at the chunk it cannot have"
         assert set(allocations[pinned:]) == {"pageable"}
-    words = [(run_dir / "logs" / f"rank-0000{rank}.log").read_text() for rank in (0, 1)]
-    assert words[0].count("pageable memory") == 1 and "out of memory (rank 1)" in words[0]
-    assert "pageable memory" not in words[1]
+    logs = [(run_dir / "logs" / f"rank-0000{rank}.log").read_text() for rank in (0, 1)]
+    assert logs[0].count("pageable memory") == 1 and "out of memory (rank 1)" in logs[0]
+    assert "pageable memory" not in logs[1]
     # What went through many small chunks is what an undisturbed run saves; and it goes on from there.
     reference = tmp_path / "reference"
     ranks.train(2, *_argv(digits, reference))
@@ -225,8 +224,8 @@ def test_a_rank_without_any_memory_for_the_copy_ends_all_at_start(digits, tmp_pa
     argv = _argv(digits, tmp_path / "run")
     for code, _, _ in ranks.run(_train_without_memory, 2, ["pinned", "pageable"], argv):
         assert code == 2
-    words = (tmp_path / "run" / "logs" / "rank-00000.log").read_text()
-    assert "no host memory for the copy" in words and "(rank 1); ask for more memory per node" in words
+    log = (tmp_path / "run" / "logs" / "rank-00000.log").read_text()
+    assert "no host memory for the copy" in log and "(rank 1); ask for more memory per node" in log
     assert not committed_steps(str(tmp_path / "run"))
 
 
@@ -320,8 +319,8 @@ def test_a_damaged_last_checkpoint_does_not_count_as_the_end(digits, run_dir):
     before = Checkpoint.of_step(str(run_dir), LAST).checksums
     _flip(_tensors(run_dir, LAST))
     ranks.train(1, *_argv(digits, run_dir), "train.keep_last=1")
-    words = (run_dir / "logs" / "rank-00000.log").read_text()
-    assert f"checkpoint of step {LAST} is skipped, it is damaged: rank-00000.safetensors" in words
+    log = (run_dir / "logs" / "rank-00000.log").read_text()
+    assert f"checkpoint of step {LAST} is skipped, it is damaged: rank-00000.safetensors" in log
     assert committed_steps(str(run_dir)) == [LAST]
     assert Checkpoint.of_step(str(run_dir), LAST).damaged_files() == []
     assert Checkpoint.of_step(str(run_dir), LAST).checksums == before
@@ -331,9 +330,9 @@ def test_nothing_starts_from_scratch_unless_told_to(digits, run_dir):
     for step in range(EVERY, LAST + 1, EVERY):
         _tensors(run_dir, step).unlink()
     argv = ["train", *_argv(digits, run_dir)]
-    code, words = ranks.run(ranks.command_and_words, 1, *argv)[0]
-    assert code == 2 and "none is intact" in words and "run.from_scratch=true" in words
-    assert all(f"step {step} is skipped" in words for step in range(EVERY, LAST + 1, EVERY))
+    code, output = ranks.run(ranks.command_and_output, 1, *argv)[0]
+    assert code == 2 and "none is intact" in output and "run.from_scratch=true" in output
+    assert all(f"step {step} is skipped" in output for step in range(EVERY, LAST + 1, EVERY))
     assert ranks.run(ranks.command, 1, *argv, "run.from_scratch=true") == [0]
     assert Checkpoint.latest(str(run_dir)).meta.optimizer_steps == LAST
     assert Checkpoint.latest(str(run_dir)).damaged_files() == []
@@ -349,10 +348,10 @@ def _rewrite(run_dir: Path, step: int, change: Callable[[dict[str, Any]], None])
 
 
 @pytest.mark.parametrize(
-    ("state", "words"),
+    ("state", "message"),
     [("exp_avg_sq", "exp_avg_sq did not arrive as it was saved"), ("ema-0.99", "ema-0.99 did not arrive")],
 )
-def test_state_that_does_not_arrive_is_refused(state, words, digits, run_dir):
+def test_state_that_does_not_arrive_is_refused(state, message, digits, run_dir):
     for step in (4, 6, 8):
         checkpoints.remove(checkpoints.folder(str(run_dir), step))
 
@@ -360,8 +359,8 @@ def test_state_that_does_not_arrive_is_refused(state, words, digits, run_dir):
         part["checksums"][state] += 1
 
     _rewrite(run_dir, EVERY, other_sum)
-    code, said = ranks.run(ranks.command_and_words, 1, "train", *_argv(digits, run_dir))[0]
-    assert code == 2 and words in said and "to go on from the checkpoint before it" in said
+    code, output = ranks.run(ranks.command_and_output, 1, "train", *_argv(digits, run_dir))[0]
+    assert code == 2 and message in output and "to go on from the checkpoint before it" in output
 
 
 def test_moments_that_are_zero_are_refused(digits, run_dir):
@@ -382,8 +381,8 @@ def test_moments_that_are_zero_are_refused(digits, run_dir):
         del part["checksums"]  # as an older writer
 
     _rewrite(run_dir, EVERY, as_written)
-    code, said = ranks.run(ranks.command_and_words, 1, "train", *_argv(digits, run_dir))[0]
-    assert code == 2 and f"exp_avg is zero after {EVERY} optimizer steps" in said
+    code, output = ranks.run(ranks.command_and_output, 1, "train", *_argv(digits, run_dir))[0]
+    assert code == 2 and f"exp_avg is zero after {EVERY} optimizer steps" in output
 
 
 def test_what_a_dead_writer_left_is_removed(digits, run_dir):
@@ -393,8 +392,8 @@ def test_what_a_dead_writer_left_is_removed(digits, run_dir):
     (partial / "rank-00000.safetensors").write_bytes(b"half")
     ranks.train(1, *_argv(digits, run_dir))
     assert not partial.exists() and committed_steps(str(run_dir))[-1] == LAST
-    words = (run_dir / "logs" / "rank-00000.log").read_text()
-    assert f"checkpoint of step {LAST + 1} is skipped: it was never committed" in words
+    log = (run_dir / "logs" / "rank-00000.log").read_text()
+    assert f"checkpoint of step {LAST + 1} is skipped: it was never committed" in log
 
 
 def test_checkpoints_are_written_for_their_owner_and_group_as_other_files(finished):

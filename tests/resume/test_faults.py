@@ -33,12 +33,12 @@ def test_a_nan_gradient_and_an_inf_sample_are_skipped_counted_and_named(stage, d
     settings = _settings(digits, run_dir, "train.max_steps=7", f"zero.stage={stage}")
     assert ranks.run(faults.nan_gradient_and_inf_batch, 2, *settings) == [0, 0]
     for rank in (0, 1):
-        words = _log(run_dir, rank)
-        assert "step 3 is skipped (1 in a row): the gradient is not finite on rank 1 (" in words
+        log = _log(run_dir, rank)
+        assert "step 3 is skipped (1 in a row): the gradient is not finite on rank 1 (" in log
         # Rank 1 has groups 8 to 15 of the 16 of each step: its third one at step 5 is 4 * 16 + 8 + 2.
-        assert "step 5 is skipped (1 in a row): the loss is not finite on rank 1 (" in words
-        assert "), group 74" in words
-        assert words.count("is skipped") == 2
+        assert "step 5 is skipped (1 in a row): the loss is not finite on rank 1 (" in log
+        assert "), group 74" in log
+        assert log.count("is skipped") == 2
     last = read_metrics(str(run_dir))[-1]
     causes = ("non_finite_gradient", "non_finite_loss", "overflow")
     assert (last["skipped_steps"], *(last[f"skipped_{cause}"] for cause in causes)) == (2, 1, 1, 0)
@@ -52,10 +52,10 @@ def test_a_nan_gradient_and_an_inf_sample_are_skipped_counted_and_named(stage, d
 def test_a_run_that_only_skips_ends_with_the_reason(digits, tmp_path):
     run_dir = tmp_path / "run"
     settings = _settings(digits, run_dir, "train.max_consecutive_skips=4")
-    for code, words in ranks.run(faults.nan_for_ever, 2, *settings):
+    for code, output in ranks.run(faults.nan_for_ever, 2, *settings):
         assert code == 1
-        assert "4 steps in a row were skipped (train.max_consecutive_skips), the last at step 6" in words
-        assert "Traceback" not in words
+        assert "4 steps in a row were skipped (train.max_consecutive_skips), the last at step 6" in output
+        assert "Traceback" not in output
     status = read_status(str(run_dir))
     assert status["state"] == "failed"
     assert "not finite on rank 1" in status["reason"]
@@ -84,9 +84,9 @@ def test_a_spike_rewinds_and_steps_over_its_batch(digits, tmp_path):
 def test_rewinds_are_bounded(digits, tmp_path):
     schedule = ["train.max_steps=40", "train.checkpoint_every=18", "train.max_rewinds=1", "train.spike_factor=20"]
     settings = _settings(digits, tmp_path / "run", *schedule)
-    for code, words in ranks.run(faults.spikes, 2, list(range(19, 40)), *settings):
+    for code, output in ranks.run(faults.spikes, 2, list(range(19, 40)), *settings):
         assert code == 1
-        assert "1 rewinds to step 18 did not help (train.max_rewinds)" in words
+        assert "1 rewinds to step 18 did not help (train.max_rewinds)" in output
     assert committed_steps(str(tmp_path / "run")) == [18]
     assert read_status(str(tmp_path / "run"))["state"] == "failed"
 
@@ -98,15 +98,15 @@ def test_a_micro_batch_that_is_too_large_says_what_to_do(digits, tmp_path):
     try:
         pipe = started[1][1]
         assert pipe.poll(BOUND), "rank 1 does not wait for rank 0, which its launcher will end"
-        worked, (code, words) = pipe.recv()
+        worked, (code, output) = pipe.recv()
     finally:
         for process, _ in started:
             process.kill()
-    assert worked and code == 2, words
-    assert "Tried to" not in words and "Traceback" not in words
+    assert worked and code == 2, output
+    assert "Tried to" not in output and "Traceback" not in output
     status = read_status(str(run_dir))
     assert status["state"] == "failed" and status["rank"] == 1
-    for text in (words, status["reason"], _log(run_dir, 1)):
+    for text in (output, status["reason"], _log(run_dir, 1)):
         assert "CUDA out of memory" in text
         assert "a smaller train.micro_batch_size (a rank runs 16 samples at once)" in text
         assert "train.activation_checkpointing=true; a higher zero.stage (now 2); zero.offload=optimizer" in text
@@ -119,10 +119,10 @@ def _assert_ended_by_the_watchdog(run_dir: Path, survivors: list, began: float) 
     assert time.monotonic() - began < BOUND
     status = read_status(str(run_dir))
     assert status["state"] == "failed"
-    words = _log(run_dir, 0)
-    assert "is past its deadline of 8 s: rank 0 (" in words
-    assert "last collective: gloo:" in words
-    assert 'File "' in words and "in _step" in words, "the stacks of all threads"
+    log = _log(run_dir, 0)
+    assert "is past its deadline of 8 s: rank 0 (" in log
+    assert "last collective: gloo:" in log
+    assert 'File "' in log and "in _step" in log, "the stacks of all threads"
     return status
 
 

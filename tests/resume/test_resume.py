@@ -136,7 +136,7 @@ def test_uncommitted_and_damaged_checkpoints_are_passed_over(digits, tmp_path, u
     damaged.write_bytes(data)
     ranks.train(2, *_settings(digits, run_dir))
     for rank in range(2):
-        words = (run_dir / "logs" / f"rank-0000{rank}.log").read_text()
-        assert "checkpoint of step 20 is skipped: it was never committed" in words
-        assert "checkpoint of step 15 is skipped, it is damaged: rank-00001.safetensors (rank 1)" in words
+        log = (run_dir / "logs" / f"rank-0000{rank}.log").read_text()
+        assert "checkpoint of step 20 is skipped: it was never committed" in log
+        assert "checkpoint of step 15 is skipped, it is damaged: rank-00001.safetensors (rank 1)" in log
     _assert_same_states(run_dir, undisturbed)

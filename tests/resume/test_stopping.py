@@ -40,14 +40,14 @@ def test_init_from_starts_at_step_0_with_the_weights_of_a_run_or_a_file(form, tr
     ranks.train(1, *tiny, *settings)
     state = "weight" if form == "file" else "ema-0.99"
     expected = Checkpoint.latest(trained).weights(state)
-    found = Checkpoint.latest(str(tmp_path / "run"))
-    assert (found.meta.step, found.meta.images_seen) == (1, 64)
-    for name, tensor in found.weights().items():
+    checkpoint = Checkpoint.latest(str(tmp_path / "run"))
+    assert (checkpoint.meta.step, checkpoint.meta.images_seen) == (1, 64)
+    for name, tensor in checkpoint.weights().items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-25)
 
 
 def test_init_from_another_net_is_refused(trained, tiny):
     settings = [*tiny, f"train.init_from={trained}", "model.depth=3", "train.max_steps=1"]
-    ((code, words),) = ranks.run(ranks.command_and_words, 1, "train", *settings)
+    ((code, output),) = ranks.run(ranks.command_and_output, 1, "train", *settings)
     assert code == 2
-    assert "train.init_from=" in words
+    assert "train.init_from=" in output

@@ -22,8 +22,8 @@ def run_dir(tmp_path: Path) -> Path:
     return Path(shutil.copytree(FIXTURE / "run", tmp_path / "run"))
 
 
-def _command(*words: object) -> str:
-    code, printed = ranks.command_and_words(*map(str, words))
+def _command(*argv: object) -> str:
+    code, printed = ranks.command_and_output(*map(str, argv))
     assert code == 0, printed
     return printed
 
@@ -73,5 +73,5 @@ def test_its_evaluations_are_read_and_repeated(run_dir, digits, tmp_path):
 
 def _distances(run_dir: Path) -> dict[int, float]:
     """{steps: Frechet distance} of the evaluations in a run folder."""
-    found = [json.loads(file.read_text()) for file in (run_dir / "evaluations").iterdir()]
-    return {one["steps"]: result["value"] for one in found for result in one["results"]}
+    evaluations = [json.loads(file.read_text()) for file in (run_dir / "evaluations").iterdir()]
+    return {evaluation["steps"]: result["value"] for evaluation in evaluations for result in evaluation["results"]}

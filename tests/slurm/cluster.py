@@ -43,19 +43,19 @@ class Process:
 
 def ranks_of(job: int, module: str = "imm_scale") -> list[Process]:
     """The Python processes of a job's ranks, of all its array tasks."""
-    found = []
+    processes = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
+            argv = (folder / "cmdline").read_bytes().split(b"\0")
             env = dict(pair.split(b"=", 1) for pair in (folder / "environ").read_bytes().split(b"\0") if b"=" in pair)
         except OSError:
             continue  # it has ended
         of_job = {env.get(name, b"").decode() for name in (b"SLURM_JOB_ID", b"SLURM_ARRAY_JOB_ID")}
-        if str(job) in of_job and words[:3] == [b"python", b"-m", module.encode()]:
+        if str(job) in of_job and argv[:3] == [b"python", b"-m", module.encode()]:
             names = (b"SLURMD_NODENAME", b"SLURM_PROCID", b"SLURM_ARRAY_TASK_ID")
             node, rank, task = (env.get(name, b"").decode() for name in names)
-            found.append(Process(int(folder.name), node, int(rank), task))
-    return found
+            processes.append(Process(int(folder.name), node, int(rank), task))
+    return processes
 
 
 class Cluster:

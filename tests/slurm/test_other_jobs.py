@@ -19,9 +19,9 @@ def _job(printed: str) -> int:
 @soak
 def test_a_killed_task_is_done_again(cluster, digits, tmp_path, capsys):
     images, out = Path(digits).parents[1] / "images", tmp_path / "latents; $(touch pwned)"
-    words = ["--images", str(images), "--out", str(out), "--codec", "pixels"]
+    args = ["--images", str(images), "--out", str(out), "--codec", "pixels"]
     array = ["--array", f"0-{TASKS - 1}", "--gpus-per-node", "1"]
-    assert submit.main(["encode", "--cluster", "lab", *array, "--", *words]) == 0
+    assert submit.main(["encode", "--cluster", "lab", *array, "--", *args]) == 0
     job = _job(capsys.readouterr().out)
 
     def victims():
@@ -41,8 +41,8 @@ def test_a_killed_task_is_done_again(cluster, digits, tmp_path, capsys):
 def test_an_evaluation_by_two_ranks(cluster, trained, tmp_path, capsys):
     run_dir = tmp_path / "run; $(touch pwned)"
     shutil.copytree(trained, run_dir)
-    words = ["--steps", "1", "--repeats", "1", "--num", "64"]
-    assert submit.main(["evaluate", str(run_dir), "--cluster", "lab", "--", *words]) == 0
+    args = ["--steps", "1", "--repeats", "1", "--num", "64"]
+    assert submit.main(["evaluate", str(run_dir), "--cluster", "lab", "--", *args]) == 0
     cluster.wait(_job(capsys.readouterr().out))
     (evaluation,) = (run_dir / "evaluations").iterdir()
     (result,) = json.loads(evaluation.read_text())["results"]

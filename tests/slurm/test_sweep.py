@@ -26,8 +26,8 @@ def test_an_array_trains_and_measures_every_cell(cluster, digits, tmp_path, caps
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     assert main(["submit", str(path), "--cluster", "lab", "--gpus-per-node", "1", "--at-once", "1"]) == 0
     cluster.wait(int(capsys.readouterr().out.removeprefix("job ").split(":")[0]))
-    found = definition.load(str(path))
-    assert [one.state for one in results.outcomes(found)] == ["finished", "finished"]
+    sweep = definition.load(str(path))
+    assert [one.state for one in results.outcomes(sweep)] == ["finished", "finished"]
     assert not list(tmp_path.rglob("pwned"))
     assert main(["submit", str(path), "--cluster", "lab"]) == 0
     assert "0 of 2 cells to run (2 finished)" in capsys.readouterr().err

@@ -31,8 +31,8 @@ def settings(tiny: list[str]) -> list[str]:
 
 
 def _submit(run_dir: Path, settings: list[str], *flags: str) -> int:
-    words = [*settings, f"run.dir={run_dir}"]
-    assert submit.main(["train", *words, "--cluster", "lab", "--nodes", "2", *flags]) == 0
+    overrides = [*settings, f"run.dir={run_dir}"]
+    assert submit.main(["train", *overrides, "--cluster", "lab", "--nodes", "2", *flags]) == 0
     return submissions.job_of(str(run_dir))
 
 
@@ -81,8 +81,8 @@ def test_a_run_with_hostile_values_trains_to_its_end(cluster, settings, tmp_path
     cluster.wait(job)
     _assert_undisturbed(run_dir, undisturbed)
     # The ranks got the very words, and nothing in them was run.
-    words = [*settings, name, f"run.dir={run_dir}"]
-    assert configs.from_yaml((run_dir / "config.yaml").read_text()) == configs.load_words(words).config
+    overrides = [*settings, name, f"run.dir={run_dir}"]
+    assert configs.from_yaml((run_dir / "config.yaml").read_text()) == configs.load_words(overrides).config
     assert not [*tmp_path.rglob("*pwned"), *Path.cwd().glob("*pwned")]
     assert {path.name for path in (run_dir / "launches" / "0001").iterdir()} == {
         "code.diff", "code.json", "config.yaml", "job", "script.sbatch",
@@ -165,8 +165,8 @@ def test_the_time_limit(cluster, settings, tmp_path, undisturbed):
     assert "DUE TO TIME LIMIT" not in (run_dir / f"logs/slurm-{job}.out").read_text()  # it was gone before
     assert second.step == first.end_step == _newest(run_dir) > 0
     run("scancel", str(job))
-    kept = losses(run_dir)[:STEPS]
-    np.testing.assert_allclose(kept, undisturbed[: len(kept)], rtol=2e-3)
+    curve = losses(run_dir)[:STEPS]
+    np.testing.assert_allclose(curve, undisturbed[: len(curve)], rtol=2e-3)
 
 
 @soak
@@ -254,8 +254,8 @@ def test_the_script_by_hand(cluster, settings, tmp_path, undisturbed, monkeypatc
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # the environment is active
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
     flags = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1"]
-    words = [*settings, f"run.dir={run_dir}"]
+    overrides = [*settings, f"run.dir={run_dir}"]
     output = f"--output={tmp_path}/%j.out"
-    job = int(run("sbatch", "--parsable", *flags, output, "launchers/train.sbatch", *words))
+    job = int(run("sbatch", "--parsable", *flags, output, "launchers/train.sbatch", *overrides))
     cluster.wait(job)
     _assert_undisturbed(run_dir, undisturbed)

@@ -40,6 +40,6 @@ def bucket(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> s
 
 @pytest.fixture
 def proxy(server: Server) -> Iterator[Proxy]:
-    made = Proxy(server.port)
-    yield made
-    made.close()
+    proxy = Proxy(server.port)
+    yield proxy
+    proxy.close()

@@ -32,12 +32,12 @@ def _free(port: int) -> bool:
 
 def _ports(count: int) -> list[int]:
     """Free ports whose partner 10,000 above, where SeaweedFS listens for its own kind, is free too."""
-    found: list[int] = []
-    while len(found) < count:
+    ports: list[int] = []
+    while len(ports) < count:
         port = random.randint(12000, 22000)
-        if port not in found and _free(port) and _free(port + 10000):
-            found.append(port)
-    return found
+        if port not in ports and _free(port) and _free(port + 10000):
+            ports.append(port)
+    return ports
 
 
 class Server:

@@ -62,8 +62,8 @@ def test_of_several_creators_one_wins(bucket: str) -> None:
     for thread in threads:
         thread.join()
     assert sum(won) == 1 and len(won) == 6
-    kept = storage.read_bytes(url)
-    assert not storage.create_bytes(url, b"late") and storage.read_bytes(url) == kept
+    content = storage.read_bytes(url)
+    assert not storage.create_bytes(url, b"late") and storage.read_bytes(url) == content
 
 
 def test_faults_are_tried_again_and_told(

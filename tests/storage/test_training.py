@@ -110,9 +110,9 @@ def test_a_storm_on_reading_is_counted(
         expected = [batch.x.numpy() for batch in islice(loader, 60 * SOAK)]
     with Loader(manifest, layout, 0, 0, 8) as loader:
         proxy.faults = Faults(busy=0.2, cut=0.1, flips=3 * SOAK)
-        found = [batch.x.numpy() for batch in islice(loader, 60 * SOAK)]
+        samples = [batch.x.numpy() for batch in islice(loader, 60 * SOAK)]
         counted = loader.counters
-    np.testing.assert_array_equal(np.stack(found), np.stack(expected))
+    np.testing.assert_array_equal(np.stack(samples), np.stack(expected))
     done = proxy.faults.done
     assert done["busy"] > 20 and done["flip"] == 3 * SOAK
     assert counted["damaged_reads"] == 3 * SOAK

@@ -47,7 +47,7 @@ def path(digits: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def interrupted(path: str) -> str:
     """The sweep after its first cell was killed with -9 and Ctrl-C was pressed while the second ran."""
-    found = definition.load(path)
+    sweep = definition.load(path)
     command = [sys.executable, "-m", "launchers.sweep", "submit", path, "--local", "1"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -60,14 +60,14 @@ def interrupted(path: str) -> str:
         # A shell that runs the tests in the background lets them, and what they start, ignore Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    first, second = found.cells[:2]
+    first, second = sweep.cells[:2]
 
     def trains(cell: definition.Cell, steps: int) -> bool:
-        return results.outcome(found, cell).step >= steps and results.read_state(found.folder, cell.name) != {}
+        return results.outcome(sweep, cell).step >= steps and results.read_state(sweep.folder, cell.name) != {}
 
     try:
         _until("the first cell trains", lambda: trains(first, 15))
-        os.kill(results.read_state(found.folder, first.name)["pid"], signal.SIGKILL)
+        os.kill(results.read_state(sweep.folder, first.name)["pid"], signal.SIGKILL)
         _until("the second cell trains", lambda: trains(second, 5))
         process.send_signal(signal.SIGINT)
         printed, _ = process.communicate(timeout=120)
@@ -83,26 +83,26 @@ def test_interrupted_cells_are_known_and_the_others_missing(interrupted):
 
 
 def test_retry_submit_collect_and_report(interrupted, tmp_path, capfd):
-    found = definition.load(interrupted)
-    committed = results.outcome(found, found.cells[1]).step
+    sweep = definition.load(interrupted)
+    committed = results.outcome(sweep, sweep.cells[1]).step
     assert committed >= 5
     assert main(["retry", interrupted, "--local", "2"]) == 0
     assert list(_states(interrupted).values()) == ["finished", "finished", "missing", "missing"]
     assert "2 of 4 cells to run (2 missing)" in capfd.readouterr().err
-    log = (Path(found.folder) / "logs" / f"{found.cells[1].name}.log").read_text()
+    log = (Path(sweep.folder) / "logs" / f"{sweep.cells[1].name}.log").read_text()
     assert f"at step {committed} " in log, "the cell went on from what it had committed"
     assert main(["submit", interrupted, "--local", "2"]) == 0
     assert set(_states(interrupted).values()) == {"finished"}
-    before = _snapshot(found.folder)
+    before = _snapshot(sweep.folder)
     assert main(["submit", interrupted, "--local", "2"]) == 0
     assert "0 of 4 cells to run (4 finished)" in capfd.readouterr().err
-    assert _snapshot(found.folder) == before, "submitting a finished sweep starts nothing"
-    for cell in found.cells:
+    assert _snapshot(sweep.folder) == before, "submitting a finished sweep starts nothing"
+    for cell in sweep.cells:
         steps = [json.loads(line)["step"] for line in (Path(cell.run_dir) / "metrics.jsonl").read_text().splitlines()]
         assert steps == sorted(set(steps))
         assert steps[-1] == cell.config.train.max_steps
-    _check_collected(found)
-    _check_report(found, tmp_path, capfd)
+    _check_collected(sweep)
+    _check_report(sweep, tmp_path, capfd)
 
 
 def _snapshot(folder: str) -> dict[str, int]:
@@ -111,21 +111,21 @@ def _snapshot(folder: str) -> dict[str, int]:
     return {str(file): file.stat().st_mtime_ns for file in files}
 
 
-def _check_collected(found: definition.Sweep) -> None:
-    assert main(["collect", found.folder]) == 0
-    table = pq.read_table(Path(found.folder) / results.RESULTS).to_pylist()
+def _check_collected(sweep: definition.Sweep) -> None:
+    assert main(["collect", sweep.folder]) == 0
+    table = pq.read_table(Path(sweep.folder) / results.RESULTS).to_pylist()
     assert len(table) == 4 * 2, "a row a cell and step count"
     for row in table:
-        files = (Path(found.folder) / "runs" / row["cell"] / "evaluations").glob("*.json")
+        files = (Path(sweep.folder) / "runs" / row["cell"] / "evaluations").glob("*.json")
         measured = {r["steps"]: r["mean"] for file in files for r in json.loads(file.read_text())["results"]}
         assert row["mean"] == measured[row["steps"]]
         assert row["code"]
 
 
-def _check_report(found: definition.Sweep, tmp_path: Path, capfd) -> None:
+def _check_report(sweep: definition.Sweep, tmp_path: Path, capfd) -> None:
     out = tmp_path / "page.html"
     capfd.readouterr()
-    assert imm_scale(["report", found.folder, "--out", str(out), "--figures", str(tmp_path / "figures")]) == 0
+    assert imm_scale(["report", sweep.folder, "--out", str(out), "--figures", str(tmp_path / "figures")]) == 0
     # Two cells are held out: no law has enough points, and the page says so.
     assert "2 points cannot carry a law of 5 parameters" in capfd.readouterr().out
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
@@ -137,6 +137,6 @@ def _check_report(found: definition.Sweep, tmp_path: Path, capfd) -> None:
             assert seen["broken"] == []
             assert seen["overflow"] <= 0, "the page must not scroll sideways"
             assert seen["least_text"] >= 12
-            for words in (*(cell.name for cell in found.cells), "held out", "What the data cannot tell"):
-                assert words in seen["text"]
+            for phrase in (*(cell.name for cell in sweep.cells), "held out", "What the data cannot tell"):
+                assert phrase in seen["text"]
         assert browser.complaints == []

@@ -145,9 +145,9 @@ def test_an_evaluation_is_the_one_the_command_reads_again(trained, digits, tmp_p
     assert ranks.run(ranks.command, 1, "export", trained, "--out", f"{tmp_path}/net.safetensors") == [0]
     given = f"{tmp_path}/net.safetensors"
     overrides = [f"data.manifest={digits}"]
-    found = imm_scale.evaluate(given, 1, 64, repeats=2, overrides=overrides, out=f"{tmp_path}/ours")
-    assert [result["steps"] for result in found["results"]] == [1]
-    assert list(found["results"][0]["seeds"]) == [0, 1]
+    evaluation = imm_scale.evaluate(given, 1, 64, repeats=2, overrides=overrides, out=f"{tmp_path}/ours")
+    assert [result["steps"] for result in evaluation["results"]] == [1]
+    assert list(evaluation["results"][0]["seeds"]) == [0, 1]
     argv = (
         "evaluate",
         given,
@@ -165,14 +165,14 @@ def test_an_evaluation_is_the_one_the_command_reads_again(trained, digits, tmp_p
     ours, theirs = (list((tmp_path / name).glob("*.json")) for name in ("ours", "theirs"))
     assert [path.name for path in ours] == [path.name for path in theirs], "the same settings"
     values = [json.loads(path.read_text())["results"][0]["values"] for path in (*ours, *theirs)]
-    assert values[0] == values[1] == list(found["results"][0]["values"])
+    assert values[0] == values[1] == list(evaluation["results"][0]["values"])
     assert imm_scale.evaluate(given, [1], 64, repeats=2, overrides=overrides, out=f"{tmp_path}/ours") == json.loads(
         ours[0].read_text()
     )
 
 
 @pytest.mark.parametrize(
-    ("call", "words"),
+    ("call", "message"),
     [
         (lambda run: imm_scale.load("nowhere"), "nowhere is not a run folder"),
         (lambda run: imm_scale.load(run, ema=0.5), "no moving average of decay 0.5; it has 0.99"),
@@ -184,8 +184,8 @@ def test_an_evaluation_is_the_one_the_command_reads_again(trained, digits, tmp_p
         (lambda run: imm_scale.train("dmeo"), "did you mean demo"),
     ],
 )
-def test_a_mistake_is_named(trained, call, words):
-    with pytest.raises(imm_scale.UserError, match=re.escape(words)):
+def test_a_mistake_is_named(trained, call, message):
+    with pytest.raises(imm_scale.UserError, match=re.escape(message)):
         call(trained)
 
 
@@ -200,14 +200,14 @@ def test_training_goes_on_in_the_same_processes(tiny, tmp_path, size):
     code = f"""
 import imm_scale
 from imm_scale import config
-words = {tiny}
-print(imm_scale.train(words[0], *words[1:], "train.max_steps=1"))
+args = {tiny}
+print(imm_scale.train(args[0], *args[1:], "train.max_steps=1"))
 first = imm_scale.evaluate("run", 1, 64)["results"]
-print(imm_scale.train(config.load([], words).config, "train.max_steps=2"))
+print(imm_scale.train(config.load([], args).config, "train.max_steps=2"))
 print(imm_scale.evaluate("run", 1, 64)["results"][0]["value"] == first[0]["value"])
 """
-    said = [text.split() for text in ranks.run(_run, size, code, str(tmp_path))]
-    assert [[words[i] for i in (0, -2, -1)] for words in said] == [["completed", "completed", "False"]] * size
+    lines = [text.split() for text in ranks.run(_run, size, code, str(tmp_path))]
+    assert [[fields[i] for i in (0, -2, -1)] for fields in lines] == [["completed", "completed", "False"]] * size
     records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert [record["step"] for record in records] == [1, 2]
 

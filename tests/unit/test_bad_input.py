@@ -11,16 +11,16 @@ from imm_scale.checkpoint.format import committed_steps
 from tests import ranks
 
 
-def _fails_with_2(words: list[str], *argv: str, size: int = 1) -> None:
-    for code, message in ranks.run(ranks.command_and_words, size, *argv):
+def _fails_with_2(phrases: list[str], *argv: str, size: int = 1) -> None:
+    for code, message in ranks.run(ranks.command_and_output, size, *argv):
         assert code == 2, message
-        for word in words:
-            assert word in message
+        for phrase in phrases:
+            assert phrase in message
         assert "Traceback" not in message
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "phrases"),
     [
         (["train.global_batch_size=4096", "train.micro_batch_size=64"], ["1797", "4096"]),
         (["data.manifest=/nowhere/manifest.json"], ["/nowhere/manifest.json"]),
@@ -45,8 +45,8 @@ def _fails_with_2(words: list[str], *argv: str, size: int = 1) -> None:
         (["run.dir=nosuch://bucket/run"], ["nosuch"]),
     ],
 )
-def test_a_run_that_cannot_start(overrides, words, tiny, tmp_path):
-    _fails_with_2(words, "train", *tiny, "train.max_steps=2", *overrides)
+def test_a_run_that_cannot_start(overrides, phrases, tiny, tmp_path):
+    _fails_with_2(phrases, "train", *tiny, "train.max_steps=2", *overrides)
     assert not (tmp_path / "run").exists()
 
 
@@ -81,8 +81,8 @@ def test_another_config_in_the_run_folder_is_refused_or_allowed_on_purpose(tiny,
         "model.depth=3",
         "method.name=flow_matching",
     ]
-    words = ["model.depth: 2 -> 3", "method.name: imm -> flow_matching"]
-    _fails_with_2(words, "train", *other)
+    phrases = ["model.depth: 2 -> 3", "method.name: imm -> flow_matching"]
+    _fails_with_2(phrases, "train", *other)
     allowed = "run.allow_change=[model,objective]"
     _fails_with_2(["holds another net", "blocks.2"], "train", *other, allowed)
     ranks.train(1, *changed, "run.allow_change=[optimizer.lr]")
@@ -94,7 +94,7 @@ def _train_with_small_files(limit: int, *argv: str) -> tuple[int, str]:
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    return ranks.command_and_words("train", *argv)
+    return ranks.command_and_output("train", *argv)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tiny, tmp_path):
@@ -112,7 +112,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"),
+    ("argv", "phrases"),
     [
         (["sample", "RUN", "--labels", "0-12"], ["0-12", "0 to 9"]),
         (["sample", "RUN", "--labels", "cat"], ["cat"]),
@@ -127,5 +127,5 @@ def test_a_full_disk_leaves_the_last_checkpoint(tiny, tmp_path):
         (["explain", "objective.kk"], ["method.kk", "did you mean method.k?"]),
     ],
 )
-def test_other_commands(argv, words, trained):
-    _fails_with_2(words, *(trained if word == "RUN" else word for word in argv))
+def test_other_commands(argv, phrases, trained):
+    _fails_with_2(phrases, *(trained if word == "RUN" else word for word in argv))

@@ -18,9 +18,9 @@ RATIO = 6.0  # of the time of `python -c pass`, which is what the interpreter it
 LOADED = 1.5  # on a machine that runs other tests meanwhile
 
 
-def _python(*words: str) -> subprocess.CompletedProcess[str]:
+def _python(*args: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, check=True)
+    return subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True, check=True)
 
 
 _HELP = """
@@ -35,19 +35,19 @@ assert not heavy, heavy
 """
 
 
-@pytest.mark.parametrize("words", [(), *((name,) for name in COMMANDS), ("sweep", "plan")], ids=" ".join)
-def test_help_imports_nothing_heavy_and_has_an_example(words):
-    text = _python("-c", _HELP, *words, "--help").stdout
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS), ("sweep", "plan")], ids=" ".join)
+def test_help_imports_nothing_heavy_and_has_an_example(command):
+    text = _python("-c", _HELP, *command, "--help").stdout
     assert "example" in text
-    assert f"imm-scale {' '.join(words)}".rstrip() in text.partition("example")[2]
+    assert f"imm-scale {' '.join(command)}".rstrip() in text.partition("example")[2]
 
 
 def test_help_is_quick():
     """The two take turns, so that what else the machine does slows both."""
 
-    def seconds(*words: str) -> float:
+    def seconds(*args: str) -> float:
         start = time.perf_counter()
-        _python(*words)
+        _python(*args)
         return time.perf_counter() - start
 
     pairs = [(seconds("-c", "pass"), seconds("-m", "imm_scale", "--help")) for _ in range(9)]
@@ -142,18 +142,18 @@ def test_an_unknown_name_lists_the_known_ones(argv, known, capsys, monkeypatch):
 # --- completion ---
 
 
-def _complete(tmp_path: Path, *words: str) -> set[str]:
+def _complete(tmp_path: Path, *args: str) -> set[str]:
     """What bash offers for the last word, by the script as a user would source it."""
     (tmp_path / "script.bash").write_text(completion.script("bash"))
     ask = 'source script.bash; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _imm_scale; printf "%s\\n" "${COMPREPLY[@]}"'
     done = subprocess.run(
-        ["bash", "-c", ask, "bash", "imm-scale", *words], cwd=tmp_path, capture_output=True, text=True, check=True
+        ["bash", "-c", ask, "bash", "imm-scale", *args], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     return set(done.stdout.split())
 
 
 @pytest.mark.parametrize(
-    ("words", "offered"),
+    ("args", "offered"),
     [
         (("e",), {"encode", "evaluate", "export", "explain"}),
         (("train", "imagenet256_dit_x"), {"imagenet256_dit_xl2", "imagenet256_dit_xl2_bf16", "imagenet256_dit_xl2_ts"}),
@@ -168,11 +168,11 @@ def _complete(tmp_path: Path, *words: str) -> set[str]:
     ],
     ids=lambda value: " ".join(sorted(value)),
 )
-def test_bash_completes(words, offered, tmp_path):
+def test_bash_completes(args, offered, tmp_path):
     (tmp_path / "my_run.yaml").touch()
     (tmp_path / "my_notes.txt").touch()
     (tmp_path / "my_folder").mkdir()
-    assert _complete(tmp_path, *words) == offered
+    assert _complete(tmp_path, *args) == offered
 
 
 @pytest.mark.parametrize("shell", completion.SHELLS)

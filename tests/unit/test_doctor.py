@@ -43,11 +43,11 @@ def test_gpus_that_torch_cannot_use_fail(monkeypatch):
 
 
 def test_ranks_see_each_other_and_the_folder(tmp_path):
-    (code, words), (code_1, words_1) = ranks.run(ranks.command_and_words, 2, "doctor", "--dir", str(tmp_path))
-    assert code == code_1 == 0, words + words_1
-    assert "OK    all-reduce     2 ranks in" in words
-    assert "OK    gloo           2 ranks over the address of this machine's name in" in words
-    assert "OK    shared folder  2 of 2 ranks' files seen" in words
+    (code, output), (code_1, output_1) = ranks.run(ranks.command_and_output, 2, "doctor", "--dir", str(tmp_path))
+    assert code == code_1 == 0, output + output_1
+    assert "OK    all-reduce     2 ranks in" in output
+    assert "OK    gloo           2 ranks over the address of this machine's name in" in output
+    assert "OK    shared folder  2 of 2 ranks' files seen" in output
     assert list(tmp_path.iterdir()) == []
 
 
@@ -65,10 +65,10 @@ def test_a_folder_that_is_not_shared_fails(tmp_path):
 
 
 def test_the_command_alone_tries_two_local_ranks_and_says_what_failed():
-    ((code, words),) = ranks.run(ranks.command_and_words, 1, "doctor", "--dir", "/proc/nothing")
+    ((code, output),) = ranks.run(ranks.command_and_output, 1, "doctor", "--dir", "/proc/nothing")
     assert code == 1
-    assert "FAIL  run folder     /proc/nothing" in words
-    assert "OK    all-reduce     2 ranks in" in words
+    assert "FAIL  run folder     /proc/nothing" in output
+    assert "OK    all-reduce     2 ranks in" in output
 
 
 def _with_gloo_over(interface: str) -> list[str]:

@@ -127,7 +127,7 @@ def test_a_gpu_compiles_where_it_can(monkeypatch, works):
 
 
 @pytest.mark.parametrize(
-    ("missing", "words"),
+    ("missing", "message"),
     [
         ("nothing", None),
         ("triton", "triton is not installed"),
@@ -135,7 +135,7 @@ def test_a_gpu_compiles_where_it_can(monkeypatch, works):
         ("compiler", "needs a C compiler, and there is neither"),
     ],
 )
-def test_what_a_gpu_lacks_is_said_once(monkeypatch, missing, words):
+def test_what_a_gpu_lacks_is_said_once(monkeypatch, missing, message):
     monkeypatch.setattr(fusion.importlib.util, "find_spec", lambda name: None if missing == "triton" else object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 0) if missing == "capability" else (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla P100")
@@ -143,9 +143,9 @@ def test_what_a_gpu_lacks_is_said_once(monkeypatch, missing, words):
     monkeypatch.delenv("CC", raising=False)
     fusion.gpu_compiles.cache_clear()
     try:
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as record:
             warnings.simplefilter("always")
-            assert [fusion.gpu_compiles() for _ in range(2)] == [words is None] * 2
+            assert [fusion.gpu_compiles() for _ in range(2)] == [message is None] * 2
     finally:
         fusion.gpu_compiles.cache_clear()
-    assert [words in str(warning.message) for warning in said] == ([] if words is None else [True])
+    assert [message in str(warning.message) for warning in record] == ([] if message is None else [True])

@@ -61,16 +61,16 @@ def runs(manifest: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, P
     folder = tmp_path_factory.mktemp("runs")
     dirs = {stage: folder / f"stage-{stage}" for stage in (0, 1, 3)}
     for stage, run_dir in dirs.items():
-        ranks.train(2, *_words(manifest, run_dir), f"zero.stage={stage}")
+        ranks.train(2, *_overrides(manifest, run_dir), f"zero.stage={stage}")
     return dirs
 
 
-def _words(manifest: str, run_dir: Path) -> list[str]:
+def _overrides(manifest: str, run_dir: Path) -> list[str]:
     return [*POINTS, f"data.manifest={manifest}", f"run.dir={run_dir}"]
 
 
-def _done(*words: object) -> str:
-    code, printed = ranks.run(ranks.command_and_words, 1, *map(str, words))[0]
+def _done(*argv: object) -> str:
+    code, printed = ranks.run(ranks.command_and_output, 1, *map(str, argv))[0]
     assert code == 0, printed
     return printed
 
@@ -84,15 +84,15 @@ def test_it_trains_alike_at_every_stage(runs):
 
 
 def test_it_is_killed_and_goes_on_to_the_same_bits(manifest, runs, tmp_path):
-    words = [*_words(manifest, tmp_path / "run"), "zero.stage=1"]
-    started = ranks.start(ranks.command, 2, "train", *words)
+    overrides = [*_overrides(manifest, tmp_path / "run"), "zero.stage=1"]
+    started = ranks.start(ranks.command, 2, "train", *overrides)
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") >= 6) and time.monotonic() < deadline:
         time.sleep(0.01)
     for process, _ in started:
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-    ranks.train(2, *words)
+    ranks.train(2, *overrides)
     assert losses(tmp_path / "run") == losses(runs[1])
     ours, theirs = (Checkpoint.latest(str(folder)) for folder in (tmp_path / "run", runs[1]))
     for name, tensor in theirs.weights("weight").items():
@@ -100,8 +100,8 @@ def test_it_is_killed_and_goes_on_to_the_same_bits(manifest, runs, tmp_path):
 
 
 def test_it_is_recomputed_in_the_backward_pass_alike(manifest, runs, tmp_path):
-    words = [*_words(manifest, tmp_path / "run"), "zero.stage=0", "train.activation_checkpointing=true"]
-    ranks.train(2, *words)
+    overrides = [*_overrides(manifest, tmp_path / "run"), "zero.stage=0", "train.activation_checkpointing=true"]
+    ranks.train(2, *overrides)
     assert losses(tmp_path / "run") == losses(runs[0])
 
 
@@ -122,12 +122,12 @@ def test_it_is_sampled_from_the_run_and_from_an_export(runs, tmp_path):
 def test_it_is_measured_by_a_metric_of_its_own_and_reported(runs, manifest, tmp_path):
     printed = _done("evaluate", runs[1], "--steps", "1,2", "--num", 64, "--repeats", 2)
     assert "mean_gap_latents" in printed
-    (found,) = [
+    (result,) = [
         json.loads(file.read_text())["results"][0]
         for file in (runs[1] / "evaluations").iterdir()
         if json.loads(file.read_text())["steps"] == 2
     ]
-    assert found["measures"]["mean_gap_latents"]["value"] > 0
+    assert result["measures"]["mean_gap_latents"]["value"] > 0
     page = tmp_path / "report.html"
     _done("report", runs[1], "--out", page)
     assert "denoiser" in page.read_text()
@@ -146,7 +146,7 @@ def test_keys_are_its_own(manifest):
 
 def test_a_kernel_of_its_own_trains_imm(digits, tmp_path):
     small = ["model.width=16", "model.depth=1", "model.heads=2", "train.max_steps=2", "train.micro_batch_size=32"]
-    words = [
+    overrides = [
         PLUGIN,
         *small,
         f"data.manifest={digits}",
@@ -156,7 +156,7 @@ def test_a_kernel_of_its_own_trains_imm(digits, tmp_path):
     ]
     curves = {}
     for kernel in ("multiquadric", "energy"):
-        ranks.train(1, *words, f"method.kernel={kernel}", f"run.dir={tmp_path}/{kernel}")
+        ranks.train(1, *overrides, f"method.kernel={kernel}", f"run.dir={tmp_path}/{kernel}")
         curves[kernel] = losses(tmp_path / kernel)
     assert curves["multiquadric"] != curves["energy"]
 
@@ -165,8 +165,8 @@ def test_a_kernel_of_its_own_is_that_of_its_formula():
     configs.load([], [PLUGIN])  # registers it
     x, y = torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[3.0, 4.0]]])
     # One particle a side: 0 + 0 - 2 k(x, y), with k = 1 - sqrt(1 + (2 * 5)^2 / 2).
-    found = grouped_mmd(x, y, torch.tensor([2.0]), "multiquadric")
-    assert found.item() == pytest.approx(-2 * (1 - 51**0.5), rel=1e-12)
+    mmd = grouped_mmd(x, y, torch.tensor([2.0]), "multiquadric")
+    assert mmd.item() == pytest.approx(-2 * (1 - 51**0.5), rel=1e-12)
     with pytest.raises(UserError, match=r"method\.kernel=multiquadratic is unknown; .*laplace.*multiquadric"):
         configs.load([], [PLUGIN, "method.kernel=multiquadratic"])
 
@@ -174,9 +174,9 @@ def test_a_kernel_of_its_own_is_that_of_its_formula():
 # --- bad input ---
 
 
-def _refused(*words: str, env: dict[str, str] | None = None) -> str:
+def _refused(*argv: str, env: dict[str, str] | None = None) -> str:
     """What `imm-scale` says in a process of its own, where nothing is registered yet."""
-    command = [sys.executable, "-m", "imm_scale", *words]
+    command = [sys.executable, "-m", "imm_scale", *argv]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})})
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
@@ -184,7 +184,7 @@ def _refused(*words: str, env: dict[str, str] | None = None) -> str:
 
 
 @pytest.mark.parametrize(
-    ("source", "says"),
+    ("source", "phrases"),
     [
         ("import no_such_library", ["broken", "no_such_library", "PYTHONPATH"]),
         (
@@ -203,16 +203,16 @@ def _refused(*words: str, env: dict[str, str] | None = None) -> str:
         ),
     ],
 )
-def test_a_plugin_that_is_none_is_named_with_what_it_lacks(source, says, tmp_path):
+def test_a_plugin_that_is_none_is_named_with_what_it_lacks(source, phrases, tmp_path):
     (tmp_path / "broken.py").write_text(source)
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
-    said = _refused("explain", "plugins=[broken]", env={"PYTHONPATH": path})
-    assert all(word in said for word in says), said
+    message = _refused("explain", "plugins=[broken]", env={"PYTHONPATH": path})
+    assert all(phrase in message for phrase in phrases), message
 
 
 def test_what_does_not_fit_together_is_refused_before_anything_starts(manifest, digits, tmp_path):
     points = [*POINTS, f"run.dir={tmp_path}/run"]
-    for words, says in (
+    for overrides, phrases in (
         ([f"data.manifest={digits}"], ["points needs latents of (dimensions, 1, 1)", "(1, 8, 8)"]),
         ([f"data.manifest={manifest}", "method.name=imm"], ["takes no second time"]),
         (
@@ -221,15 +221,15 @@ def test_what_does_not_fit_together_is_refused_before_anything_starts(manifest, 
         ),
         ([f"data.manifest={manifest}", "model.name=dit"], ["dit works on samples of (channels, height, width)"]),
     ):
-        code, said = ranks.run(ranks.command_and_words, 1, "train", *points, *words)[0]
-        assert code == 2 and all(word in said for word in says), said
+        code, output = ranks.run(ranks.command_and_output, 1, "train", *points, *overrides)[0]
+        assert code == 2 and all(phrase in output for phrase in phrases), output
     assert not (tmp_path / "run").exists()
 
 
 def test_weights_of_an_unknown_plugin_say_how_to_give_it(runs, tmp_path):
     _done("export", runs[1], "--out", tmp_path / "points.safetensors")
-    said = _refused("sample", str(tmp_path / "points.safetensors"), "--out", str(tmp_path))
-    assert "method 'denoiser'" in said and "plugins=[tests.points_plugin]" in said
+    message = _refused("sample", str(tmp_path / "points.safetensors"), "--out", str(tmp_path))
+    assert "method 'denoiser'" in message and "plugins=[tests.points_plugin]" in message
 
 
 def test_it_is_planned_without_data_or_gpu(manifest):
@@ -255,8 +255,8 @@ def test_it_is_swept(manifest, tmp_path):
     }
     sweep.write_text(yaml.safe_dump(document))
     command = [sys.executable, "-m", "imm_scale", "sweep"]
-    for words in (["submit", str(sweep), "--local", "1"], ["collect", str(sweep)]):
-        done = subprocess.run([*command, *words], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    for args in (["submit", str(sweep), "--local", "1"], ["collect", str(sweep)]):
+        done = subprocess.run([*command, *args], capture_output=True, text=True, cwd=Path(__file__).parents[2])
         assert done.returncode == 0, done.stderr + done.stdout
     assert "4 of 4" in done.stdout, done.stdout
 

@@ -19,15 +19,15 @@ def _settings(capsys, digits: str, *argv: str) -> dict:
 
 def test_dry_run_prints_deepspeeds_settings(capsys, digits):
     extra = ["zero.extra.zero_optimization.reduce_bucket_size=1000000", "zero.extra.wall_clock_breakdown=true"]
-    found = _settings(capsys, digits, "zero.stage=3", "precision=bf16", "train.micro_batch_size=16", *extra)
-    assert (found["train_micro_batch_size_per_gpu"], found["gradient_accumulation_steps"]) == (16, 2)
-    assert found["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
-    assert found["data_types"] == {"grad_accum_dtype": "fp32"} and found["gradient_clipping"] == 0.0
-    zero = found["zero_optimization"]
+    settings = _settings(capsys, digits, "zero.stage=3", "precision=bf16", "train.micro_batch_size=16", *extra)
+    assert (settings["train_micro_batch_size_per_gpu"], settings["gradient_accumulation_steps"]) == (16, 2)
+    assert settings["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert settings["data_types"] == {"grad_accum_dtype": "fp32"} and settings["gradient_clipping"] == 0.0
+    zero = settings["zero_optimization"]
     # A block of width w: 4 w^2 of attention, 8 w^2 of the MLP, 6 w^2 of modulation, and biases.
     block = 18 * 32**2 + (4 + 5 + 6) * 32
     assert zero["stage3_max_reuse_distance"] == block and zero["stage3_max_live_parameters"] == 2 * block
-    assert zero["stage"] == 3 and zero["reduce_bucket_size"] == 1000000 and found["wall_clock_breakdown"] is True
+    assert zero["stage"] == 3 and zero["reduce_bucket_size"] == 1000000 and settings["wall_clock_breakdown"] is True
 
 
 def test_clipping_is_off_unless_asked_for(capsys, digits):
@@ -58,10 +58,11 @@ def test_extra_settings_may_not_contradict_the_config(key, instead):
 
 
 @pytest.mark.parametrize(
-    ("words", "named"), [(["precision=fp32"], "precision=fp32"), (["precision=bf16", "zero.stage=0"], "zero.stage=0")]
+    ("overrides", "named"),
+    [(["precision=fp32"], "precision=fp32"), (["precision=bf16", "zero.stage=0"], "zero.stage=0")],
 )
-def test_16_bit_sums_need_16_bit_gradients_and_a_stage_that_makes_them(words, named):
-    config = configs.load([], ["zero.reduce_precision=autocast", *words]).config
+def test_16_bit_sums_need_16_bit_gradients_and_a_stage_that_makes_them(overrides, named):
+    config = configs.load([], ["zero.reduce_precision=autocast", *overrides]).config
     with pytest.raises(UserError, match=named):
         check_settings(config)
 

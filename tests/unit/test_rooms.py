@@ -43,6 +43,6 @@ def _mathematics() -> list[str]:
 def test_the_mathematics_point_to_code(name):
     home, part = name.split(".")
     modules = [importlib.import_module(f"imm_scale.methods.{path.stem}") for path in METHODS.glob("*.py")]
-    found = [module for module in modules if module.__name__.endswith(f".{home}")]
-    found += [getattr(module, home) for module in modules if hasattr(module, home)]
-    assert any(hasattr(one, part) for one in found), f"docs/mathematics.md: {name}"
+    homes = [module for module in modules if module.__name__.endswith(f".{home}")]
+    homes += [getattr(module, home) for module in modules if hasattr(module, home)]
+    assert any(hasattr(one, part) for one in homes), f"docs/mathematics.md: {name}"

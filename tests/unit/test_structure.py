@@ -69,8 +69,8 @@ def test_lengths_and_folders(box):
 
 
 def test_imports(box):
-    found = {(str(one), str(other)) for one, other in box.imports}
-    assert found == {
+    imports = {(str(one), str(other)) for one, other in box.imports}
+    assert imports == {
         ("top.py", "left/one.py"),
         ("left/one.py", "right/two.py"),
         ("left/three.py", "left/one.py"),

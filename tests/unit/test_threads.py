@@ -24,15 +24,15 @@ FILES_ONLY = {  # threads that read and write files, or decode images, in NumPy'
 
 def _starts(path: Path) -> list[tuple[str, str]]:
     """(place, source of the call) of everything in a file that starts threads."""
-    found = []
+    starts = []
     text = path.read_text()
     for function in ast.walk(ast.parse(text)):
         if not isinstance(function, ast.FunctionDef):
             continue
         for node in ast.walk(function):
             if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("Thread", "ThreadPoolExecutor"):
-                found.append((f"{path.relative_to(ROOT)}: {function.name}", ast.unparse(node)))
-    return found
+                starts.append((f"{path.relative_to(ROOT)}: {function.name}", ast.unparse(node)))
+    return starts
 
 
 def test_every_thread_that_may_touch_cuda_chooses_its_gpu_first():

@@ -72,11 +72,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("work")
 
 
-def _run(environment: Path, work: Path, *words: str, code: int = 0) -> str:
+def _run(environment: Path, work: Path, *argv: str, code: int = 0) -> str:
     """What a program of the environment prints, run in the folder."""
     env = {**_clean(), "PATH": f"{environment / 'bin'}:{os.environ['PATH']}"}
     done = subprocess.run(
-        words, cwd=work, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False
+        argv, cwd=work, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False
     )
     assert done.returncode == code, done.stdout
     return done.stdout
@@ -123,8 +123,8 @@ def test_a_submitted_job_trains_with_the_installed_code(environment: Path, work:
     """The text for sbatch as bash runs it, with an srun that starts one rank here."""
     command = str(environment / "bin" / "imm-scale")
     (work / "site.yaml").write_text("gpus_per_node: 0\nranks_per_node: 1\nlocal_paths: []\n")
-    words = ("demo", *TINY, "train.max_steps=3", "run.name=job")
-    text = _run(environment, work, command, "submit", *words, "--cluster", "site.yaml", "--dry-run")
+    args = ("demo", *TINY, "train.max_steps=3", "run.name=job")
+    text = _run(environment, work, command, "submit", *args, "--cluster", "site.yaml", "--dry-run")
     assert text.startswith("#!/bin/bash\n#SBATCH --job-name=job\n")
     assert f"\ncd {work} || exit 1\n" in text
     (work / "job.sbatch").write_text(text)

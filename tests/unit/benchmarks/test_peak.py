@@ -24,8 +24,8 @@ GIB = 1 << 30
     ],
 )
 def test_a_name_finds_its_row(name, gib, row):
-    found = data_sheet(name, gib * GIB)
-    assert found is not None and found.name == row
+    sheet = data_sheet(name, gib * GIB)
+    assert sheet is not None and sheet.name == row
 
 
 @pytest.mark.parametrize(

@@ -147,21 +147,21 @@ def test_it_reads_and_exports_at_any_url(net, tmp_path):
 def test_the_command_writes_a_model_that_works(tmp_path):
     net = files.preconditioner(temb_type="stride")
     source, out = files.write(tmp_path / "net.pkl", net), str(tmp_path / "net.safetensors")
-    code, words = ranks.command_and_words("import", source, "--out", out)
-    assert code == 0 and out in words and "second_time=t_minus_s, as the file records" in words and "--vae" in words
+    code, output = ranks.command_and_output("import", source, "--out", out)
+    assert code == 0 and out in output and "second_time=t_minus_s, as the file records" in output and "--vae" in output
     spec, flow_map = export.load_flow_map(out)
     assert spec.method.flow_map.second_time == "t_minus_s"
     times = (torch.tensor([u], dtype=torch.float64) for u in (0.1, 0.6))
     torch.testing.assert_close(
         flow_map(_noise(4), *times, LABELS), net(_noise(4), 0.1, 0.6, _one_hot(LABELS)), rtol=0, atol=1e-5
     )
-    code, words = ranks.command_and_words("import", source, "--out", out, "--second-time", "s")
-    assert code == 0 and "second_time=s, as given; the file records temb_type='stride'" in words
+    code, output = ranks.command_and_output("import", source, "--out", out, "--second-time", "s")
+    assert code == 0 and "second_time=s, as given; the file records temb_type='stride'" in output
     assert export.read(out)[0].method.flow_map.second_time == "s"
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"),
+    ("argv", "message"),
     [
         (["/nowhere.pkl", "--out", "OUT/x.safetensors"], "/nowhere.pkl does not exist"),
         (["OUT", "--out", "OUT/x.safetensors"], "is a folder"),
@@ -171,27 +171,27 @@ def test_the_command_writes_a_model_that_works(tmp_path):
         (["OUT/empty.pkl", "--out", "OUT/x.safetensors"], "empty.pkl is not a whole pickle"),
     ],
 )
-def test_the_command_refuses(argv, words, net, tmp_path):
+def test_the_command_refuses(argv, message, net, tmp_path):
     files.write(tmp_path / "net.pkl", net)
     (tmp_path / "text.pkl").write_text("hello, this is no pickle")
     (tmp_path / "empty.pkl").write_bytes(b"")
-    code, printed = ranks.command_and_words("import", *(word.replace("OUT", str(tmp_path)) for word in argv))
-    assert code == 2 and words in printed and "Traceback" not in printed
+    code, printed = ranks.command_and_output("import", *(word.replace("OUT", str(tmp_path)) for word in argv))
+    assert code == 2 and message in printed and "Traceback" not in printed
     assert not (tmp_path / "x.safetensors").exists()
 
 
 def test_the_autoencoder_is_recorded_when_it_is_named(net, tmp_path):
     source, out = files.write(tmp_path / "net.pkl", net), str(tmp_path / "net.safetensors")
     vae = save_small_vae(tmp_path / "vae", blocks=4)
-    assert ranks.command_and_words("import", source, "--out", out, "--vae", vae)[0] == 0
+    assert ranks.command_and_output("import", source, "--out", out, "--vae", vae)[0] == 0
     spec, _ = export.read(out)
     assert len(spec.space.codec.weights_hash) == 64
     assert open_codec(spec.space.codec, vae).factor == 8
     for folder in (vae, None):
         with pytest.raises(UserError, match=r"not recorded.*import the net again with --vae FOLDER"):
             open_codec(mapping.read(source).spec.space.codec, folder)
-    code, words = ranks.command_and_words("import", source, "--out", out, "--vae", save_small_vae(tmp_path / "other"))
-    assert code == 2 and "a factor of 2" in words and "sd-vae-ft-ema" in words
+    code, output = ranks.command_and_output("import", source, "--out", out, "--vae", save_small_vae(tmp_path / "other"))
+    assert code == 2 and "a factor of 2" in output and "sd-vae-ft-ema" in output
 
 
 # What does not fit is refused by name
@@ -512,7 +512,7 @@ def test_every_form_exports_to_every_other(exported, tmp_path):
     folder = exported[2]
     file, again = str(tmp_path / "model.safetensors"), str(tmp_path / "again")
     for argv in ((folder, "--out", file), (file, "--out", again, "--format", "diffusers")):
-        assert ranks.command_and_words("export", *argv) == (0, f"{argv[2]}\n")
+        assert ranks.command_and_output("export", *argv) == (0, f"{argv[2]}\n")
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
         assert Path(again, name).read_bytes() == Path(folder, name).read_bytes()
 
@@ -524,7 +524,7 @@ def test_a_folder_samples(exported, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("config", "message"),
     [
         ('{"_class_name": "AutoencoderKL"}', "describes no model of imm-scale"),
         ("[1]", "describes no model of imm-scale"),
@@ -533,9 +533,9 @@ def test_a_folder_samples(exported, tmp_path):
         ('{"_class_name": "ImmScaleFlowMap"}', "lacks a field"),
     ],
 )
-def test_a_folder_of_something_else_is_refused(config, words, exported):
+def test_a_folder_of_something_else_is_refused(config, message, exported):
     Path(exported[2], "config.json").write_text(config)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         export.read(exported[2])
 
 
@@ -546,7 +546,7 @@ def test_a_folder_without_weights_is_refused_by_name(exported):
 
 
 @pytest.mark.parametrize(
-    ("out", "format", "words"),
+    ("out", "format", "message"),
     [
         ("x.bin", "safetensors", "--format diffusers for a folder"),
         ("x.safetensors", "diffusers", "writes a folder"),
@@ -554,8 +554,8 @@ def test_a_folder_without_weights_is_refused_by_name(exported):
         ("x", "onnx", "'onnx' is unknown; choose one of safetensors, diffusers"),
     ],
 )
-def test_an_out_that_does_not_fit_its_format(out, format, words, exported, tmp_path):
+def test_an_out_that_does_not_fit_its_format(out, format, message, exported, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("")
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         export.export(exported[2], str(tmp_path / out), format=format)

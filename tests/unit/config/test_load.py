@@ -35,7 +35,7 @@ def test_files_merge_left_to_right_after_their_includes_then_overrides(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "phrases"),
     [
         (["train.max_step=4"], ["train.max_step", "did you mean train.max_steps?"]),
         (["max_steps=4"], ["'max_steps'", "train.max_steps"]),
@@ -61,11 +61,11 @@ def test_files_merge_left_to_right_after_their_includes_then_overrides(tmp_path)
         (["seed=[1"], ["seed=[1", "YAML"]),
     ],
 )
-def test_a_mistake_names_the_value_and_the_remedy(overrides, words):
+def test_a_mistake_names_the_value_and_the_remedy(overrides, phrases):
     with pytest.raises(UserError) as caught:
         configs.load([], overrides)
-    for word in words:
-        assert word in str(caught.value)
+    for phrase in phrases:
+        assert phrase in str(caught.value)
 
 
 def test_an_unknown_key_in_a_file_is_found_by_line(tmp_path):
@@ -77,13 +77,13 @@ def test_an_unknown_key_in_a_file_is_found_by_line(tmp_path):
 
 
 def test_files_that_cannot_be_used_are_named(tmp_path):
-    for path, words in (
+    for path, message in (
         (str(tmp_path / "none.yaml"), "cannot read"),
         (_write(tmp_path / "broken.yaml", "a: [1"), "not valid YAML"),
         (_write(tmp_path / "list.yaml", "- 1\n"), "must be a mapping"),
         (_write(tmp_path / "loop.yaml", "include: loop.yaml\n"), "includes itself"),
     ):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             configs.load([path])
 
 
@@ -100,8 +100,8 @@ def test_keys_of_version_0_1_are_read_with_one_line_that_says_so(tmp_path, caplo
     loaded = configs.load([_write(tmp_path / "old.yaml", old)], ["flow_map.time_embedding=fourier"])
     assert loaded.config == configs.load([], [*new, "model.time_embedding=fourier"]).config
     assert len(caplog.records) == 1
-    said = "old.yaml:2: flow_map.second_time is read as method.flow_map.second_time, and 4 keys like it"
-    assert said in caplog.text
+    warning = "old.yaml:2: flow_map.second_time is read as method.flow_map.second_time, and 4 keys like it"
+    assert warning in caplog.text
 
 
 def test_another_method_replaces_the_keys_of_the_file_below(tmp_path):

@@ -51,8 +51,8 @@ def _write_for_ever(folder: str, seed: int) -> None:
     cache, keys = BlockCache(folder, 20 * SIZE), random.Random(seed)
     while True:
         key = f"k{keys.randrange(100)}"
-        found = cache.get(key)
-        assert found is None or found == _content(key)
+        cached = cache.get(key)
+        assert cached is None or cached == _content(key)
         cache.put(key, _content(key))
 
 

@@ -135,12 +135,12 @@ def test_the_thread_that_pins_memory_has_chosen_its_gpu_first(
         events.append((threading.current_thread().name, event))
 
     def noting_pins(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def made(*args: object, pin_memory: bool = False, **options: object) -> Tensor:
+        def wrapper(*args: object, pin_memory: bool = False, **options: object) -> Tensor:
             if pin_memory:
                 note("pinned")
             return make(*args, **options)
 
-        return made
+        return wrapper
 
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: note(f"{device} chosen"))
     monkeypatch.setattr(torch, "empty", noting_pins(torch.empty))
@@ -222,18 +222,18 @@ def test_closing_ends_the_thread(make_dataset: MakeDataset) -> None:
 
 
 def test_prefetcher_runs_ahead_by_its_depth_and_no_further() -> None:
-    made: list[int] = []
+    produced: list[int] = []
 
     def numbers() -> Iterator[int]:
         for i in range(100):
-            made.append(i)
+            produced.append(i)
             yield i
         raise OSError("the end")
 
     prefetcher = Prefetcher(numbers(), depth=2)
     taken = [next(prefetcher) for _ in range(10)]
     prefetcher.close()
-    assert taken == list(range(10)) and 10 <= len(made) <= 12
+    assert taken == list(range(10)) and 10 <= len(produced) <= 12
     with pytest.raises(OSError, match="the end"):
         list(Prefetcher(numbers(), depth=2))
 
@@ -353,12 +353,12 @@ def _seen(url: str, world: int, start: int, steps: int) -> dict[int, bytes]:
 def test_two_ranks_then_one_then_four(make_dataset: MakeDataset) -> None:
     url = make_dataset([30, 41, 12], kind="vae")
     expected = ranks.run(_seen, 1, url, 1, 0, 12)[0]
-    found: dict[int, bytes] = {}
+    all_rows: dict[int, bytes] = {}
     for world, start, steps in ((2, 0, 3), (1, 3, 4), (4, 7, 5)):
         for rows in ranks.run(_seen, world, url, world, start, steps):
-            assert not rows.keys() & found.keys()
-            found |= rows
-    assert found == expected and len(found) == 12 * BATCH
+            assert not rows.keys() & all_rows.keys()
+            all_rows |= rows
+    assert all_rows == expected and len(all_rows) == 12 * BATCH
 
 
 def test_kept_batches_stay_and_dropped_ones_are_used_again() -> None:

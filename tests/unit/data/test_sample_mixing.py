@@ -35,13 +35,13 @@ def test_what_the_blocks_cost_is_seen_in_a_window(orders: list[np.ndarray]) -> N
     """Samples of a block stay within 32 steps of each other in every epoch: 31 of them among 16,384 met."""
     # Pairs in a window of 32 steps: 16383 per sample by chance at 16384 / N each; the block adds about 31 / 2.
     expected = 1 + 31 * (1 / 2) / (16384 * 16384 / N)
-    found = mixing.meeting_again(*orders, BATCH, window=32)
-    assert 1.0 < found < 1 + 2 * (expected - 1)
+    ratio = mixing.meeting_again(*orders, BATCH, window=32)
+    assert 1.0 < ratio < 1 + 2 * (expected - 1)
 
 
 @pytest.mark.parametrize("world", [1, 8, 64, 512])
 def test_amplification_is_one_block_per_seam(world: int, orders: list[np.ndarray]) -> None:
     table = sample_order.block_table(SHARDS, BLOCK)
-    found = mixing.read_amplification(orders[0], table, BATCH, world)
+    amplification = mixing.read_amplification(orders[0], table, BATCH, world)
     # 312 samples a position, 32 a block: seams that fall inside a block (3 of 4) cost one more block.
-    assert abs(found - (1 + 0.75 * 32 / 312)) < 0.01
+    assert abs(amplification - (1 + 0.75 * 32 / 312)) < 0.01

@@ -146,10 +146,10 @@ def test_every_flipped_bit_of_a_header_is_seen_by_the_parser(info: ShardInfo, tm
             damaged = bytearray(whole)
             damaged[header + bit // 8] ^= 1 << (bit % 8)
             try:
-                found = tar.members(bytes(damaged), "s.tar")
+                parsed = tar.members(bytes(damaged), "s.tar")
             except UserError:
                 continue
-            assert found == members, bit  # as where a space of the checksum field becomes another filler
+            assert parsed == members, bit  # as where a space of the checksum field becomes another filler
 
 
 def test_mirrored_latents_stand_beside_the_others(tmp_path: Path, latents: np.ndarray) -> None:

@@ -64,12 +64,12 @@ def test_images_come_back_with_their_labels(tmp_path: Path, packed: Path) -> Non
     manifest = Manifest.load(url)
     assert manifest.latent_shape == (3, 8, 8) and manifest.num_samples == COUNT
     assert manifest.class_names == ("class 0", "class 1", "class 2")
-    found = {}
+    classes = {}
     for x, label in read_all(url):
         pictures = codecs.decode(x, manifest.codec, codecs.open_codec(manifest.codec))
         for picture, one in zip(pictures, label.tolist(), strict=True):
-            found[picture.numpy().tobytes()] = manifest.class_names[one]
-    assert found == _images_of(tmp_path / "source")
+            classes[picture.numpy().tobytes()] = manifest.class_names[one]
+    assert classes == _images_of(tmp_path / "source")
 
 
 def test_mean_and_std_are_exact(tmp_path: Path, packed: Path) -> None:
@@ -91,9 +91,9 @@ def test_vae_sums_give_the_variance_of_the_draws() -> None:
     std = generator.random((300, 1, 4, 4))
     stored = np.concatenate([mean, std], axis=1).astype(np.float16)
     parts = ChannelSums.of(stored[:100], "vae") + ChannelSums.of(stored[100:], "vae")
-    (found_mean,), (found_std,) = parts.mean_std()
+    (estimated_mean,), (estimated_std,) = parts.mean_std()
     draws = stored[:, :1] + stored[:, 1:] * generator.standard_normal((500, 300, 1, 4, 4))
-    assert abs(found_mean - draws.mean()) < 0.005 and abs(found_std - draws.std()) < 0.005
+    assert abs(estimated_mean - draws.mean()) < 0.005 and abs(estimated_std - draws.std()) < 0.005
 
 
 def test_same_input_gives_the_same_bytes_however_it_is_split(tmp_path: Path, packed: Path) -> None:
@@ -113,10 +113,10 @@ def test_running_again_skips_what_is_finished(tmp_path: Path, packed: Path, caps
     assert "already encoded: 11 images in 3 shards" in capsys.readouterr().out
     for lost in ("manifest.json", "latents-000001.json", "latents-000002.tar", "latents-000000.index.npy"):
         (out / lost).unlink()
-    kept = (out / "latents-000000.json").stat().st_mtime_ns
+    modified = (out / "latents-000000.json").stat().st_mtime_ns
     assert _encode(packed, out) == 0
     assert _contents(out) == whole
-    assert (out / "latents-000000.json").stat().st_mtime_ns > kept
+    assert (out / "latents-000000.json").stat().st_mtime_ns > modified
 
 
 def test_other_data_is_refused_by_name(tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -323,7 +323,7 @@ def test_kills_at_random_moments_leave_nothing_behind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "env", "visible", "device"),
+    ("flag", "env", "visible", "device"),
     [
         ("cuda", {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "3"}, 1, "cuda:0"),
         ("cuda", {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "3"}, 4, "cuda:3"),
@@ -334,29 +334,29 @@ def test_kills_at_random_moments_leave_nothing_behind(tmp_path: Path) -> None:
     ],
     ids=["srun --gpus-per-task 1", "srun", "torchrun", "alone", "by number", "cpu"],
 )
-def test_a_task_encodes_on_the_gpu_the_trainer_would_take(asked, env, visible, device, monkeypatch):
+def test_a_task_encodes_on_the_gpu_the_trainer_would_take(flag, env, visible, device, monkeypatch):
     taken: list[str] = []
     monkeypatch.setattr(encode, "VAECodec", lambda folder, device: taken.append(device))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    encode.make_codec(argparse.Namespace(codec="vae", vae="x", device=asked, batch_size=1))
+    encode.make_codec(argparse.Namespace(codec="vae", vae="x", device=flag, batch_size=1))
     assert taken == [device]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "phrases"),
     [
         (["--codec", "vae", "--vae", "x", "--device", "cuda"], ["--device cuda", "0 GPUs", "--device cpu"]),
         (["--codec", "vae", "--vae", "x", "--device", "gpu"], ["--device gpu", "cuda:1"]),
         (["--codec", "pixels", "--precision", "tf32"], ["--precision tf32", "--codec vae"]),
     ],
 )
-def test_devices_and_precisions_that_are_not_there(arguments, words, tmp_path, capsys):
+def test_devices_and_precisions_that_are_not_there(arguments, phrases, tmp_path, capsys):
     assert encode.main(["--images", "x", "--out", str(tmp_path / "out"), *arguments]) == 2
     message = capsys.readouterr().err
-    assert all(word in message for word in words), message
+    assert all(phrase in message for phrase in phrases), message
     assert not (tmp_path / "out").exists()
 
 

@@ -58,13 +58,13 @@ def _as_parquet(folder: Path, out: Path) -> Path:
 
 
 def _packed(folder: Path) -> set[tuple[bytes, int]]:
-    found = set()
+    samples = set()
     for path in folder.glob("*.tar"):
         data = path.read_bytes()
         for _, files in tar.samples(data, str(path)):
             png, label = (data[m.offset : m.offset + m.size] for m in (files["png"], files["cls"]))
-            found.add((np.array(Image.open(io.BytesIO(png))).tobytes(), int(label)))
-    return found
+            samples.add((np.array(Image.open(io.BytesIO(png))).tobytes(), int(label)))
+    return samples
 
 
 @pytest.mark.parametrize("make", [_as_zip, _as_stock_shards, _as_parquet])
@@ -96,9 +96,9 @@ def test_shards_of_a_chosen_size(folder: Path, tmp_path: Path) -> None:
 def test_a_label_map_decides_the_numbers(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels = tmp_path / "labels.json"
     labels.write_text(json.dumps({"0": "cat", "1": "bee", "2": "ant", "3": "dog"}))
-    found = sources.find(str(folder), str(labels), "image", "label")
-    assert found.class_names == ["cat", "bee", "ant", "dog"]
-    assert [CLASSES[2 - label] for label in found.labels] == [Path(name).parent.name for name in found.names]
+    images = sources.find(str(folder), str(labels), "image", "label")
+    assert images.class_names == ["cat", "bee", "ant", "dog"]
+    assert [CLASSES[2 - label] for label in images.labels] == [Path(name).parent.name for name in images.names]
     labels.write_text(json.dumps({"0": "cat", "1": "bee"}))
     cases = [
         (folder, "label 'ant' of"),
@@ -119,8 +119,8 @@ def test_damaged_and_unfit_sources(folder: Path, tmp_path: Path, capsys: pytest.
     archive = _as_zip(folder, tmp_path)
     archive.write_bytes(archive.read_bytes()[:-100])
     flat = tmp_path / "flat.zip"
-    with zipfile.ZipFile(flat, "w") as made:
-        made.writestr("a.png", b"")
+    with zipfile.ZipFile(flat, "w") as zip_file:
+        zip_file.writestr("a.png", b"")
     text = tmp_path / "a.txt"
     text.write_text("")
     parquet = _as_parquet(folder, tmp_path)

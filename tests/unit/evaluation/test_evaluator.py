@@ -27,8 +27,8 @@ def evaluated(trained: str) -> list[dict]:
     assert ranks.run(ranks.command, 2, *argv) == [0, 0]
     files = list(Path(trained, "evaluations").glob("step-00000002-*.json"))
     assert len(files) == 2, "one per step count"
-    found = [json.loads(file.read_text())["results"] for file in files]
-    return sorted((result for (result,) in found), key=lambda result: result["steps"])
+    results = [json.loads(file.read_text())["results"] for file in files]
+    return sorted((result for (result,) in results), key=lambda result: result["steps"])
 
 
 def test_an_evaluation_says_how_to_get_it_again(evaluated):
@@ -70,7 +70,7 @@ def test_the_reference_has_the_scale_the_model_works_on(digits):
 def test_an_evaluation_is_not_done_twice(evaluated, trained):
     before = {path: path.stat().st_mtime_ns for path in Path(trained, "evaluations").iterdir()}
     argv = ["evaluate", trained, "--steps", "1,2", "--repeats", "2", "--num", "100"]
-    assert "frechet_latents" in ranks.run(ranks.command_and_words, 1, *argv)[0][1]
+    assert "frechet_latents" in ranks.run(ranks.command_and_output, 1, *argv)[0][1]
     assert {path: path.stat().st_mtime_ns for path in Path(trained, "evaluations").iterdir()} == before
 
 
@@ -98,12 +98,12 @@ def test_the_report_is_one_file_with_everything(evaluated, trained, digits, tmp_
     assert ranks.run(ranks.command, 1, "evaluate", other, "--steps", "10,20", "--repeats", "1", "--num", "64") == [0]
     assert ranks.run(ranks.command, 1, "sample", trained, "--steps", "1,2", "--num", "10") == [0]
     out = tmp_path / "report.html"
-    code, words = ranks.run(ranks.command_and_words, 1, "report", trained, other, "--out", str(out))[0]
+    code, output = ranks.run(ranks.command_and_output, 1, "report", trained, other, "--out", str(out))[0]
     assert code == 0
     (theirs,) = (e["results"][0] for e in read_evaluations(other) if e["results"][0]["steps"] == 10)
     ratio = evaluated[0]["mean"] / theirs["mean"]
-    assert f"IMM with 1 against flow matching with 10 steps: {evaluated[0]['mean']:.4f}" in words
-    assert f"= {ratio:.2f}" in words
+    assert f"IMM with 1 against flow matching with 10 steps: {evaluated[0]['mean']:.4f}" in output
+    assert f"= {ratio:.2f}" in output
     page = _Page()
     page.feed(out.read_text())
     assert len(page.links) >= 4
@@ -111,6 +111,6 @@ def test_the_report_is_one_file_with_everything(evaluated, trained, digits, tmp_
     page.links.remove("data:,")  # no icon
     for link in page.links:
         assert len(base64.b64decode(link.split(",", 1)[1])) > 100
-    for words in ("frechet_latents", "method.flow_map.second_time", "deepspeed", "<b>flow</b>"):
-        assert words in page.text
+    for phrase in ("frechet_latents", "method.flow_map.second_time", "deepspeed", "<b>flow</b>"):
+        assert phrase in page.text
     assert not re.search(r"<b>flow</b>", out.read_text()), "text from a config is escaped"

@@ -166,13 +166,13 @@ def test_a_network_from_a_package(tmp_path):
     session = onnxruntime.InferenceSession(path)
     x = images.numpy()[..., ::-1].astype(np.float32) - np.array([104.0, 117.0, 123.0], np.float32)
     expected = session.run(None, {session.get_inputs()[0].name: x})[0]
-    found = open_extractor(config, CPU)(images).features
+    features = open_extractor(config, CPU)(images).features
     # Two graphs of one network on one machine may still differ in the order of a sum.
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(features.numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "phrases"),
     [
         ({"sha256": "0" * 64}, ["has sha256", "000"]),
         ({"sha256": None}, ["sha256"]),
@@ -182,10 +182,10 @@ def test_a_network_from_a_package(tmp_path):
         ({"range": [1.0]}, ["range"]),
     ],
 )
-def test_what_is_refused(script, changes, words):
+def test_what_is_refused(script, changes, phrases):
     with pytest.raises(UserError) as error:
         open_extractor(dataclasses.replace(script, **changes), CPU)
-    assert all(word in str(error.value) for word in words), error.value
+    assert all(phrase in str(error.value) for phrase in phrases), error.value
 
 
 def test_what_a_network_does_not_take(script, tmp_path):

@@ -74,21 +74,21 @@ def test_noise_widens_what_cannot_be_told_apart():
     assert single.not_worse == (1.0, 3.0), "one seed tells nothing apart"
 
 
-def test_words():
-    found = parse(["guidance=1.0:3.0", "steps=1,2"], (4,))
-    assert (found.low, found.high, found.steps) == (1.0, 3.0, (1, 2))
+def test_arguments():
+    search_range = parse(["guidance=1.0:3.0", "steps=1,2"], (4,))
+    assert (search_range.low, search_range.high, search_range.steps) == (1.0, 3.0, (1, 2))
     assert parse(["guidance=1:2"], (4, 8)).steps == (4, 8)
-    for words in (["guidance=3:1"], ["guidance=1"], ["steps=2"], ["guidance=1:2", "seed=3"], ["guidance=a:b"]):
+    for args in (["guidance=3:1"], ["guidance=1"], ["steps=2"], ["guidance=1:2", "seed=3"], ["guidance=a:b"]):
         with pytest.raises(UserError, match="guidance"):
-            parse(words, (1,))
+            parse(args, (1,))
 
 
 def test_the_command_writes_what_it_found(trained, tmp_path):
     run_dir = shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("evaluations"))
     argv = ["evaluate", str(run_dir), "--search", "guidance=1.0:2.0", "steps=1", "--num", "64", "--repeats", "2"]
-    code, words = ranks.run(ranks.command_and_words, 2, *argv)[0]
-    assert code == 0, words
-    assert "best guidance" in words
+    code, output = ranks.run(ranks.command_and_output, 2, *argv)[0]
+    assert code == 0, output
+    assert "best guidance" in output
     (file,) = (run_dir / "searches").glob("step-00000002-*.json")
     (best,) = json.loads(file.read_text())["best"]
     points = {point["guidance"]: sum(point["values"]) / 2 for point in best["points"]}

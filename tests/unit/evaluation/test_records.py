@@ -8,10 +8,10 @@ from imm_scale.evaluation.records import FOLDER, SCHEMA_VERSION, evaluation_url,
 
 def test_they_come_in_order_of_training_and_of_sampling_steps(tmp_path):
     (tmp_path / FOLDER).mkdir()
-    wanted = list(itertools.product((5, 20, 100), (1, 2, 8, 20, 100)))
-    for step, steps in wanted:
+    expected = list(itertools.product((5, 20, 100), (1, 2, 8, 20, 100)))
+    for step, steps in expected:
         url = evaluation_url(str(tmp_path / FOLDER), step, {"steps": steps})  # named by a hash, so in no order
         with open(url, "w") as file:
             json.dump({"schema_version": SCHEMA_VERSION, "step": step, "results": [{"steps": steps}]}, file)
-    found = read_evaluations(str(tmp_path))
-    assert [(e["step"], e["results"][0]["steps"]) for e in found] == wanted
+    evaluations = read_evaluations(str(tmp_path))
+    assert [(e["step"], e["results"][0]["steps"]) for e in evaluations] == expected

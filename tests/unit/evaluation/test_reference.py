@@ -30,13 +30,13 @@ def _folder(path, array: np.ndarray):
 
 
 @pytest.fixture
-def made(tmp_path) -> tuple[Reference, np.ndarray]:
+def reference_and_images(tmp_path) -> tuple[Reference, np.ndarray]:
     array = _images(300)
     return of_images(images.find(_folder(tmp_path / "images", array)), Flat("pixels"), 50, ALONE), array
 
 
-def test_a_folder_gives_numpys_moments_and_comes_back_from_its_file(made, tmp_path):
-    reference, array = made
+def test_a_folder_gives_numpys_moments_and_comes_back_from_its_file(reference_and_images, tmp_path):
+    reference, array = reference_and_images
     flat = array.reshape(300, -1) / 255.0
     np.testing.assert_allclose(reference.mean, flat.mean(0), rtol=1e-12)
     np.testing.assert_allclose(reference.covariance, np.cov(flat, rowvar=False), rtol=1e-9, atol=1e-15)
@@ -51,34 +51,34 @@ def test_a_folder_gives_numpys_moments_and_comes_back_from_its_file(made, tmp_pa
         assert file["sigma"].shape == (108, 108)
 
 
-def test_files_of_other_evaluators_are_read_with_a_warning(made, tmp_path, caplog):
-    reference, _ = made
+def test_files_of_other_evaluators_are_read_with_a_warning(reference_and_images, tmp_path, caplog):
+    reference, _ = reference_and_images
     np.savez(tmp_path / "edm.npz", mu=reference.mean.numpy(), sigma=reference.covariance.numpy())
     extra = {"mu_s": np.zeros(3), "sigma_s": np.eye(3), "arr_0": np.zeros((2, 3, 3, 3), np.uint8)}
     np.savez(tmp_path / "adm.npz", mu=reference.mean.numpy(), sigma=reference.covariance.numpy(), **extra)
     for name in ("edm.npz", "adm.npz"):
-        found = Reference.load(str(tmp_path / name))
-        assert found.id == reference.id
-        assert found.count is None
-        found.check(Flat("pixels"))
+        loaded = Reference.load(str(tmp_path / name))
+        assert loaded.id == reference.id
+        assert loaded.count is None
+        loaded.check(Flat("pixels"))
         assert "does not say which extractor" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["npz", "tar"])
-def test_other_homes_of_images_give_the_same(made, tmp_path, kind, trained):
-    reference, array = made
+def test_other_homes_of_images_give_the_same(reference_and_images, tmp_path, kind, trained):
+    reference, array = reference_and_images
     if kind == "npz":
         np.savez(tmp_path / "set.npz", arr_0=array, arr_1=np.zeros(300))
-        found = images.find(str(tmp_path / "set.npz"))
+        source = images.find(str(tmp_path / "set.npz"))
     else:
         from imm_scale.sampling.parts import Parts
 
         parts = Parts(str(tmp_path / "shards"), "", [(0, 130), (130, 300)])
         for part, (start, stop) in enumerate(parts.ranges):
             parts.write(part, array[start:stop], [0] * (stop - start), None)
-        found = images.find(parts.folder)
-    assert len(found) == 300
-    again = of_images(found, Flat("pixels"), 50, ALONE)
+        source = images.find(parts.folder)
+    assert len(source) == 300
+    again = of_images(source, Flat("pixels"), 50, ALONE)
     # The same sums, in chunks of other sizes.
     np.testing.assert_allclose(again.covariance, reference.covariance, rtol=1e-9, atol=1e-15)
     assert torch.equal(again.kept, reference.kept)
@@ -89,17 +89,17 @@ def _of_folder(folder: str) -> tuple[np.ndarray, np.ndarray]:
 
     world = distributed.detect()
     distributed.init(world)
-    found = of_images(images.find(folder), Flat("pixels"), 50, world)
-    return found.covariance.numpy(), found.kept.numpy()
+    reference = of_images(images.find(folder), Flat("pixels"), 50, world)
+    return reference.covariance.numpy(), reference.kept.numpy()
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_ranks_make_the_same_reference(made, tmp_path, size):
+def test_ranks_make_the_same_reference(reference_and_images, tmp_path, size):
     """300 images are 5 chunks; at 4 ranks some have one, some two. A set of 60 is one chunk: the others have none."""
-    reference, array = made
-    for covariance, kept in ranks.run(_of_folder, size, str(tmp_path / "images")):
+    reference, array = reference_and_images
+    for covariance, features in ranks.run(_of_folder, size, str(tmp_path / "images")):
         np.testing.assert_allclose(covariance, reference.covariance, rtol=1e-9, atol=1e-15)
-        assert np.array_equal(kept, reference.kept.numpy())
+        assert np.array_equal(features, reference.kept.numpy())
     few = _folder(tmp_path / "few", array[:60])
     for covariance, _ in ranks.run(_of_folder, size, few):
         np.testing.assert_allclose(covariance, np.cov(array[:60].reshape(60, -1) / 255.0, rowvar=False), atol=1e-12)
@@ -122,23 +122,23 @@ def test_nan_features_name_the_sample():
         collector.add(torch.arange(5, 9), Output(features))
 
 
-def test_too_few_samples_are_warned_about(made):
-    reference, _ = made
+def test_too_few_samples_are_warned_about(reference_and_images):
+    reference, _ = reference_and_images
     assert warnings(200, 108, reference) == []
-    (words,) = warnings(100, 108, reference)
-    assert "100 samples for 108 features" in words
-    assert "too large" in words
+    (warning,) = warnings(100, 108, reference)
+    assert "100 samples for 108 features" in warning
+    assert "too large" in warning
 
 
-def _fails(words: list[str], *argv: str) -> None:
-    code, message = ranks.run(ranks.command_and_words, 1, *argv)[0]
+def _fails(phrases: list[str], *argv: str) -> None:
+    code, message = ranks.run(ranks.command_and_output, 1, *argv)[0]
     assert code == 2, message
-    assert all(word in message for word in words), message
+    assert all(phrase in message for phrase in phrases), message
     assert "Traceback" not in message
 
 
-def test_mistakes_at_the_command_line(made, tmp_path, trained, digits):
-    reference, array = made
+def test_mistakes_at_the_command_line(reference_and_images, tmp_path, trained, digits):
+    reference, array = reference_and_images
     ref, npz = str(tmp_path / "ref.npz"), str(tmp_path / "set.npz")
     reference.save(ref)
     np.savez(npz, arr_0=array)
@@ -157,29 +157,29 @@ def test_mistakes_at_the_command_line(made, tmp_path, trained, digits):
     _fails(["evaluation.reference"], "evaluate", npz, *PIXELS)
 
 
-def test_a_set_of_images_against_itself_by_the_command(made, tmp_path):
-    np.savez(tmp_path / "set.npz", arr_0=made[1])
+def test_a_set_of_images_against_itself_by_the_command(reference_and_images, tmp_path):
+    np.savez(tmp_path / "set.npz", arr_0=reference_and_images[1])
     ref = str(tmp_path / "ref.npz")
     argv = ["evaluate", "--make-reference", str(tmp_path / "set.npz"), "--out", ref, *PIXELS]
-    code, words = ranks.run(ranks.command_and_words, 1, *argv)[0]
-    assert code == 0, words
-    assert "300 images, 108 features of pixels" in words
+    code, output = ranks.run(ranks.command_and_output, 1, *argv)[0]
+    assert code == 0, output
+    assert "300 images, 108 features of pixels" in output
     metrics = "evaluation.metrics=[frechet,kernel,precision_recall,density_coverage]"
     argv = ["evaluate", str(tmp_path / "set.npz"), "--reference", ref, metrics, *PIXELS]
-    code, words = ranks.run(ranks.command_and_words, 2, *argv)[0]
-    assert code == 0, words
-    assert "frechet_pixels  0.0000" in words or "frechet_pixels  -0.0000" in words
+    code, output = ranks.run(ranks.command_and_output, 2, *argv)[0]
+    assert code == 0, output
+    assert "frechet_pixels  0.0000" in output or "frechet_pixels  -0.0000" in output
     for line in ("precision_pixels  1.0000", "recall_pixels  1.0000", "coverage_pixels  1.0000"):
-        assert line in words
-    np.savez(tmp_path / "few.npz", arr_0=made[1][:20])
+        assert line in output
+    np.savez(tmp_path / "few.npz", arr_0=reference_and_images[1][:20])
     argv = ["evaluate", str(tmp_path / "few.npz"), "--reference", ref, *PIXELS]
-    code, words = ranks.run(ranks.command_and_words, 1, *argv)[0]
-    assert code == 0, words
-    assert "warning: 20 samples for 108 features" in words
+    code, output = ranks.run(ranks.command_and_output, 1, *argv)[0]
+    assert code == 0, output
+    assert "warning: 20 samples for 108 features" in output
 
 
-def test_metrics_that_need_more_than_there_is(made):
-    reference, _ = made
+def test_metrics_that_need_more_than_there_is(reference_and_images):
+    reference, _ = reference_and_images
     collector = Collector(20, 20)
     collector.add(torch.arange(20), Output(torch.randn(20, 108, dtype=torch.float64)))
     features = collector.merge_ranks()

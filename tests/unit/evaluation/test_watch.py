@@ -28,15 +28,15 @@ def _commit(run_dir: Path, step: int) -> None:
 def _watch(run_dir: Path, events, prepare=None) -> tuple[list[int], list[int], list[str]]:
     """Steps returned, steps in the order measured, and what was said; each pause lets the next event happen."""
     measured: list[int] = []
-    said: list[str] = []
+    messages: list[str] = []
     waiting = iter(events)
 
     def ready(source: Source):
         return lambda: measured.append(source.step)
 
     config = Config(run=RunConfig(dir=str(run_dir)))
-    done = watch(config, ALONE, prepare or ready, said.append, poll=0.1, pause=lambda _: next(waiting)())
-    return done, measured, said
+    done = watch(config, ALONE, prepare or ready, messages.append, poll=0.1, pause=lambda _: next(waiting)())
+    return done, measured, messages
 
 
 def test_checkpoints_are_measured_as_they_come(tmp_path):
@@ -51,9 +51,9 @@ def test_checkpoints_are_measured_as_they_come(tmp_path):
         status("preempted"),  # not the end
         lambda: (_commit(tmp_path, 40), status("completed")()),
     ]
-    done, measured, said = _watch(tmp_path, events)
+    done, measured, messages = _watch(tmp_path, events)
     assert done == measured == [10, 20, 30, 40]
-    assert said[-1].endswith("is completed: 4 checkpoints measured")
+    assert messages[-1].endswith("is completed: 4 checkpoints measured")
 
 
 def test_a_failed_run_ends_it_when_all_are_done(tmp_path):
@@ -73,9 +73,9 @@ def test_a_checkpoint_removed_before_its_turn_is_passed_over(tmp_path):
             raise checkpoints.DamagedCheckpointError("gone")
         return lambda: None
 
-    done, _, said = _watch(tmp_path, [], prepare)
+    done, _, messages = _watch(tmp_path, [], prepare)
     assert done == [20]
-    assert "step 10 was removed" in said[0]
+    assert "step 10 was removed" in messages[0]
 
 
 def test_a_damaged_one_that_is_still_there_is_an_error(tmp_path):
@@ -93,15 +93,15 @@ def test_the_command_follows_a_live_run(tiny, tmp_path):
     """A watching job on 2 ranks starts before the run does, measures its three checkpoints, and ends with it."""
     run_dir = str(tmp_path / "run")
     argv = ["evaluate", run_dir, "--watch", "--poll", "0.1", "--steps", "1", "--repeats", "1", "--num", "64"]
-    watching = ranks.start(ranks.command_and_words, 2, *argv)
+    watching = ranks.start(ranks.command_and_output, 2, *argv)
     training = threading.Thread(
         target=ranks.train, args=(1, *tiny, "train.max_steps=6", "train.checkpoint_every=2", "train.keep_last=9")
     )
     time.sleep(0.5)
     training.start()
-    (code, words), _ = ranks.join(watching)
+    (code, output), _ = ranks.join(watching)
     training.join()
-    assert code == 0, words
-    assert "waiting for" in words
+    assert code == 0, output
+    assert "waiting for" in output
     assert [evaluation["step"] for evaluation in read_evaluations(run_dir)] == [2, 4, 6]
-    assert "is completed: 3 checkpoints measured" in words
+    assert "is completed: 3 checkpoints measured" in output

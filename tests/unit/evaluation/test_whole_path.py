@@ -94,8 +94,8 @@ def evaluated(flow, network) -> list[dict]:
 
 
 def _results(evaluated: list[dict], step: int, guidance: float) -> dict[int, dict]:
-    found = [e for e in evaluated if e["step"] == step and e["guidance_scale"] == guidance]
-    return {result["steps"]: result for one in found for result in one["results"]}
+    evaluations = [e for e in evaluated if e["step"] == step and e["guidance_scale"] == guidance]
+    return {result["steps"]: result for evaluation in evaluations for result in evaluation["results"]}
 
 
 def test_more_steps_and_later_checkpoints_are_better_beyond_their_errors(evaluated):
@@ -119,7 +119,9 @@ def test_a_file_holds_what_is_needed_to_get_its_numbers_again(evaluated, flow):
     for id_ in (late["reference"]["id"], late["extractor"]["id"], late["weights"], late["reference"]["manifest_hash"]):
         assert len(id_) == 64
     assert {"torch", "imm-scale", "python"} <= late["versions"].keys()
-    assert any("256 samples" in words for words in late["warnings"]) is False, "256 samples of 32 features are enough"
+    assert any("256 samples" in warning for warning in late["warnings"]) is False, (
+        "256 samples of 32 features are enough"
+    )
     spec, _ = load_flow_map(flow)
     for result in late["results"]:
         assert result["metric"] == "frechet_digits"
@@ -146,9 +148,9 @@ def test_the_value_is_that_of_the_sampled_images(evaluated, flow, network, tmp_p
         moments = Moments(32)
         moments.add(x)
         sets.append(moments)
-    found = _results(evaluated, 240, 1.0)[4]
+    result = _results(evaluated, 240, 1.0)[4]
     # Digits go through fp16 latents on their way to the reference; rounding to uint8 undoes that.
-    assert found["value"] == pytest.approx(frechet_distance(*sets), rel=1e-5)
+    assert result["value"] == pytest.approx(frechet_distance(*sets), rel=1e-5)
     groups = np.bincount(group_of(torch.arange(256)).numpy(), minlength=GROUPS)
     assert groups.sum() == 256
 
@@ -164,8 +166,8 @@ def test_curves_take_the_best_guidance_at_each_cost(evaluated):
 
 def test_the_gallery_shows_one_noise_and_the_nearest_digits(flow, trained, digits, network):
     argv = ["evaluate", flow, "--gallery", trained, "sampling.steps=[1,4]"]
-    code, words = ranks.run(ranks.command_and_words, 1, *argv)[0]
-    assert code == 0, words
+    code, output = ranks.run(ranks.command_and_output, 1, *argv)[0]
+    assert code == 0, output
     document = json.loads(Path(flow, "gallery", "gallery.json").read_text())
     captions = [entry["caption"] for entry in document["same_noise"]]
     assert captions == [
@@ -196,12 +198,12 @@ def test_an_export_is_evaluated_against_a_reference_file(flow, tmp_path, digits)
     assert ranks.run(ranks.command, 1, "export", flow, "--out", f"{tmp_path}/w.safetensors") == [0]
     assert ranks.run(ranks.command, 1, "evaluate", "--make-reference", digits, "--out", f"{tmp_path}/ref.npz") == [0]
     argv = ["--steps", "4", "--num", NUM, "--repeats", "2"]
-    code, from_run = ranks.run(ranks.command_and_words, 1, "evaluate", flow, *argv)[0]
+    code, from_run = ranks.run(ranks.command_and_output, 1, "evaluate", flow, *argv)[0]
     assert code == 0, from_run
     reference = ["--reference", f"{tmp_path}/ref.npz", "--out", f"{tmp_path}/evaluations"]
-    code, words = ranks.run(ranks.command_and_words, 2, "evaluate", f"{tmp_path}/w.safetensors", *reference, *argv)[0]
-    assert code == 0, words
-    assert words.splitlines()[-1] == from_run.splitlines()[0]
+    code, output = ranks.run(ranks.command_and_output, 2, "evaluate", f"{tmp_path}/w.safetensors", *reference, *argv)[0]
+    assert code == 0, output
+    assert output.splitlines()[-1] == from_run.splitlines()[0]
     (file,) = (tmp_path / "evaluations").glob("export-*.json")
     assert json.loads(file.read_text())["reference"]["count"] == 1797
 
@@ -217,9 +219,11 @@ def test_files_of_the_first_version_are_still_read(tmp_path):
     }  # fmt: skip
     (tmp_path / "evaluations").mkdir()
     (tmp_path / "evaluations" / "step-00000500-0123456789ab.json").write_text(json.dumps(document))
-    (found,) = read_evaluations(str(tmp_path))
-    assert found["results"][0].items() >= result.items()
-    assert found["results"][0]["measures"] == {"frechet_latents": {"value": 2.0, "error": 1.4, "values": [1.0, 3.0]}}
-    assert found["extractor"] == {"name": "latents", "id": None}
-    assert found["reference"]["manifest_hash"] == "ab" * 32
-    assert cost_quality.curves([found])["frechet_latents"][0].value == 2.0
+    (evaluation,) = read_evaluations(str(tmp_path))
+    assert evaluation["results"][0].items() >= result.items()
+    assert evaluation["results"][0]["measures"] == {
+        "frechet_latents": {"value": 2.0, "error": 1.4, "values": [1.0, 3.0]}
+    }
+    assert evaluation["extractor"] == {"name": "latents", "id": None}
+    assert evaluation["reference"]["manifest_hash"] == "ab" * 32
+    assert cost_quality.curves([evaluation])["frechet_latents"][0].value == 2.0

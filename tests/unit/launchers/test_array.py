@@ -56,18 +56,18 @@ def test_an_array_has_a_task_per_cell_and_a_bound(path, site, slurm, capsys):
     assert "#SBATCH --array=0-2%2" in script
     assert "#SBATCH --time=1:00:00" in script
     assert script.endswith("source launchers/cell.sbatch\n")
-    found = definition.load(path)
-    (launch,) = (Path(found.folder) / "launches").iterdir()
-    assert json.loads((launch / "cells.json").read_text()) == [cell.name for cell in found.cells]
+    sweep = definition.load(path)
+    (launch,) = (Path(sweep.folder) / "launches").iterdir()
+    assert json.loads((launch / "cells.json").read_text()) == [cell.name for cell in sweep.cells]
     assert (launch / "code.json").exists()
 
 
 def test_what_the_queue_has_is_not_queued_again(path, site, slurm, capsys):
     assert main(["submit", path, *site]) == 0
     (slurm / "queue").write_text("7_0|RUNNING|None|n1|\n7_1|PENDING|Priority||\n7_2|FAILED|NonZeroExitCode|n1|\n")
-    found = definition.load(definition.load(path).folder)
-    assert activity(found) == {"seed0": "running", "seed1": "queued"}
-    results.write_state(found.folder, "seed2", "failed", "OSError: disk full", code="c0ffee")
+    sweep = definition.load(definition.load(path).folder)
+    assert activity(sweep) == {"seed0": "running", "seed1": "queued"}
+    results.write_state(sweep.folder, "seed2", "failed", "OSError: disk full", code="c0ffee")
     assert main(["submit", path, *site]) == 0
     assert "0 of 3 cells to run (1 running, 1 queued, 1 failed)" in capsys.readouterr().err
     assert (slurm / "calls").read_text().count("called") == 1
@@ -86,6 +86,6 @@ def test_a_folder_that_nodes_do_not_share_is_refused(path, slurm, tmp_path, caps
 
 
 def test_a_bound_of_nothing_is_refused(path):
-    found = definition.load(path)
+    sweep = definition.load(path)
     with pytest.raises(UserError, match="--at-once 0"):
-        array.job_of(found, found.cells, 0)
+        array.job_of(sweep, sweep.cells, 0)

@@ -82,14 +82,14 @@ def test_installed_code_is_named_and_not_the_folder_the_job_runs_in():
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")), max_size=4))
-def test_bash_reads_back_every_word(words):
-    line = " ".join(quote(word) for word in words)
+def test_bash_reads_back_every_word(args):
+    line = " ".join(quote(arg) for arg in args)
     assert "\n" not in line and "\r" not in line
-    told = subprocess.run(
+    completed = subprocess.run(
         ["bash", "-c", f"set -- {line}\nprintf '%s\\0' \"$@\""],
         capture_output=True, env={"LC_ALL": "C.UTF-8"}, check=True,
     )  # fmt: skip
-    assert told.stdout.decode().split("\0")[:-1] == (words or [""])
+    assert completed.stdout.decode().split("\0")[:-1] == (args or [""])
 
 
 def test_no_line_of_a_value_becomes_an_option():

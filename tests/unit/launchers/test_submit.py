@@ -19,15 +19,15 @@ def here(monkeypatch):
     monkeypatch.setattr(slurm, "available", lambda: False)
 
 
-def _refused(capsys, words, *argv):
+def _refused(capsys, phrases, *argv):
     assert submit.main(argv) == 2
     message = capsys.readouterr().err
-    for word in words:
-        assert word in message
+    for phrase in phrases:
+        assert phrase in message
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "phrases"),
     [
         (["--time", "tomorrow"], ["tomorrow", "12:00:00"]),
         (["--time", "1:99:00"], ["1:99:00"]),
@@ -44,8 +44,8 @@ def _refused(capsys, words, *argv):
         (["loss"], ["'loss'"]),
     ],
 )
-def test_a_job_that_cannot_run(flags, words, tiny, capsys):
-    _refused(capsys, words, "train", *tiny, "--cluster", "lab", *flags)
+def test_a_job_that_cannot_run(flags, phrases, tiny, capsys):
+    _refused(capsys, phrases, "train", *tiny, "--cluster", "lab", *flags)
 
 
 @pytest.mark.parametrize("argv", [["status", "RUN"], ["cancel", "RUN"], ["logs", "RUN"]])
@@ -78,8 +78,8 @@ def test_a_dry_run_prints_the_text_and_writes_nothing(tiny, tmp_path, capsys):
 
 
 def test_flags_of_the_program_go_after_two_dashes(capsys):
-    words = ["--images", "a b", "--out", "o", "--codec", "pixels"]
-    assert submit.main(["encode", "--cluster", "lab", "--array", "0-3%2", "--dry-run", "--", *words]) == 0
+    args = ["--images", "a b", "--out", "o", "--codec", "pixels"]
+    assert submit.main(["encode", "--cluster", "lab", "--array", "0-3%2", "--dry-run", "--", *args]) == 0
     text = capsys.readouterr().out
     assert "set -- --images 'a b' --out o --codec pixels" in text
     assert "#SBATCH --array=0-3%2" in text
@@ -88,8 +88,8 @@ def test_flags_of_the_program_go_after_two_dashes(capsys):
 def test_a_complete_run_is_not_submitted(trained, digits, capsys):
     from tests.conftest import TINY
 
-    words = [*TINY, f"data.manifest={digits}", f"run.dir={trained}", "train.max_steps=2"]
-    assert submit.main(["train", *words, "--cluster", "lab"]) == 0
+    overrides = [*TINY, f"data.manifest={digits}", f"run.dir={trained}", "train.max_steps=2"]
+    assert submit.main(["train", *overrides, "--cluster", "lab"]) == 0
     assert "nothing to submit" in capsys.readouterr().out
 
 
@@ -97,7 +97,7 @@ PARTITIONS = [slurm.Partition("gpu", 4, 8), slurm.Partition("small", 64, 1)]
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "phrases"),
     [
         ({"array": "a-b"}, ["a-b", "0-63%8"]),
         ({"partition": "gpus"}, ["--partition gpus", "gpu, small"]),
@@ -105,11 +105,11 @@ PARTITIONS = [slurm.Partition("gpu", 4, 8), slurm.Partition("small", 64, 1)]
         ({"partition": "small", "gpus_per_node": 2}, ["--gpus-per-node 2", "at most 1"]),
     ],
 )
-def test_what_sinfo_contradicts(changes, words, monkeypatch):
+def test_what_sinfo_contradicts(changes, phrases, monkeypatch):
     monkeypatch.setattr(slurm, "partitions", lambda: PARTITIONS)
     with pytest.raises(UserError) as caught:
         checks.check(dataclasses.replace(JOB, **changes), cluster.Cluster(), ask=True)
-    assert all(word in str(caught.value) for word in words)
+    assert all(phrase in str(caught.value) for phrase in phrases)
 
 
 # As the manual of sbatch has them.

@@ -50,7 +50,7 @@ def test_pip_takes_a_stand_in_for_the_package_and_finds_that_it_needs_nothing(tm
     (tmp_path / "constraints.txt").write_text(f"huggingface-hub @ {path.as_uri()}\n")
     options = ["--no-index", "--only-binary=:all:", "--python-version=3.12", f"--constraint={tmp_path}/constraints.txt"]
     wheelhouse._pip("download", *options, f"--dest={tmp_path}/out", "huggingface_hub>=2")
-    assert [found.name for found in (tmp_path / "out").iterdir()] == [path.name]
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [path.name]
 
 
 def _wheel(folder: Path, name: str, *requires: str) -> Path:
@@ -62,8 +62,8 @@ def _wheel(folder: Path, name: str, *requires: str) -> Path:
 
 
 def test_needs_are_judged_for_the_machines_python(tmp_path):
-    words = ['b>=2; python_version >= "3.12"', 'c; python_version < "3.12"', 'd; extra == "more"', "E_f", "g"]
-    wheels = [_wheel(tmp_path, "a", *words), _wheel(tmp_path, "g")]
+    requirements = ['b>=2; python_version >= "3.12"', 'c; python_version < "3.12"', 'd; extra == "more"', "E_f", "g"]
+    wheels = [_wheel(tmp_path, "a", *requirements), _wheel(tmp_path, "g")]
     assert wheelhouse.missing(wheels, [], "3.12") == ["b", "e-f"]
     assert wheelhouse.missing(wheels, ["e-f"], "3.11") == ["c"]
 
@@ -77,9 +77,9 @@ def test_tags_are_of_that_glibc_and_older_ones():
 
 def test_a_package_without_a_wheel_is_named(monkeypatch, capsys, tmp_path):
     def refuse(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-        words = "ERROR: Could not find a version that satisfies the requirement foo-bar>=1\n"
+        message = "ERROR: Could not find a version that satisfies the requirement foo-bar>=1\n"
         return subprocess.CompletedProcess(
-            command, 1, "", words + "ERROR: No matching distribution found for foo-bar>=1\n"
+            command, 1, "", message + "ERROR: No matching distribution found for foo-bar>=1\n"
         )
 
     monkeypatch.setattr(wheelhouse.subprocess, "run", refuse)

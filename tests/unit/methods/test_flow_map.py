@@ -65,13 +65,13 @@ def pairs_of_times(first):
 @properties
 @given(times=pairs_of_times(1e-9), sigma_d=st.sampled_from([0.5, 1.0, 0.25]))
 def test_coefficients_agree_with_the_printed_formulas_in_fp64(interp, parameterization, times, sigma_d):
-    got = flow_map.coefficients(interp, parameterization, tensor(times[0]), tensor(times[1]), sigma_d)
+    coefficients = flow_map.coefficients(interp, parameterization, tensor(times[0]), tensor(times[1]), sigma_d)
     expected = reference(interp.name, parameterization, *times, sigma_d)
-    for name, a, b in zip(("c_in", "c_skip", "c_out"), got, expected, strict=True):
+    for name, a, b in zip(("c_in", "c_skip", "c_out"), coefficients, expected, strict=True):
         # c_skip of simple_edm at (0, 1) is cos(pi / 2): 6e-17 in fp64, hence the floor at the scale of 1.
         assert abs(mp.mpf(a.item()) - b) <= FP64 * abs(b) + mp.mpf("2e-16"), name
     if times[1] > times[0]:
-        c_out = mp.mpf(got.c_out.item())
+        c_out = mp.mpf(coefficients.c_out.item())
         assert abs(c_out - expected[2]) <= FP64 * abs(expected[2]), "c_out keeps its digits where s is close to t"
 
 
@@ -80,13 +80,13 @@ def test_coefficients_agree_with_the_printed_formulas_in_fp64(interp, parameteri
 @given(times=pairs_of_times(1e-6))
 def test_coefficients_agree_with_the_printed_formulas_in_fp32(interp, parameterization, times):
     s, t = (tensor(u, dtype=torch.float32) for u in times)
-    got = flow_map.coefficients(interp, parameterization, s, t, SIGMA_D)
+    coefficients = flow_map.coefficients(interp, parameterization, s, t, SIGMA_D)
     expected = reference(interp.name, parameterization, s.item(), t.item(), SIGMA_D)
-    assert all(c.dtype == torch.float32 for c in got)
+    assert all(c.dtype == torch.float32 for c in coefficients)
     # Ten roundings of 6e-8. c_in and c_skip on the scale of 1; c_out, which vanishes at s = t, on its own.
-    assert abs(mp.mpf(got.c_in.item()) - expected[0]) <= 1e-6 * expected[0]
-    assert abs(mp.mpf(got.c_skip.item()) - expected[1]) <= 1e-6
-    assert abs(mp.mpf(got.c_out.item()) - expected[2]) <= 1e-6 * abs(expected[2]) + mp.mpf("1e-50")
+    assert abs(mp.mpf(coefficients.c_in.item()) - expected[0]) <= 1e-6 * expected[0]
+    assert abs(mp.mpf(coefficients.c_skip.item()) - expected[1]) <= 1e-6
+    assert abs(mp.mpf(coefficients.c_out.item()) - expected[2]) <= 1e-6 * abs(expected[2]) + mp.mpf("1e-50")
 
 
 @pytest.mark.parametrize("interp", [OT, COSINE], ids=lambda i: i.name)
@@ -107,8 +107,8 @@ def test_closed_forms_of_the_numerics_section():
         (OT, "euler_fm"): -0.5 * (t - s),
     }
     for (interp, parameterization), value in expected.items():
-        got = flow_map.coefficients(interp, parameterization, s, t, 0.5).c_out
-        torch.testing.assert_close(got, value, rtol=FP64, atol=0)
+        c_out = flow_map.coefficients(interp, parameterization, s, t, 0.5).c_out
+        torch.testing.assert_close(c_out, value, rtol=FP64, atol=0)
 
 
 class Spy(Backbone):
@@ -139,8 +139,8 @@ LABELS = torch.arange(6)
 def test_f_from_s_to_s_is_the_identity_whatever_the_network(interp, parameterization, s):
     net = Spy(lambda x, *_: 1e3 * torch.sin(7 * x) + 100)
     x = particles()
-    got = FlowMap(net, interp, parameterization)(x, tensor(s), tensor(s), LABELS)
-    torch.testing.assert_close(got, x, rtol=1e-15 * 4, atol=0)  # (alpha^2 + sigma^2) / norm^2 is 1 to two roundings
+    y = FlowMap(net, interp, parameterization)(x, tensor(s), tensor(s), LABELS)
+    torch.testing.assert_close(y, x, rtol=1e-15 * 4, atol=0)  # (alpha^2 + sigma^2) / norm^2 is 1 to two roundings
 
 
 @legal
@@ -174,8 +174,8 @@ def test_forward_is_c_skip_x_plus_c_out_g_with_times_shared_inside_groups(interp
     s, t = [0.1, 0.35], [0.9, 0.36]
     x = particles()
     net = Spy(lambda x, c, u, label: torch.sin(x) + label.view(-1, 1, 1, 1))
-    got = FlowMap(net, interp, parameterization, sigma_data=0.4)(x, tensor(*s), tensor(*t), LABELS)
-    got = got.detach().numpy()
+    y = FlowMap(net, interp, parameterization, sigma_data=0.4)(x, tensor(*s), tensor(*t), LABELS)
+    y = y.detach().numpy()
     for n in range(6):
         group = n // 3
         c_in, c_skip, c_out = (
@@ -183,7 +183,7 @@ def test_forward_is_c_skip_x_plus_c_out_g_with_times_shared_inside_groups(interp
         )
         sample = x[n].numpy()
         np.testing.assert_allclose(
-            got[n], c_skip * sample + c_out * (np.sin(c_in * sample) + n), rtol=0, atol=1e-11, err_msg=f"sample {n}"
+            y[n], c_skip * sample + c_out * (np.sin(c_in * sample) + n), rtol=0, atol=1e-11, err_msg=f"sample {n}"
         )
 
 
@@ -238,9 +238,9 @@ def test_pair_equals_two_calls_and_only_the_later_time_has_a_gradient(interp, pa
 
 def test_raw_is_the_network_at_s_equal_t():
     net, x, t = Spy(), particles(), tensor(0.2, 0.7)
-    got = FlowMap(net, COSINE, "simple_edm").raw(x, t, LABELS)
+    raw = FlowMap(net, COSINE, "simple_edm").raw(x, t, LABELS)
     c_in = 1 / SIGMA_D  # on a variance-preserving trajectory
-    torch.testing.assert_close(got, torch.sin(3 * c_in * x), rtol=FP64, atol=FP64)
+    torch.testing.assert_close(raw, torch.sin(3 * c_in * x), rtol=FP64, atol=FP64)
 
 
 def guided(dtype=torch.float64, null_label=9):
@@ -252,11 +252,11 @@ def guided(dtype=torch.float64, null_label=9):
 def test_guidance_replaces_g_by_w_g_label_plus_1_minus_w_g_null(w):
     _, f = guided()
     x, s, t = particles(), tensor(0.25), tensor(0.75)
-    got = f(x, s, t, LABELS, guidance_scale=w)
+    y = f(x, s, t, LABELS, guidance_scale=w)
     g = np.cos(x.numpy() / (0.5 * np.sqrt(0.25**2 + 0.75**2)))
     label = np.arange(6).reshape(-1, 1, 1, 1)
     expected = x.numpy() - 0.5 * 0.5 * (w * (g + label) + (1 - w) * (g + 9))
-    np.testing.assert_allclose(got.detach().numpy(), expected, rtol=0, atol=FP64 * 10)
+    np.testing.assert_allclose(y.detach().numpy(), expected, rtol=0, atol=FP64 * 10)
 
 
 def test_guidance_of_1_costs_no_second_pass_and_without_a_null_label_guidance_is_refused():
@@ -273,14 +273,14 @@ def test_a_16_bit_network_is_put_together_in_the_precision_of_the_samples(w):
     """Section 3, numerics: y and coefficients in fp32 or better whatever the network runs in."""
     net, f = guided(dtype=torch.bfloat16)
     x, s, t = particles(), tensor(0.25, 0.5), tensor(0.75, 0.994)
-    got = f(x, s, t, LABELS, guidance_scale=w)
-    assert got.dtype == torch.float64
+    y = f(x, s, t, LABELS, guidance_scale=w)
+    assert y.dtype == torch.float64
     assert all(call[0].dtype == torch.bfloat16 for call in net.calls), "the network has its own precision"
     scaled = net.calls[0][0]
     with_label, null = net(scaled, None, None, LABELS), net(scaled, None, None, torch.full((6,), 9))
     g = w * with_label.double() + (1 - w) * null.double()
     wide = (t - s).repeat_interleave(3).view(-1, 1, 1, 1)
-    torch.testing.assert_close(got, x - 0.5 * wide * g, rtol=0, atol=FP64 * 10)
+    torch.testing.assert_close(y, x - 0.5 * wide * g, rtol=0, atol=FP64 * 10)
 
 
 def test_unknown_or_mismatched_settings_are_refused_with_the_remedy():

@@ -40,7 +40,9 @@ LEGAL = [(OT, "euler_fm"), (OT, "simple_edm"), (OT, "identity"), (COSINE, "simpl
 def test_loss_is_the_mean_squared_error_of_what_makes_f_exact(interp, parameterization):
     net = Net()
     x, n = clean(8), 8
-    got = losses(BASE, FlowMap(net, interp, parameterization, "none"), x, torch.arange(n), torch.arange(n), seed=1)
+    group_losses = losses(
+        BASE, FlowMap(net, interp, parameterization, "none"), x, torch.arange(n), torch.arange(n), seed=1
+    )
     assert len(net.calls) == 1, "one pass"
     inputs, c_noise, second, _, _ = net.calls[0]
     assert second is None
@@ -58,8 +60,8 @@ def test_loss_is_the_mean_squared_error_of_what_makes_f_exact(interp, parameteri
         }[parameterization]
         out = 0.7 * np.tanh(inputs[i].numpy()) - 0.2 * math.cos(t)
         # eps is read back from x_t at an error of 1e-16 / sigma
-        assert got.loss_G[i].item() == pytest.approx(((out - target) ** 2).mean(), rel=1e-11)
-        assert got.t_G[i].item() == pytest.approx(t, rel=1e-15)
+        assert group_losses.loss_G[i].item() == pytest.approx(((out - target) ** 2).mean(), rel=1e-11)
+        assert group_losses.t_G[i].item() == pytest.approx(t, rel=1e-15)
 
 
 def test_each_sample_has_its_own_time_uniform_in_the_range():

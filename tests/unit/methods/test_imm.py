@@ -64,14 +64,14 @@ def test_loss_is_equation_67(kernel, parameterization):
     net = Net()
     f = flow_map_of(net, parameterization=parameterization)
     x, label, ordinal = batch(objective, 7)
-    got = losses(objective, f, x, label, ordinal, seed=3)
+    group_losses = losses(objective, f, x, label, ordinal, seed=3)
     assert len(net.calls) == 2
     assert 0 < (net.calls[0][1] == net.calls[0][2]).sum() < 7, "some groups have the exact target r = s, some have not"
     expected = loss_reference(net, net.calls[:2], x, 3, parameterization, kernel, 2.0, 5.0)
     # The reference sums terms of order 1 that cancel: 1e-15 each, times a weight up to 10.
-    np.testing.assert_allclose(got.loss_G.detach().numpy(), expected, rtol=1e-9, atol=1e-12)
-    assert got.loss_G.dtype == torch.float64
-    np.testing.assert_allclose(got.t_G.numpy(), net.calls[1][1].numpy() / 1000, rtol=1e-12)
+    np.testing.assert_allclose(group_losses.loss_G.detach().numpy(), expected, rtol=1e-9, atol=1e-12)
+    assert group_losses.loss_G.dtype == torch.float64
+    np.testing.assert_allclose(group_losses.t_G.numpy(), net.calls[1][1].numpy() / 1000, rtol=1e-12)
 
 
 @pytest.mark.parametrize("interp", [OT, COSINE], ids=lambda i: i.name)
@@ -205,13 +205,13 @@ def table_losses(dim, k, m, a, groups, net=None):
 @pytest.mark.parametrize(("dim", "k", "m", "a", "loss", "std"), TABLE)
 def test_loss_at_initialization_is_the_published_one(dim, k, m, a, loss, std):
     groups = {4096: 512 // m, 64: 8192}[dim]
-    got, t, s = table_losses(dim, k, m, a, groups)
-    error = got.std() / math.sqrt(groups)
-    assert abs(got.mean() - loss) < 3 * error
+    group_losses, t, s = table_losses(dim, k, m, a, groups)
+    error = group_losses.std() / math.sqrt(groups)
+    assert abs(group_losses.mean() - loss) < 3 * error
     # With the same times in the closed form the noise of the times drops out: a test some fifty times sharper.
-    residual = got - init_integrand(dim, k, m, a, t, s)
+    residual = group_losses - init_integrand(dim, k, m, a, t, s)
     assert abs(residual.mean()) < 3 * residual.std() / math.sqrt(groups) + 0.01 * loss
-    assert residual.std() < 0.1 * got.std()
+    assert residual.std() < 0.1 * group_losses.std()
 
 
 class GaussianOptimum(Backbone):
@@ -227,10 +227,10 @@ class GaussianOptimum(Backbone):
 
 
 def test_loss_does_not_fall_to_zero_at_the_optimum():
-    got, _, _ = table_losses(64, 10, 4, 1.0, 16_384, GaussianOptimum())
-    error = got.std() / math.sqrt(len(got))
-    assert abs(got.mean() - 0.135) < 3 * error + 0.0005  # and half of the last digit
-    assert got.mean() + 3 * error < 0.1495, "though below its value at initialization"
+    group_losses, _, _ = table_losses(64, 10, 4, 1.0, 16_384, GaussianOptimum())
+    error = group_losses.std() / math.sqrt(len(group_losses))
+    assert abs(group_losses.mean() - 0.135) < 3 * error + 0.0005  # and half of the last digit
+    assert group_losses.mean() + 3 * error < 0.1495, "though below its value at initialization"
 
 
 def test_optimum_maps_the_prior_to_the_data_in_one_step():
@@ -253,7 +253,7 @@ def test_one_particle_and_the_energy_kernel_is_consistency_training(kind, parame
     net = Net()
     f = flow_map_of(net, parameterization=parameterization)
     x, label, ordinal = batch(objective, 20)
-    got, t = losses(objective, f, x, label, ordinal, seed=0)
+    loss, t = losses(objective, f, x, label, ordinal, seed=0)
     s, r, _ = objective.draw_times(f, ordinal, seed=0)
     (in_r, *_), (in_t, *_) = net.calls
     if kind is ConsistencyTraining:
@@ -264,7 +264,7 @@ def test_one_particle_and_the_energy_kernel_is_consistency_training(kind, parame
     y_r = f(SIGMA_D * OT.norm(r).view(wide) * in_r, s, r, label)
     weight = t / ((t**2 + math.exp(-4.0) * (1 - t) ** 2) * ((1 - t) ** 2 + t**2))
     expected = 2 * weight * (y_t - y_r).flatten(1).square().sum(1)
-    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-15)
 
 
 def test_t_1_with_r_and_s_0_is_a_generative_moment_matching_network():
@@ -276,14 +276,14 @@ def test_t_1_with_r_and_s_0_is_a_generative_moment_matching_network():
     assert torch.equal(x_t, eps)
     y_t, y_r = f.pair(x_t, x_r, zero, zero, one, label)
     assert torch.equal(y_r, x), "the target is the data itself"
-    got = BASE.discrepancy(f, y_t, y_r, zero, one).item()
+    discrepancy = BASE.discrepancy(f, y_t, y_r, zero, one).item()
     p, q = y_t.detach().flatten(1).numpy(), x.flatten(1).numpy()
 
     def k(a, b):  # 1 / |c_out| = 2, D = 18
         distance = np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))
         return np.exp(-2.0 * np.maximum(distance, 1e-8) / 18)
 
-    assert got == pytest.approx((k(p, p) + k(q, q) - 2 * k(p, q)).mean(), rel=1e-10)  # and w = 1
+    assert discrepancy == pytest.approx((k(p, p) + k(q, q) - 2 * k(p, q)).mean(), rel=1e-10)  # and w = 1
 
 
 @pytest.mark.parametrize("interp", [OT, COSINE], ids=lambda i: i.name)
@@ -292,7 +292,7 @@ def test_the_moment_matching_objective_compares_one_jump_from_noise_with_the_dat
     f = flow_map_of(net, interp, "simple_edm")
     objective = gmmn(particles=4, t_min=0.0, t_max=1.0, kernel="energy", label_drop=0.0)
     x, label, ordinal = batch(objective, 6)
-    got, t = losses(objective, f, x, label, ordinal, seed=0)
+    loss, t = losses(objective, f, x, label, ordinal, seed=0)
     assert (t == 1.0).all()
     eps = SIGMA_D * net.calls[1][0]  # c_in = 1 / sigma_d at t = 1
     jumped = -SIGMA_D * net(net.calls[1][0], 1000 * t, 0 * t, label)  # c_skip = 0, c_out = -sigma_d
@@ -300,4 +300,4 @@ def test_the_moment_matching_objective_compares_one_jump_from_noise_with_the_dat
     means = [y.view(6, 4, -1).mean(1) for y in (jumped, x)]
     weight = 1.0 if interp is OT else math.pi / 2
     expected = weight * 2 * (means[0] - means[1]).square().sum(1)
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)

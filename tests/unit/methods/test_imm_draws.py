@@ -108,8 +108,8 @@ def test_losses_do_not_depend_on_how_groups_are_split_into_calls(whole_batch, cu
     for first, last in itertools.pairwise(edges):
         rows = slice(4 * first, 4 * last)
         parts.append(losses(objective, f, x[rows], label[rows], ordinal[rows], seed=6))
-    for got, whole in zip((torch.cat(p) for p in zip(*parts, strict=True)), expected, strict=True):
-        torch.testing.assert_close(got, whole, rtol=1e-12, atol=0)
+    for joined, whole in zip((torch.cat(p) for p in zip(*parts, strict=True)), expected, strict=True):
+        torch.testing.assert_close(joined, whole, rtol=1e-12, atol=0)
 
 
 @properties
@@ -118,10 +118,10 @@ def test_order_of_groups_and_of_particles_inside_them_does_not_matter(whole_batc
     objective, f, x, label, ordinal, expected = whole_batch
     groups = data.draw(st.permutations(range(GROUPS)))
     order = [4 * g + j for g in groups for j in data.draw(st.permutations(range(4)))]
-    got = losses(objective, f, x[order], label[order], ordinal[order], seed=6)
-    torch.testing.assert_close(got.loss_G, expected.loss_G[groups], rtol=1e-10, atol=1e-15)
-    assert torch.equal(got.t_G, expected.t_G[groups])
-    (gradient,) = torch.autograd.grad(got.loss_G.mean(), f.model.w)
+    permuted = losses(objective, f, x[order], label[order], ordinal[order], seed=6)
+    torch.testing.assert_close(permuted.loss_G, expected.loss_G[groups], rtol=1e-10, atol=1e-15)
+    assert torch.equal(permuted.t_G, expected.t_G[groups])
+    (gradient,) = torch.autograd.grad(permuted.loss_G.mean(), f.model.w)
     (whole,) = torch.autograd.grad(expected.loss_G.mean(), f.model.w, retain_graph=True)
     torch.testing.assert_close(gradient, whole, rtol=1e-9, atol=1e-13)
 
@@ -141,8 +141,8 @@ def test_fp32_data_give_the_loss_of_fp64_data():
     """In fp32 the coefficients of the two branches are off by 3e-8 each: 4 % of t - r where that is 1.4e-6."""
     x, label, ordinal = batch(BASE, 64, shape=(4, 16, 16), dtype=torch.float32)
     f = flow_map_of()
-    got = losses(BASE, f, x, label, ordinal, seed=0).loss_G
+    loss = losses(BASE, f, x, label, ordinal, seed=0).loss_G
     f.model.calls.clear()
     expected = losses(BASE, f, x.double(), label, ordinal, seed=0).loss_G
-    torch.testing.assert_close(got, expected, rtol=4e-2, atol=0)
-    assert got.mean().item() == pytest.approx(expected.mean().item(), rel=1e-4)
+    torch.testing.assert_close(loss, expected, rtol=4e-2, atol=0)
+    assert loss.mean().item() == pytest.approx(expected.mean().item(), rel=1e-4)

@@ -239,11 +239,11 @@ def weight_reference(name, t, a, b):
     t=st.floats(1e-9, 0.999), a=st.sampled_from([0.0, 1.0, 1.5, 2.0]), b=st.sampled_from([-4.0, 0.0, 4.0, 5.0, 20.0])
 )
 def test_weight_is_equation_13(interp, t, a, b):
-    got = imm_times.weight(interp, tensor(t), a, b).item()
+    weight = imm_times.weight(interp, tensor(t), a, b).item()
     expected = weight_reference(interp.name, t, a, b)
     # alpha has lost three digits at t = 0.999, its powers as many
-    assert abs(got - expected) <= 1e-12 * expected
-    assert got > 0
+    assert abs(weight - expected) <= 1e-12 * expected
+    assert weight > 0
 
 
 @both
@@ -266,8 +266,8 @@ def test_weight_of_fewer_factors_is_equation_13_without_the_others(interp, t, fa
         expected *= slope
     if "alpha" in factors:
         expected *= alpha**a / (alpha**2 + sigma**2)
-    got = imm_times.weight(interp, tensor(t), a, 4.0, factors).item()
-    assert abs(got - expected) <= 1e-12 * expected
+    weight = imm_times.weight(interp, tensor(t), a, 4.0, factors).item()
+    assert abs(weight - expected) <= 1e-12 * expected
 
 
 @both

@@ -72,13 +72,13 @@ def test_mmd_equals_the_naive_double_loop(kernel, groups, m, dim, distance):
     y_r = randn(groups, m, dim)
     y_t = y_r + distance * randn(groups, m, dim, seed=1)
     bandwidth = torch.tensor([2.0, 11.0, 400.0], dtype=torch.float64)[:groups]
-    got = grouped_mmd(y_t, y_r, bandwidth, kernel)
-    assert (got.shape, got.dtype) == ((groups,), torch.float64)
+    mmd = grouped_mmd(y_t, y_r, bandwidth, kernel)
+    assert (mmd.shape, mmd.dtype) == ((groups,), torch.float64)
     for g in range(groups):
         expected = mmd_reference(kernel, y_t[g].tolist(), y_r[g].tolist(), bandwidth[g].item())
         # 1e-12 on the scale of the terms, which are of order 1 and cancel
-        assert abs(mp.mpf(got[g].item()) - expected) < 1e-12 * max(1, abs(expected))
-        assert abs(mp.mpf(got[g].item()) - expected) < 1e-8 * expected, "and of the result itself"
+        assert abs(mp.mpf(mmd[g].item()) - expected) < 1e-12 * max(1, abs(expected))
+        assert abs(mp.mpf(mmd[g].item()) - expected) < 1e-8 * expected, "and of the result itself"
 
 
 def test_vectorized_reference_is_the_double_loop():
@@ -105,11 +105,11 @@ def branches(gap, t=0.9, s=0.2, groups=4, m=4, dim=1024):
 def test_fp32_particles_keep_the_loss(kernel, t, gap, tolerance):
     """At k = 12 t - r goes down to 1.4e-6. Rounding y to fp32 (3e-8) alone costs 1e-3 of such a loss, not more."""
     y_t, y_r, bandwidth = branches(gap, t)
-    got = grouped_mmd(y_t.float(), y_r.float(), bandwidth, kernel)
-    assert got.dtype == torch.float64
-    for g in range(len(got)):
+    mmd = grouped_mmd(y_t.float(), y_r.float(), bandwidth, kernel)
+    assert mmd.dtype == torch.float64
+    for g in range(len(mmd)):
         expected = float(mmd_vectorized(kernel, y_t[g].numpy(), y_r[g].numpy(), bandwidth[g].item()))
-        assert got[g].item() == pytest.approx(expected, rel=tolerance)
+        assert mmd[g].item() == pytest.approx(expected, rel=tolerance)
 
 
 @every_kernel
@@ -193,10 +193,10 @@ def test_gradient_is_that_of_the_naive_double_loop(kernel):
 @pytest.mark.parametrize("m", [1, 2, 4, 16])
 def test_energy_is_twice_the_squared_distance_of_the_means(dtype, m):
     y_t, y_r = randn(3, m, 7).to(dtype), randn(3, m, 7, seed=1).to(dtype)
-    got = grouped_mmd(y_t, y_r, torch.ones(3), "energy")
+    mmd = grouped_mmd(y_t, y_r, torch.ones(3), "energy")
     expected = 2 * ((y_t.double().mean(1) - y_r.double().mean(1)) ** 2).sum(-1)
     # exact in fp64; the particles are what they are, so fp32 ones cost nothing that fp64 sums would not
-    torch.testing.assert_close(got, expected, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=0)
+    torch.testing.assert_close(mmd, expected, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=0)
 
 
 @pytest.mark.parametrize("kernel", ["energy", "pseudo_huber"])
@@ -212,9 +212,9 @@ def test_energy_and_pseudo_huber_ignore_d_and_the_others_divide_by_it(kernel):
     padding = torch.zeros(1, 3, 12, dtype=torch.float64)
     padded = [torch.cat([y, padding], dim=-1) for y in (y_t, y_r)]  # same distances, D = 16
     factor = 1.0 if kernel in ("energy", "pseudo_huber") else 4.0
-    got = grouped_mmd(*padded, torch.tensor([3.0 * factor]), kernel)
+    mmd = grouped_mmd(*padded, torch.tensor([3.0 * factor]), kernel)
     # sums of 16 instead of 4 squares: a rounding or two
-    torch.testing.assert_close(got, grouped_mmd(y_t, y_r, torch.tensor([3.0]), kernel), rtol=1e-13, atol=0)
+    torch.testing.assert_close(mmd, grouped_mmd(y_t, y_r, torch.tensor([3.0]), kernel), rtol=1e-13, atol=0)
 
 
 @every_kernel

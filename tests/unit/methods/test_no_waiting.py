@@ -59,9 +59,9 @@ def _loss_on_meta(method: Method, interp=OT, parameterization: str = "simple_edm
         flow_map = FlowMap(Scale(), interp, parameterization, null_label=5)
         x, label, ordinal = torch.randn(8, 2, 3, 3), torch.zeros(8, dtype=torch.int64), torch.arange(8)
     with NoLists(), OneDevice():
-        found = losses(method, flow_map, x, label, ordinal, seed=0)
-        found.loss_G.sum().backward()
-    assert (found.loss_G.device.type, found.loss_G.dtype) == ("meta", torch.float64)
+        group_losses = losses(method, flow_map, x, label, ordinal, seed=0)
+        group_losses.loss_G.sum().backward()
+    assert (group_losses.loss_G.device.type, group_losses.loss_G.dtype) == ("meta", torch.float64)
     assert flow_map.model.weight.grad is not None
 
 

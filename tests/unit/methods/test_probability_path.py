@@ -44,8 +44,8 @@ def tensor(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def close(got, expected, relative=FP64):
-    return abs(mp.mpf(got.item()) - expected) <= relative * abs(expected)
+def close(value, expected, relative=FP64):
+    return abs(mp.mpf(value.item()) - expected) <= relative * abs(expected)
 
 
 @both
@@ -134,8 +134,8 @@ def test_determinant_keeps_its_digits_where_s_is_close_to_t(interp, t, exponent)
     alpha, sigma = REFERENCES[interp.name]
     s_, t_ = mp.mpf(s), mp.mpf(t)
     expected = alpha(s_) * sigma(t_) - sigma(s_) * alpha(t_)
-    got = interp.determinant(tensor(s), tensor(t))
-    assert close(got, expected)
+    determinant = interp.determinant(tensor(s), tensor(t))
+    assert close(determinant, expected)
 
 
 def ddim_reference(name, x_t, x, s, t):
@@ -153,8 +153,8 @@ def test_ddim_is_equation_11_from_t_to_s(interp, data, t):
     s = data.draw(st.floats(0.0, t, allow_subnormal=False))
     values = data.draw(st.lists(st.floats(-3, 3), min_size=4, max_size=4))
     x_t, x = values[:2], values[2:]
-    got = probability_path.ddim(interp, tensor(*x_t), tensor(*x), tensor(s), tensor(t))
-    for a, b in zip(got, ddim_reference(interp.name, x_t, x, s, t), strict=True):
+    x_s = probability_path.ddim(interp, tensor(*x_t), tensor(*x), tensor(s), tensor(t))
+    for a, b in zip(x_s, ddim_reference(interp.name, x_t, x, s, t), strict=True):
         assert abs(mp.mpf(a.item()) - b) < FP64 * 6  # both coefficients are in [0, 1], the values up to 3
 
 
@@ -197,8 +197,8 @@ def test_ddim_to_time_0_is_the_clean_sample_and_to_its_own_time_the_identity(int
 def test_diffuse_is_alpha_x_plus_sigma_eps(interp):
     alpha, sigma = (float(f(mp.mpf("0.3"))) for f in REFERENCES[interp.name])
     x, eps = np.array([1.0, -2.0, 0.5]), np.array([0.25, 4.0, -1.0])
-    got = probability_path.diffuse(interp, torch.from_numpy(x), torch.from_numpy(eps), tensor(0.3))
-    np.testing.assert_allclose(got.numpy(), alpha * x + sigma * eps, rtol=1e-14)
+    x_t = probability_path.diffuse(interp, torch.from_numpy(x), torch.from_numpy(eps), tensor(0.3))
+    np.testing.assert_allclose(x_t.numpy(), alpha * x + sigma * eps, rtol=1e-14)
 
 
 @both

@@ -67,18 +67,18 @@ def test_an_exact_map_reaches_the_data_along_any_grid(interp, inner):
     grid = torch.tensor([0.994, *inner, 0.0], dtype=torch.float64)
     f = FlowMap(ProbabilityFlow(interp, 0.2), interp, "simple_edm", "s", SIGMA_D)
     x = starting_noise((3,), torch.arange(20), seed=0)
-    got = pushforward(f, x, grid, torch.zeros(20, dtype=torch.long))
+    samples = pushforward(f, x, grid, torch.zeros(20, dtype=torch.long))
     t = grid[:1]
     start = torch.sqrt(interp.alpha(t) ** 2 * 0.2**2 + interp.sigma(t) ** 2 * SIGMA_D**2)
     # G is divided by c_out, 1e-3 at least, and multiplied by it again: rounding 1e-16 / 1e-3 per step
-    torch.testing.assert_close(got, x * 0.2 / start, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(samples, x * 0.2 / start, rtol=1e-10, atol=1e-12)
 
 
 def test_each_step_goes_from_the_earlier_time_of_the_grid_to_the_next():
     net, grid = Net(), torch.tensor([0.9, 0.5, 0.2, 0.0], dtype=torch.float64)
     f = FlowMap(net, OT, "euler_fm", "s", SIGMA_D)
     x, label = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3), torch.arange(4)
-    got = pushforward(f, x, grid, label)
+    samples = pushforward(f, x, grid, label)
     assert [call[1].item() for call in net.calls] == pytest.approx([900, 500, 200], rel=1e-15)
     assert [call[2].item() for call in net.calls] == pytest.approx([500, 200, 0], rel=1e-15)
     assert all(call[4] is None for call in net.calls), "no dropout when sampling"
@@ -87,7 +87,7 @@ def test_each_step_goes_from_the_earlier_time_of_the_grid_to_the_next():
         scaled = state / (SIGMA_D * math.hypot(1 - t, t))
         g = np.tanh(scaled) + t + math.sin(1000 * s) + np.arange(4)[:, None]
         state = state - SIGMA_D * (t - s) * g
-    np.testing.assert_allclose(got.numpy(), state, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(samples.numpy(), state, rtol=0, atol=1e-12)
 
 
 def test_guidance_reaches_every_step():
@@ -126,7 +126,7 @@ def test_restart_jumps_to_the_end_and_renoises_to_the_next_time(interp):
     f = FlowMap(net, interp, "simple_edm", "s", SIGMA_D)
     grid = torch.tensor([0.9, 0.5, 0.2, 0.006], dtype=torch.float64)
     x, label = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3), torch.arange(4)
-    got = restart(f, x, grid, label, noise=counted_noise(log))
+    samples = restart(f, x, grid, label, noise=counted_noise(log))
     assert [call[1].item() for call in net.calls] == pytest.approx([900, 500, 200], rel=1e-15)
     assert [call[2].item() for call in net.calls] == pytest.approx([6, 6, 6], rel=1e-15)
     assert len(log) == len(set(log)) == 2, "fresh noise for each of two restarts, none after the last jump"
@@ -139,7 +139,7 @@ def test_restart_jumps_to_the_end_and_renoises_to_the_next_time(interp):
             angle = math.pi * after / 2
             alpha, sigma = (1 - after, after) if interp is OT else (math.cos(angle), math.sin(angle))
             state = alpha * state + sigma * 0.1 * (i + 1)
-    torch.testing.assert_close(got, state, rtol=0, atol=1e-13)
+    torch.testing.assert_close(samples, state, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize(("steps", "pushed"), [(1, 1), (2, 1), (3, 2), (4, 2), (8, 4)])
@@ -148,24 +148,24 @@ def test_pushforward_restart_pushes_for_half_of_the_steps_rounded_up(steps, push
     f = FlowMap(net, OT, "euler_fm", "s", SIGMA_D)
     grid = torch.linspace(0.96, 0.0, steps + 1, dtype=torch.float64)
     x, label = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3), torch.arange(4)
-    got = pushforward_restart(f, x, grid, label, noise=counted_noise([]))
+    samples = pushforward_restart(f, x, grid, label, noise=counted_noise([]))
     expected_second = [1000 * g for g in grid[1 : pushed + 1].tolist()] + [0.0] * (steps - pushed)
     assert [call[1].item() for call in net.calls] == pytest.approx((1000 * grid[:-1]).tolist(), rel=1e-15)
     assert [call[2].item() for call in net.calls] == pytest.approx(expected_second, rel=1e-15)
     by_hand = pushforward(f, x, grid[: pushed + 1], label)
     if pushed < steps:
         by_hand = restart(f, by_hand, grid[pushed:], label, noise=counted_noise([]))
-    assert torch.equal(got, by_hand)
+    assert torch.equal(samples, by_hand)
 
 
 def test_an_exact_map_restarted_still_gives_the_data_distribution():
     f = FlowMap(ProbabilityFlow(OT, 0.2), OT, "simple_edm", "s", SIGMA_D)
     index, grid = torch.arange(4000), torch.tensor([1.0, 0.7, 0.4, 0.0], dtype=torch.float64)
     x = starting_noise((5,), index, seed=0)
-    got = restart(f, x, grid, 0 * index, noise=fresh_noise((5,), index, seed=0))
-    n = got.numel()
-    assert got.std().item() == pytest.approx(0.2, rel=4.5 / math.sqrt(2 * n))
-    assert abs(np.corrcoef(got.flatten(), x.flatten())[0, 1]) < 0.9, "fresh noise was mixed in"
+    samples = restart(f, x, grid, 0 * index, noise=fresh_noise((5,), index, seed=0))
+    n = samples.numel()
+    assert samples.std().item() == pytest.approx(0.2, rel=4.5 / math.sqrt(2 * n))
+    assert abs(np.corrcoef(samples.flatten(), x.flatten())[0, 1]) < 0.9, "fresh noise was mixed in"
 
 
 def test_restart_noise_depends_on_seed_index_and_step_alone_and_is_no_other_noise():
@@ -204,9 +204,9 @@ def test_heun_is_of_second_order_on_the_probability_flow_and_evaluates_twice_but
     for steps in (50, 100, 200):
         net.calls = 0
         grid = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
-        got = heun(f, x, grid, torch.zeros(4, dtype=torch.long))
+        samples = heun(f, x, grid, torch.zeros(4, dtype=torch.long))
         assert net.calls == 2 * steps - 1
-        errors.append((got - 0.2 / SIGMA_D * x).abs().max().item())
+        errors.append((samples - 0.2 / SIGMA_D * x).abs().max().item())
     assert errors[2] < 1e-4
     # twice the steps, a quarter of the error
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
@@ -249,9 +249,9 @@ def test_the_state_is_fp64_whatever_the_network_runs_in(dtype):
     f = FlowMap(net, OT, "euler_fm", "s", SIGMA_D)
     x = starting_noise((2, 2, 2), torch.arange(3), seed=0)
     assert x.dtype == torch.float64
-    got = pushforward(f, x, grid, torch.arange(3))
-    assert got.dtype == torch.float64
-    assert not got.requires_grad
+    samples = pushforward(f, x, grid, torch.arange(3))
+    assert samples.dtype == torch.float64
+    assert not samples.requires_grad
     assert all(call[0].dtype == dtype for call in net.calls)
 
 

@@ -85,17 +85,17 @@ def test_a_pair_embeds_its_times_in_one_pass_and_takes_one_silu_for_all_blocks()
 
 def compiled_casts(call) -> list[Counter]:
     """Of each compiled graph, forward and backward, how often each tensor of some shape is cast to 16 bits."""
-    found: list[Counter] = []
+    casts_by_graph: list[Counter] = []
 
     def counting(graph, _):
         casts = [n for n in graph.graph.nodes if n.target == aten._to_copy.default]
         cast = [n for n in casts if n.meta["val"].dtype == torch.bfloat16]
-        found.append(Counter(tuple(n.meta["val"].shape) for n in cast))
+        casts_by_graph.append(Counter(tuple(n.meta["val"].shape) for n in cast))
         return make_boxed_func(graph.forward)
 
     backend = aot_autograd(fw_compiler=counting, bw_compiler=counting, partition_fn=min_cut_rematerialization_partition)
     call(backend)
-    return found
+    return casts_by_graph
 
 
 def test_compiled_branches_share_the_weights_that_were_cast():
@@ -172,12 +172,12 @@ def test_frequencies_keep_fp64_through_casts_of_the_module_and_stay_out_of_its_w
     assert set(embedder.state_dict()) == names == {f"mlp.{i}.{part}" for i in (0, 2) for part in ("weight", "bias")}
     for cast in (embedder.half, embedder.bfloat16, embedder.float, lambda: embedder.to(torch.float16)):
         cast()
-        kept = embedder.frequency_bits.view(torch.float64)
-        assert torch.equal(kept, time_frequencies(kind))
+        frequencies = embedder.frequency_bits.view(torch.float64)
+        assert torch.equal(frequencies, time_frequencies(kind))
     assert embedder.to("meta").frequency_bits.device.type == "meta"
     if kind == "positional":
         expected = torch.tensor([10000.0 ** (-i / 128) for i in range(128)], dtype=torch.float64)
-        torch.testing.assert_close(kept, expected, rtol=1e-14, atol=0)
+        torch.testing.assert_close(frequencies, expected, rtol=1e-14, atol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

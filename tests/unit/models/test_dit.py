@@ -213,11 +213,11 @@ def test_forward_pass_is_the_paper_in_numpy(config):
     net = randomized(config)
     x, c_noise, second, label = inputs(config=config)
     second = second if config.second_time else None
-    got = net(x, c_noise, second, label).detach().numpy()
+    output = net(x, c_noise, second, label).detach().numpy()
     expected = reference(net, x, c_noise, second, label.tolist())
     assert np.abs(expected).max() > 1
     # some 1e4 fp64 roundings on values up to 10
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(output, expected, rtol=0, atol=1e-10)
 
 
 def test_channels_of_a_token_are_ordered_row_column_channel():
@@ -319,8 +319,8 @@ def test_a_net_in_fp32_tells_t_from_r_at_the_smallest_gap_under_bf16_autocast():
     assert condition.dtype == modulation.dtype == torch.float32
     net = net.double()
     exact = net._condition(c_noise, second, label)
-    for got, expected in ((condition, exact), (modulation, net.blocks[0].adaLN_modulation(exact))):
-        a, b = got[0].double() - got[1].double(), expected[0] - expected[1]
+    for values, expected in ((condition, exact), (modulation, net.blocks[0].adaLN_modulation(exact))):
+        a, b = values[0].double() - values[1].double(), expected[0] - expected[1]
         # differences of 1e-4 in values of order 1, each rounded by 3e-8
         assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.999
 
@@ -446,10 +446,10 @@ def test_blocks_compiled_one_by_one_share_graphs_and_give_the_same_result(dropou
     for block in net.blocks:  # as compile_blocks does, with a backend that counts
         block.compile(backend=counting, fullgraph=True)
     for step in range(4):
-        got = net.pair(*args)
-        (got[0] - got[1]).square().sum().backward()
+        outputs = net.pair(*args)
+        (outputs[0] - outputs[1]).square().sum().backward()
         assert len(graphs) == 1, f"one for both branches, after step {step}"
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         for _ in range(3):  # held-out samples: both branches without gradient and without dropout
             net.eval().pair(*args)

@@ -128,9 +128,9 @@ def test_time_embedding_is_cosines_then_sines_of_geometric_frequencies_then_an_m
     inputs = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
     w = weights(embedder)
     expected = linear(w, "mlp.2", silu(linear(w, "mlp.0", inputs)))
-    got = embedder(torch.from_numpy(times)).detach().numpy()
+    embedding = embedder(torch.from_numpy(times)).detach().numpy()
     # The angle 994 is rounded at 1e-13, and 256 of them are summed
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(embedding, expected, rtol=0, atol=1e-10)
 
 
 def test_fourier_frequencies_are_fixed_and_normal_with_scale_16():
@@ -163,9 +163,9 @@ def test_embeddings_of_t_and_r_stay_apart_under_bf16_autocast(t):
         return [(u[0] - u[1]).double() for u in (embedded, projected)]
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = differences(embedder, modulation, both)
+        autocast = differences(embedder, modulation, both)
     exact = differences(embedder.double(), modulation.double(), both)
-    for a, b in zip(got, exact, strict=True):
+    for a, b in zip(autocast, exact, strict=True):
         assert a.abs().max() > 0
         # fp32 rounds embeddings of order 0.3 by 3e-8 while t and r are 1e-3 of their first angle apart
         assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.999
@@ -191,9 +191,9 @@ def test_fp32_linear_compiled_under_autocast_has_an_fp32_backward_pass():
     expected = torch.autograd.grad(layer(x), (x, *layer.parameters()), grad)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
-    got = torch.autograd.grad(out, (x, *layer.parameters()), grad)
+    gradients = torch.autograd.grad(out, (x, *layer.parameters()), grad)
     # fp32 sums of 64 terms; with factors of 16 bits they would be 1e-2 off
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,10 +226,10 @@ def test_position_table_encodes_the_column_first_and_sin_before_cos(width, rows,
 def test_dropout_drops_the_share_and_scales_the_rest():
     x = torch.ones(50, 16, 32)
     dropped = keyed_dropout(x, 0.3, torch.arange(50), stream=0)
-    kept = dropped != 0
+    mask = dropped != 0
     n = x.numel()
-    assert abs(kept.float().mean().item() - 0.7) < 4.5 * math.sqrt(0.21 / n)
-    torch.testing.assert_close(dropped[kept], torch.full((int(kept.sum()),), 1 / 0.7), rtol=1e-6, atol=0)
+    assert abs(mask.float().mean().item() - 0.7) < 4.5 * math.sqrt(0.21 / n)
+    torch.testing.assert_close(dropped[mask], torch.full((int(mask.sum()),), 1 / 0.7), rtol=1e-6, atol=0)
 
 
 @settings(max_examples=20, deadline=None)
@@ -263,9 +263,9 @@ def test_xformers_without_cuda_falls_back_to_torch_with_a_warning(monkeypatch):
     layers._xformers_works.cache_clear()
     q, k, v = (randn(2, 5, 2, 4, seed=i) for i in range(3))
     with pytest.warns(UserWarning, match="xformers needs a CUDA device"):
-        got = attend(q, k, v, "xformers")
+        output = attend(q, k, v, "xformers")
     layers._xformers_works.cache_clear()
-    assert torch.equal(got, attend(q, k, v, "sdpa"))
+    assert torch.equal(output, attend(q, k, v, "sdpa"))
 
 
 def test_xformers_is_a_matter_of_the_tensors_device_and_said_once_where_it_cannot_run(monkeypatch):
@@ -278,11 +278,11 @@ def test_xformers_is_a_matter_of_the_tensors_device_and_said_once_where_it_canno
         warnings.simplefilter("error")
         q = torch.empty(2, 5, 2, 4, device="meta")
         assert attend(q, q, q, "xformers").shape == q.shape
-    with pytest.warns(UserWarning, match="xformers needs a CUDA device") as said:
+    with pytest.warns(UserWarning, match="xformers needs a CUDA device") as record:
         for _ in range(2):
             attend(*(randn(2, 5, 2, 4, seed=i) for i in range(3)), "xformers")
     layers._xformers_works.cache_clear()
-    assert len(said) == 1
+    assert len(record) == 1
 
 
 def test_a_block_that_asks_for_xformers_compiles_without_graph_breaks():
@@ -291,8 +291,8 @@ def test_a_block_that_asks_for_xformers_compiles_without_graph_breaks():
     block = Block(16, 2, 4.0, False, 0.0, "xformers")
     x, condition = torch.randn(2, 4, 16), torch.randn(2, 16)
     with pytest.warns(UserWarning, match="xformers needs a CUDA device"):
-        got = torch.compile(block, backend="eager", fullgraph=True)(x, condition)
-    torch.testing.assert_close(got, block(x, condition), rtol=1e-6, atol=1e-6)
+        output = torch.compile(block, backend="eager", fullgraph=True)(x, condition)
+    torch.testing.assert_close(output, block(x, condition), rtol=1e-6, atol=1e-6)
     layers._xformers_works.cache_clear()
 
 
@@ -311,9 +311,9 @@ def test_xformers_is_handed_the_layout_it_documents_where_cuda_has_it(monkeypatc
     monkeypatch.setitem(sys.modules, "xformers.ops", ops)
     monkeypatch.setattr(layers, "xformers_works", lambda device_type: True)
     q, k, v = (randn(2, 5, 3, 4, seed=i) for i in range(3))
-    got = attend(q, k, v, "xformers")
+    output = attend(q, k, v, "xformers")
     assert seen == [(2, 5, 3, 4)]
-    torch.testing.assert_close(got, attend(q, k, v, "sdpa"))
+    torch.testing.assert_close(output, attend(q, k, v, "sdpa"))
 
 
 def test_an_unknown_attention_is_refused_with_the_choice():

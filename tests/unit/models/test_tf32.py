@@ -79,14 +79,14 @@ def test_the_split_product_has_the_input_to_22_bits_and_the_weight_to_11():
     layer, x = Fp32Linear(64, 96), numbers(32, 64)
     weight = rounded(layer.weight.detach())
     with MatrixUnits():
-        got = split_product(x, layer.weight, layer.bias)
+        product = split_product(x, layer.weight, layer.bias)
     exact = x.double() @ weight.double().t() + layer.bias.double()
     scale = x.abs().double() @ weight.abs().double().t()
     bound = (U**2 + 64 * 2.0**-24) * scale + 2.0**-23 * exact.abs()
-    assert ((got - exact).abs() <= bound).all()
+    assert ((product - exact).abs() <= bound).all()
     with MatrixUnits():
         plain = torch.nn.functional.linear(x, layer.weight, layer.bias)
-    assert (plain - exact).abs().mean() > 30 * (got - exact).abs().mean()
+    assert (plain - exact).abs().mean() > 30 * (product - exact).abs().mean()
 
 
 @pytest.fixture
@@ -99,14 +99,14 @@ def allowed():
 
 
 def test_only_fp32_products_on_cuda_are_rounded_and_only_where_allowed(allowed):
-    def asked(device: str, dtype: torch.dtype) -> bool:
+    def rounds(device: str, dtype: torch.dtype) -> bool:
         return fp32_linear.rounds_to_tf32(SimpleNamespace(device=torch.device(device), dtype=dtype))
 
-    assert asked("cuda:0", torch.float32)
-    assert not asked("cuda:0", torch.float64)
-    assert not asked("cpu", torch.float32)
+    assert rounds("cuda:0", torch.float32)
+    assert not rounds("cuda:0", torch.float64)
+    assert not rounds("cpu", torch.float32)
     torch.backends.cuda.matmul.allow_tf32 = False
-    assert not asked("cuda:0", torch.float32)
+    assert not rounds("cuda:0", torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,14 +130,14 @@ def differences(model: DiT, t: float) -> dict[str, Tensor]:
     r = imm_times.map_r(OTFlowMatching(), torch.zeros_like(t), t, 12)
     c_noise, second, label = 1000 * torch.cat([t, r]), torch.zeros(2, dtype=torch.float64), torch.tensor([1, 1])
     condition = model._condition(c_noise, second, label)
-    found = {"condition": condition}
+    values = {"condition": condition}
     for name, layer in (*model.blocks.named_children(), ("final", model.final_layer)):
-        found[name] = layer.adaLN_modulation(condition)
-    return {name: (value[0] - value[1]).double() for name, value in found.items()}
+        values[name] = layer.adaLN_modulation(condition)
+    return {name: (value[0] - value[1]).double() for name, value in values.items()}
 
 
-def errors(got: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    return {name: float((got[name] - exact[name]).norm() / exact[name].norm()) for name in exact}
+def errors(approximate: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    return {name: float((approximate[name] - exact[name]).norm() / exact[name].norm()) for name in exact}
 
 
 # Weights are rounded by u of themselves at most, which changes a difference by u of its norm. Three layers of them lie
@@ -147,9 +147,11 @@ def errors(got: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]
 LAYERS = 3
 
 
-@pytest.mark.parametrize(("rounding", "u", "kept"), [(rounded, U, 2), (cut_off, 2 * U, 8)], ids=["rounded", "cut off"])
+@pytest.mark.parametrize(
+    ("rounding", "u", "factor"), [(rounded, U, 2), (cut_off, 2 * U, 8)], ids=["rounded", "cut off"]
+)
 @pytest.mark.parametrize(("t", "lost"), [(0.95, 0.01), (0.98, 0.05), (0.99, 0.2)])
-def test_the_difference_of_t_and_r_survives_tf32(tf32, monkeypatch, t, lost, rounding, u, kept):
+def test_the_difference_of_t_and_r_survives_tf32(tf32, monkeypatch, t, lost, rounding, u, factor):
     model = net()
     in_fp32 = differences(model, t)
     with MatrixUnits(rounding) as units:
@@ -159,10 +161,10 @@ def test_the_difference_of_t_and_r_survives_tf32(tf32, monkeypatch, t, lost, rou
     with MatrixUnits(rounding):
         plain = differences(model, t)
     exact = differences(model.double(), t)
-    of_fp32, of_split, of_plain = (errors(found, exact) for found in (in_fp32, split, plain))
+    of_fp32, of_split, of_plain = (errors(difference, exact) for difference in (in_fp32, split, plain))
     print(t, of_fp32, of_split, of_plain)
     for name in exact:
-        assert of_split[name] <= 2 * LAYERS * u + kept * of_fp32[name], (name, of_split, of_fp32)
+        assert of_split[name] <= 2 * LAYERS * u + factor * of_fp32[name], (name, of_split, of_fp32)
         assert of_plain[name] > lost, (name, of_plain)
 
 
@@ -171,9 +173,9 @@ def test_rows_without_gradient_come_out_of_the_same_product_and_leave_the_gradie
     out, still_out = layer(x, still[2:])
     assert out.requires_grad and not still_out.requires_grad
     assert torch.equal(out, layer(x)) and torch.equal(still_out, layer(still[2:]))
-    got = torch.autograd.grad(out.square().sum(), (x, layer.weight, layer.bias))
+    gradients = torch.autograd.grad(out.square().sum(), (x, layer.weight, layer.bias))
     expected = torch.autograd.grad(layer(x).square().sum(), (x, layer.weight, layer.bias))
-    for a, b in zip(got, expected, strict=True):
+    for a, b in zip(gradients, expected, strict=True):
         assert torch.equal(a, b)
 
 
@@ -181,11 +183,11 @@ def test_gradients_under_tf32_are_those_of_the_whole_input(tf32):
     layer, x = Fp32Linear(16, 24), numbers(5, 16).requires_grad_()
     out = layer(x)
     grad = torch.randn(5, 24, generator=torch.Generator().manual_seed(1))
-    got = torch.autograd.grad(out, (x, layer.weight, layer.bias), grad)
+    gradients = torch.autograd.grad(out, (x, layer.weight, layer.bias), grad)
     expected = torch.autograd.grad(
         torch.nn.functional.linear(x, layer.weight, layer.bias), (x, layer.weight, layer.bias), grad
     )
-    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)  # fp32 sums of 24 terms at most
+    torch.testing.assert_close(gradients, expected, rtol=1e-6, atol=1e-6)  # fp32 sums of 24 terms at most
 
 
 def test_the_split_compiles_in_one_graph_without_changing_a_bit(tf32):

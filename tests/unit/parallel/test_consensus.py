@@ -69,10 +69,10 @@ class _Gpu:
     def _stands_for(self, **methods: str) -> object:
         """An object whose methods note these words."""
 
-        def noting(words: str) -> Callable[..., None]:
-            return lambda _, *args: self.calls.append(f"{self._stream}: {words.format(*args)}")
+        def noting(template: str) -> Callable[..., None]:
+            return lambda _, *args: self.calls.append(f"{self._stream}: {template.format(*args)}")
 
-        return type("Stand", (), {name: noting(words) for name, words in methods.items()})()
+        return type("Stand", (), {name: noting(template) for name, template in methods.items()})()
 
     @contextmanager
     def _entered(self, stream: object) -> Iterator[None]:

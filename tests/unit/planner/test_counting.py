@@ -72,14 +72,15 @@ def test_a_net_of_unlike_blocks_by_hand():
 
 def test_what_a_plain_net_keeps_and_moves_by_hand():
     """fp32, 64 elements a sample. A block of one product keeps its input and a tanh, one of two another tanh."""
-    found = counting.footprint(StackConfig(), half=False)
+    footprint = counting.footprint(StackConfig(), half=False)
     vector = 64 * 4
-    assert found.kept_by_block == pytest.approx((2 * 2 + 3 * 3) / 5 * vector)  # an input is the sum of the block before
-    assert found.block_input == vector
+    # An input is the sum of the block before.
+    assert footprint.kept_by_block == pytest.approx((2 * 2 + 3 * 3) / 5 * vector)
+    assert footprint.block_input == vector
     # The shift is added to the batch; a tanh reads and writes, a sum of two reads both: the products are left out.
     # The shift itself is the same for all samples.
-    assert found.moved == pytest.approx((2 + 2 * 8 + 3 * 5) * vector)
-    assert (found.block_operators, found.other_operators) == (8 + 8 + 5, 1)
+    assert footprint.moved == pytest.approx((2 + 2 * 8 + 3 * 5) * vector)
+    assert (footprint.block_operators, footprint.other_operators) == (8 + 8 + 5, 1)
 
 
 def test_a_net_that_is_no_dit_is_planned():
@@ -99,14 +100,14 @@ def test_the_page_of_a_net_that_is_no_dit():
     config = configs.load([], ["train.global_batch_size=64", "train.micro_batch_size=32", "zero.stage=1"]).config
     layout = Layout(64, config.method.group_size, 2, 32)
     gpu, link = hardware.gpu("h100-80gb"), hardware.link(None)
-    found = estimate._estimate(
+    estimated = estimate._estimate(
         config, StackConfig(), estimate.Data((1, 8, 8), 10, 1024.0, None), layout, 1, 2, gpu, link
     )
-    assert found.forward_flops == 2 * 8 * 64**2
-    assert 0 < found.compute_seconds.low <= found.compute_seconds.high
-    head = text.render(config, found, []).splitlines()[1]
+    assert estimated.forward_flops == 2 * 8 * 64**2
+    assert 0 < estimated.compute_seconds.low <= estimated.compute_seconds.high
+    head = text.render(config, estimated, []).splitlines()[1]
     assert "(width 64), 20,480 trainable parameters" in head  # all that this net says of its shape
-    json.dumps(estimate.as_dict(found))
+    json.dumps(estimate.as_dict(estimated))
 
 
 def test_what_does_not_run_without_data_is_said():
@@ -132,21 +133,21 @@ DITS = [
 @pytest.mark.parametrize("net", DITS, ids=lambda net: f"{net.width}")
 def test_the_generic_count_of_a_dit_is_near_its_closed_forms(net, half):
     size = 2 if half else 4
-    known, found = activations._of_dit(net, size), counting.footprint(net, half)
-    assert found.kept_by_block == pytest.approx(known.block, rel=0.005)  # small vectors the formula leaves out
-    assert found.block_input == known.block_input
-    assert found.kept_around == pytest.approx(known.around, rel=0.05)
-    assert found.widest == pytest.approx(known.widest, rel=0.15)  # the formula rounds up: "four or five"
+    known, footprint = activations._of_dit(net, size), counting.footprint(net, half)
+    assert footprint.kept_by_block == pytest.approx(known.block, rel=0.005)  # small vectors the formula leaves out
+    assert footprint.block_input == known.block_input
+    assert footprint.kept_around == pytest.approx(known.around, rel=0.05)
+    assert footprint.widest == pytest.approx(known.widest, rel=0.15)  # the formula rounds up: "four or five"
     # The count is the most held beside all that was kept; the formula credits what the pass has let go of by then.
-    assert known.workspace < found.workspace < 2.5 * known.workspace
+    assert known.workspace < footprint.workspace < 2.5 * known.workspace
     # The formula knows no norms of q and k, nor what is around the blocks.
-    assert found.moved == pytest.approx(activations.elementwise_bytes(net, half), rel=0.9 if net.qk_norm else 0.1)
+    assert footprint.moved == pytest.approx(activations.elementwise_bytes(net, half), rel=0.9 if net.qk_norm else 0.1)
 
 
 @pytest.mark.parametrize("half", [False, True])
 def test_the_operators_of_a_dit_are_those_its_launches_are_told_by(half):
-    found = counting.footprint(DITS[0], half)
+    footprint = counting.footprint(DITS[0], half)
     # activations.kernels: 19 a block; under autocast 21 and 8 casts of weights.
-    assert found.block_operators / 12 == (29 if half else 19)
+    assert footprint.block_operators / 12 == (29 if half else 19)
     # 38 or 50 a block in the backward pass, and what is around the blocks.
-    assert found.backward_operators / 12 == pytest.approx(50 if half else 38, rel=0.1)
+    assert footprint.backward_operators / 12 == pytest.approx(50 if half else 38, rel=0.1)

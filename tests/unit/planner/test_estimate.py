@@ -28,26 +28,26 @@ def _xl() -> Config:
     return configs.load([XL]).config
 
 
-def _estimate(*words: str, nodes: int = 1, gpus: int = 8, gpu: str = "h100-80gb", link: str | None = None):
-    config = configs.changed(_xl(), configs.settings_of(words), "a test")
+def _estimate(*overrides: str, nodes: int = 1, gpus: int = 8, gpu: str = "h100-80gb", link: str | None = None):
+    config = configs.changed(_xl(), configs.settings_of(overrides), "a test")
     return config, estimate.estimate(config, nodes, gpus, gpu, link)
 
 
 def test_flops_are_those_of_the_paper():
     """118.618 G multiply-adds forward, 4 forwards, 4,096 images; a multiply-add is 2 FLOPs."""
-    _, found = _estimate(nodes=64)
-    assert found.step_flops == pytest.approx(2 * 4 * 118.618e9 * 4096, rel=1e-3)
-    assert found.executed_flops * found.world_size == pytest.approx(found.step_flops)
+    _, estimated = _estimate(nodes=64)
+    assert estimated.step_flops == pytest.approx(2 * 4 * 118.618e9 * 4096, rel=1e-3)
+    assert estimated.executed_flops * estimated.world_size == pytest.approx(estimated.step_flops)
     _, again = _estimate("train.activation_checkpointing=true", nodes=64)
-    assert again.step_flops == found.step_flops
-    assert again.executed_flops == pytest.approx(found.executed_flops * 5 / 4)
+    assert again.step_flops == estimated.step_flops
+    assert again.executed_flops == pytest.approx(estimated.executed_flops * 5 / 4)
 
 
 def test_empty_slots_are_work_too():
     """1,024 groups on 3 x 8 ranks: 43 slots a rank, 8 of 1,032 empty; two micro-batches make it 44."""
-    _, found = _estimate("train.micro_batch_size=64", nodes=3)
-    slots = found.layout.slots
-    assert found.executed_flops == pytest.approx(slots * 4 * 4 * found.forward_flops)
+    _, estimated = _estimate("train.micro_batch_size=64", nodes=3)
+    slots = estimated.layout.slots
+    assert estimated.executed_flops == pytest.approx(slots * 4 * 4 * estimated.forward_flops)
     assert slots * 24 > 1024
 
 
@@ -59,25 +59,25 @@ def test_a_ring_sends_each_byte_twice_for_an_all_reduce():
 
 
 def test_checkpoint_and_averages_by_hand():
-    _, found = _estimate("ema.decays=[0.9999,0.999]")
-    assert found.checkpoint_bytes == 4 * found.parameters.total * 5
-    assert found.parameters.total == 675_111_184 + 1_624_320 - 256 * 1152  # imm.md's count less the position table
+    _, estimated = _estimate("ema.decays=[0.9999,0.999]")
+    assert estimated.checkpoint_bytes == 4 * estimated.parameters.total * 5
+    assert estimated.parameters.total == 675_111_184 + 1_624_320 - 256 * 1152  # imm.md's count less the position table
 
 
 def test_data_bandwidth_follows_from_the_pace():
     """A VAE latent: 8 x 32 x 32 fp16 after a header of 128 bytes, padded to 512, two headers and a label of 512."""
-    _, found = _estimate()
+    _, estimated = _estimate()
     record = 512 + 16896 + 512 + 512
-    assert found.data.record_bytes == record
-    assert found.data_bytes_per_second.high == pytest.approx(found.images_per_second.high * record)
+    assert estimated.data.record_bytes == record
+    assert estimated.data_bytes_per_second.high == pytest.approx(estimated.images_per_second.high * record)
 
 
 def test_days_and_gpu_hours():
-    config, found = _estimate(nodes=2)
+    config, estimated = _estimate(nodes=2)
     saves = config.train.max_steps / config.train.checkpoint_every
-    seconds = config.train.max_steps * found.step_seconds.low + saves * found.checkpoint_seconds.low
-    assert found.days.low == pytest.approx(seconds / 86400)
-    assert found.gpu_hours.low == pytest.approx(seconds / 3600 * 16)
+    seconds = config.train.max_steps * estimated.step_seconds.low + saves * estimated.checkpoint_seconds.low
+    assert estimated.days.low == pytest.approx(seconds / 86400)
+    assert estimated.gpu_hours.low == pytest.approx(seconds / 3600 * 16)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -95,9 +95,9 @@ def test_a_slower_link_takes_longer():
 
 
 def test_suggestions_fit_when_they_are_followed():
-    config, found = _estimate(gpu="a100-40gb")
-    assert not found.fits
-    changes = estimate.suggest(config, found)
+    config, estimated = _estimate(gpu="a100-40gb")
+    assert not estimated.fits
+    changes = estimate.suggest(config, estimated)
     assert changes
     for change in changes:
         _, followed = _estimate(*change.words, gpu="a100-40gb")
@@ -105,14 +105,14 @@ def test_suggestions_fit_when_they_are_followed():
 
 
 def test_where_nothing_fits_the_page_says_so():
-    config, found = _estimate("model.width=16384", "model.heads=64", gpus=1, gpu="l4-24gb")
-    assert estimate.suggest(config, found) == []
-    assert "nothing tried fits" in page.render(config, found, [])
+    config, estimated = _estimate("model.width=16384", "model.heads=64", gpus=1, gpu="l4-24gb")
+    assert estimate.suggest(config, estimated) == []
+    assert "nothing tried fits" in page.render(config, estimated, [])
 
 
 def test_pairs_are_tried_where_one_change_is_not_enough():
-    config, found = _estimate("train.micro_batch_size=512", gpus=8, gpu="l4-24gb")
-    changes = estimate.suggest(config, found)
+    config, estimated = _estimate("train.micro_batch_size=512", gpus=8, gpu="l4-24gb")
+    changes = estimate.suggest(config, estimated)
     assert changes and all(change.estimate.fits for change in changes)
 
 
@@ -146,11 +146,11 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("words", "said"), BAD)
-def test_impossible_wishes_get_a_sentence(words, said, capsys):
-    assert main(["plan", XL, *words]) == 2
+@pytest.mark.parametrize(("args", "message"), BAD)
+def test_impossible_wishes_get_a_sentence(args, message, capsys):
+    assert main(["plan", XL, *args]) == 2
     error = capsys.readouterr().err
-    assert said in error and "Traceback" not in error
+    assert message in error and "Traceback" not in error
 
 
 def test_the_table_of_hardware_is_whole():
@@ -163,8 +163,8 @@ def test_the_table_of_hardware_is_whole():
 
 def test_a_manifest_describes_the_data(digits):
     config = configs.load(["configs/demo.yaml"], [f"data.manifest={digits}"]).config
-    found = estimate.estimate(config, 1, 2, "l4-24gb")
-    assert (found.data.shape, found.data.num_classes, found.data.num_samples) == ((1, 8, 8), 10, 1797)
+    estimated = estimate.estimate(config, 1, 2, "l4-24gb")
+    assert (estimated.data.shape, estimated.data.num_classes, estimated.data.num_samples) == ((1, 8, 8), 10, 1797)
 
 
 def test_unknown_gpu_raises_for_the_sweep_too():

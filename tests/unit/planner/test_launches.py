@@ -46,20 +46,20 @@ def test_the_planner_launches_as_many_operations_a_block_as_are_counted(method, 
 @pytest.mark.parametrize("method", ["imm", "flow_matching"])
 def test_compiled_draws_and_loss_keep_the_goal_around_the_blocks(method):
     """An H100's host needs about 5 us a launch; the blocks of a compiled XL/2 are some 700 of them."""
-    found = _compiled(method)
-    assert 0 < found.graphs < 40
-    assert found.around + found.graphs <= GOAL
+    compiled = _compiled(method)
+    assert 0 < compiled.graphs < 40
+    assert compiled.around + compiled.graphs <= GOAL
     low = launches(method, compiled=True, half=True)
     assert low.around + low.graphs <= GOAL
     # One operator after the other it is several times as many, most of them Philox's.
     eager = _counted(method)
-    assert eager.graphs == 0 and eager.around > 4 * (found.around + found.graphs)
-    assert eager.a_block == found.a_block
+    assert eager.graphs == 0 and eager.around > 4 * (compiled.around + compiled.graphs)
+    assert eager.a_block == compiled.a_block
 
 
 @pytest.mark.parametrize("method", ["imm", "flow_matching"])
 def test_the_planner_launches_as_many_for_a_whole_net_as_are_counted(method):
-    net, found = size_config("DiT-XL/2"), _compiled(method)
-    whole = net.depth * found.a_block + found.around + found.graphs
+    net, compiled = size_config("DiT-XL/2"), _compiled(method)
+    whole = net.depth * compiled.a_block + compiled.around + compiled.graphs
     # 2 %: compilers differ in how many kernels they make of the same graph.
     assert activations.kernels(net, METHODS[method].passes, False, False) == pytest.approx(whole, rel=0.02)

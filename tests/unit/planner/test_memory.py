@@ -24,11 +24,11 @@ BASE = (
 )
 
 
-def _config(depth: int, *words: str) -> Config:
-    return configs.load([], [*BASE, f"model.depth={depth}", *words]).config
+def _config(depth: int, *overrides: str) -> Config:
+    return configs.load([], [*BASE, f"model.depth={depth}", *overrides]).config
 
 
-def _kept_and_peak(config: Config) -> tuple[int, int]:
+def _held_and_peak(config: Config) -> tuple[int, int]:
     """Bytes alive after the forward pass of 8 samples, and at most during it and the backward pass."""
     net = build.net(spec_of(config))
     net.model.activation_checkpointing = config.train.activation_checkpointing
@@ -57,10 +57,10 @@ VARIANTS = [(), ("model.qk_norm=true",), ("model.dropout=0.1",), ("model.mlp_rat
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("words", VARIANTS)
-def test_a_block_keeps_what_the_formula_says(words, precision):
-    shallow, deep = (_config(depth, f"precision={precision}", *words) for depth in (1, 3))
-    measured = (_kept_and_peak(deep)[0] - _kept_and_peak(shallow)[0]) / 2
+@pytest.mark.parametrize("overrides", VARIANTS)
+def test_a_block_keeps_what_the_formula_says(overrides, precision):
+    shallow, deep = (_config(depth, f"precision={precision}", *overrides) for depth in (1, 3))
+    measured = (_held_and_peak(deep)[0] - _held_and_peak(shallow)[0]) / 2
     s = _setting(deep)
     casts = 2 * flops.parameters(s.net).block_half if s.half else 0
     # 2 %: what the norms of q and k keep beside their tensors is not in the formula.
@@ -71,18 +71,18 @@ def test_a_block_keeps_what_the_formula_says(words, precision):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("objective", ["imm", "flow_matching"])
 def test_the_peak_of_a_step_is_predicted(objective, checkpointing, precision):
-    words = [f"method.name={objective}", f"train.activation_checkpointing={checkpointing}"]
-    words += ["method.flow_map.second_time=none"] * (objective == "flow_matching")
-    config = _config(6, f"precision={precision}", *words)
+    overrides = [f"method.name={objective}", f"train.activation_checkpointing={checkpointing}"]
+    overrides += ["method.flow_map.second_time=none"] * (objective == "flow_matching")
+    config = _config(6, f"precision={precision}", *overrides)
     s = _setting(config)
     *passes, _, _ = memory.moments(s, flops.parameters(s.net))  # without the engine's reduction and step
     predicted = max(m.gradients + m.activations + m.buffers for m in passes)
-    assert predicted == pytest.approx(_kept_and_peak(config)[1], rel=0.1)
+    assert predicted == pytest.approx(_held_and_peak(config)[1], rel=0.1)
 
 
 def test_activation_checkpointing_keeps_one_residual_a_block():
     shallow, deep = (_config(depth, "train.activation_checkpointing=true") for depth in (1, 3))
-    measured = (_kept_and_peak(deep)[0] - _kept_and_peak(shallow)[0]) / 2
+    measured = (_held_and_peak(deep)[0] - _held_and_peak(shallow)[0]) / 2
     # 8 samples, 64 tokens, width 128 in fp32; 2 %: the state of the random generator is kept too.
     assert measured == pytest.approx(8 * 64 * 128 * 4, rel=0.03)
 

@@ -17,13 +17,13 @@ def net():
 def test_the_distance_is_that_of_the_evaluate_command(net, digits, tmp_path):
     spec, flow_map = net
     chosen = sampling.plan(spec, 1)
-    found = sampling.frechet(flow_map, spec, chosen, sampling.digits(spec), repeats=2)
+    distance = sampling.frechet(flow_map, spec, chosen, sampling.digits(spec), repeats=2)
     argv = ["evaluate", str(sampling.DEMO_WEIGHTS), f"data.manifest={digits}", "--out", str(tmp_path)]
-    code, words = ranks.run(ranks.command_and_words, 1, *argv, "--steps", "1", "--repeats", "2")[0]
+    code, output = ranks.run(ranks.command_and_output, 1, *argv, "--steps", "1", "--repeats", "2")[0]
     assert code == 0
-    mean, std = re.search(r"(\S+) \+- (\S+)  \(2 x 1797 samples\)", words).groups()
+    mean, std = re.search(r"(\S+) \+- (\S+)  \(2 x 1797 samples\)", output).groups()
     # As printed; what the reference's features are computed from differs in the last bit of an fp32.
-    assert (f"{found.mean:.4f}", f"{found.std:.4f}") == (mean, std)
+    assert (f"{distance.mean:.4f}", f"{distance.std:.4f}") == (mean, std)
 
 
 def test_the_error_is_that_of_rounding(net):

@@ -60,12 +60,12 @@ def test_every_format_holds_the_same_samples(undisturbed):
     # Stock webdataset reads the shards.
     shards = [str(path) for path in sorted((undisturbed / "steps-1.shards").glob("*.tar"))]
     assert len(shards) == 5
-    found = list(wds.WebDataset(shards, shardshuffle=False))
-    assert [sample["__key__"] for sample in found] == [f"{i:06d}" for i in range(300)]
+    samples = list(wds.WebDataset(shards, shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [f"{i:06d}" for i in range(300)]
     for i in (3, 299):
-        assert np.array_equal(np.asarray(Image.open(io.BytesIO(found[i]["png"]))), images[i, :, :, 0])
-        assert int(found[i]["cls"]) == i % 10
-        assert np.array_equal(np.load(io.BytesIO(found[i]["latent.npy"])), arrays["latents"][i])
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(samples[i]["png"]))), images[i, :, :, 0])
+        assert int(samples[i]["cls"]) == i % 10
+        assert np.array_equal(np.load(io.BytesIO(samples[i]["latent.npy"])), arrays["latents"][i])
     # The decoded latents are the images: pixels, undone by hand.
     codec = json.loads((undisturbed / "steps-1.json").read_text())["settings"]["space"]["codec"]
     values = (arrays["latents"] / 0.5 * codec["std"][0] + codec["mean"][0] + 1.0) * 127.5
@@ -115,13 +115,13 @@ def test_many_kills_end_in_the_same_bytes(trained, tmp_path):
         assert before < after < -(-num // 64), "each life finished something, none finished all"
         killed += 1
     records = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.shards/*.json")]
-    kept = sum(record["stop"] - record["start"] for record in records) - 64
+    intact = sum(record["stop"] - record["start"] for record in records) - 64
     damaged = tmp_path / "out" / "steps-8.shards" / "samples-000000.tar"
     damaged.write_bytes(damaged.read_bytes()[:-700])
-    (code, words), _ = ranks.run(ranks.command_and_words, 2, *argv)
-    assert code == 0, words
-    assert f"{num - kept} samples in" in words, words
-    assert f"{kept} were there already" in words
+    (code, output), _ = ranks.run(ranks.command_and_output, 2, *argv)
+    assert code == 0, output
+    assert f"{num - intact} samples in" in output, output
+    assert f"{intact} were there already" in output
     alone = ranks.run(ranks.command, 1, *[str(tmp_path / "alone") if w == str(tmp_path / "out") else w for w in argv])
     assert alone == [0]
     assert _outputs(tmp_path / "out").keys() == _outputs(tmp_path / "alone").keys()
@@ -136,9 +136,9 @@ def test_what_is_finished_is_not_drawn_again(trained, tmp_path):
         f"steps-1{guidance}.{ending}" for guidance in ("-guidance-2", "") for ending in ("json", "npz")
     ]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    code, words = ranks.run(ranks.command_and_words, 1, *argv)[0]
+    code, output = ranks.run(ranks.command_and_output, 1, *argv)[0]
     assert code == 0
-    assert words.count("is there already") == 2
+    assert output.count("is there already") == 2
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
     # Another seed is another set of samples.
     images = np.load(tmp_path / "steps-1.npz")["arr_0"]
@@ -180,7 +180,7 @@ def test_any_url(trained, undisturbed):
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"),
+    ("argv", "phrases"),
     [
         (["--format", "gif"], ["gif", "webdataset"]),
         (["--guidance", "a,b"], ["a,b"]),
@@ -190,10 +190,10 @@ def test_any_url(trained, undisturbed):
     ],
 )
 @pytest.mark.usefixtures("here")
-def test_mistakes(argv, words, trained, tmp_path, capsys):
+def test_mistakes(argv, phrases, trained, tmp_path, capsys):
     assert main(["sample", trained, "--out", str(tmp_path), *argv]) == 2
     message = capsys.readouterr().err
-    assert all(word in message for word in words), message
+    assert all(phrase in message for phrase in phrases), message
 
 
 @pytest.mark.usefixtures("here")

@@ -102,9 +102,9 @@ def test_around_the_net_nothing_rounds():
 def test_plans_do_not_leave_the_net_compiled():
     spec, flow_map = export.load_flow_map(DEMO)
     blocks = flow_map.model.blocks
-    for wanted in (True, True, False, True, False):
-        Drawer(flow_map, spec, _plan(compile=wanted))
-        assert [block._compiled_call_impl is not None for block in blocks] == [wanted] * len(blocks)
+    for compiled in (True, True, False, True, False):
+        Drawer(flow_map, spec, _plan(compile=compiled))
+        assert [block._compiled_call_impl is not None for block in blocks] == [compiled] * len(blocks)
 
 
 # --- sets ---
@@ -112,7 +112,7 @@ def test_plans_do_not_leave_the_net_compiled():
 
 def _sample(out: Path, *more: str) -> tuple[int, str]:
     argv = ["sample", DEMO, "--steps", "1", "--num", "200", "--batch-size", "64", "--out", str(out), "--latents"]
-    return ranks.run(ranks.command_and_words, 1, *argv, *more)[0]
+    return ranks.run(ranks.command_and_output, 1, *argv, *more)[0]
 
 
 def test_a_set_of_another_precision_is_drawn_again_whole(tmp_path):
@@ -120,9 +120,9 @@ def test_a_set_of_another_precision_is_drawn_again_whole(tmp_path):
     assert _sample(half_done, "--format", "webdataset")[0] == 0
     (half_done / "steps-1.json").unlink()  # as if stopped before its end
     (half_done / "steps-1.shards" / "samples-000002.json").unlink()
-    code, words = _sample(half_done, "--format", "npz,webdataset", "--precision", "bf16")
+    code, output = _sample(half_done, "--format", "npz,webdataset", "--precision", "bf16")
     assert code == 0
-    assert "200 samples in" in words, "none of fp32's parts was kept"
+    assert "200 samples in" in output, "none of fp32's parts was kept"
     assert _sample(tmp_path / "undisturbed", "--format", "npz,webdataset", "--precision", "bf16")[0] == 0
     ours, theirs = (np.load(folder / "steps-1.npz") for folder in (half_done, tmp_path / "undisturbed"))
     assert np.array_equal(ours["latents"], theirs["latents"])
@@ -139,14 +139,14 @@ def test_evaluations_in_two_precisions_stand_beside_each_other(digits, tmp_path)
     argv = ["evaluate", DEMO, f"data.manifest={digits}", "--out", str(tmp_path / "evaluations"), "--repeats", "1"]
     argv += ["--steps", "1", "--num", "128"]
     for more in ((), ("--precision", "bf16"), ()):
-        code, words = ranks.run(ranks.command_and_words, 1, *argv, *more)[0]
-        assert code == 0, words
-        assert (", bf16)" in words) == bool(more)
-    found = {result["precision"]: result for e in read_evaluations(str(tmp_path)) for result in e["results"]}
-    assert sorted(found) == ["bf16", "fp32"]
+        code, output = ranks.run(ranks.command_and_output, 1, *argv, *more)[0]
+        assert code == 0, output
+        assert (", bf16)" in output) == bool(more)
+    by_precision = {result["precision"]: result for e in read_evaluations(str(tmp_path)) for result in e["results"]}
+    assert sorted(by_precision) == ["bf16", "fp32"]
     assert len(list((tmp_path / "evaluations").iterdir())) == 2
     # The samples of one seed differ by their rounding alone, a hundredth of how the distance varies between seeds.
-    assert 0 < abs(found["bf16"]["value"] - found["fp32"]["value"]) < found["fp32"]["error"]
+    assert 0 < abs(by_precision["bf16"]["value"] - by_precision["fp32"]["value"]) < by_precision["fp32"]["error"]
 
 
 def test_a_report_compares_equal_precisions_alone(trained):
@@ -178,7 +178,7 @@ def here() -> Iterator[None]:
 
 @pytest.mark.parametrize("command", ["sample", "evaluate"])
 @pytest.mark.parametrize(
-    ("argv", "words"),
+    ("argv", "phrases"),
     [
         (["--precision", "fp16"], ["sampling.precision=fp16 needs a GPU", "sampling.precision=bf16"]),
         (["--precision", "fp64"], ["sampling.precision", "fp64", "bf16"]),
@@ -187,8 +187,8 @@ def here() -> Iterator[None]:
     ],
 )
 @pytest.mark.usefixtures("here")
-def test_what_this_machine_cannot_do_is_said(command, argv, words, trained, tmp_path, monkeypatch, capsys):
+def test_what_this_machine_cannot_do_is_said(command, argv, phrases, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert main([command, trained, "--steps", "1", "--num", "64", *argv]) == 2
     message = capsys.readouterr().err
-    assert all(word in message for word in words), message
+    assert all(phrase in message for phrase in phrases), message

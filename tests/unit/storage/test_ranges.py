@@ -38,11 +38,11 @@ class _Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[str]:
     _Handler.connections.clear()
-    made = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True).start()
-    yield f"http://127.0.0.1:{made.server_port}"
-    made.shutdown()
-    made.server_close()
+    http_server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    threading.Thread(target=http_server.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"http://127.0.0.1:{http_server.server_port}"
+    http_server.shutdown()
+    http_server.server_close()
 
 
 def _get(url: str, start: int = 0, length: int = 5000) -> bytes:

@@ -37,7 +37,7 @@ def write(tmp_path):
 
 
 def test_cells_are_the_product_of_all_axes(write):
-    found = definition.load(
+    sweep = definition.load(
         write(
             settings={"optimizer": {"lr": 2e-4}},
             sizes={"a": {"model.width": 16}, "b": {"model.width": 32}},
@@ -46,9 +46,9 @@ def test_cells_are_the_product_of_all_axes(write):
             seeds=[3, 4],
         )
     )
-    assert len(found.cells) == 2 * 2 * 2 * 2 * 2
-    assert found.factors == ("size", "method.k", "method.particles", "variant", "seed")
-    cell = found.cell("b-k=12-particles=2-warm-seed4")
+    assert len(sweep.cells) == 2 * 2 * 2 * 2 * 2
+    assert sweep.factors == ("size", "method.k", "method.particles", "variant", "seed")
+    cell = sweep.cell("b-k=12-particles=2-warm-seed4")
     assert (cell.config.model.width, cell.config.method.k, cell.config.method.group_size) == (32, 12, 2)
     assert (cell.config.optimizer.warmup_images, cell.config.ema.decays, cell.config.seed) == (640, [0.9], 4)
     assert cell.config.optimizer.lr == 2e-4
@@ -70,10 +70,10 @@ def test_steps_follow_from_a_budget(write):
 
 def test_the_largest_budgets_and_sizes_are_held_out(write):
     sizes = {"large": {"model.width": 32}, "small": {"model.width": 16}}
-    found = definition.load(write(sizes=sizes, budgets={"images": [6400, 640]}, hold_out={"budgets": 1}))
-    assert {cell.name for cell in found.cells if cell.held_out} == {"large-images6400-seed0", "small-images6400-seed0"}
-    found = definition.load(write(sizes=sizes, budgets={"images": [6400, 640]}, hold_out={"sizes": 1}))
-    assert {cell.factors["size"] for cell in found.cells if cell.held_out} == {"large"}
+    sweep = definition.load(write(sizes=sizes, budgets={"images": [6400, 640]}, hold_out={"budgets": 1}))
+    assert {cell.name for cell in sweep.cells if cell.held_out} == {"large-images6400-seed0", "small-images6400-seed0"}
+    sweep = definition.load(write(sizes=sizes, budgets={"images": [6400, 640]}, hold_out={"sizes": 1}))
+    assert {cell.factors["size"] for cell in sweep.cells if cell.held_out} == {"large"}
 
 
 @pytest.mark.parametrize(
@@ -122,8 +122,8 @@ def test_a_folder_holds_one_sweep(write):
 
 
 def test_a_folder_may_move(write, tmp_path):
-    found = definition.load(write(grid={"method.k": [10]}))
-    definition.write(found)
+    sweep = definition.load(write(grid={"method.k": [10]}))
+    definition.write(sweep)
     (tmp_path / "out").rename(tmp_path / "elsewhere")
     moved = definition.load(str(tmp_path / "elsewhere"))
     assert moved.cells[0].run_dir == f"{tmp_path}/elsewhere/runs/k=10-seed0"
@@ -131,9 +131,9 @@ def test_a_folder_may_move(write, tmp_path):
 
 def test_values_survive_the_way_into_a_config(write):
     value = "a b; $(touch x) 'quoted' \"é\"\n"
-    found = definition.load(write(grid={"wandb.project": [value], "optimizer.eps": [1e-12]}))
-    definition.write(found)
-    cell = definition.load(found.folder).cells[0]
+    sweep = definition.load(write(grid={"wandb.project": [value], "optimizer.eps": [1e-12]}))
+    definition.write(sweep)
+    cell = definition.load(sweep.folder).cells[0]
     assert (cell.config.wandb.project, cell.config.optimizer.eps) == (value, 1e-12)
     assert set(cell.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789=-._")
 
@@ -142,11 +142,11 @@ def test_plan_prints_every_cell_and_the_sum(write, capsys):
     path = write(sizes={"a": {"model.width": 16}, "b": {}}, budgets={"images": [640, 1280]}, hold_out={"budgets": 1})
     assert main(["plan", path]) == 0
     printed = capsys.readouterr().out
-    found = definition.load(path)
-    assert plan_table(found) in printed
+    sweep = definition.load(path)
+    assert plan_table(sweep) in printed
     assert sum(line.endswith("held out") for line in printed.splitlines()) == 2
-    assert f"4 cells, {sum(cell.training_flops for cell in found.cells):.3g} training FLOPs" in printed
-    assert not Path(found.folder).exists()
+    assert f"4 cells, {sum(cell.training_flops for cell in sweep.cells):.3g} training FLOPs" in printed
+    assert not Path(sweep.folder).exists()
 
 
 def test_a_mistake_ends_with_2_and_one_line(write, capsys):
@@ -160,7 +160,7 @@ def test_a_mistake_ends_with_2_and_one_line(write, capsys):
 def test_the_sweep_files_that_ship_are_valid(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(definition, "_data", lambda *known: Data((1, 8, 8), 10, 640.0, None))
-    found = definition.load(str(path))
-    assert found.description
-    assert all(configs.validate(cell.config) is None for cell in found.cells)
-    assert json.dumps([cell.factors for cell in found.cells])
+    sweep = definition.load(str(path))
+    assert sweep.description
+    assert all(configs.validate(cell.config) is None for cell in sweep.cells)
+    assert json.dumps([cell.factors for cell in sweep.cells])

@@ -48,9 +48,9 @@ def test_intervals_cover_as_often_as_they_say(monkeypatch):
     size_hits = exponent_hits = 0
     for seed in range(tries):
         noisy = loss * np.exp(0.01 * np.random.default_rng(seed).standard_normal(len(loss)))
-        found = isoflop.variable_projection(C, N, D, noisy, cost)
-        size_hits += found.minima[1].size.covers(best)
-        exponent_hits += found.exponent.covers(BETA / (ALPHA + BETA))
+        fit = isoflop.variable_projection(C, N, D, noisy, cost)
+        size_hits += fit.minima[1].size.covers(best)
+        exponent_hits += fit.exponent.covers(BETA / (ALPHA + BETA))
     least = binom.ppf(0.001, tries, isoflop.LEVEL)
     assert min(size_hits, exponent_hits) >= least, (size_hits, exponent_hits)
 
@@ -59,9 +59,9 @@ def test_a_parabola_finds_the_vertex_of_a_parabola():
     C, N, _, _ = _grid(np.geomspace(1e5, 1e7, 5), np.array([1e14, 1e15]))
     best = np.where(C == 1e14, 5e5, 2e6)
     loss = np.exp(0.1 + 0.2 * np.log(N / best) ** 2)
-    found = isoflop.parabola(C, N, loss)
-    assert [m.size.value for m in found.minima] == pytest.approx([5e5, 2e6])
-    assert found.exponent.value == pytest.approx(np.log(4) / np.log(10))
+    fit = isoflop.parabola(C, N, loss)
+    assert [m.size.value for m in fit.minima] == pytest.approx([5e5, 2e6])
+    assert fit.exponent.value == pytest.approx(np.log(4) / np.log(10))
 
 
 def test_what_is_no_minimum_is_said():

@@ -17,7 +17,7 @@ STEPS = (1, 2)
 
 
 @pytest.fixture
-def made(tmp_path) -> Sweep:
+def sweep(tmp_path) -> Sweep:
     """5 sizes x 4 budgets x 2 seeds, the largest budget held out, submitted but not run."""
     base = {"model": {"depth": 2, "heads": 2}, "data": {"latent_shape": [1, 8, 8], "num_classes": 10}}
     base["train"] = {"global_batch_size": 64, "micro_batch_size": 64}
@@ -33,16 +33,16 @@ def made(tmp_path) -> Sweep:
     }
     path = tmp_path / "known.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False))
-    found = definition.load(str(path))
-    definition.write(found)
-    return found
+    sweep = definition.load(str(path))
+    definition.write(sweep)
+    return sweep
 
 
 def _record(step: int, loss: float = 0.1) -> str:
     return json.dumps({"step": step, "images_seen": 64 * step, "loss": loss, "grad_norm": 1.0, "step_seconds": 0.5})
 
 
-def _finish(found: Sweep, cell: definition.Cell, distance: float, code: str = "c0ffee", calls: int = 1) -> None:
+def _finish(sweep: Sweep, cell: definition.Cell, distance: float, code: str = "c0ffee", calls: int = 1) -> None:
     """What a cell leaves that trained, was measured at two step counts, and got these distances."""
     run, last = Path(cell.run_dir), cell.config.train.max_steps
     (run / "evaluations").mkdir(parents=True, exist_ok=True)
@@ -64,36 +64,36 @@ def _finish(found: Sweep, cell: definition.Cell, distance: float, code: str = "c
     ]
     evaluation = {"schema_version": 2, "step": last, "ema": "ema_0.99", "seconds": 1.0, "results": entries}
     (run / "evaluations" / f"step-{last:08d}-x.json").write_text(json.dumps(evaluation))
-    results.write_state(found.folder, cell.name, "finished", code=code)
+    results.write_state(sweep.folder, cell.name, "finished", code=code)
 
 
 def _law(cell: definition.Cell) -> float:
     return 0.05 + 40.0 / cell.parameters**0.6 + 300.0 / cell.images**0.7
 
 
-def test_every_cell_is_listed_with_its_state(made, capsys):
-    done, diverged, failed, killed = made.cells[:4]
-    _finish(made, done, 2.0)
+def test_every_cell_is_listed_with_its_state(sweep, capsys):
+    done, diverged, failed, killed = sweep.cells[:4]
+    _finish(sweep, done, 2.0)
     Path(diverged.run_dir).mkdir(parents=True)
     (Path(diverged.run_dir) / "metrics.jsonl").write_text(_record(5) + "\n" + _record(10, float("nan")) + "\n")
-    assert results.divergence(results.outcome(made, diverged).records) == "loss is nan at step 10"
-    results.write_state(made.folder, diverged.name, "diverged", "loss is nan at step 10", code="c0ffee")
-    results.write_state(made.folder, failed.name, "failed", "OSError: disk full", code="c0ffee")
-    results.write_state(made.folder, killed.name, "running", code="c0ffee")
-    assert main(["collect", made.folder]) == 0
+    assert results.divergence(results.outcome(sweep, diverged).records) == "loss is nan at step 10"
+    results.write_state(sweep.folder, diverged.name, "diverged", "loss is nan at step 10", code="c0ffee")
+    results.write_state(sweep.folder, failed.name, "failed", "OSError: disk full", code="c0ffee")
+    results.write_state(sweep.folder, killed.name, "running", code="c0ffee")
+    assert main(["collect", sweep.folder]) == 0
     printed = capsys.readouterr().out
-    table = pq.read_table(Path(made.folder) / results.RESULTS).to_pylist()
-    assert len(table) == len(made.cells) + 1  # one of them has two results
+    table = pq.read_table(Path(sweep.folder) / results.RESULTS).to_pylist()
+    assert len(table) == len(sweep.cells) + 1  # one of them has two results
     states = {row["cell"]: row["state"] for row in table}
-    assert [states[c.name] for c in made.cells[:5]] == ["finished", "diverged", "failed", "interrupted", "missing"]
+    assert [states[c.name] for c in sweep.cells[:5]] == ["finished", "diverged", "failed", "interrupted", "missing"]
     assert f"{failed.name}: failed: OSError: disk full" in printed
     assert "1 of 40 cells have results" in printed
 
 
-def test_the_table_is_tidy(made):
-    cell = made.cells[0]
-    _finish(made, cell, 2.0, calls=2)  # as guidance has it: two forward passes a step
-    first, second = results.rows(made, [results.outcome(made, cell)])
+def test_the_table_is_tidy(sweep):
+    cell = sweep.cells[0]
+    _finish(sweep, cell, 2.0, calls=2)  # as guidance has it: two forward passes a step
+    first, second = results.rows(sweep, [results.outcome(sweep, cell)])
     assert (first["size"], first["seed"], first["budget_flops"], first["held_out"]) == ("w16", 0, 1e11, False)
     assert (first["steps"], first["mean"], first["num"], first["repeats"]) == (1, 2.0, 100, 2)
     assert (second["steps"], second["mean"]) == (2, 1.0)
@@ -105,89 +105,89 @@ def test_the_table_is_tidy(made):
     assert (first["last_loss"], first["train_step_reached"]) == (0.2, cell.config.train.max_steps)
 
 
-def test_results_in_other_precisions_than_the_sweeps_are_not_its_rows(made):
-    cell = made.cells[0]
-    _finish(made, cell, 2.0)
+def test_results_in_other_precisions_than_the_sweeps_are_not_its_rows(sweep):
+    cell = sweep.cells[0]
+    _finish(sweep, cell, 2.0)
     (file,) = (Path(cell.run_dir) / "evaluations").iterdir()
     document = json.loads(file.read_text())
     for result in document["results"]:
         result |= {"precision": "bf16", "compile": True, "mean": 9.0}
     (file.parent / f"{file.stem}-bf16.json").write_text(json.dumps(document))
-    one = results.outcome(made, cell)
-    assert [row["mean"] for row in results.rows(made, [one])] == [2.0, 1.0]
-    assert {(row["precision"], row["compile"]) for row in results.rows(made, [one])} == {("fp32", False)}
+    one = results.outcome(sweep, cell)
+    assert [row["mean"] for row in results.rows(sweep, [one])] == [2.0, 1.0]
+    assert {(row["precision"], row["compile"]) for row in results.rows(sweep, [one])} == {("fp32", False)}
     file.unlink()
-    assert results.outcome(made, cell).state == "interrupted", "it has yet to be measured in its own precision"
+    assert results.outcome(sweep, cell).state == "interrupted", "it has yet to be measured in its own precision"
 
 
-def test_mixed_code_is_warned_of_with_both_commits(made, capsys):
-    _finish(made, made.cells[0], 2.0, code="aaaaaaaaaaaa")
-    _finish(made, made.cells[1], 2.0, code="bbbbbbbbbbbb+12345678")
-    assert main(["collect", made.folder]) == 0
+def test_mixed_code_is_warned_of_with_both_commits(sweep, capsys):
+    _finish(sweep, sweep.cells[0], 2.0, code="aaaaaaaaaaaa")
+    _finish(sweep, sweep.cells[1], 2.0, code="bbbbbbbbbbbb+12345678")
+    assert main(["collect", sweep.folder]) == 0
     warning = capsys.readouterr().err
     assert "different code versions are mixed" in warning
     assert "aaaaaaaaaaaa" in warning
     assert "bbbbbbbbbbbb+12345678" in warning
 
 
-def test_a_run_that_was_refused_before_its_cell_began_has_failed(made):
-    cell = made.cells[0]
+def test_a_run_that_was_refused_before_its_cell_began_has_failed(sweep):
+    cell = sweep.cells[0]
     Path(cell.run_dir).mkdir(parents=True)
     status = Path(cell.run_dir) / "status.json"
     status.write_text(json.dumps({"state": "failed", "reason": "no manifest"}))
-    one = results.outcome(made, cell)
+    one = results.outcome(sweep, cell)
     assert (one.state, one.reason) == ("failed", "no manifest")
     status.write_text(json.dumps({"state": "completed", "reason": "max_steps is reached"}))
-    assert results.outcome(made, cell).state == "interrupted"  # trained, and still to be measured
-    assert results.outcome(made, cell, "queued").state == "queued"
+    assert results.outcome(sweep, cell).state == "interrupted"  # trained, and still to be measured
+    assert results.outcome(sweep, cell, "queued").state == "queued"
 
 
-def test_a_study_recovers_the_law_its_cells_follow(made):
-    noise = np.random.default_rng(0).standard_normal(len(made.cells))
-    for cell, sign in zip(made.cells, noise, strict=True):
-        _finish(made, cell, _law(cell) * float(np.exp(0.01 * sign)))
-    found = study.analyse(results.rows(made, results.outcomes(made)))
-    assert found.steps == [1, 2]
-    constants = found.joints[1].intervals(level=0.99)
+def test_a_study_recovers_the_law_its_cells_follow(sweep):
+    noise = np.random.default_rng(0).standard_normal(len(sweep.cells))
+    for cell, sign in zip(sweep.cells, noise, strict=True):
+        _finish(sweep, cell, _law(cell) * float(np.exp(0.01 * sign)))
+    analysis = study.analyse(results.rows(sweep, results.outcomes(sweep)))
+    assert analysis.steps == [1, 2]
+    constants = analysis.joints[1].intervals(level=0.99)
     # 0.99 because three constants are looked at; distances in two steps are half of those in one by construction.
     assert constants["E"].covers(0.05)
     assert constants["exponent_N"].covers(0.6)
     assert constants["exponent_D"].covers(0.7)
-    assert len(found.joints[1].residuals_n) == 30, "the held-out budget is no part of the fit"
-    assert len(found.checks) == 2 * 10
+    assert len(analysis.joints[1].residuals_n) == 30, "the held-out budget is no part of the fit"
+    assert len(analysis.checks) == 2 * 10
     # 90 % of 20, which are far from independent; 14 or fewer would happen once in 400 if they were.
-    assert sum(check.inside for check in found.checks) >= 14
-    assert len(found.powers) == 2 * 5
-    by_parabola, projected = found.optima[1]
-    exact = 0.7 / (0.6 + 0.7 * found.cost.power)
+    assert sum(check.inside for check in analysis.checks) >= 14
+    assert len(analysis.powers) == 2 * 5
+    by_parabola, projected = analysis.optima[1]
+    exact = 0.7 / (0.6 + 0.7 * analysis.cost.power)
     assert projected.exponent.covers(exact)
     # The sizes lie to the right of the best ones: the case in which parabolas are off.
     assert abs(projected.exponent.value - exact) < abs(by_parabola.exponent.value - exact)
-    forecast = found.forecasts[0]
+    forecast = analysis.forecasts[0]
     assert forecast.training_flops == pytest.approx(3 * 2.7e12)
     assert forecast.distance.covers(0.05 + 40.0 / forecast.parameters.value**0.6 + 300.0 / forecast.images**0.7)
 
 
-def test_the_cheapest_choice_is_the_cheapest(made):
-    for cell in made.cells:
-        _finish(made, cell, _law(cell))
-    rows = results.rows(made, results.outcomes(made))
+def test_the_cheapest_choice_is_the_cheapest(sweep):
+    for cell in sweep.cells:
+        _finish(sweep, cell, _law(cell))
+    rows = results.rows(sweep, results.outcomes(sweep))
     for choice in study.cheapest(rows):
         good = [row for row in rows if row["mean"] <= choice.wanted * (1 + 1e-9)]
         assert choice.inference_flops == min(row["inference_flops"] for row in good)
         assert choice.distance <= choice.wanted * (1 + 1e-9)
 
 
-def test_a_study_of_nothing_is_refused(made):
+def test_a_study_of_nothing_is_refused(sweep):
     with pytest.raises(UserError, match="no cell of the sweep has a result"):
-        study.analyse(results.rows(made, results.outcomes(made)))
+        study.analyse(results.rows(sweep, results.outcomes(sweep)))
 
 
-def test_cells_that_do_not_fit_are_refused_by_the_planner(made, capsys):
+def test_cells_that_do_not_fit_are_refused_by_the_planner(sweep, capsys):
     machine = ["--nodes", "1", "--gpus-per-node", "1", "--gpu", "h100-80gb"]
-    assert main(["plan", made.folder, *machine]) == 0
+    assert main(["plan", sweep.folder, *machine]) == 0
     assert "GPU-hours" in capsys.readouterr().out
-    base = Path(made.folder).parent / "base.yaml"
+    base = Path(sweep.folder).parent / "base.yaml"
     document = yaml.safe_load(base.read_text())
     document["model"] = {"size": "DiT-XL/2", "patch_size": 1, "width": 8192, "depth": 64, "heads": 64}
     base.write_text(yaml.safe_dump(document))

@@ -23,28 +23,28 @@ def _chinchilla_design() -> tuple[np.ndarray, np.ndarray]:
     budgets = np.array([6e18, 1e19, 3e19, 6e19, 1e20, 3e20, 6e20, 1e21, 3e21])
     N, C = (values.ravel() for values in np.meshgrid(sizes, budgets))
     D = C / (6 * N)
-    kept = (D > 2e8) & (D < 5e11)
-    return N[kept], D[kept]
+    inside = (D > 2e8) & (D < 5e11)
+    return N[inside], D[inside]
 
 
 def test_the_chinchilla_constants_come_back_from_exact_data():
     N, D = _chinchilla_design()
-    found = scaling_law.joint_law(N, D, _loss(CHINCHILLA, N, D), resamples=10)
-    for name, value in found.constants().items():
+    fit = scaling_law.joint_law(N, D, _loss(CHINCHILLA, N, D), resamples=10)
+    for name, value in fit.constants().items():
         # Without noise only the optimizer's tolerance is left; A and B multiply it by log N, about 20.
         assert value[0] == pytest.approx(CHINCHILLA[name], rel=1e-4)
-    assert found.agreeing_starts > 0.9
+    assert fit.agreeing_starts > 0.9
 
 
 def test_the_chinchilla_constants_lie_in_their_intervals_with_noise():
     N, D = _chinchilla_design()
     noise = 0.01 * np.random.default_rng(5).standard_normal(len(N))
-    found = scaling_law.joint_law(N, D, _loss(CHINCHILLA, N, D) * np.exp(noise), resamples=200)
-    for name, interval in found.intervals(level=0.99).items():
+    fit = scaling_law.joint_law(N, D, _loss(CHINCHILLA, N, D) * np.exp(noise), resamples=200)
+    for name, interval in fit.intervals(level=0.99).items():
         assert interval.covers(CHINCHILLA[name]), f"{name}: {interval}"
     # The published standard errors of alpha and beta are 0.02 at 240 points; an interval of 90 % is 3.3 of them wide.
     for name in ("exponent_N", "exponent_D"):
-        interval = found.intervals()[name]
+        interval = fit.intervals()[name]
         assert interval.high - interval.low < 0.066
 
 
@@ -96,8 +96,8 @@ def test_the_minimum_is_the_one_scipy_finds():
     """The same objective written with the constants themselves, scipy's Huber, and Nelder and Mead from our answer."""
     N, D = _tiny_design()
     loss = _loss(_TINY, N, D) * np.exp(0.05 * np.random.default_rng(1).standard_normal(len(N)))
-    found = scaling_law.joint_law(N, D, loss, delta=0.02, resamples=2).constants()
-    ours = np.array([found[name][0] for name in _TINY])
+    fit_constants = scaling_law.joint_law(N, D, loss, delta=0.02, resamples=2).constants()
+    ours = np.array([fit_constants[name][0] for name in _TINY])
 
     def objective(constants: np.ndarray) -> float:
         E, A, alpha, B, beta = constants
@@ -112,8 +112,8 @@ def test_one_outlier_moves_the_fit_little():
     N, D = _chinchilla_design()
     loss = _loss(CHINCHILLA, N, D)
     loss[7] *= 1.5
-    found = scaling_law.joint_law(N, D, loss, resamples=2).constants()
-    assert found["exponent_N"][0] == pytest.approx(CHINCHILLA["exponent_N"], rel=0.01)
+    constants = scaling_law.joint_law(N, D, loss, resamples=2).constants()
+    assert constants["exponent_N"][0] == pytest.approx(CHINCHILLA["exponent_N"], rel=0.01)
 
 
 def test_too_few_points_are_refused():

@@ -18,9 +18,9 @@ def test_chunks_are_powers_of_two_and_hardly_more_than_asked_for(numel):
 
 def test_what_xl_needs_on_one_gpu_is_not_rounded_up_by_half():
     """675 M parameters in four states: 10.8 GB, which torch would pin as one piece of 2^34 bytes."""
-    asked = 4 * 675_129_632
-    pinned = sum(1 << (size - 1).bit_length() for size in chunk_sizes(asked))
-    assert pinned * 4 < 10.81e9 and 1 << (4 * asked - 1).bit_length() == 2**34
+    elements = 4 * 675_129_632
+    pinned = sum(1 << (size - 1).bit_length() for size in chunk_sizes(elements))
+    assert pinned * 4 < 10.81e9 and 1 << (4 * elements - 1).bit_length() == 2**34
 
 
 @given(st.lists(st.integers(0, 9), max_size=12), st.integers(1, 5))

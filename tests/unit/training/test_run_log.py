@@ -110,15 +110,15 @@ def _without_a_key(home: str, *argv: str) -> tuple[int, str]:
     os.environ["HOME"] = home
     for name in ("WANDB_MODE", "WANDB_API_KEY", "NETRC"):
         os.environ.pop(name, None)
-    return ranks.command_and_words(*argv)
+    return ranks.command_and_output(*argv)
 
 
 def test_online_without_a_key_is_refused_on_all_ranks(tiny, tmp_path):
     settings = [*tiny, "train.max_steps=1", "wandb.mode=online"]
-    for code, words in ranks.run(_without_a_key, 2, str(tmp_path), "train", *settings):
+    for code, output in ranks.run(_without_a_key, 2, str(tmp_path), "train", *settings):
         assert code == 2
-        assert "WANDB_API_KEY" in words
-        assert "wandb.mode=offline" in words
+        assert "WANDB_API_KEY" in output
+        assert "wandb.mode=offline" in output
     assert not (tmp_path / "run").exists()
 
 

@@ -75,7 +75,7 @@ def test_without_a_job_it_says_so(caplog, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("override", "message"),
     [
         ("train.stop_signals=[SIGKILL]", "SIGKILL is no signal that can be caught"),
         ("train.stop_signals=[TERM]", "TERM is no signal"),
@@ -88,6 +88,6 @@ def test_without_a_job_it_says_so(caplog, monkeypatch):
         ("data.holdout=1.5", "whole number"),
     ],
 )
-def test_settings_that_cannot_be(override, words):
-    with pytest.raises(UserError, match=words):
+def test_settings_that_cannot_be(override, message):
+    with pytest.raises(UserError, match=message):
         configs.load([], [override])

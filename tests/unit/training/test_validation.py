@@ -32,9 +32,9 @@ def test_the_rest_keeps_its_order(shards, block, epoch, count):
     count = min(count, sum(shards) - 1)
     held = sample_order.held_out(shards, block, 5, float(count) if count > 1 else 0.0)
     whole = sample_order.epoch_order(shards, block, 5, epoch)
-    kept = sample_order.epoch_order(shards, block, 5, epoch, held)
+    rest = sample_order.epoch_order(shards, block, 5, epoch, held)
     gone = set(held.tolist())
-    assert kept.tolist() == [index for index in whole.tolist() if index not in gone]
+    assert rest.tolist() == [index for index in whole.tolist() if index not in gone]
 
 
 def test_a_share_and_its_count_are_the_same_and_the_seed_decides():
@@ -60,17 +60,17 @@ def test_the_loaders_of_all_ranks_never_yield_a_held_out_sample(digits):
     never = {dataset.read(i, i + 1).tobytes() for i in held.tolist()} - trained
     assert len(never) > 250
     steps = (len(dataset) - 300) // 64
-    found = []
+    samples = []
     for rank in range(3):
         with Loader(digits, Layout(64, 4, 3, 64), rank, 0, holdout=300.0) as loader:
             codec = loader.manifest.codec
             for _ in range(steps + 2):  # over the seam of two epochs
                 batch = next(loader)
                 x = batch.x[: int(batch.weight.sum()) * 4] / 0.5 * codec.std[0] + codec.mean[0]
-                found += [one.tobytes() for one in x.to(torch.float16).numpy()]
-    assert len(found) == 64 * (steps + 2)
-    assert all(one in trained for one in found), "the way back to the stored bytes is exact"
-    assert not never.intersection(found)
+                samples += [one.tobytes() for one in x.to(torch.float16).numpy()]
+    assert len(samples) == 64 * (steps + 2)
+    assert all(one in trained for one in samples), "the way back to the stored bytes is exact"
+    assert not never.intersection(samples)
 
 
 def test_gather_reads_what_read_reads(digits):

@@ -15,13 +15,13 @@ def _answer(rank: int, collectives: int, phase: str = "the vote") -> Answer:
 
 
 def test_whoever_does_not_answer_hangs():
-    words = blame([_answer(0, 5), _answer(2, 5)], HOSTS)
-    assert words == "rank 1 (b), rank 3 (c) hangs: it does not answer, so it is stopped, dead, or its node is cut off"
+    message = blame([_answer(0, 5), _answer(2, 5)], HOSTS)
+    assert message == "rank 1 (b), rank 3 (c) hangs: it does not answer, so it is stopped, dead, or its node is cut off"
 
 
 def test_among_those_that_answer_it_is_the_one_behind():
-    words = blame([_answer(0, 5), _answer(1, 4, "reading data"), _answer(2, 5), _answer(3, 5)], HOSTS)
-    assert words.startswith("rank 1 (b) has been in step 12, reading data, for 61 s")
+    message = blame([_answer(0, 5), _answer(1, 4, "reading data"), _answer(2, 5), _answer(3, 5)], HOSTS)
+    assert message.startswith("rank 1 (b) has been in step 12, reading data, for 61 s")
 
 
 def test_where_all_are_alike_it_is_the_network():
@@ -29,9 +29,9 @@ def test_where_all_are_alike_it_is_the_network():
 
 
 def test_a_rank_that_is_alone_hangs_itself():
-    words = blame([_answer(0, 5, "reading data")], HOSTS[:1])
-    assert words.startswith("rank 0 (a) has been in step 12, reading data, for 61 s")
-    assert words.endswith("; it hangs there")
+    message = blame([_answer(0, 5, "reading data")], HOSTS[:1])
+    assert message.startswith("rank 0 (a) has been in step 12, reading data, for 61 s")
+    assert message.endswith("; it hangs there")
 
 
 def test_a_deadline_is_a_multiple_of_the_median_step_with_a_floor(monkeypatch):

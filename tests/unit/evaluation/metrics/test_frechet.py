@@ -79,9 +79,9 @@ def test_the_stated_rounding_error_holds(dim):
     a, b = 10.0 ** generator.uniform(-14, 4, dim), 10.0 ** generator.uniform(-14, 4, dim)
     exact = float(((np.sqrt(a) - np.sqrt(b)) ** 2).sum())
     zero = torch.zeros(dim, dtype=torch.float64)
-    found = frechet(*(Given(zero, torch.from_numpy(turn @ np.diag(values) @ turn.T)) for values in (a, b)))
-    assert abs(found.value - exact) <= found.numerical_error
-    assert found.numerical_error < 1e-3 * exact, "and it says something"
+    distance = frechet(*(Given(zero, torch.from_numpy(turn @ np.diag(values) @ turn.T)) for values in (a, b)))
+    assert abs(distance.value - exact) <= distance.numerical_error
+    assert distance.numerical_error < 1e-3 * exact, "and it says something"
 
 
 def test_the_root_is_a_root():

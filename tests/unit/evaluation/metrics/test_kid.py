@@ -25,9 +25,9 @@ def test_equals_the_definition(scale, n, m, dim, monkeypatch):
     monkeypatch.setattr(kid, "_BLOCK", 7)
     generator = np.random.default_rng(0)
     x, y = scale * generator.normal(size=(n, dim)), scale * (0.5 + generator.normal(size=(m, dim)))
-    found = kernel_distance(torch.from_numpy(x), torch.from_numpy(y)).value
+    distance = kernel_distance(torch.from_numpy(x), torch.from_numpy(y)).value
     # Sums of a thousand fp64 terms that partly cancel.
-    assert found == pytest.approx(_by_definition(x, y), rel=1e-8, abs=1e-10)
+    assert distance == pytest.approx(_by_definition(x, y), rel=1e-8, abs=1e-10)
 
 
 def test_equals_torchmetrics():
@@ -45,11 +45,11 @@ def test_a_shifted_set():
 @pytest.mark.parametrize("shift", [0.0, 0.4])
 def test_unbiased_and_the_error_is_that_of_repeated_draws(shift):
     generator = torch.Generator().manual_seed(1)
-    found = [
+    estimates = [
         kernel_distance(torch.randn(60, 8, generator=generator), shift + torch.randn(80, 8, generator=generator))
         for _ in range(300)
     ]
-    values, errors = np.array([f.value for f in found]), np.array([f.error for f in found])
+    values, errors = np.array([f.value for f in estimates]), np.array([f.error for f in estimates])
     if shift == 0.0:
         # Unbiased: the mean of 300 is 0 within three of its standard errors.
         assert abs(values.mean()) < 3 * values.std() / np.sqrt(300)

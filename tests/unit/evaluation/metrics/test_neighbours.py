@@ -22,13 +22,13 @@ def test_equal_the_definitions(scale, monkeypatch):
     generator = np.random.default_rng(0)
     x, y = scale * generator.normal(size=(50, 4)), scale * (0.7 * generator.normal(size=(41, 4)) + 0.5)
     a, b = torch.from_numpy(x), torch.from_numpy(y)
-    found = precision_recall(a, b)
-    assert found["precision"][0] == pytest.approx(_brute(x, y, 3)[0], abs=1e-12)
-    assert found["recall"][0] == pytest.approx(_brute(y, x, 3)[0], abs=1e-12)
-    found = density_coverage(a, b)
+    metrics = precision_recall(a, b)
+    assert metrics["precision"][0] == pytest.approx(_brute(x, y, 3)[0], abs=1e-12)
+    assert metrics["recall"][0] == pytest.approx(_brute(y, x, 3)[0], abs=1e-12)
+    metrics = density_coverage(a, b)
     _, density, coverage = _brute(x, y, 5)
-    assert found["density"][0] == pytest.approx(density, rel=1e-12)
-    assert found["coverage"][0] == pytest.approx(coverage, abs=1e-12)
+    assert metrics["density"][0] == pytest.approx(density, rel=1e-12)
+    assert metrics["coverage"][0] == pytest.approx(coverage, abs=1e-12)
 
 
 def test_a_set_against_itself_and_far_away():

@@ -11,9 +11,9 @@ ROOT = Path(__file__).parents[4]
 
 
 def test_a_checkout_is_its_commit():
-    asked = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     code = snapshot.read()
-    assert code.commit == asked.stdout.strip() and code.release == ""
+    assert code.commit == head.stdout.strip() and code.release == ""
     assert snapshot.job_folders() == (str(ROOT), None)
 
 
