@@ -15,11 +15,11 @@ from torch import Tensor
 
 from imm_scale import build, storage
 from imm_scale.build import ModelSpec
+from imm_scale.checkpoint import averages
 from imm_scale.checkpoint.format import COMMITTED, Checkpoint
 from imm_scale.config.load import from_yaml
 from imm_scale.errors import UserError
 from imm_scale.methods.flow_map import FlowMap
-from imm_scale.parallel.ema import state_name
 
 RAW_WEIGHTS = 0.0
 FORMATS = ("safetensors", "diffusers")
@@ -58,10 +58,11 @@ def ema_state(checkpoint: Checkpoint, ema: float | None) -> str:
     if ema == RAW_WEIGHTS:
         return "weight"
     decay = config.ema.decays[0] if ema is None else ema
-    if state_name(decay) not in checkpoint.states:
-        held = ", ".join(state.removeprefix("ema-") for state in checkpoint.states if state.startswith("ema-"))
-        raise UserError(f"{checkpoint.url} holds no moving average of decay {decay:g}; it has {held} (0: raw weights)")
-    return state_name(decay)
+    state = averages.state_of(checkpoint, decay)
+    if state is None:
+        held = ", ".join(repr(other) for other in config.ema.decays if averages.state_of(checkpoint, other))
+        raise UserError(f"{checkpoint.url} holds no moving average of decay {decay!r}; it has {held} (0: raw weights)")
+    return state
 
 
 def read(source: str, ema: float | None = None, step: int | None = None) -> tuple[ModelSpec, dict[str, Tensor]]:

@@ -9,6 +9,7 @@ import torch
 from imm_scale import config as configs
 from imm_scale import storage
 from imm_scale.build import ModelSpec
+from imm_scale.checkpoint import averages as saved_averages
 from imm_scale.checkpoint import export
 from imm_scale.checkpoint import format as checkpoints
 from imm_scale.checkpoint.format import Checkpoint, DamagedCheckpointError
@@ -127,11 +128,12 @@ def restore(checkpoint: Checkpoint, engine: Engine, ema: ShardedEma) -> None:
         engine.loss_scale = LossScale(meta.loss_scale, meta.loss_scale_good_steps)
     ema.restart()
     for decay, averages in ema.averages.items():
-        if state_name(decay) not in checkpoint.states:
-            log.warning("the checkpoint has no average of decay %g: it starts at the current weights", decay)
+        state = saved_averages.state_of(checkpoint, decay)
+        if state is None:
+            log.warning("the checkpoint has no average of decay %r: it starts at the current weights", decay)
             continue
         pairs = zip(ema.slices, averages, strict=True)
-        checkpoints.load_into([(state_name(decay), s.name, s.offset, average) for s, average in pairs], checkpoint)
+        checkpoints.load_into([(state, s.name, s.offset, average) for s, average in pairs], checkpoint)
     _prove(checkpoint, engine, ema)
     log.info("resumed from %s at step %d (%d images seen)", checkpoint.url, meta.step, meta.images_seen)
 
@@ -156,6 +158,10 @@ def check_net(checkpoint: Checkpoint, spec: ModelSpec) -> None:
 def _prove(checkpoint: Checkpoint, engine: Engine, ema: ShardedEma) -> None:
     """Compares what the engine will step with, read back from it, with what was saved. Raises UserError."""
     expected, steps = checkpoint.checksums, checkpoint.meta.optimizer_steps
+    for decay in ema.averages:
+        state = saved_averages.state_of(checkpoint, decay)
+        if state in expected:
+            expected[state_name(decay)] = expected.pop(state)
     remedy = f"remove {checkpoint.url} to go on from the checkpoint before it"
     for state, (checksum, elements) in _read_back(engine, ema).items():
         if state in expected and checksum != expected[state]:

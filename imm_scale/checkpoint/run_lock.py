@@ -109,8 +109,8 @@ def _place(run_dir: str) -> str:
     if not storage.is_local(run_dir):
         return run_dir
     os.makedirs(storage.local_path(run_dir), exist_ok=True)
-    newest = os.stat(storage.local_path(run_dir))
-    return f"{newest.st_dev}:{newest.st_ino}"
+    folder = os.stat(storage.local_path(run_dir))
+    return f"{folder.st_dev}:{folder.st_ino}"
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ def _positive(config: Config) -> None:
         raise UserError(f"sampling.guidance_interval={values['sampling.guidance_interval']} must be two times")
     if any(not 0.0 < decay < 1.0 for decay in config.ema.decays):
         raise UserError(f"ema.decays={config.ema.decays} must lie between 0 and 1")
+    if len(set(config.ema.decays)) < len(config.ema.decays):
+        raise UserError(f"ema.decays={config.ema.decays} names an average twice: leave one of them out")
     if config.zero.stage not in (0, 1, 2, 3):
         raise UserError(f"zero.stage={config.zero.stage} does not exist; choose 0, 1, 2 or 3")
 

@@ -121,6 +121,9 @@ class EmaConfig:
     images: int | None = option(
         None, "Images the decays hold for, in place of a step: averages as long at any train.global_batch_size."
     )
+    warmup: bool = option(
+        False, "Averages start short: each reaches back a tenth of the images seen so far until its decay is longer."
+    )
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ class Loop:
         lr = learning_rate(self.config, state.images_seen + state.plan.layout.global_batch_size)
         result = state.engine.step(micro_batches, lr)
         if not result.skipped:
-            state.ema.update()
+            state.update_averages()
         state.advance()
         self.profiler.after_step(number)
         self._note_skip(result, batch, micro_batches)

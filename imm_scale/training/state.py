@@ -60,6 +60,11 @@ class State:
         """Leaves out these batches too, when the clock comes to them."""
         self.stepped_over = step_guard.union(self.stepped_over, ranges)
 
+    def update_averages(self) -> None:
+        """A step was taken, and the clock is about to advance over its batch."""
+        batch = self.plan.layout.global_batch_size
+        self.ema.update(batch / (self.images_seen + batch) if self.plan.config.ema.warmup else 0.0)
+
     def advance(self) -> None:
         """A batch has been consumed."""
         self.step += 1
