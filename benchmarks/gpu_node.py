@@ -124,7 +124,7 @@ def _seconds(action: Callable[[], object], device: torch.device) -> float:
 def gloo(bench: Bench) -> Iterator[Check]:
     """The group over which ranks agree on checkpoints, and the others of the doctor's findings among ranks."""
     for finding in doctor.check_ranks(bench.world, str(bench.out)):
-        yield Check(f"doctor: {finding.name}", "OK", finding.found, finding.verdict == "OK")
+        yield Check(f"doctor: {finding.name}", "OK", finding.observation, finding.verdict == "OK")
 
 
 def contexts(bench: Bench) -> Iterator[Check]:

@@ -92,11 +92,11 @@ def sample(
         raise UserError(
             "the model gives vae latents: name the autoencoder's folder, load(..., vae=FOLDER), or latents=True"
         )
-    words = labels if isinstance(labels, str) else ",".join(map(str, labels))
-    if num is not None and draw.has_counts(words):
-        raise UserError(f"num={num} beside labels={words!r}: the counts say how many, leave num out")
+    label_spec = labels if isinstance(labels, str) else ",".join(map(str, labels))
+    if num is not None and draw.has_counts(label_spec):
+        raise UserError(f"num={num} beside labels={label_spec!r}: the counts say how many, leave num out")
     config = SamplingConfig(
-        labels=words,
+        labels=label_spec,
         guidance_scale=guidance,
         guidance_interval=list(guidance_interval),
         sampler=sampler,  # type: ignore[arg-type]  # SamplingPlan refuses another
@@ -143,8 +143,8 @@ def evaluate(
     Raises:
         UserError: what `load` raises, unknown keys, or nothing to compare with.
     """
-    found = sources.find(source)
-    if out is not None and found.run_dir is not None:
+    weights = sources.find(source)
+    if out is not None and weights.run_dir is not None:
         raise UserError(f"out={out!r}: evaluations of a run lie in its folder, leave out away")
     settings = {
         "evaluation.steps": [steps] if isinstance(steps, int) else steps and list(steps),
@@ -155,10 +155,10 @@ def evaluate(
         "sampling.guidance_scale": guidance,
         "sampling.ema": ema,
     }
-    words = [f"{key}={json.dumps(value)}" for key, value in settings.items() if value is not None]
-    config = sources.config_of(found, [*words, *overrides])
+    settings_overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items() if value is not None]
+    config = sources.config_of(weights, [*settings_overrides, *overrides])
     with _ranks() as world:
-        evaluator = Evaluator(found, config, world, lambda line: None, out or FOLDER)
+        evaluator = Evaluator(weights, config, world, lambda line: None, out or FOLDER)
         return evaluator.evaluate(config.sampling, config.evaluation)
 
 

@@ -122,8 +122,8 @@ def architecture(config: Config, where: SampleSpace) -> Any:
 
 def method(spec: ModelSpec) -> Method:
     """The method of a model."""
-    made: Method = METHODS.get(spec.method.name)(spec.method)
-    return made
+    instance: Method = METHODS.get(spec.method.name)(spec.method)
+    return instance
 
 
 def net(spec: ModelSpec, seed: int = 0) -> Any:

@@ -19,26 +19,26 @@ __all__ = ["EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_PREEMPTED", "EXIT_USER_ERROR
 EXIT_INTERRUPTED = 130
 
 
-def _parse(words: Sequence[str]) -> argparse.Namespace:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments; words after "--" are the command's, whatever they look like."""
-    end = words.index("--") if "--" in words else len(words)
-    before, after = words[:end], words[end + 1 :]
+    end = argv.index("--") if "--" in argv else len(argv)
+    before, after = argv[:end], argv[end + 1 :]
     parser = make_parser(before[:1])
     args, rest = parser.parse_known_args(before)
-    # argparse takes positional words in one run only: those after a flag are left over.
-    if any(word.startswith("-") for word in rest) or ((rest or after) and not hasattr(args, "words")):
+    # argparse takes positionals in one run only: those after a flag are left over.
+    if any(arg.startswith("-") for arg in rest) or ((rest or after) and not hasattr(args, "positionals")):
         getattr(args, "refuse", parser.error)(f"unrecognized arguments: {' '.join(rest or after)}")
     if rest or after:
-        args.words = [*args.words, *rest, *after]
+        args.positionals = [*args.positionals, *rest, *after]
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    words = sys.argv[1:] if argv is None else argv
+    argv = sys.argv[1:] if argv is None else argv
     # The deepspeed launcher inserts --local_rank=N; ranks come from the environment.
-    words = [word for word in words if not re.fullmatch(r"--local[_-]rank=\d+", word)]
-    args = _parse(words)
+    argv = [arg for arg in argv if not re.fullmatch(r"--local[_-]rank=\d+", arg)]
+    args = _parse(argv)
     try:
         code: int = args.action(args)
     except (UserError, RunError) as error:

@@ -37,16 +37,16 @@ class Finding:
 
     verdict: Verdict
     name: str
-    found: str
+    observation: str
     remedy: str = ""
 
     def __str__(self) -> str:
         remedy = f"\n      -> {self.remedy}" if self.remedy and self.verdict != "OK" else ""
-        return f"{self.verdict:<5} {self.name:<14} {self.found}{remedy}"
+        return f"{self.verdict:<5} {self.name:<14} {self.observation}{remedy}"
 
 
-def _judge(good: bool, name: str, found: str, remedy: str, otherwise: Verdict = "WARN") -> Finding:
-    return Finding("OK" if good else otherwise, name, found, remedy)
+def _judge(good: bool, name: str, observation: str, remedy: str, otherwise: Verdict = "WARN") -> Finding:
+    return Finding("OK" if good else otherwise, name, observation, remedy)
 
 
 def check_software() -> list[Finding]:
@@ -61,8 +61,8 @@ def check_software() -> list[Finding]:
         findings.append(Finding("OK", "NCCL", ".".join(map(str, torch.cuda.nccl.version()))))
     else:
         remedy = "install the CUDA build of torch for this driver, and check CUDA_VISIBLE_DEVICES"
-        found = "no GPU that torch can use: training runs on CPU, over gloo"
-        findings.append(_judge(not has_gpus, "CUDA", found, remedy, "FAIL"))
+        observation = "no GPU that torch can use: training runs on CPU, over gloo"
+        findings.append(_judge(not has_gpus, "CUDA", observation, remedy, "FAIL"))
     compiler = shutil.which("c++") or shutil.which("g++")
     remedy = "train.compile=true on CPU needs a C++ compiler: install g++, or leave it off"
     findings.append(_judge(compiler is not None, "compiler", compiler or "no C++ compiler", remedy))
@@ -76,11 +76,11 @@ def _deepspeed(cuda: bool) -> Finding:
         return Finding("FAIL", "deepspeed", "not installed", "pip install -c constraints.txt -e .")
     nvcc = shutil.which("nvcc") or (os.path.join(os.environ.get("CUDA_HOME", ""), "bin", "nvcc"))
     builds = not cuda or os.path.exists(nvcc)
-    found = f"{version}, " + (
+    observation = f"{version}, " + (
         "no CUDA ops to build" if not cuda else nvcc if builds else "no nvcc to build its ops with"
     )
     remedy = "its fused ops are built at first use: load a CUDA module that sets CUDA_HOME and matches torch's CUDA"
-    return _judge(builds, "deepspeed", found, remedy)
+    return _judge(builds, "deepspeed", observation, remedy)
 
 
 def check_limits() -> list[Finding]:
@@ -95,8 +95,8 @@ def check_limits() -> list[Finding]:
     threads = os.environ.get("OMP_NUM_THREADS")
     cores = len(os.sched_getaffinity(0))
     remedy = "export OMP_NUM_THREADS=1 where several ranks share a node's cores"
-    found = f"{cores} cores for this rank, OMP_NUM_THREADS {threads or 'not set'}"
-    findings.append(_judge(threads is not None or cores == 1, "threads", found, remedy))
+    observation = f"{cores} cores for this rank, OMP_NUM_THREADS {threads or 'not set'}"
+    findings.append(_judge(threads is not None or cores == 1, "threads", observation, remedy))
     return findings
 
 
@@ -120,8 +120,8 @@ def check_folder(folder: str, name: str) -> list[Finding]:
     findings = [_judge(same, name, shown, remedy, "FAIL")]
     if storage.is_local(folder):
         remedy = "set the clocks (chronyd or ntpd): logs and the end of a job are told by them"
-        found = f"the file system's clock is {skew:.1f} s off this machine's"
-        findings.append(_judge(skew < _SKEW_SECONDS, "clock", found, remedy))
+        observation = f"the file system's clock is {skew:.1f} s off this machine's"
+        findings.append(_judge(skew < _SKEW_SECONDS, "clock", observation, remedy))
         findings.append(_disk(storage.local_path(folder)))
     return findings
 
@@ -164,8 +164,8 @@ def _gloo(world: World) -> Finding:
     problem = distributed.problems(problem, distributed.device(world))
     mine = os.environ.get(network.GLOO, "the address of this machine's name")
     over = ", ".join(sorted(set(distributed.gather_objects(mine, world))))
-    found = f"{world.size} ranks over {over}" + (f": {problem}" if problem else f" in {seconds * 1000:.0f} ms")
-    return _judge(not problem, "gloo", found, _naming_an_interface(), "FAIL")
+    observation = f"{world.size} ranks over {over}" + (f": {problem}" if problem else f" in {seconds * 1000:.0f} ms")
+    return _judge(not problem, "gloo", observation, _naming_an_interface(), "FAIL")
 
 
 def _naming_an_interface() -> str:
@@ -193,9 +193,9 @@ def _shared(world: World, folder: str) -> Finding:
     seen = sum(entry.startswith(name) for entry in storage.list_names(folder))
     distributed.barrier()
     problem = problem or distributed.error_of(lambda: storage.remove(ours))
-    found = problem or f"{seen} of {world.size} ranks' files seen"
+    observation = problem or f"{seen} of {world.size} ranks' files seen"
     remedy = "the run folder must lie on a file system that all nodes share, or in an object store"
-    return _judge(seen == world.size and not problem, "shared folder", found, remedy, "FAIL")
+    return _judge(seen == world.size and not problem, "shared folder", observation, remedy, "FAIL")
 
 
 def check_two_local_ranks(folder: str) -> list[Finding]:
@@ -217,17 +217,17 @@ def check_two_local_ranks(folder: str) -> list[Finding]:
         for rank in (0, 1)
     ]
     try:
-        words = [rank.communicate(timeout=2 * _PATIENCE) for rank in ranks]
+        outputs = [rank.communicate(timeout=2 * _PATIENCE) for rank in ranks]
     except subprocess.TimeoutExpired:
-        words = [("", "no answer")]
+        outputs = [("", "no answer")]
     finally:
         for rank in ranks:
             rank.kill()
     if all(rank.returncode == 0 for rank in ranks):
-        return [Finding("OK", *line.split("\t")) for line in words[0][0].splitlines() if "\t" in line]
-    last = words[0][1].strip().splitlines()[-1:]
-    found = f"two processes on this machine do not reach each other: {(*last, words[0][0].strip())[0]}"
-    return [Finding("FAIL", "all-reduce", found, f"check MASTER_ADDR and firewalls; {_naming_an_interface()}")]
+        return [Finding("OK", *line.split("\t")) for line in outputs[0][0].splitlines() if "\t" in line]
+    last = outputs[0][1].strip().splitlines()[-1:]
+    observation = f"two processes on this machine do not reach each other: {(*last, outputs[0][0].strip())[0]}"
+    return [Finding("FAIL", "all-reduce", observation, f"check MASTER_ADDR and firewalls; {_naming_an_interface()}")]
 
 
 def examine(folder: str, url: str | None, world: World) -> bool:
@@ -274,7 +274,7 @@ def _as_one_of_two(folder: str) -> int:
     """What `check_two_local_ranks` starts."""
     world = distributed.detect()
     findings = [finding for finding in check_ranks(world, folder) if finding.name in ("all-reduce", "gloo")]
-    print("\n".join(f"{finding.name}\t{finding.found}" for finding in findings))
+    print("\n".join(f"{finding.name}\t{finding.observation}" for finding in findings))
     distributed.shutdown()
     return int(_failed(findings))
 

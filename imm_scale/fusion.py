@@ -43,11 +43,11 @@ def gpu_compiles() -> bool:
 def override(compiled: bool) -> Iterator[None]:
     """Compiles, or does not, whatever the device: to count and to compare."""
     global _override
-    kept, _override = _override, compiled
+    previous, _override = _override, compiled
     try:
         yield
     finally:
-        _override = kept
+        _override = previous
 
 
 def fused(dynamic: bool = False) -> Callable[[Callable[P, T]], Callable[P, T]]:

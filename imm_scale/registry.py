@@ -35,10 +35,10 @@ class Registry:
 
     def add(self, name: str, cls: Class) -> Class:
         """Raises UserError for a taken name, or a class that lacks a part of the protocol."""
-        taken = self._classes.get(name)
-        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+        existing = self._classes.get(name)
+        if existing is not None and (existing.__module__, existing.__qualname__) != (cls.__module__, cls.__qualname__):
             raise UserError(
-                f"{cls.__module__} registers the {self.kind} {name!r}, a name of {taken.__module__}: choose another"
+                f"{cls.__module__} registers the {self.kind} {name!r}, a name of {existing.__module__}: choose another"
             )
         config = getattr(cls, "Config", None)
         if not (isinstance(config, type) and issubclass(config, self._config)):

@@ -29,7 +29,7 @@ _JOB_OPTIONS: dict[str, dict[str, Any]] = {
 
 def _add_submit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "words",
+        "positionals",
         nargs="*",
         metavar="RECIPE | FILE.yaml | key=value",
         help="a run, as `imm-scale train` takes it; or encode -- OPTION...; or evaluate RUN key=value... -- OPTION...",

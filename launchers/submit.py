@@ -31,7 +31,7 @@ def submit(job: Job, text: str) -> int:
 def _train(args: argparse.Namespace, cluster: Cluster) -> int:
     if args.array is not None:
         raise UserError(f"--array {args.array}: a run is one job; imm-scale sweep submits arrays of runs")
-    config = configs.load_words(args.words).config
+    config = configs.load_words(args.positionals).config
     run_dir = config.run_dir
     output = _pattern(storage.join(storage.local_path(run_dir), "logs")) if storage.is_local(run_dir) else "logs"
     job = _job(args, "train", config.run.name, os.path.join(os.path.abspath(output), "slurm-%j.out"))
@@ -92,7 +92,7 @@ def _encode(args: argparse.Namespace, cluster: Cluster) -> int:
 
 
 def _evaluate(args: argparse.Namespace, cluster: Cluster) -> int:
-    if not args.words:
+    if not args.positionals:
         raise UserError("evaluate needs the folder of a run: imm-scale submit evaluate runs/my_run")
     return _other(args, cluster, "evaluate")
 
@@ -113,16 +113,17 @@ def _other(args: argparse.Namespace, cluster: Cluster, kind: Kind) -> int:
 def _job(args: argparse.Namespace, kind: Kind, name: str, output: str) -> Job:
     fields = {field.name for field in dataclasses.fields(Job)} - {"kind", "tasks", "name", "output"}
     options = {key: value for key, value in vars(args).items() if key in fields}
-    return Job(kind=kind, tasks=(tuple(args.words),), name=args.name or name, output=output, **options)
+    return Job(kind=kind, tasks=(tuple(args.positionals),), name=args.name or name, output=output, **options)
 
 
 def run(args: argparse.Namespace) -> int:
     """`imm-scale submit`: the first word says what, where it is not a run. Raises UserError."""
-    kind, *arguments = args.words if args.words[:1] and args.words[0] in _KINDS else ["train", *args.words]
+    given = args.positionals
+    kind, *arguments = given if given[:1] and given[0] in _KINDS else ["train", *given]
     folder, code = snapshot.job_folders()
     if code is None and os.path.realpath(os.getcwd()) != os.path.realpath(folder):
         raise UserError(f"this runs from the checkout, as the job will: cd {folder}")
-    args.words = arguments
+    args.positionals = arguments
     return _KINDS[kind](args, clusters.load(args.cluster or os.environ.get("IMM_CLUSTER", "default")))
 
 

@@ -17,7 +17,7 @@ def run(context: Context, report: Report) -> None:
         else:
             report.figure(name, value if isinstance(value, float | int) else str(value))
     for finding in doctor.check_software():
-        report.figure(f"doctor: {finding.name}", f"{finding.verdict} {finding.found}")
+        report.figure(f"doctor: {finding.name}", f"{finding.verdict} {finding.observation}")
         report.check(f"doctor: {finding.name} can be trained with", finding.verdict != "FAIL", equals=True)
     _missing(context, report)
     world.init(World())

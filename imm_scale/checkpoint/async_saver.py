@@ -86,7 +86,7 @@ class Saver:
         self._plan, self._world, self._engine, self._lock = plan, world, engine, lock
         self._tally = tally or SaveTally()
         # Made once: writing YAML and asking for versions takes longer than the copy of a small state.
-        self._words = (configs.to_yaml(plan.config), plan.spec.to_json(), run_folder.versions())
+        self._fixed_meta = (configs.to_yaml(plan.config), plan.spec.to_json(), run_folder.versions())
         self._copy = HostCopy(slices)
         engine.before_update = self._copy.taken.wait
         self._staging = staging_folder(plan.config, world.rank)
@@ -235,7 +235,7 @@ class Saver:
         run_folder.write_progress(config.run_dir, step=meta.step, images_seen=meta.images_seen)
 
     def _meta(self, step: int, images_seen: int, skipped: Ranges, guards: Mapping[str, Any]) -> Meta:
-        loss_scale, (config, spec, versions) = self._engine.loss_scale, self._words
+        loss_scale, (config, spec, versions) = self._engine.loss_scale, self._fixed_meta
         return Meta(
             step=step,
             images_seen=images_seen,

@@ -65,6 +65,21 @@ def ema_state(checkpoint: Checkpoint, ema: float | None) -> str:
     return state
 
 
+def warnings(source: str, ema: float | None = None, step: int | None = None) -> list[str]:
+    """What a user of these weights must know, one sentence each: an average that is young. Takes what `read` takes."""
+    if is_export(source):
+        return []
+    warning = averages.warning(_checkpoint(source, step), ema)
+    return [warning] if warning else []
+
+
+def _checkpoint(source: str, step: int | None) -> Checkpoint:
+    """Of a run folder or the folder of a checkpoint."""
+    if is_checkpoint(source):
+        return Checkpoint(source)
+    return Checkpoint.latest(source) if step is None else Checkpoint.of_step(source, step)
+
+
 def read(source: str, ema: float | None = None, step: int | None = None) -> tuple[ModelSpec, dict[str, Tensor]]:
     """Spec and fp32 weights of a run folder (its newest checkpoint, or that of `step`), a checkpoint, or an export.
 
@@ -77,10 +92,7 @@ def read(source: str, ema: float | None = None, step: int | None = None) -> tupl
         return _read_file(source)
     if _is_folder(source):
         return _read_folder(source)
-    if is_checkpoint(source):
-        checkpoint = Checkpoint(source)
-    else:
-        checkpoint = Checkpoint.latest(source) if step is None else Checkpoint.of_step(source, step)
+    checkpoint = _checkpoint(source, step)
     state = ema_state(checkpoint, ema)  # reads the config, whose plugins the spec may need
     return ModelSpec.from_json(checkpoint.meta.spec), checkpoint.weights(state)
 
@@ -188,5 +200,4 @@ def _write_tensors(weights: dict[str, Tensor], url: str, metadata: dict[str, str
     with tempfile.TemporaryDirectory() as temporary:
         path = os.path.join(temporary, "weights.safetensors")
         save_file({name: value.contiguous() for name, value in weights.items()}, path, metadata)
-        with open(path, "rb") as file:
-            storage.write_bytes(url, file.read())
+        storage.write_file(url, path)

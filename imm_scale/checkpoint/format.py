@@ -216,7 +216,7 @@ def prune(run_dir: str, step: int, keep_last: int, keep_every: int | None) -> No
 
     Newer ones are damaged, or the run would not have come back to `step`: they neither count nor go.
     """
-    for old in [found for found in committed_steps(run_dir) if found <= step][:-keep_last]:
+    for old in [committed for committed in committed_steps(run_dir) if committed <= step][:-keep_last]:
         if keep_every is None or old % keep_every:
             remove(folder(run_dir, old))
 
@@ -358,13 +358,13 @@ def _tensor_places(url: str) -> dict[str, int]:
 def load_into(tensors: Sequence[tuple[str, str, int, Tensor]], checkpoint: Checkpoint) -> None:
     """Fills (state, parameter, offset, flat tensor) targets in place; many at once from a store that answers slowly."""
 
-    def fill(wanted: tuple[str, str, int, Tensor]) -> None:
-        state, name, offset, target = wanted
+    def fill(piece: tuple[str, str, int, Tensor]) -> None:
+        state, name, offset, target = piece
         target.copy_(checkpoint.read(state, name, offset, target.numel()))
 
     if storage.is_local(checkpoint.url):
-        for wanted in tensors:
-            fill(wanted)
+        for piece in tensors:
+            fill(piece)
         return
     where = next((target.device for *_, target in tensors if target.is_cuda), torch.device("cpu"))
     with ThreadPoolExecutor(_READERS, initializer=devices.use_device, initargs=(where,)) as pool:

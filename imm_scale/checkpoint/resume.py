@@ -51,7 +51,7 @@ def _manifest_hash(run_dir: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class Found:
+class ResumePoint:
     """Where a run goes on: at a checkpoint, or at step 0 where there is none; and what was skipped, and why."""
 
     checkpoint: Checkpoint | None
@@ -63,7 +63,7 @@ class Found:
         return 0 if self.checkpoint is None else self.checkpoint.meta.step
 
 
-def find(config: Config, world: World) -> Found:
+def find(config: Config, world: World) -> ResumePoint:
     """The newest intact checkpoint of the run folder, the same on every rank; ranks share the work of hashing it.
 
     Raises:
@@ -76,22 +76,22 @@ def find(config: Config, world: World) -> Found:
     ]
     steps = checkpoints.committed_steps(run_dir)
     for step in reversed(steps):
-        found, problem = None, ""
+        checkpoint, problem = None, ""
         try:
-            found = Checkpoint.of_step(run_dir, step)
-            problem = ", ".join(found.damaged_files(world.rank, world.size))
+            checkpoint = Checkpoint.of_step(run_dir, step)
+            problem = ", ".join(checkpoint.damaged_files(world.rank, world.size))
         except DamagedCheckpointError as error:
             problem = str(error)
         problem = distributed.problems(problem, device)
         if not problem:
-            return Found(found, passed_over)
+            return ResumePoint(checkpoint, passed_over)
         passed_over.append(f"checkpoint of step {step} is skipped, it is damaged: {problem}")
     if steps and not config.run.from_scratch:
         raise UserError(
             f"{run_dir} holds checkpoints, but none is intact:\n  " + "\n  ".join(passed_over) + "\nRestore a file, "
             "choose another run.dir, or start at step 0 on purpose: run.from_scratch=true"
         )
-    return Found(None, passed_over)
+    return ResumePoint(None, passed_over)
 
 
 # --- what it holds ---
@@ -120,8 +120,8 @@ def restore(checkpoint: Checkpoint, engine: Engine, ema: ShardedEma) -> None:
         UserError: what arrived is not what was saved.
     """
     meta, slices = checkpoint.meta, list(engine.held_slices())
-    held = [(state, part, tensor) for part in slices for state, tensor in part.states.items()]
-    checkpoints.load_into([(state, part.name, part.offset, tensor) for state, part, tensor in held], checkpoint)
+    targets = [(state, part, tensor) for part in slices for state, tensor in part.states.items()]
+    checkpoints.load_into([(state, part.name, part.offset, tensor) for state, part, tensor in targets], checkpoint)
     engine.publish_weights()
     engine.set_optimizer_steps(meta.optimizer_steps)
     if engine.loss_scale is not None and meta.loss_scale is not None:

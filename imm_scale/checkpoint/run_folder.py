@@ -89,9 +89,9 @@ class MetricsLog:
         self._local = storage.is_local(run_dir)
         self._unwritten: list[Record] = []
         if self._local:
-            kept = _lines(record for record in read_metrics(run_dir) if record["step"] <= step)
-            storage.write_text(storage.join(run_dir, METRICS), kept)
-            self._size, self._told = len(kept.encode()), False
+            text = _lines(record for record in read_metrics(run_dir) if record["step"] <= step)
+            storage.write_text(storage.join(run_dir, METRICS), text)
+            self._size, self._warned = len(text.encode()), False
         else:
             segments = storage.join(run_dir, _SEGMENTS)
             for name in storage.list_names(segments):
@@ -113,11 +113,11 @@ class MetricsLog:
                 file.truncate()
                 file.write(data)
         except OSError as error:
-            if not self._told:
+            if not self._warned:
                 log.warning("%s cannot be written, its records wait in memory: %s", METRICS, error)
-            self._told = True
+            self._warned = True
             return
-        self._size, self._unwritten, self._told = self._size + len(data), [], False
+        self._size, self._unwritten, self._warned = self._size + len(data), [], False
 
     def commit(self, step: int) -> None:
         """Call after the checkpoint of that step is committed; the records up to it are kept from then on.

@@ -28,10 +28,10 @@ class Command:
     description: str = ""
 
 
-def add_config_words(parser: argparse.ArgumentParser) -> None:
-    """The words `config.load_words` reads."""
+def add_config_args(parser: argparse.ArgumentParser) -> None:
+    """The arguments `config.load_words` reads."""
     parser.add_argument(
-        "words",
+        "positionals",
         nargs="*",
         metavar="RECIPE | FILE.yaml | key=value",
         help="names of recipes that come along, YAML files of your own, then dotted overrides",
@@ -41,7 +41,7 @@ def add_config_words(parser: argparse.ArgumentParser) -> None:
 def numbers(text: str | None, flag: str) -> tuple[float, ...]:
     """The numbers of "1,1.5,2"; none for None. Raises UserError."""
     try:
-        return tuple(float(word) for word in text.split(",")) if text else ()
+        return tuple(float(item) for item in text.split(",")) if text else ()
     except ValueError as error:
         raise UserError(f"{flag} {text}: give numbers, as in 1,1.5,2") from error
 

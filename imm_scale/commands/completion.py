@@ -12,14 +12,14 @@ SHELLS = ("bash", "zsh", "fish")
 
 # What stands in the place of a word, by the argument's name. `_CONFIG` and the like are functions of the scripts.
 _FUNCTIONS = {"bash": "_imm_scale_{}", "zsh": "_imm_scale_{}", "fish": "(_imm_scale_{})"}
-_WORDS = {"words": "config", "sweep": "sweep", "cluster": "cluster", "gpu": "gpu", "link": "link"}
+_COMPLETED_BY = {"positionals": "config", "sweep": "sweep", "cluster": "cluster", "gpu": "gpu", "link": "link"}
 _FILES = ("source", "out", "manifest", "labels", "file", "reference", "make_reference", "page", "adopt")
 _FOLDERS = ("run", "runs", "images", "dir", "vae", "figures", "gallery")
 
 # Each offers the words, and files of the user's beside them. After the "=" of a key and the "/" of a folder no space
 # belongs.
 _BASH = """_imm_scale_{name}() {{
-  compgen -W "{words}" -- "$1"
+  compgen -W "{candidates}" -- "$1"
   compgen -f -X '!*.yaml' -- "$1"
   compgen -d -S / -- "$1"
 }}"""
@@ -29,7 +29,7 @@ _ZSH = """_imm_scale_{name}() {{
   _files -g '*.(yaml|yml)'
 }}"""
 _FISH = """function _imm_scale_{name}
-  printf '%s\\n' {words}
+  printf '%s\\n' {candidates}
   __fish_complete_suffix .yaml
 end"""
 _TEMPLATES = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
@@ -54,7 +54,7 @@ def _config_keys() -> list[str]:
     return sorted(keys)
 
 
-def _words() -> dict[str, Sequence[str]]:
+def _candidates() -> dict[str, Sequence[str]]:
     from imm_scale.planner import hardware
 
     return {
@@ -68,11 +68,13 @@ def _words() -> dict[str, Sequence[str]]:
 
 def _functions(shell: str) -> str:
     texts = []
-    for name, words in _words().items():
-        keys = [word for word in words if word.endswith("=")]
-        plain = [word for word in words if word not in keys]
+    for name, candidates in _candidates().items():
+        keys = [candidate for candidate in candidates if candidate.endswith("=")]
+        plain = [candidate for candidate in candidates if candidate not in keys]
         texts.append(
-            _TEMPLATES[shell].format(name=name, words=" ".join(words), plain=" ".join(plain), keys=" ".join(keys))
+            _TEMPLATES[shell].format(
+                name=name, candidates=" ".join(candidates), plain=" ".join(plain), keys=" ".join(keys)
+            )
         )
     return "\n".join(texts)
 
@@ -92,16 +94,16 @@ def script(shell: str) -> str:
 
     parser = table.make_parser(table.COMMANDS)
     for action in _actions(parser):
-        if action.dest in _WORDS:
-            name = _WORDS[action.dest]
+        if action.dest in _COMPLETED_BY:
+            name = _COMPLETED_BY[action.dest]
             action.complete = {key: form.format(name) for key, form in _FUNCTIONS.items()}  # type: ignore[attr-defined]
         elif action.dest in _FILES:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
         elif action.dest in _FOLDERS:
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
-    made: str = shtab.complete(parser, shell, preamble=_functions(shell))
+    text: str = shtab.complete(parser, shell, preamble=_functions(shell))
     # For an argument of many words shtab writes what zsh reads as one word that excludes all others.
-    return re.sub(r'"\(\*\)::?', '"*:', made) if shell == "zsh" else made + (_BASH_END if shell == "bash" else "")
+    return re.sub(r'"\(\*\)::?', '"*:', text) if shell == "zsh" else text + (_BASH_END if shell == "bash" else "")
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

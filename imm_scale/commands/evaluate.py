@@ -33,15 +33,15 @@ def _run(args: argparse.Namespace) -> int:
     from imm_scale.parallel import world
 
     precision.set_tf32(False)  # but where a key allows it
-    # Flags with several words, and argparse where a flag stands first, take words that are meant for others.
-    gallery = tuple(word for word in args.gallery or () if not configs.is_override(word))
-    given = [args.source, *(args.search or ()), *(args.gallery or ()), *args.words]
-    words = [word for word in given if word is not None]
-    settings = [word for word in words if configs.is_override(word)]
-    search = tuple(word for word in settings if args.search and word.partition("=")[0] in ("guidance", "steps"))
-    bare = [word for word in words if word not in settings and word not in gallery]
+    # Flags with several values, and argparse where a flag stands first, take tokens that are meant for others.
+    gallery = tuple(token for token in args.gallery or () if not configs.is_override(token))
+    values = [args.source, *(args.search or ()), *(args.gallery or ()), *args.positionals]
+    tokens = [token for token in values if token is not None]
+    settings = [token for token in tokens if configs.is_override(token)]
+    search = tuple(token for token in settings if args.search and token.partition("=")[0] in ("guidance", "steps"))
+    bare = [token for token in tokens if token not in settings and token not in gallery]
     source = bare[0] if bare else None
-    args.words = [word for word in settings if word not in search] + bare[1:]
+    args.positionals = [token for token in settings if token not in search] + bare[1:]
     arguments = command.Arguments(
         source=source,
         guidance=numbers(args.guidance, "--guidance"),

@@ -6,13 +6,13 @@ from imm_scale.commands.base import Command
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("words", nargs="*", metavar="KEY | RECIPE | FILE.yaml | key=value")
+    parser.add_argument("positionals", nargs="*", metavar="KEY | RECIPE | FILE.yaml | key=value")
 
 
 def _run(args: argparse.Namespace) -> int:
     from imm_scale import config as configs
 
-    files, overrides, keys = configs.split_words(args.words)
+    files, overrides, keys = configs.split_args(args.positionals)
     loaded = configs.load(files, overrides)
     print("\n\n".join(configs.explain(key, loaded) for key in keys) if keys else configs.overview(loaded))
     return 0

@@ -3,12 +3,12 @@
 import argparse
 import json
 
-from imm_scale.commands.base import Command, add_config_words
+from imm_scale.commands.base import Command, add_config_args
 from imm_scale.planner import hardware
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_words(parser)
+    add_config_args(parser)
     parser.add_argument("--nodes", type=int, default=1, help="default 1")
     parser.add_argument("--gpus-per-node", type=int, default=1, help="default 1")
     parser.add_argument("--gpu", required=True, help=f"one of {', '.join(hardware.GPUS)}")
@@ -21,16 +21,17 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from imm_scale import config as configs
-    from imm_scale.planner import estimate, text
+    from imm_scale.planner import estimate as planner
+    from imm_scale.planner import text
 
-    config = configs.load_words(args.words).config
-    found = estimate.estimate(config, args.nodes, args.gpus_per_node, args.gpu, args.link)
+    config = configs.load_words(args.positionals).config
+    estimate = planner.estimate(config, args.nodes, args.gpus_per_node, args.gpu, args.link)
     if args.json:
-        print(json.dumps(estimate.as_dict(found), indent=2))
+        print(json.dumps(planner.as_dict(estimate), indent=2))
         return 0
-    print(text.render(config, found, [] if found.fits else estimate.suggest(config, found)))
+    print(text.render(config, estimate, [] if estimate.fits else planner.suggest(config, estimate)))
     if args.compare:
-        print("\n" + text.compare(config, found))
+        print("\n" + text.compare(config, estimate))
     return 0
 
 

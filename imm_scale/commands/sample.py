@@ -21,16 +21,17 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     from imm_scale import precision
     from imm_scale.parallel import world as distributed
-    from imm_scale.sampling import job, source
+    from imm_scale.sampling import job
+    from imm_scale.sampling import source as sources
 
     precision.set_tf32(False)  # but where a key allows it
-    found = source.find(args.source).at_newest()
-    config = source.config_of(found, overrides(args)).sampling
+    source = sources.find(args.source).at_newest()
+    config = sources.config_of(source, overrides(args)).sampling
     guidance = numbers(args.guidance, "--guidance") or (config.guidance_scale,)
-    request = job.Request(args.out or job.folder_of(found), guidance, tuple(args.format.split(",")), args.latents)
+    request = job.Request(args.out or job.folder_of(source), guidance, tuple(args.format.split(",")), args.latents)
     world = distributed.detect()
     distributed.init(world)
-    job.run(found, config, request, world, say)
+    job.run(source, config, request, world, say)
     distributed.shutdown()
     return 0
 

@@ -8,7 +8,7 @@ from imm_scale.errors import UserError
 def add_sampling_flags(parser: argparse.ArgumentParser, section: str) -> None:
     """The flags; those that both sections of the config have set the key of `section`."""
     parser.set_defaults(section=section)
-    parser.add_argument("words", nargs="*", metavar="key=value", help="overrides of the run's config")
+    parser.add_argument("positionals", nargs="*", metavar="key=value", help="overrides of the run's config")
     parser.add_argument("--steps", help="step counts, as in 1,2,4,8")
     parser.add_argument("--num", type=int, help="samples per step count")
     parser.add_argument("--seed", type=int, help="seed of the starting noise")
@@ -27,7 +27,7 @@ def overrides(args: argparse.Namespace) -> list[str]:
     """What the flags and the key=value words set. Raises UserError."""
     from imm_scale import config as configs
 
-    wrong = [word for word in args.words if not configs.is_override(word)]
+    wrong = [arg for arg in args.positionals if not configs.is_override(arg)]
     if wrong:
         raise UserError(f"{wrong[0]!r} is not an override (key=value)")
     flags = {
@@ -47,4 +47,4 @@ def overrides(args: argparse.Namespace) -> list[str]:
     }
     if args.num is not None and args.labels is not None and ":" in args.labels:
         raise UserError(f"--num {args.num} beside --labels {args.labels}: the counts say how many, leave --num out")
-    return [f"{key}={value}" for key, value in flags.items() if value is not None] + args.words
+    return [f"{key}={value}" for key, value in flags.items() if value is not None] + args.positionals

@@ -2,11 +2,11 @@
 
 import argparse
 
-from imm_scale.commands.base import EXIT_PREEMPTED, Command, add_config_words
+from imm_scale.commands.base import EXIT_PREEMPTED, Command, add_config_args
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_words(parser)
+    add_config_args(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and what it means, then stop")
     parser.add_argument("--world-size", type=int, help="ranks to assume for --dry-run")
 
@@ -14,7 +14,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     from imm_scale import config as configs
 
-    loaded = configs.load_words(args.words)
+    loaded = configs.load_words(args.positionals)
     from imm_scale import preflight
     from imm_scale.parallel import world
     from imm_scale.training import trainer

@@ -24,6 +24,8 @@ def _export(args: argparse.Namespace) -> int:
     from imm_scale.checkpoint import export
 
     export.export(args.run, args.out, args.ema, format=args.format)
+    for warning in export.warnings(args.run, args.ema):
+        print(f"warning: {warning}")
     print(args.out)
     return 0
 

@@ -12,7 +12,7 @@ from imm_scale.config.load import (
     load_text,
     load_words,
     settings_of,
-    split_words,
+    split_args,
     to_yaml,
 )
 from imm_scale.config.moved import renamed
@@ -36,7 +36,7 @@ __all__ = [
     "overview",
     "renamed",
     "settings_of",
-    "split_words",
+    "split_args",
     "to_yaml",
     "validate",
 ]

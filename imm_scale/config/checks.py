@@ -100,13 +100,13 @@ def _metric_config(settings: Any) -> MetricConfig:
         raise UserError(f"evaluation.metrics: {settings!r} is neither a name nor a mapping with a name")
     config = METRICS.config(str(settings["name"]))
     try:
-        made: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), dict(settings)))
+        metric_config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), dict(settings)))
     except OmegaConfBaseException as error:
         has = ", ".join(flatten(config()))
         raise UserError(
             f"evaluation.metrics: {settings}: {str(error).splitlines()[0]}; {settings['name']} has {has}"
         ) from error
-    return made
+    return metric_config
 
 
 def validate(config: Config) -> None:

@@ -77,21 +77,21 @@ def flatten(config: Any) -> dict[str, Any]:
 
 def sections_of(keys: Mapping[str, Any]) -> set[str]:
     """Every section that holds one of these keys, inner ones too."""
-    found = set()
+    sections = set()
     for key in keys:
         while "." in key:
             key = key.rpartition(".")[0]
-            found.add(key)
-    return found
+            sections.add(key)
+    return sections
 
 
 def all_sections() -> set[str]:
     """Sections under whatever choices; a section of one method stands beside those of all others."""
-    found = sections_of(entries(Config()))
+    sections = sections_of(entries(Config()))
     for section, registry in UNIONS.items():
         for name in registry.names():
-            found |= sections_of({entry.key: entry for entry in _walk(registry.config(name)(), f"{section}.")})
-    return found
+            sections |= sections_of({entry.key: entry for entry in _walk(registry.config(name)(), f"{section}.")})
+    return sections
 
 
 def is_section(key: str) -> bool:

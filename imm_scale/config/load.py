@@ -176,8 +176,8 @@ def _apply(config: Config, settings: Sequence[Setting]) -> Config:
     for setting in used:
         check_key(setting.key, setting.origin, known, config)
     _say_what_moved(settings)
-    made: Config = OmegaConf.to_object(_merged(config, used, known))  # type: ignore[assignment]
-    return made
+    resolved: Config = OmegaConf.to_object(_merged(config, used, known))  # type: ignore[assignment]
+    return resolved
 
 
 _typed: list[tuple[Config, Any]] = []  # the last config and its node: the variants of a sweep share their base
@@ -235,33 +235,33 @@ def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Loaded:
 
 
 def _loaded(settings: list[Setting], overrides: Sequence[str]) -> Loaded:
-    words = [_parse_override(text) for text in overrides]
-    for word in words:
-        if word.key == "plugins":
-            load_plugins(word.value)
-    settings = settings + words
+    parsed = [_parse_override(text) for text in overrides]
+    for setting in parsed:
+        if setting.key == "plugins":
+            load_plugins(setting.value)
+    settings = settings + parsed
     config = _apply(Config(), settings)
     validate(config)
     return Loaded(config, {setting.key: setting.origin for setting in settings})
 
 
-def is_override(word: str) -> bool:
-    """Whether a word is key=value: a path may hold = too, behind a slash."""
-    key, equals, _ = word.partition("=")
+def is_override(arg: str) -> bool:
+    """Whether an argument is key=value: a path may hold = too, behind a slash."""
+    key, equals, _ = arg.partition("=")
     return bool(equals) and "/" not in key
 
 
-def split_words(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """(config files, key=value overrides, other words) of a command line. The name of a recipe is its file."""
-    words = [shipped.find("recipe", word) or word for word in words]
-    files = [word for word in words if word.endswith((".yaml", ".yml"))]
-    overrides = [word for word in words if word not in files and is_override(word)]
-    return files, overrides, [word for word in words if word not in files and word not in overrides]
+def split_args(args: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """(config files, key=value overrides, other arguments) of a command line. The name of a recipe is its file."""
+    args = [shipped.find("recipe", arg) or arg for arg in args]
+    files = [arg for arg in args if arg.endswith((".yaml", ".yml"))]
+    overrides = [arg for arg in args if arg not in files and is_override(arg)]
+    return files, overrides, [arg for arg in args if arg not in files and arg not in overrides]
 
 
-def load_words(words: Sequence[str]) -> Loaded:
+def load_words(args: Sequence[str]) -> Loaded:
     """The config of `imm-scale train WORD...`. Raises UserError."""
-    files, overrides, others = split_words(words)
+    files, overrides, others = split_args(args)
     if others:
         recipes = shipped.known("recipe", others[0])
         raise UserError(
@@ -285,12 +285,12 @@ def changed(config: Config, settings: Mapping[str, Any], origin: str) -> Config:
     Raises:
         UserError: unknown key, wrong type or value.
     """
-    made = _apply(config, [_setting(key, value, origin) for key, value in settings.items()])
+    new_config = _apply(config, [_setting(key, value, origin) for key, value in settings.items()])
     try:
-        validate(made)
+        validate(new_config)
     except UserError as error:
         raise UserError(f"{origin}: {error}") from error
-    return made
+    return new_config
 
 
 def to_yaml(config: Config) -> str:

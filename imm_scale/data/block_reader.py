@@ -85,7 +85,7 @@ class BlockReader:
         data: list[bytes | memoryview | None] = [self._cached(target.block) for target in targets]
         if not any(data):
             data = self._read_joined(targets)
-        return [self._fill(target, found) for target, found in zip(targets, data, strict=True)]
+        return [self._fill(target, content) for target, content in zip(targets, data, strict=True)]
 
     def _place(self, block: int) -> tuple[int, int, int]:
         start = int(self._table.start[block])

@@ -49,7 +49,7 @@ class Window:
         threads: concurrent ranged reads.
         on_bad_block: stop with a BlockError, or replace its samples by those of another block.
         seed: decides by which.
-        held_blocks: blocks with samples that are never trained on, which replace no other.
+        held_out_blocks: blocks with samples that are never trained on, which replace no other.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class Window:
         threads: int,
         on_bad_block: OnBadBlock,
         seed: int,
-        held_blocks: frozenset[int] = frozenset(),
+        held_out_blocks: frozenset[int] = frozenset(),
     ) -> None:
-        self._held_blocks = held_blocks
+        self._held_out_blocks = held_out_blocks
         self._dataset, self._table, self._reader = dataset, table, reader
         self._visits, self._seed, self._on_bad_block = visits, seed, on_bad_block
         self._longest = int(table.size.max())
@@ -129,9 +129,9 @@ class Window:
         needed = 0
         while self._next.first <= until and (self._free or self._next.block in self._last_use):
             visit, self._next = self._next, next(self._visits)
-            held = visit.block in self._last_use
+            is_present = visit.block in self._last_use
             self._last_use[visit.block] = visit.last
-            if held:  # as the next epoch comes back to it: it simply stays
+            if is_present:  # as the next epoch comes back to it: it simply stays
                 continue
             slot, size = self._free.popleft(), int(self._table.size[visit.block])
             self._slot_of[visit.block] = slot
@@ -173,7 +173,7 @@ class Window:
             other = sample_order.replacement(target.block, attempt, blocks, self._seed)
             size = int(self._table.size[other])
             spare = Target(other, np.empty((size, *target.latents.shape[1:]), np.float16), np.empty(size, np.int64))
-            if other != target.block and other not in self._held_blocks and self._reader.read([spare]) == [None]:
+            if other != target.block and other not in self._held_out_blocks and self._reader.read([spare]) == [None]:
                 rows = np.arange(len(target.labels)) % size
                 target.latents[:], target.labels[:] = spare.latents[rows], spare.labels[rows]
                 self._reader.counters.add("skipped_blocks")

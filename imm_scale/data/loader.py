@@ -102,8 +102,8 @@ class Loader:
         self.manifest = self._dataset.manifest
         _check_flip(flip, self.manifest)
         self._space = space or Latents.of(LatentsConfig(), self.manifest)
-        self._held = sample_order.held_out(self._dataset.shard_samples, block_samples, seed, holdout)
-        self._num_samples = len(self._dataset) - len(self._held)
+        self._held_out = sample_order.held_out(self._dataset.shard_samples, block_samples, seed, holdout)
+        self._num_samples = len(self._dataset) - len(self._held_out)
         sample_order.clock(images_seen, layout.global_batch_size, self._num_samples)
         self._layout, self._device = layout, torch.device(device)
         self._positions = np.arange(groups.start * layout.particles, groups.stop * layout.particles)
@@ -124,7 +124,7 @@ class Loader:
             threads=threads,
             on_bad_block=reading.on_bad_block,
             seed=seed,
-            held_blocks=frozenset(self._table.block_of(self._held).tolist()),
+            held_out_blocks=frozenset(self._table.block_of(self._held_out).tolist()),
         )
         self.memory_bound_bytes = self._window.bound_bytes(threads) + self._batch_bytes()
         self._make_batch = BatchMaker(self._positions, layout, self._space, seed, self._device)
@@ -189,7 +189,7 @@ class Loader:
         first_epoch, skipped = divmod(first_step, steps)
         for epoch in itertools.count(first_epoch):
             order = sample_order.epoch_order(
-                self._dataset.shard_samples, self._block_samples, self._seed, epoch, self._held
+                self._dataset.shard_samples, self._block_samples, self._seed, epoch, self._held_out
             )
             indices = order[: batch_size * steps].reshape(batch_size, steps)[self._positions]
             yield epoch * steps, skipped, indices

@@ -167,11 +167,11 @@ def _checked(document: Any, target: type, where: str) -> dict[str, Any]:
     """The document as keyword arguments of a dataclass: exactly its fields, scalars of exactly its types."""
     if not isinstance(document, dict):
         raise UserError(f"{where} is {document!r}: an object with named fields is needed")
-    wanted = {field.name: field.type for field in fields(target)}
+    types = {field.name: field.type for field in fields(target)}
     for key in document:
-        if key not in wanted:
+        if key not in types:
             raise UserError(f"{where} has an unknown field {key!r}: remove it, or write the file again")
-    for key, kind in wanted.items():
+    for key, kind in types.items():
         if key not in document:
             raise UserError(f"{where} has no field {key!r}: write the file again with imm-scale encode")
         # A tuple is a JSON list, a nested dataclass is checked by its own call.

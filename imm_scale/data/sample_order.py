@@ -160,12 +160,12 @@ def held_out(shard_samples: list[int], block_samples: int, seed: int, holdout: f
 
 
 def epoch_order(
-    shard_samples: list[int], block_samples: int, seed: int, epoch: int, held: NDArray[np.int64] | None = None
+    shard_samples: list[int], block_samples: int, seed: int, epoch: int, excluded: NDArray[np.int64] | None = None
 ) -> NDArray[np.int64]:
     """The order of an epoch: (N,) global sample indices, blocks permuted, then samples inside each block.
 
     Args:
-        held: indices that are left out of it, as `held_out` gives them; the others keep their order.
+        excluded: indices that are left out of it, as `held_out` gives them; the others keep their order.
     """
     table = block_table(shard_samples, block_samples)
     num_samples = int(table.size.sum())
@@ -175,10 +175,10 @@ def epoch_order(
     sample_bits = rng.random_bits(seed, "sample_order", torch.arange(num_samples), stream=epoch).numpy()
     # One sort instead of two: the block's rank in the high bits, 32 of the 63 random bits below; a tie keeps order.
     order = np.argsort((np.repeat(rank_of_block, table.size) << 32) | (sample_bits >> 31), kind="stable")
-    if held is None or len(held) == 0:
+    if excluded is None or len(excluded) == 0:
         return order
     trained = np.ones(num_samples, bool)
-    trained[held] = False
+    trained[excluded] = False
     return order[trained[order]]
 
 

@@ -190,12 +190,12 @@ class ShardReader:
     def _check_sums(
         self, data: memoryview, offsets: list[int], length: int, expected: list[int], start: int, first: int
     ) -> None:
-        for i, (offset, wanted) in enumerate(zip(offsets, expected, strict=True)):
+        for i, (offset, recorded) in enumerate(zip(offsets, expected, strict=True)):
             actual = isal_zlib.crc32(data[offset : offset + length])
-            if actual != wanted:
+            if actual != recorded:
                 raise DamagedBlockError(
                     f"shard {self.url}: sample {start + i} at byte {first + offset} has crc32 {actual:08x}, "
-                    f"its index says {wanted:08x}: the file is damaged, copy or encode it again"
+                    f"its index says {recorded:08x}: the file is damaged, copy or encode it again"
                 )
 
 

@@ -84,8 +84,8 @@ class Collector:
             self._groups[number].add(output.features[group == number])
             if output.probabilities is not None:
                 self._classes[number].add(output.probabilities[group == number])
-        wanted = torch.isin(index, self._chosen)
-        self._kept[torch.searchsorted(self._chosen, index[wanted])] = output.features[wanted].float()
+        is_chosen = torch.isin(index, self._chosen)
+        self._kept[torch.searchsorted(self._chosen, index[is_chosen])] = output.features[is_chosen].float()
 
     def merge_ranks(self) -> Features:
         """Of all ranks, on every rank; some ranks may have had no samples."""

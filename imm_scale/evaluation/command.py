@@ -81,10 +81,10 @@ def _evaluate(arguments: Arguments, source: Source, config: Config, world: World
             sampling = dataclasses.replace(config.sampling, guidance_scale=scale)
             evaluator.evaluate(sampling, config.evaluation)
 
-    def prepare(found: Source) -> Callable[[], object]:
-        evaluator = Evaluator(found, config, world, announce)
+    def prepare(step_source: Source) -> Callable[[], object]:
+        evaluator = Evaluator(step_source, config, world, announce)
         if world.is_main:
-            announce(f"step {found.step}")
+            announce(f"step {step_source.step}")
         assert evaluator.model is not None  # read now, before the run removes it
         return lambda: at_all_scales(evaluator)
 
@@ -107,32 +107,32 @@ _MOST_POINTS = 10
 
 def _search(arguments: Arguments, evaluator: Evaluator, announce: Announce) -> None:
     config = evaluator.config
-    wanted = search.parse(arguments.search, config.evaluation.steps)
-    found = []
-    for steps in wanted.steps:
+    search_range = search.parse(arguments.search, config.evaluation.steps)
+    optima = []
+    for steps in search_range.steps:
         evaluation = dataclasses.replace(config.evaluation, steps=[steps])
 
         def measure(guidance: float, evaluation=evaluation) -> tuple[float, ...]:  # type: ignore[no-untyped-def]
             sampling = dataclasses.replace(config.sampling, guidance_scale=guidance)
             return tuple(evaluator.evaluate(sampling, evaluation)["results"][0]["values"])
 
-        found.append(search.minimize(steps, measure, wanted.low, wanted.high, _TOLERANCE, _MOST_POINTS))
-    lines = [best.describe() for best in found]
+        optima.append(search.minimize(steps, measure, search_range.low, search_range.high, _TOLERANCE, _MOST_POINTS))
+    lines = [best.describe() for best in optima]
     if evaluator.world.is_main:
         announce("\n".join(lines))
-        _write_search(arguments, evaluator, found)
+        _write_search(arguments, evaluator, optima)
 
 
-def _write_search(arguments: Arguments, evaluator: Evaluator, found: Sequence[search.Best]) -> None:
+def _write_search(arguments: Arguments, evaluator: Evaluator, optima: Sequence[search.Best]) -> None:
     """RUN/searches/step-NNNNNNNN-ID.json; the points themselves are ordinary evaluation files."""
     if evaluator.source.run_dir is None:
         return
     sampling = evaluator.config.sampling
     computed = {"precision": sampling.precision, "compile": sampling.compile}
-    key = hashlib.sha256(json.dumps([*arguments.search, computed, *map(str, found)]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps([*arguments.search, computed, *map(str, optima)]).encode()).hexdigest()[:12]
     url = storage.join(evaluator.source.run_dir, "searches", f"step-{evaluator.source.step:08d}-{key}.json")
     storage.write_text(
-        url, json.dumps({"asked": arguments.search, **computed, "best": [best.as_dict() for best in found]}, indent=1)
+        url, json.dumps({"asked": arguments.search, **computed, "best": [best.as_dict() for best in optima]}, indent=1)
     )
 
 
@@ -140,23 +140,24 @@ def _write_search(arguments: Arguments, evaluator: Evaluator, found: Sequence[se
 
 
 def _make_reference(arguments: Arguments, overrides: Sequence[str], world: World, announce: Announce) -> None:
-    asked = arguments.make_reference
-    assert asked is not None
+    source = arguments.make_reference
+    assert source is not None
     if arguments.out is None or not arguments.out.endswith(".npz"):
-        raise UserError(f"--make-reference {asked} needs --out FILE.npz")
+        raise UserError(f"--make-reference {source} needs --out FILE.npz")
     config = sources.config_of(Source(""), overrides)
     distributed.init(world)
     device = distributed.device(world)
     extractor = networks.open_extractor(config.evaluation.extractor, device)
     most = config.evaluation.compared
-    if asked.endswith(".json"):
-        space = build.space(config, Manifest.load(asked))
+    if source.endswith(".json"):
+        space = build.space(config, Manifest.load(source))
         decode = open_artifacts(space, config.sampling, device) if extractor.takes == "images" else None
-        made = reference.of_manifest(asked, extractor, most, world, config.seed, space, decode)
+        statistics = reference.of_manifest(source, extractor, most, world, config.seed, space, decode)
     else:
-        made = reference.of_images(images.find(asked), extractor, most, world)
+        statistics = reference.of_images(images.find(source), extractor, most, world)
     if world.is_main:
-        made.save(arguments.out)
+        statistics.save(arguments.out)
         announce(
-            f"{arguments.out}: {made.count} images, {len(made.mean)} features of {extractor.name}, id {made.id[:12]}"
+            f"{arguments.out}: {statistics.count} images, {len(statistics.mean)} features of {extractor.name}, "
+            f"id {statistics.id[:12]}"
         )

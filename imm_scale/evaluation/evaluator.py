@@ -111,12 +111,12 @@ class Evaluator:
     @cached_property
     def reference(self) -> Reference:
         """As given, or of the training data; the latter is kept in the run folder's references/."""
-        given = self.config.evaluation.reference
-        found = Reference.load(given) if given is not None else self._of_training_data()
+        url = self.config.evaluation.reference
+        result = Reference.load(url) if url is not None else self._of_training_data()
         size = self.model.spec.space.image_size
         fixed = size is not None and self.extractor.takes == "images"
-        found.check(self.extractor, (size, size) if fixed else None)
-        return found
+        result.check(self.extractor, (size, size) if fixed else None)
+        return result
 
     def _of_training_data(self) -> Reference:
         url = self.config.data.manifest
@@ -126,15 +126,15 @@ class Evaluator:
         if self.extractor.takes == "images":
             key.append(self.config.sampling.vae_precision)
         name = hashlib.sha256(json.dumps([*key, asdict(spec.space)]).encode()).hexdigest()[:12]
-        kept = storage.join(run_dir, "references", f"{name}.npz") if run_dir is not None else None
-        found = kept is not None and self.world.is_main and storage.exists(kept)
-        if kept is not None and distributed.all_sum(_flag(found)):
-            return Reference.load(kept)
+        cache_url = storage.join(run_dir, "references", f"{name}.npz") if run_dir is not None else None
+        is_cached = cache_url is not None and self.world.is_main and storage.exists(cache_url)
+        if cache_url is not None and distributed.all_sum(_flag(is_cached)):
+            return Reference.load(cache_url)
         arguments = (self.config.seed, spec.space, self.model.decode)
-        made = reference.of_manifest(url, self.extractor, most, self.world, *arguments)
-        if kept is not None and self.world.is_main:
-            made.save(kept)
-        return made
+        computed = reference.of_manifest(url, self.extractor, most, self.world, *arguments)
+        if cache_url is not None and self.world.is_main:
+            computed.save(cache_url)
+        return computed
 
     # --- one evaluation ---
 
@@ -150,12 +150,12 @@ class Evaluator:
     def _evaluate(self, sampling: SamplingConfig, evaluation: EvaluationConfig, steps: int) -> dict[str, Any]:
         settings = self._settings(sampling, evaluation, steps)
         url = evaluation_url(self.folder, self.source.step, settings)
-        found = distributed.all_sum(_flag(self.world.is_main and storage.exists(url)))
-        if found:
-            kept: dict[str, Any] = json.loads(storage.read_text(url))
-            for result in kept["results"]:
+        is_measured = distributed.all_sum(_flag(self.world.is_main and storage.exists(url)))
+        if is_measured:
+            document: dict[str, Any] = json.loads(storage.read_text(url))
+            for result in document["results"]:
                 self._announce(describe(result))
-            return kept
+            return document
         began = time.perf_counter()
         result = asdict(self._distance(sampling, evaluation, steps))
         written = {
@@ -173,8 +173,8 @@ class Evaluator:
         """What makes two evaluations the same, known before anything is loaded."""
         meta = self.checkpoint.meta if self.checkpoint else None
         state = export.ema_state(self.checkpoint, sampling.ema) if self.checkpoint else None
-        given, manifest = evaluation.reference, self.config.data.manifest
-        compared_with = Manifest.load(manifest).hash if given is None and manifest is not None else None
+        reference_url, manifest = evaluation.reference, self.config.data.manifest
+        compared_with = Manifest.load(manifest).hash if reference_url is None and manifest is not None else None
         return {
             "schema_version": SCHEMA_VERSION,
             "step": self.source.step,
@@ -184,7 +184,7 @@ class Evaluator:
             "training_data": meta.manifest_hash if meta else None,
             "source": None if meta else {"weights": self.model.weights_id},
             "reference_data": compared_with,
-            "reference_file": None if given is None else hashlib.sha256(_read(given)).hexdigest(),
+            "reference_file": None if reference_url is None else hashlib.sha256(_read(reference_url)).hexdigest(),
             "extractor": extractors.describe(self.extractor),
             "seed": sampling.seed,
             "sampler": sampling.sampler,
@@ -217,16 +217,16 @@ class Evaluator:
         }
 
     def _warnings(self, count: int) -> list[str]:
-        found = measures.warnings(count, len(self.reference.mean), self.reference)
+        messages = measures.warnings(count, len(self.reference.mean), self.reference)
         decoded = self.extractor.takes == "images" and "manifest" in self.reference.source
         if decoded and self.model.spec.space.needs_decoder:
-            found.append(
+            messages.append(
                 "the reference is made of decoded latents, so the autoencoder's own error does not count: for numbers "
                 "like published ones make a reference of the images themselves (--make-reference)"
             )
-        for line in found:
+        for line in messages:
             self._announce(f"warning: {line}")
-        return found
+        return messages
 
     # --- one step count ---
 
@@ -237,9 +237,9 @@ class Evaluator:
             raise UserError("the reference does not say how many images it is of: give --num (50,000 is the custom)")
         seeds = range(sampling.seed, sampling.seed + evaluation.repeats)
         plans = [plan_of(sampling, self.model.spec, steps, num, seed) for seed in seeds]
-        found = [self._measure(plan, evaluation) for plan in plans]
+        by_seed = [self._measure(plan, evaluation) for plan in plans]
         times = times_of(self.model.spec, plans[0])
-        distance = self._summarize(plans[0], times, seeds, found, time.perf_counter() - began)
+        distance = self._summarize(plans[0], times, seeds, by_seed, time.perf_counter() - began)
         self._announce(describe(asdict(distance)))
         return distance
 
@@ -250,8 +250,8 @@ class Evaluator:
         )
 
     def _features(self, plan: SamplingPlan, evaluation: EvaluationConfig) -> Features:
-        kept = evaluation.compared if measures.compares_vectors(evaluation.metrics) else 0
-        collector = Collector(plan.num, kept)
+        num_vectors = evaluation.compared if measures.compares_vectors(evaluation.metrics) else 0
+        collector = Collector(plan.num, num_vectors)
         model, name = self.model, f"{plan.steps} steps, seed {plan.seed}"
         small = dataclasses.replace(plan, batch_size=SAMPLES_PER_CALL)  # all that is held at once
         for index, _, z in sample(model.flow_map, model.spec, small, self.world, progress=name):
@@ -263,11 +263,11 @@ class Evaluator:
         plan: SamplingPlan,
         times: Tensor,
         seeds: Sequence[int],
-        found: Sequence[Mapping[str, Measure]],
+        by_seed: Sequence[Mapping[str, Measure]],
         seconds: float,
     ) -> Distance:
         name = measures.named("frechet", self.extractor)
-        summaries = {key: _summary([one[key] for one in found]) for key in found[0]}
+        summaries = {key: _summary([one[key] for one in by_seed]) for key in by_seed[0]}
         distance = summaries[name]
         evaluations = plan.function_evaluations(times)
         return Distance(
@@ -287,7 +287,7 @@ class Evaluator:
             error=distance["error"],
             error_kind=f"standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else "jackknife over samples",
             count=plan.num,
-            numerical_error=max(one[name].numerical_error or 0.0 for one in found),
+            numerical_error=max(one[name].numerical_error or 0.0 for one in by_seed),
             flops_per_image=2 * forward_multiply_adds(self.model.spec.net) * evaluations,
             seconds=seconds,
             measures=summaries,
@@ -296,10 +296,10 @@ class Evaluator:
         )
 
 
-def _summary(found: Sequence[Measure]) -> dict[str, Any]:
+def _summary(by_seed: Sequence[Measure]) -> dict[str, Any]:
     """Mean over seeds; error of one evaluation: their standard deviation, or what the only one says of itself."""
-    values = [one.value for one in found]
-    error = statistics.stdev(values) if len(values) > 1 else found[0].error
+    values = [one.value for one in by_seed]
+    error = statistics.stdev(values) if len(values) > 1 else by_seed[0].error
     return {"value": statistics.fmean(values), "error": error, "values": values}
 
 

@@ -139,10 +139,10 @@ class Preprocessing:
 
 def preprocessing(config: ExtractorConfig) -> Preprocessing:
     """The part of an extractor's config that says how images become the network's input."""
-    given: dict[str, Any] = {name: getattr(config, name) for name in Preprocessing.__dataclass_fields__}
+    settings: dict[str, Any] = {name: getattr(config, name) for name in Preprocessing.__dataclass_fields__}
     for name in ("range", "mean", "std"):
-        given[name] = tuple(given[name])
-    return Preprocessing(**given)
+        settings[name] = tuple(settings[name])
+    return Preprocessing(**settings)
 
 
 def describe(extractor: Extractor) -> dict[str, Any]:

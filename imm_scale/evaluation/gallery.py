@@ -76,17 +76,17 @@ def write(
     if world.is_main:
         folder = storage.join(source.run_dir, _FOLDER)
         same = list(_same_noise(source, others, config, distributed.device(world)))
-        nearest, words = _nearest(source, config, distributed.device(world)) if config.data.manifest else ([], "")
-        _save(folder, {"same_noise": same, "nearest": nearest}, words)
-        announce("\n".join([folder, words]).rstrip())
+        nearest, summary = _nearest(source, config, distributed.device(world)) if config.data.manifest else ([], "")
+        _save(folder, {"same_noise": same, "nearest": nearest}, summary)
+        announce("\n".join([folder, summary]).rstrip())
     distributed.barrier()
 
 
-def _save(folder: str, strips: dict[str, list[Strip]], words: str) -> None:
-    document: dict[str, Any] = {"words": words}
-    for kind, found in strips.items():
-        document[kind] = [{"caption": s.caption, "file": f"{kind}-{i:03d}.png"} for i, s in enumerate(found)]
-        for entry, strip in zip(document[kind], found, strict=True):
+def _save(folder: str, strips: dict[str, list[Strip]], summary: str) -> None:
+    document: dict[str, Any] = {"words": summary}
+    for kind, group in strips.items():
+        document[kind] = [{"caption": s.caption, "file": f"{kind}-{i:03d}.png"} for i, s in enumerate(group)]
+        for entry, strip in zip(document[kind], group, strict=True):
             storage.write_bytes(storage.join(folder, entry["file"]), strip.png())
     storage.write_text(storage.join(folder, "gallery.json"), json.dumps(document, indent=1))
 
@@ -102,9 +102,9 @@ def _same_noise(source: Source, others: Sequence[Source], config: Config, device
     shape = None
     older = [step for step in committed_steps(newest.run_dir) if newest.step is None or step < newest.step]
     earlier = [Source(source.url, newest.run_dir, step) for step in older[-OLDER_CHECKPOINTS:]]
-    asked = [(newest, sampling.steps), *((one, [max(sampling.steps)]) for one in earlier)]
-    asked += [(one.at_newest(), sampling.steps) for one in others]
-    for one, step_counts in asked:
+    requests = [(newest, sampling.steps), *((one, [max(sampling.steps)]) for one in earlier)]
+    requests += [(one.at_newest(), sampling.steps) for one in others]
+    for one, step_counts in requests:
         ours = one.run_dir == newest.run_dir
         model = Model.load(one, sampling if ours else dataclasses.replace(sampling, ema=None), device)
         shape = shape or model.spec.latent_shape
@@ -148,11 +148,11 @@ def _nearest(source: Source, config: Config, device: torch.device) -> tuple[list
     ]
     # A training image's nearest is itself: the second is its nearest other.
     ours, theirs = float(distances[: len(z), 0].median()), float(distances[len(z) :, 1].median())
-    words = (
+    summary = (
         f"Median distance of a sample ({steps} steps) to its nearest training image: {ours:.3g}; of a training image "
         f"to its nearest other: {theirs:.3g} (features: {extractor.name}). Copies would lie near 0."
     )
-    return strips, words
+    return strips, summary
 
 
 class _Training:
@@ -170,20 +170,20 @@ class _Training:
 
     def first(self, num: int) -> Tensor:
         """Features of the first `num` images."""
-        found: list[Tensor] = []
+        features: list[Tensor] = []
         for index, z in self._chunks():
             if int(index[0]) >= num:
                 break
-            found.append(self.features(z))
-        return torch.cat(found)[:num]
+            features.append(self.features(z))
+        return torch.cat(features)[:num]
 
     def nearest(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Distances and numbers (n, k) of the training images nearest to features (n, F)."""
         distance = torch.full((len(x), k), torch.inf, dtype=torch.float64)
         number = torch.full((len(x), k), -1)
         for index, z in self._chunks():
-            found = neighbours.distances(x, self.features(z))
-            distance = torch.cat([distance, found], dim=1)
+            chunk_distance = neighbours.distances(x, self.features(z))
+            distance = torch.cat([distance, chunk_distance], dim=1)
             number = torch.cat([number, index.expand(len(x), -1)], dim=1)
             distance, order = distance.topk(k, dim=1, largest=False)
             number = number.gather(1, order)

@@ -26,24 +26,24 @@ class Range:
     steps: tuple[int, ...]
 
 
-def parse(words: Sequence[str], default_steps: Sequence[int]) -> Range:
-    """Raises UserError for other words."""
-    given = dict(word.partition("=")[::2] for word in words)
-    unknown = [word for word in words if word.partition("=")[0] not in ("guidance", "steps")]
-    if unknown or "guidance" not in given:
-        raise UserError(f"--search {' '.join(words)}: give guidance=LOW:HIGH, and steps=1,2,4 if you like")
-    low, colon, high = given["guidance"].partition(":")
+def parse(args: Sequence[str], default_steps: Sequence[int]) -> Range:
+    """Raises UserError for other settings."""
+    settings = dict(arg.partition("=")[::2] for arg in args)
+    unknown = [arg for arg in args if arg.partition("=")[0] not in ("guidance", "steps")]
+    if unknown or "guidance" not in settings:
+        raise UserError(f"--search {' '.join(args)}: give guidance=LOW:HIGH, and steps=1,2,4 if you like")
+    low, colon, high = settings["guidance"].partition(":")
     try:
-        found = Range(
+        parsed = Range(
             float(low),
             float(high),
-            tuple(int(n) for n in given.get("steps", "").split(",") if n) or tuple(default_steps),
+            tuple(int(n) for n in settings.get("steps", "").split(",") if n) or tuple(default_steps),
         )
     except ValueError as error:
-        raise UserError(f"--search {' '.join(words)}: {error}; give guidance=1.0:3.0 steps=1,2,4") from error
-    if not colon or not 0.0 <= found.low < found.high or min(found.steps) < 1:
-        raise UserError(f"--search {' '.join(words)}: guidance must go from low to high, steps be at least 1")
-    return found
+        raise UserError(f"--search {' '.join(args)}: {error}; give guidance=1.0:3.0 steps=1,2,4") from error
+    if not colon or not 0.0 <= parsed.low < parsed.high or min(parsed.steps) < 1:
+        raise UserError(f"--search {' '.join(args)}: guidance must go from low to high, steps be at least 1")
+    return parsed
 
 
 @dataclass(frozen=True)

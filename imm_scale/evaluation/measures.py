@@ -18,10 +18,10 @@ _LEAST_COMPARED = 7  # vectors: one more than the most neighbours asked for
 def chosen(metrics: Sequence[Any]) -> list[Metric]:
     """The metrics of `evaluation.metrics`, the Frechet distance first. Raises UserError for what does not exist."""
     configured = configs.metric_configs(metrics)
-    found: list[Metric] = [METRICS.get(config.name)(config) for config in configured]
-    ours = [metric for metric in found if isinstance(metric, FrechetDistance)]
+    instances: list[Metric] = [METRICS.get(config.name)(config) for config in configured]
+    ours = [metric for metric in instances if isinstance(metric, FrechetDistance)]
     first = ours or [FrechetDistance(FrechetDistance.Config())]
-    return [*first, *(metric for metric in found if metric not in ours)]
+    return [*first, *(metric for metric in instances if metric not in ours)]
 
 
 def compares_vectors(metrics: Sequence[Any]) -> bool:
@@ -49,12 +49,12 @@ def measure(
         UserError: a metric that needs what the reference or the extractor does not have.
     """
     _check_dim(len(features.moments.mean), reference, extractor)
-    found: dict[str, Measure] = {}
+    results: dict[str, Measure] = {}
     for metric in chosen(metrics):
         _check_needs(metric, features, reference, extractor)
         values = metric.measure(features, reference, with_error)
-        found |= {named(name, extractor): value for name, value in values.items()}
-    return found
+        results |= {named(name, extractor): value for name, value in values.items()}
+    return results
 
 
 def _check_dim(dim: int, reference: Reference, extractor: Extractor) -> None:
@@ -83,13 +83,15 @@ def _check_needs(metric: Metric, features: Features, reference: Reference, extra
 
 def warnings(count: int, dim: int, reference: Reference) -> list[str]:
     """What a reader of the Frechet distance must know of the numbers behind it."""
-    found = []
+    messages = []
     if count <= dim:
-        found.append(
+        messages.append(
             f"{count} samples for {dim} features: their covariance has rank {count - 1} at most, which makes the "
             "Frechet distance too large and its ordering doubtful; draw more samples (50,000 is the custom) or compare "
             "by the kernel distance, which has no such bias"
         )
     if reference.count is not None and reference.count <= dim:
-        found.append(f"the reference has {reference.count} images for {dim} features: the distance is biased upwards")
-    return found
+        messages.append(
+            f"the reference has {reference.count} images for {dim} features: the distance is biased upwards"
+        )
+    return messages

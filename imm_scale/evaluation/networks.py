@@ -61,12 +61,12 @@ def _open_network(config: ExtractorConfig, preprocess: Preprocessing, device: to
         data = storage.read_bytes(config.file)
     except FileNotFoundError as error:
         raise UserError(f"evaluation.extractor.file={config.file} does not exist; nothing is downloaded") from error
-    found = hashlib.sha256(data).hexdigest()
-    if found != config.sha256.lower():
+    sha256 = hashlib.sha256(data).hexdigest()
+    if sha256 != config.sha256.lower():
         raise UserError(
-            f"evaluation.extractor.file={config.file} has sha256 {found}, not {config.sha256}: it is another network"
+            f"evaluation.extractor.file={config.file} has sha256 {sha256}, not {config.sha256}: it is another network"
         )
-    if config.kind == "torchscript" and found == INCEPTION_SHA256:
+    if config.kind == "torchscript" and sha256 == INCEPTION_SHA256:
         return Inception(data, config, device)
     return {"torchscript": TorchScript, "onnx": Onnx}[config.kind](data, config, preprocess, device)
 

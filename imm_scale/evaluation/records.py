@@ -34,8 +34,8 @@ def read_evaluations(run_dir: str) -> list[dict[str, Any]]:
     """
     folder = storage.join(run_dir, FOLDER)
     names = [name for name in storage.list_names(folder) if name.endswith(".json")]
-    found = [read_evaluation(storage.join(folder, name)) for name in names]
-    return sorted(found, key=lambda e: (e["step"] or 0, *(r["steps"] for r in e["results"])))
+    evaluations = [read_evaluation(storage.join(folder, name)) for name in names]
+    return sorted(evaluations, key=lambda e: (e["step"] or 0, *(r["steps"] for r in e["results"])))
 
 
 def read_evaluation(url: str) -> dict[str, Any]:
@@ -51,8 +51,8 @@ def read_evaluation(url: str) -> dict[str, Any]:
 
 def arithmetic(result: Mapping[str, Any]) -> str:
     """How the net computed for a result, in words: "" for fp32 as it comes, else the precision, and "compiled"."""
-    words = [result["precision"]] + ["compiled"] * result["compile"]
-    return "" if words == ["fp32"] else " ".join(words)
+    parts = [result["precision"]] + ["compiled"] * result["compile"]
+    return "" if parts == ["fp32"] else " ".join(parts)
 
 
 def _from_1(document: dict[str, Any]) -> dict[str, Any]:

@@ -34,10 +34,10 @@ def measure_images(images: ImageSet, config: Config, world: World, announce: Cal
     collector = Collector(len(images), evaluation.compared, "image")
     for index, batch in shown(images.read(world.rank, world.size), len(images), world):
         collector.add(index, extractor(batch))
-    found = measures.measure(evaluation.metrics, collector.merge_ranks(), reference, extractor)
+    results = measures.measure(evaluation.metrics, collector.merge_ranks(), reference, extractor)
     if world.is_main:
         for line in measures.warnings(len(images), len(reference.mean), reference):
             announce(f"warning: {line}")
-        for name, one in found.items():
+        for name, one in results.items():
             announce(f"{name}  {one.value:.4f} +- {one.error:.4f}  ({len(images)} images)")
-    return {name: one._asdict() for name, one in found.items()}
+    return {name: one._asdict() for name, one in results.items()}

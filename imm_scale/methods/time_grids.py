@@ -20,7 +20,7 @@ def explicit_grid(text: str, steps: int) -> Tensor:
         UserError: times that do not decrease within [0, 1], or another number of steps.
     """
     try:
-        times = [float(word) for word in text.split(",")]
+        times = [float(item) for item in text.split(",")]
     except ValueError as error:
         raise UserError(f"grid={text!r} is neither {', '.join(GRIDS)} nor a list of times as in 0.994,0.5,0") from error
     if not (times[0] <= 1.0 and times[-1] >= 0.0 and all(t > s for t, s in itertools.pairwise(times))):

@@ -116,10 +116,10 @@ class DiT(Backbone):
         if len(space.shape) != 3:
             raise UserError(f"model.name=dit works on samples of (channels, height, width), not on {space.shape}")
         channels, height, width = space.shape
-        given = {key: getattr(config, key) for key in ("width", "depth", "heads", "patch_size")}
+        settings = {key: getattr(config, key) for key in ("width", "depth", "heads", "patch_size")}
         return size_config(
             config.size,
-            **{key: value for key, value in given.items() if value is not None},
+            **{key: value for key, value in settings.items() if value is not None},
             channels=channels,
             height=height,
             image_width=width,

@@ -20,8 +20,8 @@ def rounds_to_tf32(x: Tensor) -> bool:
 
 def tf32_part(x: Tensor) -> Tensor:
     """The value of ten mantissa bits nearest to x, of its shape, in fp32; what remains, x - tf32_part(x), is exact."""
-    half_a_step, kept = 1 << (_TF32_DROPPED_BITS - 1), -(1 << _TF32_DROPPED_BITS)
-    return ((x.view(torch.int32) + half_a_step) & kept).view(torch.float32)
+    half_a_step, mask = 1 << (_TF32_DROPPED_BITS - 1), -(1 << _TF32_DROPPED_BITS)
+    return ((x.view(torch.int32) + half_a_step) & mask).view(torch.float32)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:

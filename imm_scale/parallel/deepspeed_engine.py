@@ -345,11 +345,11 @@ class Engine:
 
     def master_slices(self) -> list[ParamSlice]:
         """What this rank saves and averages: over all ranks every element of every parameter once."""
-        held = list(self.held_slices())
+        slices = list(self.held_slices())
         if self._stage > 0:
-            return held
+            return slices
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        return [part for shard in held if (part := shard.even_part(rank, world_size)) is not None]
+        return [part for shard in slices if (part := shard.even_part(rank, world_size)) is not None]
 
     def publish_weights(self) -> None:
         """Makes the net compute with the weights of `held_slices`, after these were written to."""
@@ -358,9 +358,9 @@ class Engine:
         elif self._stage == 3:
             for group in range(len(self._flat_parameters())):
                 self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
-            kept = self._optimizer.persistent_parameters
-            if kept:
-                kept[0].all_gather(kept)
+            persistent = self._optimizer.persistent_parameters
+            if persistent:
+                persistent[0].all_gather(persistent)
 
     def close(self) -> None:
         """Lets go of the net, its optimizer and all of their memory, whoever still holds this object.

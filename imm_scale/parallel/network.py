@@ -16,14 +16,14 @@ GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 def interfaces() -> dict[str, list[str]]:
     """{name: its IP addresses} of the interfaces that are up and lead out of this machine."""
     states = psutil.net_if_stats()
-    found = {
+    addresses_of = {
         name: [_plain(entry.address) for entry in entries if entry.family in (socket.AF_INET, socket.AF_INET6)]
         for name, entries in psutil.net_if_addrs().items()
         if name in states and states[name].isup
     }
     return {
         name: addresses
-        for name, addresses in found.items()
+        for name, addresses in addresses_of.items()
         if addresses and not any(ipaddress.ip_address(address).is_loopback for address in addresses)
     }
 
@@ -36,10 +36,10 @@ def _plain(address: str) -> str:
 def allows(pattern: str, name: str) -> bool:
     """Whether NCCL may use an interface by NCCL_SOCKET_IFNAME: beginnings of names, `=` whole names, `^` all others."""
     others = pattern.startswith("^")
-    words = pattern.removeprefix("^")
-    whole = words.startswith("=")
-    names = [word.split(":")[0] for word in words.removeprefix("=").split(",") if word]
-    return any(name == word if whole else name.startswith(word) for word in names) != others
+    listed = pattern.removeprefix("^")
+    whole = listed.startswith("=")
+    names = [entry.split(":")[0] for entry in listed.removeprefix("=").split(",") if entry]
+    return any(name == entry if whole else name.startswith(entry) for entry in names) != others
 
 
 def _source_address(host: str) -> str | None:
@@ -67,7 +67,7 @@ def gloo_interface(hosts: Sequence[str], env: Mapping[str, str]) -> str | None:
     if env.get(GLOO):
         return env[GLOO]
     pattern = env.get(NCCL, "")
-    usable = {name: found for name, found in interfaces().items() if not pattern or allows(pattern, name)}
+    usable = {name: addresses for name, addresses in interfaces().items() if not pattern or allows(pattern, name)}
     sources = [_source_address(host) for host in hosts]
     routed = [name for source in sources for name, addresses in usable.items() if source in addresses]
     named = list(usable) if pattern and not pattern.startswith("^") else []

@@ -165,9 +165,9 @@ def problems(here: str, where: torch.device, group: dist.ProcessGroup | None = N
     dist.all_reduce(votes, group=group)
     if not votes.item():
         return ""
-    words: list[str] = [""] * size
-    dist.all_gather_object(words, here, group=group)
-    return "; ".join(f"{word} (rank {rank})" for rank, word in enumerate(words) if word)
+    messages: list[str] = [""] * size
+    dist.all_gather_object(messages, here, group=group)
+    return "; ".join(f"{message} (rank {rank})" for rank, message in enumerate(messages) if message)
 
 
 def error_of(action: Callable[[], None]) -> str:

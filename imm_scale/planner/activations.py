@@ -39,9 +39,9 @@ def activations(net: Architecture, half: bool) -> Activations:
     """Of a net's passes in fp32, or under 16-bit autocast."""
     if isinstance(net, DiTConfig):
         return _of_dit(net, _HALF if half else _FP32)
-    found = footprint(net, half)
+    counts = footprint(net, half)
     return Activations(
-        found.kept_by_block, found.block_input, found.kept_around, found.widest, found.workspace, elements(net)
+        counts.kept_by_block, counts.block_input, counts.kept_around, counts.widest, counts.workspace, elements(net)
     )
 
 
@@ -71,14 +71,14 @@ def _dit_block(net: DiTConfig, size: int) -> float:
     """
     u = net.tokens * net.width
     wide = 2 * int(net.width * net.mlp_ratio) / net.width
-    kept = (4 * _FP32 + (8 + wide) * size) * u
+    saved = (4 * _FP32 + (8 + wide) * size) * u
     if net.qk_norm:  # both sides of the norms of q and k, which autocast runs in fp32
-        kept += (5 if size == _HALF else 4) * _FP32 * u
+        saved += (5 if size == _HALF else 4) * _FP32 * u
     if net.dropout:  # two masks
-        kept += 2 * size * u
+        saved += 2 * size * u
     statistics = net.tokens * (4 + net.heads) * _FP32  # of two norms, and the attention's log-sum-exp
     condition = 9 * net.width * _FP32  # SiLU, the six modulations, 1 + scale twice
-    return kept + statistics + condition
+    return saved + statistics + condition
 
 
 def elementwise_bytes(net: Architecture, half: bool) -> float:
@@ -109,11 +109,11 @@ def kernels(net: Architecture, passes: Passes, half: bool, checkpointing: bool, 
     """
     branches = passes.grad + passes.no_grad
     if not isinstance(net, DiTConfig):
-        found = footprint(net, half)
-        again = found.block_operators * checkpointing
-        share = found.block_operators / (found.block_operators + found.other_operators)
-        inside = branches * found.block_operators + share * found.backward_operators + again
-        return of_a_block * inside + branches * found.other_operators + (1 - share) * found.backward_operators
+        counts = footprint(net, half)
+        again = counts.block_operators * checkpointing
+        share = counts.block_operators / (counts.block_operators + counts.other_operators)
+        inside = branches * counts.block_operators + share * counts.backward_operators + again
+        return of_a_block * inside + branches * counts.other_operators + (1 - share) * counts.backward_operators
     branch, casts, backward, once_more = (21, 8, 50, 27) if half else (19, 0, 38, 17)
     around = 64 + 40 * (branches - 1)
     block = branches * branch + casts + backward + once_more * checkpointing

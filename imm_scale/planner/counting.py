@@ -181,7 +181,7 @@ def _footprint(net: Architecture, half: bool, samples: int) -> Footprint:
             out.sum().backward()
     parameters = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
     inside, around = (
-        {k: n for k, n in kept.items() if k not in parameters} for kept in (forward.inside, forward.around)
+        {k: n for k, n in saved.items() if k not in parameters} for saved in (forward.inside, forward.around)
     )
     return Footprint(
         kept_by_block=sum(inside.values()) / len(blocks),
@@ -253,9 +253,9 @@ class _Watch(TorchDispatchMode):
             self.block_operators += self._in_block
             if function._schema.name.removeprefix("aten::") not in _PRODUCTS:
                 self.moved += sum(_bytes(x) for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor))
-            for made in tree_leaves(out):
-                if isinstance(made, Tensor):
-                    self._allocated(made.untyped_storage())
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, Tensor):
+                    self._allocated(leaf.untyped_storage())
         return out
 
     def _allocated(self, storage: Any) -> None:

@@ -212,18 +212,18 @@ def _estimate(
     network: Link,
 ) -> Estimate:
     counted = cost.parameters(net)
-    held_setting = setting(config, net, layout)
-    held = memory.peak(held_setting, counted)
+    memory_setting = setting(config, net, layout)
+    peak = memory.peak(memory_setting, counted)
     forward = cost.forward_multiply_adds(net)
     forwards = config.method.passes.forwards + config.train.activation_checkpointing
     images = layout.slots * layout.particles  # of a rank, empty slots included
-    traffic = _traffic(held_setting, counted)
-    compute = _compute_seconds(config, held_setting, device, 2.0 * forwards * forward * images, forwards * images)
+    traffic = _traffic(memory_setting, counted)
+    compute = _compute_seconds(config, memory_setting, device, 2.0 * forwards * forward * images, forwards * images)
     sent = sum(item.sent(layout.world_size) for item in traffic)
     bandwidth = device.intra if nodes == 1 else min(device.intra, network.per_node(gpus_per_node))
     send = Range(*(sent / bandwidth / share for share in NETWORK_SHARE))
-    optimizer = _optimizer_seconds(held_setting, counted, device, gpus_per_node)
-    hidden = _hidden_seconds(held_setting, traffic, compute.low, bandwidth * NETWORK_SHARE[0], forwards)
+    optimizer = _optimizer_seconds(memory_setting, counted, device, gpus_per_node)
+    hidden = _hidden_seconds(memory_setting, traffic, compute.low, bandwidth * NETWORK_SHARE[0], forwards)
     step = Range(compute.low + send.low - hidden + optimizer.low, compute.high + send.high + optimizer.high)
     saved = 4.0 * counted.total * (3 + len(config.ema.decays))
     saving = Range(*(saved / nodes / speed for speed in STORAGE_BANDWIDTH))
@@ -240,8 +240,8 @@ def _estimate(
         gpu=device,
         link=network,
         data=data,
-        memory=held,
-        fits=held.total + held.reserved <= device.memory,
+        memory=peak,
+        fits=peak.total + peak.reserved <= device.memory,
         forward_flops=2.0 * forward,
         step_flops=2.0 * cost.training_multiply_adds(net, config.method.passes, layout.global_batch_size),
         executed_flops=2.0 * forwards * forward * images,
@@ -315,14 +315,14 @@ def _optimizer_seconds(s: Setting, p: Parameters, device: Gpu, gpus_per_node: in
 class Change:
     """key=value words that make a config fit, and what comes of them."""
 
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     estimate: Estimate
 
 
-def again(config: Config, found: Estimate, words: tuple[str, ...]) -> Estimate:
-    """The plan of a config with key=value words laid over it, on the same machines."""
-    changed = configs.changed(config, configs.settings_of(words), "a change of the plan")
-    return estimate(changed, found.nodes, found.gpus_per_node, found.gpu.name, found.link.name)
+def again(config: Config, base: Estimate, overrides: tuple[str, ...]) -> Estimate:
+    """The plan of a config with key=value overrides laid over it, on the same machines."""
+    changed = configs.changed(config, configs.settings_of(overrides), "a change of the plan")
+    return estimate(changed, base.nodes, base.gpus_per_node, base.gpu.name, base.link.name)
 
 
 def _steps_down(config: Config, layout: Layout) -> Iterator[tuple[str, ...]]:
@@ -342,38 +342,40 @@ def _steps_down(config: Config, layout: Layout) -> Iterator[tuple[str, ...]]:
         yield ("zero.offload=optimizer", f"zero.stage={max(stage, 2)}")
 
 
-def suggest(config: Config, found: Estimate, most: int = 4) -> list[Change]:
+def suggest(config: Config, base: Estimate, most: int = 4) -> list[Change]:
     """Changes that were checked to fit on the same machines: one key where one will do, else pairs, fastest first."""
 
-    def check(words: tuple[str, ...]) -> Change | None:
+    def check(overrides: tuple[str, ...]) -> Change | None:
         try:
-            new = again(config, found, words)
+            new = again(config, base, overrides)
         except UserError:
             return None  # a change that the config does not allow is no suggestion
-        return Change(words, new) if new.fits else None
+        return Change(overrides, new) if new.fits else None
 
-    singles = list(_steps_down(config, found.layout))
-    fitting = [change for words in singles if (change := check(words))]
+    singles = list(_steps_down(config, base.layout))
+    fitting = [change for overrides in singles if (change := check(overrides))]
     if not fitting:
         pairs = (a + b for i, a in enumerate(singles) for b in singles[i + 1 :] if _keys(a).isdisjoint(_keys(b)))
-        fitting = [change for words in pairs if (change := check(words))]
+        fitting = [change for overrides in pairs if (change := check(overrides))]
     if not fitting:
-        strongest: dict[str, str] = {word.split("=")[0]: word for words in singles for word in words}
+        strongest: dict[str, str] = {
+            override.split("=")[0]: override for overrides in singles for override in overrides
+        }
         fitting = [change] if (change := check(tuple(strongest.values()))) else []
     best: dict[frozenset[str], Change] = {}
     for change in sorted(fitting, key=lambda change: sum(change.estimate.step_seconds)):
-        best.setdefault(_keys(change.words), change)
+        best.setdefault(_keys(change.overrides), change)
     return list(best.values())[:most]
 
 
-def _keys(words: tuple[str, ...]) -> frozenset[str]:
-    return frozenset(word.split("=")[0] for word in words)
+def _keys(overrides: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(override.split("=")[0] for override in overrides)
 
 
-def as_dict(found: Estimate) -> dict[str, Any]:
+def as_dict(estimate: Estimate) -> dict[str, Any]:
     """Plain numbers, for --json."""
-    values = dataclasses.asdict(found)
-    values["memory"] |= {"total": found.memory.total, "reserved": found.memory.reserved}
-    values["images_per_second"] = found.images_per_second
-    values["sent_bytes"] = found.sent_bytes
+    values = dataclasses.asdict(estimate)
+    values["memory"] |= {"total": estimate.memory.total, "reserved": estimate.memory.reserved}
+    values["images_per_second"] = estimate.images_per_second
+    values["sent_bytes"] = estimate.sent_bytes
     return values

@@ -120,5 +120,5 @@ def _gathered(p: Parameters, weights: float, half: bool) -> float:
 
     The last blocks are still there when the backward pass begins, up to the limit of live parameters (two blocks).
     """
-    kept = min(2 * (4.0 * p.block - (2.0 * p.block_half if half else 0.0)), weights)
-    return 2.0 * weights - kept
+    still_gathered = min(2 * (4.0 * p.block - (2.0 * p.block_half if half else 0.0)), weights)
+    return 2.0 * weights - still_gathered

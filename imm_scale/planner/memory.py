@@ -105,7 +105,7 @@ def _pairs(s: Setting, elements: int) -> float:
 # --- what ZeRO holds ---
 
 
-def _held(s: Setting, p: Parameters) -> Memory:
+def _model_states(s: Setting, p: Parameters) -> Memory:
     """Weights, optimizer and averages, the same all the time; gradients only where they are never freed (stage 3)."""
     size = _FP32 * p.total
     part = size / s.world_size
@@ -174,9 +174,9 @@ def _casts(s: Setting, p: Parameters) -> float:
 
 def moments(s: Setting, p: Parameters) -> Iterator[Memory]:
     """What a rank holds at the points of a step where it may hold most, in their order."""
-    held = _held(s, p)
+    states = _model_states(s, p)
     before, gathered = _gradients_before(s, p), _gathered_weights(s, p)
-    lasting = 0.0 if s.stage == 3 else _buckets(s, p)  # `held` has those of stage 3
+    lasting = 0.0 if s.stage == 3 else _buckets(s, p)  # `states` has those of stage 3
     depth = p.blocks
     sample = activations(s.net, s.half)
     block, workspace = s.samples * sample.block, s.samples * sample.workspace
@@ -186,12 +186,12 @@ def moments(s: Setting, p: Parameters) -> Iterator[Memory]:
 
     def at(when: str, gradients: float, activations: float, buffers: float, communication: float) -> Memory:
         return replace(
-            held,
+            states,
             when=when,
-            gradients=held.gradients + gradients,
+            gradients=states.gradients + gradients,
             activations=activations,
             buffers=buffers,
-            communication=held.communication + communication,
+            communication=states.communication + communication,
         )
 
     # Buckets live from the first gradient of a step (stage 1) or of a micro-batch (stage 2) on.
@@ -245,4 +245,4 @@ def peak(s: Setting, p: Parameters) -> Memory:
 
 def between_steps(s: Setting, p: Parameters) -> Memory:
     """What a rank holds when no step runs."""
-    return _held(s, p)
+    return _model_states(s, p)

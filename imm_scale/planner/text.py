@@ -5,16 +5,21 @@ from collections.abc import Iterator
 from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
 from imm_scale.models.base import Architecture
-from imm_scale.planner import estimate
-from imm_scale.planner.estimate import Change, Estimate, Range
+from imm_scale.planner.estimate import MATMUL_SHARE, NETWORK_SHARE, Change, Estimate, Range, again
 
 _GIB = 1 << 30
 
 
-def render(config: Config, found: Estimate, changes: list[Change]) -> str:
+def render(config: Config, estimate: Estimate, changes: list[Change]) -> str:
     """The whole page; `changes` are shown where the plan does not fit."""
-    parts = [_head(config, found), _memory(found), _work(config, found), _time(config, found), _storage(found)]
-    if not found.fits:
+    parts = [
+        _head(config, estimate),
+        _memory(estimate),
+        _work(config, estimate),
+        _time(config, estimate),
+        _storage(estimate),
+    ]
+    if not estimate.fits:
         parts.append(_changes(changes))
     return "\n\n".join("\n".join(part) for part in parts)
 
@@ -48,14 +53,14 @@ def _seconds(value: Range) -> str:
     return _span(value, "ms", 1000) if value.high < 1 else _span(value, "s")
 
 
-def _head(config: Config, found: Estimate) -> Iterator[str]:
-    layout, net = found.layout, found.net
+def _head(config: Config, estimate: Estimate) -> Iterator[str]:
+    layout, net = estimate.layout, estimate.net
     micro = layout.samples_per_micro_batch
     empty = layout.slots * layout.world_size - layout.num_groups
-    link = f" over {found.link.name}" if found.nodes > 1 else ""
-    yield f"{found.nodes} x {found.gpus_per_node} {found.gpu.name}{link}: {layout.world_size} ranks"
+    link = f" over {estimate.link.name}" if estimate.nodes > 1 else ""
+    yield f"{estimate.nodes} x {estimate.gpus_per_node} {estimate.gpu.name}{link}: {layout.world_size} ranks"
     yield (
-        f"{config.model.title}{_shape(net)}, {found.parameters.total:,} trainable parameters, {config.method.name}, "
+        f"{config.model.title}{_shape(net)}, {estimate.parameters.total:,} trainable parameters, {config.method.name}, "
         f"{config.precision}, ZeRO stage {config.zero.stage}"
         + (", activation checkpointing" * config.train.activation_checkpointing)
     )
@@ -73,12 +78,12 @@ def _head(config: Config, found: Estimate) -> Iterator[str]:
 def _shape(net: Architecture) -> str:
     """What a net says of its own shape, in brackets."""
     shown = {"width": "width {}", "depth": "depth {}", "tokens": "{} tokens"}
-    said = [words.format(getattr(net, name)) for name, words in shown.items() if hasattr(net, name)]
-    return f" ({', '.join(said)})" if said else ""
+    parts = [form.format(getattr(net, name)) for name, form in shown.items() if hasattr(net, name)]
+    return f" ({', '.join(parts)})" if parts else ""
 
 
-def _memory(found: Estimate) -> Iterator[str]:
-    m = found.memory
+def _memory(estimate: Estimate) -> Iterator[str]:
+    m = estimate.memory
     yield f"memory of a GPU when it holds most ({m.when})"
     yield _row("weights", _bytes(m.weights))
     yield _row("gradients", _bytes(m.gradients))
@@ -89,29 +94,31 @@ def _memory(found: Estimate) -> Iterator[str]:
     yield _row("buffers", _bytes(m.buffers), "branch without gradient, 16-bit weights, workspace")
     yield _row("communication", _bytes(m.communication), "reduce buckets, gathered weights")
     yield _row("CUDA and allocator", _bytes(m.reserved), "model: 2 GiB and 5 %")
-    share = (m.total + m.reserved) / found.gpu.memory
-    verdict = "fits" if found.fits else "DOES NOT FIT"
-    yield _row("in all", _bytes(m.total + m.reserved), f"of {_bytes(found.gpu.memory)}: {share:.0%}, {verdict}")
+    share = (m.total + m.reserved) / estimate.gpu.memory
+    verdict = "fits" if estimate.fits else "DOES NOT FIT"
+    yield _row("in all", _bytes(m.total + m.reserved), f"of {_bytes(estimate.gpu.memory)}: {share:.0%}, {verdict}")
     yield _row(
-        "host memory, a node", _bytes(m.host * found.gpus_per_node), "a checkpoint's copy, and what is offloaded"
+        "host memory, a node", _bytes(m.host * estimate.gpus_per_node), "a checkpoint's copy, and what is offloaded"
     )
 
 
-def _work(config: Config, found: Estimate) -> Iterator[str]:
-    forwards = round(found.step_flops / found.forward_flops / found.layout.global_batch_size)
+def _work(config: Config, estimate: Estimate) -> Iterator[str]:
+    forwards = round(estimate.step_flops / estimate.forward_flops / estimate.layout.global_batch_size)
     yield "work of a step (a multiply-add is 2 FLOPs; published GFLOPs of DiT and IMM count it once)"
-    yield _row("forward, an image", _count(found.forward_flops) + "FLOPs")
-    yield _row("step", _count(found.step_flops) + "FLOPs", f"{forwards} forwards x {found.layout.global_batch_size}")
+    yield _row("forward, an image", _count(estimate.forward_flops) + "FLOPs")
+    yield _row(
+        "step", _count(estimate.step_flops) + "FLOPs", f"{forwards} forwards x {estimate.layout.global_batch_size}"
+    )
     recomputes = ", blocks run again" * config.train.activation_checkpointing
-    slots = f"{found.layout.slots} slots of {found.layout.particles} images"
-    yield _row("a GPU runs", _count(found.executed_flops) + "FLOPs", slots + recomputes)
+    slots = f"{estimate.layout.slots} slots of {estimate.layout.particles} images"
+    yield _row("a GPU runs", _count(estimate.executed_flops) + "FLOPs", slots + recomputes)
     yield "sent by a GPU in a step (ring)"
-    for item in found.traffic:
+    for item in estimate.traffic:
         how = f"beside {_beside(config)}" if item.overlaps else "after the backward pass"
         if item.collective == "all_gather" and not item.overlaps:
             how = "after the optimizer"
-        yield _row(f"{item.collective} {item.what}", _bytes(item.sent(found.world_size)), how)
-    if not found.traffic:
+        yield _row(f"{item.collective} {item.what}", _bytes(item.sent(estimate.world_size)), how)
+    if not estimate.traffic:
         yield _row("nothing", "0 B", "one rank")
 
 
@@ -120,38 +127,38 @@ def _beside(config: Config) -> str:
     return "the computation" if config.zero.stage == 3 else "the backward pass"
 
 
-def _time(config: Config, found: Estimate) -> Iterator[str]:
+def _time(config: Config, estimate: Estimate) -> Iterator[str]:
     train = config.train
-    hidden = any(item.overlaps for item in found.traffic)
+    hidden = any(item.overlaps for item in estimate.traffic)
     best = f"hidden behind {_beside(config)} at best" if hidden else "not hidden"
     yield "time (model: shares of published peaks, no GPU was measured)"
-    yield _row("computation", _seconds(found.compute_seconds), _shares("matrix peak", estimate.MATMUL_SHARE))
-    yield _row("network", _seconds(found.network_seconds), f"{_shares('bandwidth', estimate.NETWORK_SHARE)}, {best}")
-    yield _row("optimizer, averages", _seconds(found.optimizer_seconds))
-    yield _row("step", _seconds(found.step_seconds), f"{_span(found.images_per_second, 'images/s')}")
-    peak = found.gpu.peak(config.precision) * found.world_size
-    useful = Range(*(found.step_flops / (seconds * peak) for seconds in reversed(found.step_seconds)))
+    yield _row("computation", _seconds(estimate.compute_seconds), _shares("matrix peak", MATMUL_SHARE))
+    yield _row("network", _seconds(estimate.network_seconds), f"{_shares('bandwidth', NETWORK_SHARE)}, {best}")
+    yield _row("optimizer, averages", _seconds(estimate.optimizer_seconds))
+    yield _row("step", _seconds(estimate.step_seconds), f"{_span(estimate.images_per_second, 'images/s')}")
+    peak = estimate.gpu.peak(config.precision) * estimate.world_size
+    useful = Range(*(estimate.step_flops / (seconds * peak) for seconds in reversed(estimate.step_seconds)))
     yield _row("share of peak (MFU)", _span(useful, "%", 100))
-    yield _row("days", _span(found.days, "days"), f"{train.max_steps:,} steps and their checkpoints")
-    yield _row("GPU-hours", _span(found.gpu_hours, "h"))
+    yield _row("days", _span(estimate.days, "days"), f"{train.max_steps:,} steps and their checkpoints")
+    yield _row("GPU-hours", _span(estimate.gpu_hours, "h"))
 
 
 def _shares(what: str, shares: tuple[float, float]) -> str:
     return f"{shares[0]:.0%} to {shares[1]:.0%} of the {what}"
 
 
-def _storage(found: Estimate) -> Iterator[str]:
-    data, nodes = found.data, found.nodes
+def _storage(estimate: Estimate) -> Iterator[str]:
+    data, nodes = estimate.data, estimate.nodes
     yield "storage"
-    reading = found.data_bytes_per_second
+    reading = estimate.data_bytes_per_second
     yield _row("data, all nodes", _span(reading, "MB/s", 1e-6), f"{data.record_bytes / 1024:.1f} KiB an image (model)")
     if nodes > 1:
         yield _row("data, a node", _span(Range(*(value / nodes for value in reading)), "MB/s", 1e-6))
     if data.num_samples:
-        epochs = data.num_samples / found.layout.global_batch_size
+        epochs = data.num_samples / estimate.layout.global_batch_size
         yield _row("epoch", f"{epochs:,.0f} steps", f"{data.num_samples:,} images")
-    yield _row("checkpoint", _bytes(found.checkpoint_bytes), "weights, two moments, each average, in fp32")
-    yield _row("writing it", _seconds(found.checkpoint_seconds), "model: 2 to 0.25 GB/s a node; training waits")
+    yield _row("checkpoint", _bytes(estimate.checkpoint_bytes), "weights, two moments, each average, in fp32")
+    yield _row("writing it", _seconds(estimate.checkpoint_seconds), "model: 2 to 0.25 GB/s a node; training waits")
 
 
 def _changes(changes: list[Change]) -> Iterator[str]:
@@ -160,27 +167,28 @@ def _changes(changes: list[Change]) -> Iterator[str]:
         return
     yield "it fits with any of these (each planned the same way; the fastest first)"
     for change in changes:
-        held = change.estimate.memory
-        share = (held.total + held.reserved) / change.estimate.gpu.memory
-        yield f"  {' '.join(change.words)}   {share:.0%} of the memory, {_seconds(change.estimate.step_seconds)} a step"
+        memory = change.estimate.memory
+        share = (memory.total + memory.reserved) / change.estimate.gpu.memory
+        seconds = _seconds(change.estimate.step_seconds)
+        yield f"  {' '.join(change.overrides)}   {share:.0%} of the memory, {seconds} a step"
 
 
-def compare(config: Config, found: Estimate) -> str:
+def compare(config: Config, estimate: Estimate) -> str:
     """A table over ZeRO stages and micro-batches on the same machines."""
     head = f"  {'stage':>5} {'micro':>6} {'accum':>6} {'memory':>11}  {'fits':<4} {'sent':>11}  step"
     lines = ["ZeRO stages and micro-batches", head]
-    particles, most = config.method.group_size, found.layout.slots_per_rank * config.method.group_size
+    particles, most = config.method.group_size, estimate.layout.slots_per_rank * config.method.group_size
     sizes = sorted({max(most >> shift, particles) // particles * particles for shift in range(8)}, reverse=True)
     for stage in range(4):
         for size in sizes:
-            words = (f"zero.stage={stage}", f"train.micro_batch_size={size}")
+            overrides = (f"zero.stage={stage}", f"train.micro_batch_size={size}")
             try:
-                other = estimate.again(config, found, words)
+                other = again(config, estimate, overrides)
             except UserError:
                 continue  # a stage the config's other keys rule out
-            held = other.memory.total + other.memory.reserved
+            total = other.memory.total + other.memory.reserved
             lines.append(
-                f"  {stage:>5} {size:>6} {other.layout.accumulation:>6} {_bytes(held):>11}  "
+                f"  {stage:>5} {size:>6} {other.layout.accumulation:>6} {_bytes(total):>11}  "
                 f"{'yes' if other.fits else 'no':<4} {_bytes(other.sent_bytes):>11}  {_seconds(other.step_seconds)}"
             )
     return "\n".join(lines)

@@ -42,10 +42,10 @@ def page(title: str, body: str) -> str:
 
 def axes(figure: Figure, *place: int) -> Any:
     """Axes without the frame that says nothing."""
-    made = figure.add_subplot(*place)
-    made.spines[["top", "right"]].set_visible(False)
-    made.grid(alpha=0.25)
-    return made
+    plot = figure.add_subplot(*place)
+    plot.spines[["top", "right"]].set_visible(False)
+    plot.grid(alpha=0.25)
+    return plot
 
 
 def svg(figure: Figure) -> bytes:
@@ -69,6 +69,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return f'<div class="wide"><table>{line("th", head)}{"".join(line("td", row) for row in rows)}</table></div>'
 
 
-def items(words: Iterable[str]) -> str:
+def items(lines: Iterable[str]) -> str:
     """A list; every item is escaped."""
-    return "<ul>" + "".join(f"<li>{html.escape(word)}</li>" for word in words) + "</ul>"
+    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"

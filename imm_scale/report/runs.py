@@ -182,9 +182,9 @@ def _sample_section(run: Run) -> str:
 
 
 def _caption(name: str) -> str:
-    words = name.removesuffix(".png").removeprefix("steps-").split("-")
-    plural = "" if words[0] == "1" else "s"
-    return f"{words[0]} step{plural}" + (f", guidance {words[2]}" if len(words) > 2 else "")
+    parts = name.removesuffix(".png").removeprefix("steps-").split("-")
+    plural = "" if parts[0] == "1" else "s"
+    return f"{parts[0]} step{plural}" + (f", guidance {parts[2]}" if len(parts) > 2 else "")
 
 
 def _config_section(runs: Sequence[Run]) -> str:

@@ -131,13 +131,13 @@ def steps_figure(metric: str, rows: Sequence[Row], label: str) -> bytes:
     return svg(figure)
 
 
-def curve_figure(found: Sequence[Outcome], key: str, labels: Mapping[str, str]) -> bytes:
+def curve_figure(outcomes: Sequence[Outcome], key: str, labels: Mapping[str, str]) -> bytes:
     """A quantity of metrics.jsonl against images, a line a cell, running means of 5 % of the run."""
     figure = Figure(figsize=_SIZE)
     plot = _log_axes(figure, "images", key.replace("_", " "))
     names = list(dict.fromkeys(labels.values()))
     colours, shown = colour_of(names), set()
-    for one in found:
+    for one in outcomes:
         values = np.array([record[key] for record in one.records], float)
         if not len(values):
             continue

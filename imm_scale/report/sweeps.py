@@ -15,8 +15,7 @@ from imm_scale import storage
 from imm_scale.errors import UserError
 from imm_scale.report import sweep_figures as figures
 from imm_scale.report.page import image, items, page, table
-from imm_scale.sweeps import definition as sweep
-from imm_scale.sweeps import results
+from imm_scale.sweeps import definition, results
 from imm_scale.sweeps.definition import Sweep
 from imm_scale.sweeps.results import Outcome
 from imm_scale.sweeps.study import Study, analyse, measured
@@ -36,17 +35,17 @@ class Findings:
 
 def read(path: str) -> Findings:
     """Raises UserError for a folder without a sweep, or a sweep without a single result."""
-    found = sweep.load(path)
-    found = sweep.load(found.folder) if not sweep.is_folder(path) else found
-    outcomes = results.outcomes(found)
-    rows = results.rows(found, outcomes)
+    sweep = definition.load(path)
+    sweep = definition.load(sweep.folder) if not definition.is_folder(path) else sweep
+    outcomes = results.outcomes(sweep)
+    rows = results.rows(sweep, outcomes)
     study = analyse(rows)
-    return Findings(found, outcomes, rows, measured(rows, study.metric), study, _label(found))
+    return Findings(sweep, outcomes, rows, measured(rows, study.metric), study, _label(sweep))
 
 
-def _label(found: Sweep) -> str:
+def _label(sweep: Sweep) -> str:
     """The factor whose values the figures tell apart: the size, or what varies instead."""
-    varying = [key for key in found.factors if len({str(cell.factors[key]) for cell in found.cells}) > 1]
+    varying = [key for key in sweep.factors if len({str(cell.factors[key]) for cell in sweep.cells}) > 1]
     choices = [key for key in varying if key in ("size", "variant")] or [key for key in varying if key != "seed"]
     return choices[0] if choices else "cell"
 
@@ -183,7 +182,7 @@ def _prediction_section(study: Study) -> str:
 
 def _choice_table(study: Study) -> str:
     rows = [
-        [f"{c.wanted:.4g}", c.size, c.steps, f"{c.distance:.4g}", f"{c.inference_flops:.3g}", f"{c.training_flops:.3g}"]
+        [f"{c.target:.4g}", c.size, c.steps, f"{c.distance:.4g}", f"{c.inference_flops:.3g}", f"{c.training_flops:.3g}"]
         for c in study.choices
     ]
     head = ["wanted distance", "size", "steps", "reached", "inference FLOPs per image", "training FLOPs"]
@@ -194,8 +193,8 @@ def _choice_table(study: Study) -> str:
 
 
 def _figures(drawn: Mapping[str, bytes], names: Sequence[str]) -> str:
-    made = "".join(f"<figure>{_picture(name, drawn[name])}</figure>" for name in names if name in drawn)
-    return f'<div class="figures">{made}</div>'
+    pictures = "".join(f"<figure>{_picture(name, drawn[name])}</figure>" for name in names if name in drawn)
+    return f'<div class="figures">{pictures}</div>'
 
 
 def _picture(name: str, data: bytes) -> str:
@@ -235,8 +234,8 @@ def _sections(findings: Findings, drawn: Mapping[str, bytes]) -> list[tuple[str,
     sections = []
     if "samples.png" in drawn:
         matrix = f'<div class="wide">{_picture("samples.png", drawn["samples.png"])}</div>'
-        words = "<p>The largest budget, the first seed, the same noise everywhere.</p>"
-        sections.append(("Samples", words + matrix))
+        caption = "<p>The largest budget, the first seed, the same noise everywhere.</p>"
+        sections.append(("Samples", caption + matrix))
     if any(name.startswith("training-") for name in drawn):
         sections += _scaling_sections(findings, drawn)
     else:
@@ -285,14 +284,14 @@ def _lines(study: Study) -> list[str]:
         constants = ", ".join(f"{name} {value}" for name, value in law.intervals().items())
         lines.append(f"joint law, {steps} steps: {constants}")
     for check in study.checks:
-        words = f"predicted {check.predicted}, measured {check.measured:.4g}"
-        lines.append(f"held out, {check.cell}, {check.steps} steps: {words}")
+        comparison = f"predicted {check.predicted}, measured {check.measured:.4g}"
+        lines.append(f"held out, {check.cell}, {check.steps} steps: {comparison}")
     return lines + [f"note: {note}" for note in study.notes]
 
 
 def check_single(paths: Sequence[str]) -> bool:
     """Whether the paths are one sweep. Raises UserError for a sweep among others."""
-    sweeps = [path for path in paths if path.endswith((".yaml", ".yml")) or sweep.is_folder(path)]
+    sweeps = [path for path in paths if path.endswith((".yaml", ".yml")) or definition.is_folder(path)]
     if sweeps and len(paths) > 1:
         raise UserError(f"{sweeps[0]} is a sweep: a page shows one sweep, or any number of runs")
     return bool(sweeps)

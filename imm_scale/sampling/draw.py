@@ -199,10 +199,10 @@ class Drawer:
         return self._space.prior(self.plan.seed, "restart", index, stream=step).double()
 
 
-def _set_compiled(net: Backbone, wanted: bool) -> None:
+def _set_compiled(net: Backbone, enabled: bool) -> None:
     """Compiles a net's blocks, or takes that back, so that a plan's samples do not depend on the plan before."""
     compiled = [module for module in net.modules() if module._compiled_call_impl is not None]
-    if not wanted:
+    if not enabled:
         for module in compiled:
             module._compiled_call_impl = None
     elif not compiled:

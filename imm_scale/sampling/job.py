@@ -167,11 +167,11 @@ class _SetOfSamples:
         seconds = time.perf_counter() - began
         written = self._write_outputs()
         drawn = sum(stop - start for start, stop in (self.parts.ranges[part] for part in missing))
-        kept = self.plan.num - drawn
+        reused = self.plan.num - drawn
         speed = f"{drawn} samples in {seconds:.1f} s, {drawn / seconds:.1f} a second on {self.world.size} ranks"
-        self._close(written, {"seconds": seconds, "samples_drawn": drawn, "samples_kept": kept})
-        was_kept = f"; {kept} were there already" if kept else ""
-        self.announce("\n".join([*written, f"{stem(self.plan)}: {speed}{was_kept}"]))
+        self._close(written, {"seconds": seconds, "samples_drawn": drawn, "samples_kept": reused})
+        reuse_note = f"; {reused} were there already" if reused else ""
+        self.announce("\n".join([*written, f"{stem(self.plan)}: {speed}{reuse_note}"]))
 
     def _missing(self) -> list[int]:
         """Parts yet to be drawn, the same list on every rank; ranks share the checking."""
@@ -181,7 +181,7 @@ class _SetOfSamples:
         distributed.barrier()
         missing = torch.zeros(len(self.parts.ranges), dtype=torch.int64)
         for part in range(self.world.rank, len(missing), self.world.size):
-            missing[part] = not self.parts.is_kept(part)
+            missing[part] = not self.parts.is_intact(part)
         return distributed.all_sum(missing).nonzero()[:, 0].tolist()
 
     def _draw(self, missing: Sequence[int]) -> None:
@@ -189,12 +189,13 @@ class _SetOfSamples:
         total = sum(stop - start for start, stop in (self.parts.ranges[part] for part in mine))
         hidden = None if self.world.is_main else True  # None: shown on a terminal only
         name = stem(self.plan) + (f", rank 0 of {self.world.size}" if self.world.size > 1 else "")
-        told = began = time.monotonic()
+        last_report = began = time.monotonic()
         with tqdm(total=total, desc=name, unit="image", disable=hidden) as bar:
             for done, part in enumerate(mine):
-                if bar.disable and time.monotonic() - told > TELL_SECONDS:  # no terminal: a line in the job's log
-                    told = time.monotonic()
-                    self.announce(f"{name}: {done} of {len(mine)} parts after {told - began:.0f} s")
+                # No terminal: a line in the job's log.
+                if bar.disable and time.monotonic() - last_report > TELL_SECONDS:
+                    last_report = time.monotonic()
+                    self.announce(f"{name}: {done} of {len(mine)} parts after {last_report - began:.0f} s")
                 start, stop = self.parts.ranges[part]
                 _, label, z = self.drawer.draw(start, stop)
                 latents = z.float().numpy() if self.request.latents else None

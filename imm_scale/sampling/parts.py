@@ -66,7 +66,7 @@ class Parts:
         sha256 = hashlib.sha256(data).hexdigest()
         return json.dumps({"identity": self.identity, "start": start, "stop": stop, "sha256": sha256}, indent=1)
 
-    def is_kept(self, part: int) -> bool:
+    def is_intact(self, part: int) -> bool:
         """Whether the part is there, holds these samples, and is undamaged."""
         try:
             record = storage.read_text(self._record_url(part))

@@ -114,8 +114,8 @@ class Sweep:
         raise UserError(f"sweep {self.name} has no cell {name!r}{_nearest(name, [c.name for c in self.cells])}")
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -165,15 +165,15 @@ def _check_shapes(written: SweepFile, path: str) -> None:
     hints = get_type_hints(SweepFile)
     for item in dataclasses.fields(SweepFile):
         value = getattr(written, item.name)
-        wanted = get_origin(hints[item.name]) or str
-        wanted = str if wanted is UnionType else wanted
-        if value is not None and not isinstance(value, wanted):
-            raise UserError(f"{path}: {item.name}={value!r} must be a {_WORDS[wanted]}")
+        expected = get_origin(hints[item.name]) or str
+        expected = str if expected is UnionType else expected
+        if value is not None and not isinstance(value, expected):
+            raise UserError(f"{path}: {item.name}={value!r} must be a {_TYPE_NAMES[expected]}")
     for axis in ("sizes", "budgets", "grid", "variants"):
         for key, values in getattr(written, axis).items():
-            wanted = dict if axis in ("sizes", "variants") else list
-            if not isinstance(values, wanted):
-                raise UserError(f"{path}: {axis}.{key}={values!r} must be a {_WORDS[wanted]}")
+            expected = dict if axis in ("sizes", "variants") else list
+            if not isinstance(values, expected):
+                raise UserError(f"{path}: {axis}.{key}={values!r} must be a {_TYPE_NAMES[expected]}")
             if values == []:
                 raise UserError(f"{path}: {axis}.{key} is empty: give it at least one value or leave it out")
     if not written.seeds:
@@ -181,7 +181,7 @@ def _check_shapes(written: SweepFile, path: str) -> None:
     _check_budgets(written, path)
 
 
-_WORDS: dict[Any, str] = {dict: "mapping", list: "list", str: "text"}
+_TYPE_NAMES: dict[Any, str] = {dict: "mapping", list: "list", str: "text"}
 
 
 def _check_budgets(written: SweepFile, path: str) -> None:
@@ -257,7 +257,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _cell(written: SweepFile, folder: str, choice: _Choice, base: Config, source: str) -> Cell:
-    name = "-".join(_word(key, value) for key, value in choice.factors.items())
+    name = "-".join(_name_part(key, value) for key, value in choice.factors.items())
     where = f"{source}: cell {name}"
     place = {"run.name": f"{written.name}/{name}", "run.dir": _run_dir(folder, name), "wandb.group": written.name}
     budget = next(((unit, choice.factors[f"budget_{unit}"]) for unit in written.budgets), None)
@@ -281,7 +281,7 @@ def _priced(name: str, factors: dict[str, Any], config: Config, net: Architectur
     return Cell(name, factors, held_out, config, net, forward, step * config.train.max_steps)
 
 
-def _word(key: str, value: Any) -> str:
+def _name_part(key: str, value: Any) -> str:
     """An axis' value as a part of a cell's name: letters that are safe in paths and shells."""
     if key in ("size", "variant"):
         text = str(value)
@@ -357,12 +357,12 @@ def write(sweep: Sweep) -> None:
     """
     url = storage.join(sweep.folder, DESCRIPTION)
     old = _from_folder(sweep.folder) if storage.exists(url) else None
-    kept = _compatible(old, sweep) if old is not None else []
+    old_cells = _compatible(old, sweep) if old is not None else []
     for cell in sweep.cells:
         storage.write_text(config_url(sweep.folder, cell.name), configs.to_yaml(cell.config))
     entries = [
         {"name": c.name, "factors": c.factors, "held_out": c.held_out, "net": build.describe_net(c.net)}
-        for c in (*sweep.cells, *kept)
+        for c in (*sweep.cells, *old_cells)
     ]
     document = {"name": sweep.name, "description": sweep.description, "cells": entries}
     storage.write_text(url, json.dumps(document, indent=1))

@@ -54,8 +54,8 @@ def optimal_size(A: Array, alpha: Array, B: Array, beta: Array, cost: Cost, C: A
     with np.errstate(invalid="ignore", divide="ignore"):
         exponent = alpha + cost.power * beta
         ratio = alpha * A / (cost.power * beta * B) * (np.asarray(C, float) / cost.factor) ** beta
-        found = ratio ** (1.0 / exponent)
-    return np.where((np.minimum(alpha, beta) > 0) & np.isfinite(found) & (found > 0), found, np.nan)
+        size = ratio ** (1.0 / exponent)
+    return np.where((np.minimum(alpha, beta) > 0) & np.isfinite(size) & (size > 0), size, np.nan)
 
 
 @dataclass(frozen=True)
@@ -189,9 +189,9 @@ def _search(u_n2: Array, loss_n: Array, weight_n: Array, start: Array | None = N
     if start is None:
         grid = [np.log([alpha, beta]) for alpha in _GRID for beta in _GRID]
         start = min(grid, key=distance)
-    found = minimize(distance, start, method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-12, "maxiter": 400})
-    alpha, beta = np.exp(np.clip(found.x, *np.log(_LIMITS)))
-    E, A, B = _project(found.x, u_n2, loss_n, weight_n)[1]
+    fit = minimize(distance, start, method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-12, "maxiter": 400})
+    alpha, beta = np.exp(np.clip(fit.x, *np.log(_LIMITS)))
+    E, A, B = _project(fit.x, u_n2, loss_n, weight_n)[1]
     return np.array([E, A, alpha, B, beta])
 
 

@@ -101,11 +101,11 @@ def outcomes(sweep: Sweep, activity: Callable[[Cell], str | None] = lambda cell:
 
 def _results(cell: Cell) -> Iterator[dict[str, Any]]:
     """Of the last checkpoint, in the precision the sweep asks for: whoever measured it in others too, mixes nothing."""
-    wanted = cell.config.sampling.precision, cell.config.sampling.compile
+    arithmetic = cell.config.sampling.precision, cell.config.sampling.compile
     for evaluation in read_evaluations(cell.run_dir):
         if evaluation["step"] == cell.config.train.max_steps:
             for result in evaluation["results"]:
-                if (result["precision"], result["compile"]) == wanted:
+                if (result["precision"], result["compile"]) == arithmetic:
                     yield {**result, "ema": evaluation.get("ema"), "evaluation_seconds": evaluation.get("seconds")}
 
 
@@ -121,13 +121,13 @@ def divergence(records: Sequence[dict[str, Any]]) -> str:
 # --- the table ---
 
 
-def rows(sweep: Sweep, found: Sequence[Outcome]) -> list[dict[str, Any]]:
+def rows(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """A row per cell and evaluation result; a cell without results has one row that says why."""
     table = []
-    for one in found:
+    for one in outcomes:
         common = _cell_columns(sweep, one)
-        found_results: list[dict[str, Any] | None] = [*one.results] or [None]
-        for result in found_results:
+        cell_results: list[dict[str, Any] | None] = [*one.results] or [None]
+        for result in cell_results:
             table.append({**common, **_result_columns(one.cell, result)})
     return table
 
@@ -182,10 +182,10 @@ def _result_columns(cell: Cell, result: dict[str, Any] | None) -> dict[str, Any]
     }
 
 
-def mixed_code(found: Sequence[Outcome]) -> str:
+def mixed_code(outcomes: Sequence[Outcome]) -> str:
     """A warning that names the commits where the cells were not all run by the same code, else ""."""
     versions: dict[str, list[str]] = {}
-    for one in found:
+    for one in outcomes:
         if one.code:
             versions.setdefault(one.code, []).append(one.cell.name)
     if len(versions) < 2:
@@ -194,7 +194,7 @@ def mixed_code(found: Sequence[Outcome]) -> str:
     return f"results of different code versions are mixed: {'; '.join(parts)}"
 
 
-def collect(sweep: Sweep, found: Sequence[Outcome]) -> str:
+def collect(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
     """Writes results.parquet into the sweep's folder and returns its place. Raises UserError without pyarrow."""
     try:
         import pyarrow as pa
@@ -203,7 +203,7 @@ def collect(sweep: Sweep, found: Sequence[Outcome]) -> str:
         raise UserError(f"{RESULTS} is written by pyarrow ({error}): pip install 'imm-scale[sweep]'") from error
 
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows(sweep, found)), buffer)
+    pq.write_table(pa.Table.from_pylist(rows(sweep, outcomes)), buffer)
     url = storage.join(sweep.folder, RESULTS)
     storage.write_bytes(url, buffer.getvalue())
     return url

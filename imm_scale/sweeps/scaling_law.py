@@ -228,13 +228,13 @@ class Law:
     def constants(self, theta_SP: Array | None = None) -> dict[str, Array]:
         """{"E", "A_x", "exponent_x"} in the variables' own units, one value per row."""
         theta = self.theta_P[None] if theta_SP is None else theta_SP
-        found = {"E": np.exp(theta[:, 0]) if self.form.offset else np.zeros(len(theta))}
+        constants = {"E": np.exp(theta[:, 0]) if self.form.offset else np.zeros(len(theta))}
         for k, variable in enumerate(self.form.variables):
             c, p = self.form._place(k)
             name = self.names[variable]
-            found[f"A_{name}"] = np.exp(theta[:, c] + theta[:, p] * self.centre_V[variable])
-            found[f"exponent_{name}"] = theta[:, p]
-        return found
+            constants[f"A_{name}"] = np.exp(theta[:, c] + theta[:, p] * self.centre_V[variable])
+            constants[f"exponent_{name}"] = theta[:, p]
+        return constants
 
     def intervals(self, level: float = LEVEL) -> dict[str, Interval]:
         """Constants with their intervals."""
@@ -332,11 +332,13 @@ def _doubts(law: Law, u_nV: Array, y_n: Array, delta: float) -> list[str]:
     n = len(y_n)
     if n <= law.form.parameters + 2:
         doubts.append(f"{n} points for {law.form.parameters} parameters: the fit passes near them whatever the truth")
-    for simpler, words in _simpler(law):
+    for simpler, difference in _simpler(law):
         theta, _ = best_of_starts(simpler, u_nV, y_n, delta)
         aicc = _aicc(simpler, y_n - simpler.log_loss(theta[None], u_nV)[0], delta)
         if aicc < law.aicc + 2:
-            doubts.append(f"the data do not tell this law from one {words} (AICc {aicc:.1f} against {law.aicc:.1f})")
+            doubts.append(
+                f"the data do not tell this law from one {difference} (AICc {aicc:.1f} against {law.aicc:.1f})"
+            )
     for name, interval in law.intervals().items():
         if name.startswith("exponent") and interval.low <= 0.02:
             doubts.append(f"{name} may be 0: {interval}")
@@ -347,7 +349,7 @@ def _simpler(law: Law) -> list[tuple[Form, str]]:
     form = law.form
     simpler = [(Form(form.variables, offset=False), "without an offset E")] if form.offset else []
     if len(form.variables) > 1:
-        for gone in form.variables:
-            kept = tuple(v for v in form.variables if v != gone)
-            simpler.append((Form(kept, form.offset), f"in which {law.names[gone]} does not matter"))
+        for dropped in form.variables:
+            variables = tuple(v for v in form.variables if v != dropped)
+            simpler.append((Form(variables, form.offset), f"in which {law.names[dropped]} does not matter"))
     return simpler

@@ -49,7 +49,7 @@ class Forecast:
 class Choice:
     """The cheapest size and step count that reached a distance."""
 
-    wanted: float
+    target: float
     size: str
     steps: int
     distance: float
@@ -87,9 +87,9 @@ class Study:
 
 def measured(rows: Sequence[Row], metric: str | None = None) -> list[Row]:
     """The rows with a positive finite distance of one metric (the first met), plain sampling of the first average."""
-    found = [row for row in rows if row["metric"] is not None]
-    metric = metric or (found[0]["metric"] if found else None)
-    return [row for row in found if row["metric"] == metric and np.isfinite(row["mean"]) and row["mean"] > 0]
+    with_metric = [row for row in rows if row["metric"] is not None]
+    metric = metric or (with_metric[0]["metric"] if with_metric else None)
+    return [row for row in with_metric if row["metric"] == metric and np.isfinite(row["mean"]) and row["mean"] > 0]
 
 
 def column(rows: Sequence[Row], name: str) -> np.ndarray:
@@ -220,7 +220,7 @@ def cheapest(rows: Sequence[Row], levels: int = 6) -> list[Choice]:
     reached = sorted((*key, float(np.mean(values))) for key, values in points.items())
     distances = [point[-1] for point in reached]
     choices: list[Choice] = []
-    for wanted in np.geomspace(np.median(distances), min(distances), levels):
-        inference, training, size, steps, distance = next(p for p in reached if p[-1] <= wanted * (1 + 1e-12))
-        choices.append(Choice(float(wanted), size, steps, distance, inference, training))
+    for target in np.geomspace(np.median(distances), min(distances), levels):
+        inference, training, size, steps, distance = next(p for p in reached if p[-1] <= target * (1 + 1e-12))
+        choices.append(Choice(float(target), size, steps, distance, inference, training))
     return choices

@@ -39,11 +39,11 @@ def gradient_is_bad(engine: Engine, micro_batches: Sequence[Batch], loss_scale: 
     """
     look = _Look(engine.device)
     hooks = [parameter.register_hook(look) for parameter in engine.parameters]
-    kept, engine.loss_scale = engine.loss_scale, None if loss_scale is None else LossScale(loss_scale)
+    previous, engine.loss_scale = engine.loss_scale, None if loss_scale is None else LossScale(loss_scale)
     try:
         result = engine.step(micro_batches, lr=0.0)
     finally:
-        engine.loss_scale = kept
+        engine.loss_scale = previous
         for hook in hooks:
             hook.remove()
     assert result.skipped, "gradients of NaN were applied"

@@ -48,8 +48,8 @@ def find_cause(
     ]
     if with_loss:
         return LOSS, f"the loss is not finite on {'; '.join(with_loss)}"
-    found = _of_every_rank([int(gradient_is_bad())], loss_G.device)
-    with_gradient = [f"rank {rank} ({hosts[rank]})" for rank, (is_bad, _) in enumerate(found) if is_bad]
+    verdicts = _of_every_rank([int(gradient_is_bad())], loss_G.device)
+    with_gradient = [f"rank {rank} ({hosts[rank]})" for rank, (is_bad, _) in enumerate(verdicts) if is_bad]
     where = f"on {', '.join(with_gradient)}" if with_gradient else "(on no rank when its passes were run again)"
     if scaled:
         return OVERFLOW, f"the scaled gradient overflowed {where}"

@@ -38,7 +38,7 @@ class Meter:
     def _reset(self) -> None:
         self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
         self._groups: list[tuple[Tensor, Tensor, Tensor]] = []  # losses, times and weights of each step
-        self._grad_norm, self._taken = 0.0, 0
+        self._grad_norm, self._num_steps = 0.0, 0
         self._loss_scale: float | None = None
         self._seconds: list[float] = []
         self._began = time.perf_counter()
@@ -61,7 +61,7 @@ class Meter:
             return
         self._loss += result.loss
         self._grad_norm += result.grad_norm
-        self._taken += 1
+        self._num_steps += 1
         self._groups.append((result.groups.loss_G, result.groups.t_G, weight_G))
 
     def _quarters(self) -> Tensor:
@@ -99,12 +99,12 @@ class Meter:
         waited = data_seconds - self._waited
         p50, p95 = np.percentile(self._seconds, [50, 95])
         record = {
-            "loss": float(loss) / self._taken if self._taken else None,
+            "loss": float(loss) / self._num_steps if self._num_steps else None,
             **{
                 name: float(total / count) if count else None
                 for name, total, count in zip(_QUARTERS, *quarters.view(2, -1), strict=True)
             },
-            "grad_norm": self._grad_norm / self._taken if self._taken else None,
+            "grad_norm": self._grad_norm / self._num_steps if self._num_steps else None,
             **self._statistics.record(statistics.tolist()),
             **({} if self._loss_scale is None else {"loss_scale": self._loss_scale}),
             "images_per_second": self._batch * steps / seconds,

@@ -45,13 +45,13 @@ def train(config: Config, world: World | None = None) -> Outcome:
         return "completed"
     with run_lock.held(config.run_dir, world, _say) as lock:
         resume.check_run_folder(prepared)  # once more: another start may have come and gone since
-        found = resume.find(config, world)
-        if found.checkpoint is not None:
-            resume.check_net(found.checkpoint, prepared.spec)
+        resume_point = resume.find(config, world)
+        if resume_point.checkpoint is not None:
+            resume.check_net(resume_point.checkpoint, prepared.spec)
         check_wandb_key(config, world)
         distributed.barrier()  # no rank writes before all have read
         with StopSignals(config.train.stop_signals) as signals:
-            return _start(prepared, world, lock, signals, found)
+            return _start(prepared, world, lock, signals, resume_point)
 
 
 def _is_complete(config: Config, world: World) -> bool:
@@ -69,18 +69,20 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _start(prepared: Plan, world: World, lock: RunLock, signals: StopSignals, found: resume.Found) -> Outcome:
+def _start(
+    prepared: Plan, world: World, lock: RunLock, signals: StopSignals, resume_point: resume.ResumePoint
+) -> Outcome:
     """Writes into the folder, which is this run's from here on; a failure is noted there."""
     config = prepared.config
     _write_config(prepared, world)
     set_up_logging(config.run_dir, world.rank)
-    for words in found.passed_over:
-        log.warning(words)
+    for problem in resume_point.passed_over:
+        log.warning(problem)
     try:
         remove_leftovers(config, world)
         deadline = stop_signals.deadline(config.train.stop_before)
         context = RunContext(*watchdog.hosts_and_call(world), signals, deadline, lock)
-        return _train(prepared, world, context, found.checkpoint)
+        return _train(prepared, world, context, resume_point.checkpoint)
     except torch.OutOfMemoryError as error:
         remedy = _out_of_memory(config, prepared.layout, error)
         _note_failure(config.run_dir, remedy, world.rank, lock)
@@ -153,9 +155,9 @@ def _out_of_memory(config: Config, layout: Layout, error: torch.OutOfMemoryError
         f"a higher zero.stage (now {config.zero.stage})" * (config.zero.stage < 3),
         "zero.offload=optimizer" * (config.zero.offload == "none"),
     ]
-    said = str(error).split(". ")[0].strip()
+    cause = str(error).split(". ")[0].strip()
     ways = "; ".join(filter(None, remedies)) or "a smaller model or GPUs with more memory"
-    return UserError(f"the GPU's memory is too small: {said}. Take {ways}. `imm-scale plan` shows what fits")
+    return UserError(f"the GPU's memory is too small: {cause}. Take {ways}. `imm-scale plan` shows what fits")
 
 
 def _note_failure(run_dir: str, error: Exception, rank: int, lock: RunLock) -> None:

@@ -32,12 +32,14 @@ class HeldOut:
     def __init__(
         self, config: Config, dataset: Dataset, space: SampleSpace, layout: Layout, rank: int, device: torch.device
     ):
-        held = sample_order.held_out(dataset.shard_samples, config.data.block_samples, config.seed, config.data.holdout)
+        held_out = sample_order.held_out(
+            dataset.shard_samples, config.data.block_samples, config.seed, config.data.holdout
+        )
         particles = layout.particles
-        num_groups = len(held) // particles
+        num_groups = len(held_out) // particles
         if num_groups == 0:
             raise UserError(
-                f"data.holdout={config.data.holdout:g} holds out {len(held)} samples, fewer than one group of "
+                f"data.holdout={config.data.holdout:g} holds out {len(held_out)} samples, fewer than one group of "
                 f"{particles} samples: hold out more"
             )
         # Not plan.rank_groups: more ranks than groups are fine here.
@@ -46,7 +48,7 @@ class HeldOut:
         self._particles, self._micro = particles, layout.slots_per_micro_batch
         self._rounds = math.ceil(math.ceil(num_groups / layout.world_size) / self._micro)
         self._space, self._device = space, device
-        index = held[first * particles : last * particles]
+        index = held_out[first * particles : last * particles]
         self._stored = torch.from_numpy(dataset.gather(index))
         self._label = torch.from_numpy(dataset.labels[index]).to(device)
         origin = _FIRST_ORDINAL // particles * particles

@@ -75,7 +75,7 @@ def test_words_after_two_dashes_go_on_as_they_are(monkeypatch):
     from launchers import submit
 
     seen = []
-    monkeypatch.setattr(submit, "run", lambda args: seen.append((args.words, args.array)) or 0)
+    monkeypatch.setattr(submit, "run", lambda args: seen.append((args.positionals, args.array)) or 0)
     assert cli.main(["submit", "encode", "--array", "0-3", "--", "--images", "x", "--array", "--"]) == 0
     assert seen == [(["encode", "--images", "x", "--array", "--"], "0-3")]
 

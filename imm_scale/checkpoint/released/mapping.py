@@ -60,8 +60,8 @@ class _Network:
 
     def shape(self, name: str, dimensions: int) -> tuple[int, ...]:
         if name not in self.tensors or self.tensors[name].dim() != dimensions or 0 in self.tensors[name].shape:
-            held = list(self.tensors[name].shape) if name in self.tensors else "nothing"
-            raise UserError(f"it holds {held} for {name}, a tensor of {dimensions} dimensions is needed")
+            shape = list(self.tensors[name].shape) if name in self.tensors else "nothing"
+            raise UserError(f"it holds {shape} for {name}, a tensor of {dimensions} dimensions is needed")
         return tuple(self.tensors[name].shape)
 
 
@@ -181,9 +181,9 @@ def _flattened(model: Record) -> _Network:
 def _check_attributes(network: _Network) -> None:
     for path, attributes in network.attributes.items():
         for name, value in _ONLY_VALUES.items():
-            held = attributes.get(name, value)
-            if type(held) is not type(value) or held != value:
-                raise UserError(f"it records {path}{name}={shown(held)}; this net has {value!r} only")
+            recorded = attributes.get(name, value)
+            if type(recorded) is not type(value) or recorded != value:
+                raise UserError(f"it records {path}{name}={shown(recorded)}; this net has {value!r} only")
 
 
 def _net_config(network: _Network, recorded: dict[str, Any]) -> DiTConfig:
@@ -217,15 +217,15 @@ def _heads(network: _Network, width: int, depth: int) -> int:
     """Attention heads, which no weight shows: as the modules record them, else by the size table."""
     places = [path for path in network.attributes if path == "" or re.fullmatch(r"blocks\.\d+\.attn\.", path)]
     recorded = [value for path in places if (value := network.attributes[path].get("num_heads")) is not None]
-    found = recorded or [heads for w, d, heads in SIZES.values() if (w, d) == (width, depth)]
-    if not found:
+    candidates = recorded or [heads for w, d, heads in SIZES.values() if (w, d) == (width, depth)]
+    if not candidates:
         raise UserError(
             f"it records no num_heads, and a net {width} wide and {depth} deep is none of DiT-{', DiT-'.join(SIZES)}"
         )
-    for heads in found:
-        if type(heads) is not int or heads < 1 or width % heads or heads != found[0]:
+    for heads in candidates:
+        if type(heads) is not int or heads < 1 or width % heads or heads != candidates[0]:
             raise UserError(f"it records num_heads={shown(heads)} for one of its attentions, {width} wide")
-    return found[0]
+    return candidates[0]
 
 
 def _check_positions(network: _Network, config: DiTConfig) -> None:
@@ -282,14 +282,15 @@ def _codec(config: DiTConfig, weights_hash: str) -> Codec:
     return Codec("vae", weights_hash, config.height * LATENT_FACTOR, channels, LATENT_FACTOR, LATENT_MEAN, LATENT_STD)
 
 
-def _second_time(recorded: dict[str, Any], given: str | None) -> tuple[str, str]:
+def _second_time(recorded: dict[str, Any], override: str | None) -> tuple[str, str]:
     """The second time, and a note on where it comes from: the authors set it by hand for one of their files."""
-    if given is None:
+    if override is None:
         if "temb_type" not in recorded:
             raise UserError("it does not record temb_type: give --second-time s or --second-time t_minus_s")
         second = _choice(recorded, "temb_type", _SECOND_TIMES)
         return second, f"second_time={second}, as the file records (--second-time overrides)"
-    return given, f"second_time={given}, as given; the file records temb_type={shown(recorded.get('temb_type'))}"
+    recorded_type = shown(recorded.get("temb_type"))
+    return override, f"second_time={override}, as given; the file records temb_type={recorded_type}"
 
 
 def _choice(recorded: dict[str, Any], name: str, table: dict[str, str]) -> str:

@@ -68,8 +68,8 @@ class PrecisionRecall(Metric):
 
     def measure(self, samples: Samples, reference: Target, with_error: bool = True) -> dict[str, Measure]:
         assert reference.kept is not None
-        found = precision_recall(samples.kept.double(), reference.kept.double())
-        return {name: Measure(*pair, higher_is_better=True) for name, pair in found.items()}
+        values = precision_recall(samples.kept.double(), reference.kept.double())
+        return {name: Measure(*pair, higher_is_better=True) for name, pair in values.items()}
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ class DensityCoverage(Metric):
 
     def measure(self, samples: Samples, reference: Target, with_error: bool = True) -> dict[str, Measure]:
         assert reference.kept is not None
-        found = density_coverage(samples.kept.double(), reference.kept.double())
-        return {name: Measure(*pair, higher_is_better=True) for name, pair in found.items()}
+        values = density_coverage(samples.kept.double(), reference.kept.double())
+        return {name: Measure(*pair, higher_is_better=True) for name, pair in values.items()}
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ def radii(x: Tensor, k: int) -> Tensor:
 
 def nearest(x: Tensor, y: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
     """Distances and indices (n, k) of the k nearest of y (m, F) to each of x (n, F), nearest first."""
-    found = [distances(block, y).topk(k, dim=1, largest=False) for block in x.split(_BLOCK)]
-    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+    nearest_of_block = [distances(block, y).topk(k, dim=1, largest=False) for block in x.split(_BLOCK)]
+    return torch.cat([f.values for f in nearest_of_block]), torch.cat([f.indices for f in nearest_of_block])
 
 
 def balls(x: Tensor, y: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:

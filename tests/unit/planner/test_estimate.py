@@ -100,7 +100,7 @@ def test_suggestions_fit_when_they_are_followed():
     changes = estimate.suggest(config, estimated)
     assert changes
     for change in changes:
-        _, followed = _estimate(*change.words, gpu="a100-40gb")
+        _, followed = _estimate(*change.overrides, gpu="a100-40gb")
         assert followed.fits and followed == change.estimate
 
 

@@ -173,9 +173,9 @@ def test_the_cheapest_choice_is_the_cheapest(sweep):
         _finish(sweep, cell, _law(cell))
     rows = results.rows(sweep, results.outcomes(sweep))
     for choice in study.cheapest(rows):
-        good = [row for row in rows if row["mean"] <= choice.wanted * (1 + 1e-9)]
+        good = [row for row in rows if row["mean"] <= choice.target * (1 + 1e-9)]
         assert choice.inference_flops == min(row["inference_flops"] for row in good)
-        assert choice.distance <= choice.wanted * (1 + 1e-9)
+        assert choice.distance <= choice.target * (1 + 1e-9)
 
 
 def test_a_study_of_nothing_is_refused(sweep):
