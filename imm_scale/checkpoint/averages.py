@@ -1,4 +1,4 @@
-"""The moving averages a checkpoint holds: under which name each lies, and how much of it is still the initial weights."""
+"""The moving averages a checkpoint holds: under which name each lies, and how much of it is still initial weights."""
 
 from imm_scale.checkpoint.format import Checkpoint
 from imm_scale.config.load import from_yaml
@@ -10,7 +10,7 @@ YOUNG = 0.1  # share of the initial weights above which an average is said to be
 def state_of(checkpoint: Checkpoint, decay: float) -> str | None:
     """The checkpoint's state of a decay; None where its run kept no such average.
 
-    Runs up to version 0.1 wrote six digits of a decay, so a name alone does not say which one it is: the run's config does.
+    Runs up to version 0.1 wrote six digits of a decay, so a name alone does not say which it is: the config does.
     """
     decays = from_yaml(checkpoint.meta.config).ema.decays
     older = [other for other in decays if ema.older_state_name(other) == ema.older_state_name(decay)]
@@ -25,7 +25,7 @@ def state_of(checkpoint: Checkpoint, decay: float) -> str | None:
 def initial_share(checkpoint: Checkpoint, decay: float) -> float:
     """What part of an average is still the weights the run began with, between 0 and 1.
 
-    Each of n updates leaves decay^power of what was there (`parallel/ema.py`); with `ema.warmup` the first leaves nothing.
+    Each update leaves decay^power of what was there (`parallel/ema.py`); with `ema.warmup` the first leaves nothing.
     """
     config = from_yaml(checkpoint.meta.config)
     if config.ema.warmup:

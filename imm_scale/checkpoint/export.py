@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
+from typing import TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -16,11 +18,12 @@ from torch import Tensor
 from imm_scale import build, storage
 from imm_scale.build import ModelSpec
 from imm_scale.checkpoint import averages
-from imm_scale.checkpoint.format import COMMITTED, Checkpoint
+from imm_scale.checkpoint.format import COMMITTED, Checkpoint, use_newest
 from imm_scale.config.load import from_yaml
 from imm_scale.errors import UserError
 from imm_scale.methods.flow_map import FlowMap
 
+Result = TypeVar("Result")
 RAW_WEIGHTS = 0.0
 FORMATS = ("safetensors", "diffusers")
 _SPEC_KEY = "imm_scale_spec"
@@ -69,15 +72,15 @@ def warnings(source: str, ema: float | None = None, step: int | None = None) -> 
     """What a user of these weights must know, one sentence each: an average that is young. Takes what `read` takes."""
     if is_export(source):
         return []
-    warning = averages.warning(_checkpoint(source, step), ema)
+    warning = _of_checkpoint(source, step, lambda checkpoint: averages.warning(checkpoint, ema))
     return [warning] if warning else []
 
 
-def _checkpoint(source: str, step: int | None) -> Checkpoint:
-    """Of a run folder or the folder of a checkpoint."""
+def _of_checkpoint(source: str, step: int | None, use: Callable[[Checkpoint], Result]) -> Result:
+    """What `use` makes of a checkpoint: the one whose folder it is, or a run's, of a step or the newest."""
     if is_checkpoint(source):
-        return Checkpoint(source)
-    return Checkpoint.latest(source) if step is None else Checkpoint.of_step(source, step)
+        return use(Checkpoint(source))
+    return use_newest(source, use) if step is None else use(Checkpoint.of_step(source, step))
 
 
 def read(source: str, ema: float | None = None, step: int | None = None) -> tuple[ModelSpec, dict[str, Tensor]]:
@@ -92,7 +95,10 @@ def read(source: str, ema: float | None = None, step: int | None = None) -> tupl
         return _read_file(source)
     if _is_folder(source):
         return _read_folder(source)
-    checkpoint = _checkpoint(source, step)
+    return _of_checkpoint(source, step, lambda checkpoint: _read_checkpoint(checkpoint, ema))
+
+
+def _read_checkpoint(checkpoint: Checkpoint, ema: float | None) -> tuple[ModelSpec, dict[str, Tensor]]:
     state = ema_state(checkpoint, ema)  # reads the config, whose plugins the spec may need
     return ModelSpec.from_json(checkpoint.meta.spec), checkpoint.weights(state)
 

@@ -10,10 +10,10 @@ step-00001000/
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from imm_scale import devices, storage
 from imm_scale.errors import UserError
 
+Result = TypeVar("Result")
 FORMAT_VERSION = 1
 COMMITTED = "COMMITTED"
 INDEX = "index.json"
@@ -95,7 +96,8 @@ def committed_steps(run_dir: str) -> list[int]:
 
 def _steps(run_dir: str) -> list[int]:
     names = storage.list_names(storage.join(run_dir, _FOLDER))
-    return sorted(int(name.removeprefix(_PREFIX)) for name in names if name.startswith(_PREFIX))
+    numbers = [name.removeprefix(_PREFIX) for name in names if name.startswith(_PREFIX)]
+    return sorted(int(number) for number in numbers if number.isdecimal())  # a person may have left a copy there
 
 
 @dataclass(frozen=True)
@@ -263,10 +265,7 @@ class Checkpoint:
     @classmethod
     def latest(cls, run_dir: str) -> "Checkpoint":
         """The newest one. Raises UserError where there is none."""
-        steps = committed_steps(run_dir)
-        if not steps:
-            raise UserError(f"{run_dir} holds no committed checkpoint: train it first, or check the path")
-        return cls.of_step(run_dir, steps[-1])
+        return use_newest(run_dir, lambda checkpoint: checkpoint)
 
     def _read(self, name: str) -> bytes:
         try:
@@ -346,6 +345,23 @@ class Checkpoint:
         if state not in self.states:
             raise UserError(f"{self.url} holds no {state!r}; it has {', '.join(self.states)}")
         return {name: self.read(state, name).view(shape) for name, shape in self.shapes.items()}
+
+
+def use_newest(run_dir: str, use: Callable[[Checkpoint], Result]) -> Result:
+    """What `use` makes of the newest checkpoint; of the newest of then, should the run remove it meanwhile.
+
+    Raises:
+        UserError: there is none.
+    """
+    while True:
+        steps = committed_steps(run_dir)
+        if not steps:
+            raise UserError(f"{run_dir} holds no committed checkpoint: train it first, or check the path")
+        try:
+            return use(Checkpoint.of_step(run_dir, steps[-1]))
+        except (DamagedCheckpointError, FileNotFoundError):
+            if steps[-1] in committed_steps(run_dir):
+                raise
 
 
 def _tensor_places(url: str) -> dict[str, int]:

@@ -25,10 +25,10 @@ def _run(args: argparse.Namespace) -> int:
     from imm_scale.sampling import source as sources
 
     precision.set_tf32(False)  # but where a key allows it
-    source = sources.find(args.source).at_newest()
+    source = sources.find(args.source)
     config = sources.config_of(source, overrides(args)).sampling
     guidance = numbers(args.guidance, "--guidance") or (config.guidance_scale,)
-    request = job.Request(args.out or job.folder_of(source), guidance, tuple(args.format.split(",")), args.latents)
+    request = job.Request(args.out, guidance, tuple(args.format.split(",")), args.latents)
     world = distributed.detect()
     distributed.init(world)
     job.run(source, config, request, world, say)

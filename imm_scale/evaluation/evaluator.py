@@ -224,6 +224,7 @@ class Evaluator:
                 "the reference is made of decoded latents, so the autoencoder's own error does not count: for numbers "
                 "like published ones make a reference of the images themselves (--make-reference)"
             )
+        messages += export.warnings(self.source.weights_url, self.config.sampling.ema)
         for line in messages:
             self._announce(f"warning: {line}")
         return messages

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from imm_scale.parallel.param_slice import ParamSlice
 
-
 WARMUP_WIDTH = 0.10  # of a warm-up's averages, relative to what has been trained: EDM2's wider one
 
 

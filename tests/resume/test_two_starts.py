@@ -24,7 +24,7 @@ def test_the_second_start_is_refused_on_all_ranks_and_the_next_after_a_kill_goes
     first = ranks.start(ranks.command, 2, *_settings(digits, run_dir))
     try:
         _wait_for_step(run_dir, 6)
-        for code, words in ranks.run(ranks.command_and_words, 2, *_settings(digits, run_dir)):
+        for code, words in ranks.run(ranks.command_and_output, 2, *_settings(digits, run_dir)):
             assert code == 2 and "Traceback" not in words
             assert f"{run_dir} is in use: process {first[0][0].pid} on " in words
             assert "choose another run.dir" in words
@@ -44,7 +44,7 @@ def _with_quick_heartbeats(*argv: str) -> tuple[int, str]:
     from imm_scale.checkpoint import run_lock
 
     run_lock.HEARTBEAT_SECONDS = 0.2
-    return ranks.command_and_words(*argv)
+    return ranks.command_and_output(*argv)
 
 
 def test_a_run_that_has_lost_its_folder_stops_and_writes_nothing_more(digits, tmp_path):
