@@ -21,12 +21,13 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from imm_scale import config as configs
 from imm_scale import storage
 from imm_scale.checkpoint import format as checkpoints
 from imm_scale.checkpoint import run_folder
-from imm_scale.checkpoint.format import Meta, Piece
+from imm_scale.checkpoint.format import Meta
 from imm_scale.checkpoint.host_copy import HostCopy
 from imm_scale.checkpoint.run_lock import LostLockError, RunLock
 from imm_scale.config.schema import Config
@@ -185,12 +186,12 @@ class Saver:
     def _write(self, meta: Meta, committed: Callable[[int], None]) -> str:
         """Copies, writes and commits. Returns what went wrong, the same on every rank, or ""."""
         url, rank = checkpoints.folder(self._plan.config.run_dir, meta.step), self._world.rank
-        pieces: list[Piece] = []
+        copied: list[ParamSlice[tuple[Tensor, ...]]] = []
         stages: Sequence[Callable[[], None]] = (
-            lambda: pieces.extend(self._copy.take()),
+            lambda: copied.extend(self._copy.take()),
             # A damaged checkpoint that the run went back behind may still be there.
             lambda: self._discard(url) if rank == 0 else None,
-            lambda: checkpoints.write_rank(url, rank, pieces, self._staging),
+            lambda: checkpoints.write_rank(url, rank, copied, self._staging),
             lambda: self._commit(url, meta) if rank == 0 else None,
         )
         problem = self._in_step(stages)

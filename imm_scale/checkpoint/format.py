@@ -21,6 +21,7 @@ from torch import Tensor
 
 from imm_scale import devices, storage
 from imm_scale.errors import UserError
+from imm_scale.parallel.param_slice import ParamSlice
 
 Result = TypeVar("Result")
 FORMAT_VERSION = 1
@@ -76,8 +77,8 @@ class Meta:
 
 
 @dataclass(frozen=True)
-class Slice:
-    """Part of one state of one parameter, and the file that holds it."""
+class StoredRange:
+    """Elements of one state of one flattened parameter, and the file that holds them."""
 
     offset: int
     numel: int
@@ -100,22 +101,6 @@ def _steps(run_dir: str) -> list[int]:
     return sorted(int(number) for number in numbers if number.isdecimal())  # a person may have left a copy there
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A slice of a flattened parameter with all its states, as a rank hands it over to be written.
-
-    Attributes:
-        name, shape: of the whole parameter.
-        offset: where the slice starts in it.
-        states: by state the flat fp32 tensors on the host that make up the slice, one after the other.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    offset: int
-    states: Mapping[str, Sequence[Tensor]]
-
-
 def checksum(name: str, offset: int, flat: Tensor) -> Tensor:
     """Of a flat slice of one state of one parameter, an int64 on the slice's device.
 
@@ -131,29 +116,29 @@ def checksum(name: str, offset: int, flat: Tensor) -> Tensor:
     return total * (2 * key + 1)
 
 
-def write_rank(url: str, rank: int, pieces: Sequence[Piece], staging: str) -> None:
+def write_rank(url: str, rank: int, slices: Sequence[ParamSlice[tuple[Tensor, ...]]], staging: str) -> None:
     """Writes one rank's part.
 
     Args:
         url: the checkpoint's folder.
         staging: a local folder that files for a remote store pass through.
     """
-    places = [(piece, state, parts) for piece in pieces for state, parts in piece.states.items()]
+    places = [(owner, state, parts) for owner in slices for state, parts in owner.states.items()]
     file, digest, size = f"rank-{rank:05d}.safetensors", hashlib.sha256(), 0
 
     def chunks() -> Iterator[bytes | memoryview]:
         nonlocal size
-        for chunk in _safetensors({f"{state}/{piece.name}": parts for piece, state, parts in places}):
+        for chunk in _safetensors({f"{state}/{owner.name}": parts for owner, state, parts in places}):
             digest.update(chunk)
             size += len(chunk)
             yield chunk
 
     storage.write_chunks(storage.join(url, file), chunks(), staging)
     sums = {state: torch.zeros((), dtype=torch.int64) for _, state, _ in places}
-    for piece, state, parts in places:
-        offset = piece.offset
+    for owner, state, parts in places:
+        offset = owner.offset
         for part in parts:
-            sums[state] += checksum(piece.name, offset, part)
+            sums[state] += checksum(owner.name, offset, part)
             offset += part.numel()
     description = {
         "file": file,
@@ -163,12 +148,12 @@ def write_rank(url: str, rank: int, pieces: Sequence[Piece], staging: str) -> No
         "slices": [
             {
                 "state": state,
-                "name": piece.name,
-                "shape": piece.shape,
-                "offset": piece.offset,
+                "name": owner.name,
+                "shape": owner.shape,
+                "offset": owner.offset,
                 "numel": _numel(parts),
             }
-            for piece, state, parts in places
+            for owner, state, parts in places
         ],
     }
     storage.write_text(storage.join(url, f"rank-{rank:05d}.json"), json.dumps(description))
@@ -231,6 +216,9 @@ def uncommitted_steps(run_dir: str) -> list[int]:
 class Checkpoint:
     """A committed checkpoint, open for reading.
 
+    Attributes:
+        digest: sha256 of its commit, and so of everything in it.
+
     Raises:
         DamagedCheckpointError: a description that is missing or whose hash is wrong.
         UserError: written by a newer version.
@@ -238,7 +226,9 @@ class Checkpoint:
 
     def __init__(self, url: str):
         self.url = url
-        committed = self._read_json(COMMITTED)
+        data = self._read(COMMITTED)
+        self.digest = hashlib.sha256(data).hexdigest()
+        committed = json.loads(data)
         if committed["format_version"] > FORMAT_VERSION:
             raise UserError(f"{url} was written by a newer imm-scale (format {committed['format_version']}); update it")
         for name, expected in committed["sha256"].items():
@@ -252,7 +242,7 @@ class Checkpoint:
         else:  # an older writer
             self.parts = [self._read_json(f"rank-{rank:05d}.json") for rank in range(self.meta.world_size)]
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._slices: dict[tuple[str, str], list[Slice]] = {}
+        self._ranges: dict[tuple[str, str], list[StoredRange]] = {}
         self._places: dict[str, dict[str, int]] = {}
         for part in self.parts:
             self._index(part)
@@ -279,8 +269,8 @@ class Checkpoint:
     def _index(self, part: Mapping[str, Any]) -> None:
         for entry in part["slices"]:
             self.shapes[entry["name"]] = tuple(entry["shape"])
-            place = Slice(entry["offset"], entry["numel"], part["file"])
-            self._slices.setdefault((entry["state"], entry["name"]), []).append(place)
+            place = StoredRange(entry["offset"], entry["numel"], part["file"])
+            self._ranges.setdefault((entry["state"], entry["name"]), []).append(place)
 
     def damaged_files(self, part: int = 0, parts: int = 1) -> list[str]:
         """Names of the tensor files (every `parts`-th from the `part`-th on) that are missing or altered."""
@@ -313,7 +303,7 @@ class Checkpoint:
     @property
     def states(self) -> list[str]:
         """Names of the states it holds, sorted, such as "weight" and "ema-0.9999"."""
-        return sorted({state for state, _ in self._slices})
+        return sorted({state for state, _ in self._ranges})
 
     def read(self, state: str, name: str, offset: int = 0, numel: int | None = None) -> Tensor:
         """A flat fp32 slice of one state of one parameter, assembled from whichever ranks had it.
@@ -321,18 +311,18 @@ class Checkpoint:
         Raises:
             UserError: the state, the parameter or a part of it is not there.
         """
-        pieces = self._slices.get((state, name))
-        if pieces is None:
+        ranges = self._ranges.get((state, name))
+        if ranges is None:
             raise UserError(f"{self.url} holds no {state} of {name}; it has {', '.join(self.states)}")
         total = int(np.prod(self.shapes[name], dtype=np.int64))
         stop = total if numel is None else offset + numel
         out = torch.empty(stop - offset, dtype=torch.float32)
         filled = 0
-        for piece in pieces:
-            first, last = max(offset, piece.offset), min(stop, piece.offset + piece.numel)
+        for stored in ranges:
+            first, last = max(offset, stored.offset), min(stop, stored.offset + stored.numel)
             if first < last:
-                url, data_start = self._place(piece.file, f"{state}/{name}")
-                start = data_start + 4 * (first - piece.offset)
+                url, data_start = self._place(stored.file, f"{state}/{name}")
+                start = data_start + 4 * (first - stored.offset)
                 data = storage.read_range(url, start, start + 4 * (last - first))
                 out[first - offset : last - offset] = torch.frombuffer(bytearray(data), dtype=torch.float32)
                 filled += last - first

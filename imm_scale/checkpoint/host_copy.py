@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from imm_scale import devices
-from imm_scale.checkpoint.format import Piece
 from imm_scale.parallel.param_slice import ParamSlice
 
 # Elements of a chunk. torch rounds what it pins up to a power of two: 16 GB for 10.8 in one piece.
@@ -52,7 +51,7 @@ class HostCopy:
         slices: the slices, live.
     """
 
-    def __init__(self, slices: Sequence[ParamSlice]):
+    def __init__(self, slices: Sequence[ParamSlice[Tensor]]):
         self._slices = slices
         self._sources = [tensor.detach() for part in slices for tensor in part.states.values()]
         self._device = next((s.device for s in self._sources if s.is_cuda), torch.device("cpu"))
@@ -89,14 +88,16 @@ class HostCopy:
             self._stream = self._stream or torch.cuda.Stream()
             self._ready = torch.cuda.current_stream().record_event()
 
-    def take(self) -> list[Piece]:
+    def take(self) -> list[ParamSlice[tuple[Tensor, ...]]]:
         """The slices with the values of `begin`, safe from further steps until the next `begin`."""
         try:
             self._copy()
         finally:
             self.taken.set()
         places = iter(self._places)
-        return [Piece(s.name, s.shape, s.offset, {state: next(places) for state in s.states}) for s in self._slices]
+        return [
+            ParamSlice(s.name, s.shape, s.offset, {state: next(places) for state in s.states}) for s in self._slices
+        ]
 
     def _copy(self) -> None:
         devices.use_device(self._device)

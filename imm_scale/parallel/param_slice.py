@@ -2,34 +2,38 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
+State = TypeVar("State", Tensor, tuple[Tensor, ...])
+
 
 @dataclass(frozen=True)
-class ParamSlice:
-    """A contiguous slice of one flattened parameter, and live fp32 views of the states of that slice.
+class ParamSlice(Generic[State]):
+    """A contiguous slice of one flattened parameter with the states of that slice, flat and in fp32.
 
     Attributes:
         name: the parameter's name inside the network.
         shape: of the whole parameter.
         offset: where the slice starts in the flattened parameter.
-        states: "weight" and, once the optimizer has them, "exp_avg" and "exp_avg_sq": flat tensors of one length.
+        states: "weight" and, once the optimizer has them, "exp_avg" and "exp_avg_sq", all of one length: live views,
+            or, of a copy in host memory, the consecutive parts of each that chunks of that memory hold.
     """
 
     name: str
     shape: tuple[int, ...]
     offset: int
-    states: Mapping[str, Tensor]
+    states: Mapping[str, State]
 
     @property
-    def numel(self) -> int:
+    def numel(self: "ParamSlice[Tensor]") -> int:
         """Elements of the slice."""
         return self.states["weight"].numel()
 
-    def even_part(self, part: int, parts: int) -> "ParamSlice | None":
+    def even_part(self: "ParamSlice[Tensor]", part: int, parts: int) -> "ParamSlice[Tensor] | None":
         """The part-th of `parts` nearly equal slices of this one; None where that is empty."""
         start, stop = part * self.numel // parts, (part + 1) * self.numel // parts
         if start == stop:

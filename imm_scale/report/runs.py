@@ -29,6 +29,7 @@ class Run:
     records: list[dict[str, Any]]
     distances: list[dict[str, Any]]
     samples: dict[str, bytes]
+    warnings: list[str]
     environment: dict[str, Any]
 
     def computed(self, how: str) -> list[dict[str, Any]]:
@@ -53,6 +54,7 @@ def read_run(run_dir: str) -> Run:
         config=configs.from_yaml(storage.read_text(url)),
         records=run_folder.read_metrics(run_dir),
         distances=[{**result, "step": newest} for e in evaluations if e["step"] == newest for result in e["results"]],
+        warnings=sorted({line for e in evaluations if e["step"] == newest for line in e["warnings"]}),
         samples=_read_samples(storage.join(run_dir, "samples")),
         environment=evaluations[-1]["versions"] if evaluations else run_folder.versions(),
     )
@@ -171,6 +173,13 @@ def _distance_table(runs: Sequence[Run]) -> str:
     return f'<div class="wide"><table>{head}{rows}</table></div>'
 
 
+def _warnings(runs: Sequence[Run]) -> str:
+    """What the evaluations say a reader must know, such as an average that is still young."""
+    return "".join(
+        f'<p class="warning">{html.escape(run.name)}: {html.escape(line)}</p>' for run in runs for line in run.warnings
+    )
+
+
 def _sample_section(run: Run) -> str:
     if not run.samples:
         return ""
@@ -182,9 +191,8 @@ def _sample_section(run: Run) -> str:
 
 
 def _caption(name: str) -> str:
-    parts = name.removesuffix(".png").removeprefix("steps-").split("-")
-    plural = "" if parts[0] == "1" else "s"
-    return f"{parts[0]} step{plural}" + (f", guidance {parts[2]}" if len(parts) > 2 else "")
+    steps, _, rest = name.removesuffix(".png").removeprefix("steps-").partition("-")
+    return f"{steps} step" + ("" if steps == "1" else "s") + (f", {rest.replace('-', ' ')}" if rest else "")
 
 
 def _config_section(runs: Sequence[Run]) -> str:
@@ -214,7 +222,9 @@ def write_report(run_dirs: Sequence[str], out: str) -> None:
     lead_section = f'<p class="lead">Distances, few steps over many:</p><ul class="lead">{lead}</ul>' if lead else ""
     distance_section = sample_section = ""
     if any(run.distances for run in runs):
-        distance_section = f"<h2>Distance against steps</h2>{distance_figure(runs)}{_distance_table(runs)}"
+        distance_section = (
+            f"<h2>Distance against steps</h2>{distance_figure(runs)}{_distance_table(runs)}{_warnings(runs)}"
+        )
     if any(run.samples for run in runs):
         samples = "".join(_sample_section(run) for run in runs)
         sample_section = f"<h2>Samples</h2><p>A row a class; the same noise at every step count.</p>{samples}"

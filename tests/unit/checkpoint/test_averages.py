@@ -8,9 +8,10 @@ import torch
 from imm_scale import config as configs
 from imm_scale.checkpoint import averages, export
 from imm_scale.checkpoint import format as checkpoints
-from imm_scale.checkpoint.format import Checkpoint, Meta, Piece
+from imm_scale.checkpoint.format import Checkpoint, Meta
 from imm_scale.errors import UserError
 from imm_scale.parallel.ema import older_state_name, state_name
+from imm_scale.parallel.param_slice import ParamSlice
 
 CLOSE = [0.99999861, 0.99999931]  # alike to six digits
 
@@ -19,7 +20,7 @@ def _checkpoint(run_dir: Path, states: list[str], *words: str, step: int = 1) ->
     """A checkpoint of one parameter, whose state number i is full of i."""
     url = checkpoints.folder(str(run_dir), step)
     tensors = {state: [torch.full((4,), float(i))] for i, state in enumerate(states)}
-    checkpoints.write_rank(url, 0, [Piece("a", (4,), 0, tensors)], str(run_dir))
+    checkpoints.write_rank(url, 0, [ParamSlice("a", (4,), 0, tensors)], str(run_dir))
     text = configs.to_yaml(configs.load([], words).config)
     checkpoints.commit(url, Meta(step, step * 4096, step, text, "", "hash", 1, 0, {}))
     return Checkpoint(url)

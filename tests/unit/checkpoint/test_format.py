@@ -15,12 +15,12 @@ from imm_scale.checkpoint.format import (
     Checkpoint,
     DamagedCheckpointError,
     Meta,
-    Piece,
     committed_steps,
     folder,
     write_rank,
 )
 from imm_scale.errors import UserError
+from imm_scale.parallel.param_slice import ParamSlice
 
 SHAPES = {"a": (3, 5), "b": (7,), "c": ()}
 
@@ -40,7 +40,7 @@ def _write(run_dir: str, step: int, world_size: int) -> dict[str, torch.Tensor]:
             if start < stop:
                 values = whole[name][start:stop]
                 parts = (values[:2], values[2:]) if len(values) > 2 else (values,)  # as chunks of memory cut them
-                slices.append(Piece(name, shape, start, {"weight": parts}))
+                slices.append(ParamSlice(name, shape, start, {"weight": parts}))
         write_rank(folder(run_dir, step), rank, slices, run_dir)
     return whole
 

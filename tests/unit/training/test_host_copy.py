@@ -52,16 +52,16 @@ def test_a_copy_holds_what_was_there_when_it_was_taken(largest, monkeypatch):
     assert copy.allocate(pinned=False) == ""
     for round_ in range(2):
         copy.begin()
-        pieces = copy.take()
+        copies = copy.take()
         before = [{state: tensor.clone() for state, tensor in shard.states.items()} for shard in shards]
         for shard in shards:
             for tensor in shard.states.values():
                 tensor.add_(1.0 + round_)
-        for piece, shard, states in zip(pieces, shards, before, strict=True):
-            assert (piece.name, piece.shape, piece.offset) == (shard.name, shard.shape, shard.offset)
-            for state, parts in piece.states.items():
+        for taken, shard, states in zip(copies, shards, before, strict=True):
+            assert (taken.name, taken.shape, taken.offset) == (shard.name, shard.shape, shard.offset)
+            for state, parts in taken.states.items():
                 assert torch.equal(torch.cat(list(parts)), states[state])
-        assert (max(len(parts) for piece in pieces for parts in piece.states.values()) > 10) == (largest == 256)
+        assert (max(len(parts) for taken in copies for parts in taken.states.values()) > 10) == (largest == 256)
 
 
 def test_memory_that_cannot_be_had_is_said_and_given_back(monkeypatch):
