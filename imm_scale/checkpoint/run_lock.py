@@ -24,6 +24,7 @@ from imm_scale.checkpoint import processes
 from imm_scale.errors import RunError, UserError
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
+from imm_scale.storage.retries import is_unknown_to_store
 
 FOLDER = "lock"
 HEARTBEAT_SECONDS = 10.0
@@ -186,15 +187,21 @@ def take(run_dir: str, say: Callable[[str], None], pause: Callable[[float], None
 def _refusal(run_dir: str, owner: Owner) -> UserError:
     end = f"imm-scale cancel or scancel {owner.job}" if owner.job else f"kill {owner.process.number} on {owner.host}"
     return UserError(
-        f"{run_dir} is in use: {owner} trains there, and two runs would write over each other. End that one first "
-        f"({end}), or choose another run.dir or run.name"
+        f"{run_dir} is in use by {owner}, and two runs would write over each other. End that one first ({end}), or "
+        "choose another run.dir or run.name"
     )
 
 
 def _create(run_dir: str, number: int, me: Owner) -> "RunLock | None":
     """The lock, if nobody else was faster. What the file says afterwards counts: an answer may be lost on the way, and
     some stores overwrite where they should refuse."""
-    storage.create_bytes(_url(run_dir, number), me.to_json())
+    try:
+        storage.create_bytes(_url(run_dir, number), me.to_json())
+    except OSError as error:
+        if not is_unknown_to_store(error):
+            raise
+        log.warning("%s: this store has no conditional writes: of two starts at once one stops a little later", run_dir)
+        storage.write_bytes(_url(run_dir, number), me.to_json())
     if storage.read_bytes(_url(run_dir, number)) != me.to_json():
         return None
     folder = storage.join(run_dir, FOLDER)

@@ -26,7 +26,7 @@ def test_the_second_start_is_refused_on_all_ranks_and_the_next_after_a_kill_goes
         _wait_for_step(run_dir, 6)
         for code, words in ranks.run(ranks.command_and_output, 2, *_settings(digits, run_dir)):
             assert code == 2 and "Traceback" not in words
-            assert f"{run_dir} is in use: process {first[0][0].pid} on " in words
+            assert f"{run_dir} is in use by process {first[0][0].pid} on " in words
             assert "choose another run.dir" in words
         assert "in use" not in (run_dir / "logs" / "rank-00000.log").read_text(), "the second wrote nothing"
         assert read_status(str(run_dir))["state"] == "running"

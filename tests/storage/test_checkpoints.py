@@ -99,7 +99,7 @@ def test_of_several_starts_one_gets_the_run_folder(bucket: str, server: Server) 
     words = ranks.run(_take, 4, server.env(), run_dir)
     assert words.count("taken") == 1, words
     first = run_lock.owner_of(run_dir)
-    assert first is not None and sum("is in use: process" in line for line in words) == 3
+    assert first is not None and sum("is in use by process" in line for line in words) == 3
     assert ranks.run(_take, 1, server.env(), run_dir) == ["taken"], "the owner's process is gone by now"
     second = run_lock.owner_of(run_dir)
     assert second is not None and second.token != first.token

@@ -1,5 +1,6 @@
 """One run folder, one run: who is refused, who takes over and when, and how an owner learns that it has lost."""
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -18,6 +19,7 @@ from imm_scale.checkpoint import processes, run_lock
 from imm_scale.checkpoint.processes import Process
 from imm_scale.checkpoint.run_lock import LostLockError, Owner
 from imm_scale.errors import UserError
+from imm_scale.parallel.world import World
 
 STALE = 0.5  # seconds in place of minutes
 
@@ -61,7 +63,7 @@ def _take(run_dir: str) -> tuple[float, list[str]]:
 def test_a_process_that_lives_is_named_at_once(tmp_path, other):
     _write(str(tmp_path), process=_process(other.pid), job="77")
     began = time.monotonic()
-    with pytest.raises(UserError, match=f"in use: process {other.pid} on node7"):
+    with pytest.raises(UserError, match=f"in use by process {other.pid} on node7"):
         run_lock.check_free(str(tmp_path))
     with pytest.raises(UserError) as error:
         run_lock.take(str(tmp_path), pytest.fail)
@@ -194,3 +196,32 @@ def test_where_a_store_overwrites_what_it_should_refuse_the_first_one_finds_out(
         assert time.monotonic() < deadline
         time.sleep(0.01)
     second.verify()
+
+
+def test_a_store_without_conditional_writes_is_written_to_all_the_same(tmp_path, monkeypatch):
+    def refuse(url: str, data: bytes) -> bool:
+        error = OSError("A header you provided implies functionality that is not implemented")
+        error.response = {"Error": {"Code": "NotImplemented"}}
+        raise error
+
+    monkeypatch.setattr(storage, "create_bytes", refuse)
+    lock = run_lock.take(str(tmp_path), pytest.fail)
+    lock.verify()
+    with pytest.raises(UserError, match="in use by process"):
+        run_lock.take(str(tmp_path), pytest.fail)
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_with_the_remedy(tmp_path):
+    (tmp_path / "file").write_text("")
+    expected = r"cannot write to run\.dir=.*make it writable or choose another run\.dir"
+    with pytest.raises(UserError, match=expected), run_lock.held(f"{tmp_path}/file/run", World(), pytest.fail):
+        pytest.fail("there is no folder to be had")
+
+
+@pytest.mark.parametrize("how", [None, RuntimeError, KeyboardInterrupt, SystemExit])
+def test_a_lock_is_released_however_a_run_ends(how, tmp_path):
+    with contextlib.suppress(how or RuntimeError), run_lock.held(str(tmp_path), World(), pytest.fail):
+        assert run_lock.owner_of(str(tmp_path)) is not None
+        if how is not None:
+            raise how
+    assert run_lock.owner_of(str(tmp_path)) is None
