@@ -68,6 +68,13 @@ class MethodConfig(Choice):
         """With nothing left open that follows from other settings. What is resolved travels with the weights."""
         return self
 
+    def unlike(self, source: "MethodConfig") -> dict[str, tuple[Any, Any]]:
+        """What a net trained with `source` takes or answers otherwise than here: {key below `method`: (there, here)}.
+
+        Settings of a loss alone are not among it: weights can go on from one loss to another.
+        """
+        return {} if source.name == self.name else {"name": (source.name, self.name)}
+
 
 @dataclass(frozen=True)
 class BackboneConfig(Choice):

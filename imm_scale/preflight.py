@@ -67,9 +67,9 @@ def _triple(shape: list[int]) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2]
 
 
-def describe(config: Config, world_size: int) -> str:
-    """The resolved config, DeepSpeed's settings and what they mean on so many ranks, as `--dry-run` prints it."""
-    prepared = plan(config, world_size)
+def describe(prepared: Plan) -> str:
+    """The resolved config, DeepSpeed's settings and what they mean on its ranks, as `--dry-run` prints it."""
+    config, world_size = prepared.config, prepared.layout.world_size
     layout, net, samples = prepared.layout, prepared.spec.net, trained_samples(config, prepared.manifest)
     counted, forward = flops.parameters(net), flops.forward_multiply_adds(net)
     step = flops.training_multiply_adds(net, config.method.passes, layout.global_batch_size)

@@ -18,7 +18,7 @@ from torch import Tensor
 from imm_scale import build, storage
 from imm_scale.build import ModelSpec
 from imm_scale.checkpoint import averages
-from imm_scale.checkpoint.format import COMMITTED, Checkpoint, use_newest
+from imm_scale.checkpoint.format import COMMITTED, Checkpoint, committed_steps, use_newest
 from imm_scale.config.load import from_yaml
 from imm_scale.errors import UserError
 from imm_scale.methods.flow_map import FlowMap
@@ -26,6 +26,7 @@ from imm_scale.methods.flow_map import FlowMap
 Result = TypeVar("Result")
 RAW_WEIGHTS = 0.0
 FORMATS = ("safetensors", "diffusers")
+_FOREIGN = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _SPEC_KEY = "imm_scale_spec"
 _CLASS_NAME = "ImmScaleFlowMap"
 _FOLDER_CONFIG = "config.json"
@@ -78,8 +79,13 @@ def warnings(source: str, ema: float | None = None, step: int | None = None) -> 
 
 def _of_checkpoint(source: str, step: int | None, use: Callable[[Checkpoint], Result]) -> Result:
     """What `use` makes of a checkpoint: the one whose folder it is, or a run's, of a step or the newest."""
+    if source.endswith(_FOREIGN):
+        raise UserError(f"{source} was not written by imm-scale: make a .safetensors of it by `imm-scale import`")
     if is_checkpoint(source):
         return use(Checkpoint(source))
+    steps = committed_steps(source)
+    if step is not None and steps and step not in steps:
+        raise UserError(f"{source} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
     return use_newest(source, use) if step is None else use(Checkpoint.of_step(source, step))
 
 
@@ -92,9 +98,10 @@ def read(source: str, ema: float | None = None, step: int | None = None) -> tupl
         UserError: nothing there, an export that imm-scale did not write, or an average that is not held.
     """
     if is_file(source):
-        return _read_file(source)
+        metadata, weights = read_tensors(source)
+        return _spec_of_file(source, metadata), weights
     if _is_folder(source):
-        return _read_folder(source)
+        return _spec_of_folder(source), read_tensors(storage.join(source, _FOLDER_WEIGHTS))[1]
     return _of_checkpoint(source, step, lambda checkpoint: _read_checkpoint(checkpoint, ema))
 
 
@@ -103,14 +110,43 @@ def _read_checkpoint(checkpoint: Checkpoint, ema: float | None) -> tuple[ModelSp
     return ModelSpec.from_json(checkpoint.meta.spec), checkpoint.weights(state)
 
 
-def _read_file(source: str) -> tuple[ModelSpec, dict[str, Tensor]]:
-    metadata, weights = _read_tensors(source)
+def read_spec(source: str, ema: float | None = None, step: int | None = None) -> tuple[ModelSpec, str]:
+    """The spec that `read` would give, and what the weights are in words, without reading them.
+
+    Raises:
+        UserError: as `read`, where it can be known without the weights.
+    """
+    if is_file(source):
+        return _spec_of_file(source, _header(source)), source
+    if _is_folder(source):
+        return _spec_of_folder(source), source
+    checkpoint = _of_checkpoint(source, step, lambda checkpoint: checkpoint)
+    state = ema_state(checkpoint, ema)
+    return ModelSpec.from_json(checkpoint.meta.spec), f"{checkpoint.url} ({state})"
+
+
+def _spec_of_file(source: str, metadata: dict[str, str]) -> ModelSpec:
     if _SPEC_KEY not in metadata:
-        raise UserError(f"{source} carries no model spec: write it with `imm-scale export`")
-    return ModelSpec.from_json(metadata[_SPEC_KEY]), weights
+        raise UserError(
+            f"{source} carries no model spec: write it with `imm-scale export`, or where it holds published weights of "
+            "DiT or SiT with `imm-scale import`"
+        )
+    return ModelSpec.from_json(metadata[_SPEC_KEY])
 
 
-def _read_folder(source: str) -> tuple[ModelSpec, dict[str, Tensor]]:
+def _header(url: str) -> dict[str, str]:
+    """The strings in the header of a .safetensors file: 8 bytes of its length, and JSON."""
+    if not storage.exists(url):
+        raise UserError(f"{url} does not exist")
+    try:
+        length = int.from_bytes(storage.read_range(url, 0, 8), "little")
+        header = json.loads(storage.read_range(url, 8, min(8 + length, storage.size(url))))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{url} is not a safetensors file: {error}") from error
+    return header.get("__metadata__", {}) if isinstance(header, dict) else {}
+
+
+def _spec_of_folder(source: str) -> ModelSpec:
     url = storage.join(source, _FOLDER_CONFIG)
     try:
         fields = json.loads(storage.read_bytes(url))
@@ -119,14 +155,13 @@ def _read_folder(source: str) -> tuple[ModelSpec, dict[str, Tensor]]:
     if not isinstance(fields, dict) or fields.pop("_class_name", None) != _CLASS_NAME:
         raise UserError(f"{url} describes no model of imm-scale: write it with `imm-scale export --format diffusers`")
     try:
-        spec = ModelSpec.from_json(json.dumps(fields))
+        return ModelSpec.from_json(json.dumps(fields))
     except (KeyError, TypeError) as error:
         raise UserError(f"{url} lacks a field or has one too many ({error}): export the model again") from error
-    return spec, _read_tensors(storage.join(source, _FOLDER_WEIGHTS))[1]
 
 
-def _read_tensors(url: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header and tensors of a .safetensors file."""
+def read_tensors(url: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of a .safetensors file. Raises UserError for one that is none."""
     if not storage.exists(url):
         raise UserError(f"{url} does not exist")
     with tempfile.TemporaryDirectory() as temporary:

@@ -10,13 +10,11 @@ from imm_scale import config as configs
 from imm_scale import storage
 from imm_scale.build import ModelSpec
 from imm_scale.checkpoint import averages as saved_averages
-from imm_scale.checkpoint import export
 from imm_scale.checkpoint import format as checkpoints
 from imm_scale.checkpoint.format import Checkpoint, DamagedCheckpointError
 from imm_scale.checkpoint.identity import check_identity
 from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
-from imm_scale.methods.flow_map import FlowMap
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.deepspeed_engine import Engine
 from imm_scale.parallel.ema import ShardedEma, state_name
@@ -32,10 +30,10 @@ log = logging.getLogger("imm_scale")
 
 
 def check_run_folder(plan: Plan) -> None:
-    """Raises UserError where the run folder holds another run."""
+    """Raises UserError where the run folder holds another run. One without checkpoints holds nothing to go on from."""
     config, run_dir = plan.config, plan.config.run_dir
     config_url = storage.join(run_dir, "config.yaml")
-    if storage.exists(config_url):
+    if storage.exists(config_url) and checkpoints.committed_steps(run_dir):
         old = configs.from_yaml(storage.read_text(config_url))
         check_identity(config, plan.manifest.hash, old, _manifest_hash(run_dir) or plan.manifest.hash)
 
@@ -95,20 +93,6 @@ def find(config: Config, world: World) -> ResumePoint:
 
 
 # --- what it holds ---
-
-
-def load_init_weights(flow_map: FlowMap, plan: Plan) -> None:
-    """Puts the weights of `train.init_from`, if it is set, into a fresh net.
-
-    Raises:
-        UserError: it holds another net.
-    """
-    init_from = plan.config.train.init_from
-    if init_from is not None:
-        spec, tensors = export.read(init_from)
-        if spec.net != plan.spec.net:
-            raise UserError(f"train.init_from={init_from} holds another net: {spec.net}, not {plan.spec.net}")
-        export.put(flow_map, tensors, init_from)
 
 
 def restore(checkpoint: Checkpoint, engine: Engine, ema: ShardedEma) -> None:

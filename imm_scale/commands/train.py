@@ -16,11 +16,16 @@ def _run(args: argparse.Namespace) -> int:
 
     loaded = configs.load_words(args.positionals)
     from imm_scale import preflight
+    from imm_scale.checkpoint import init_weights
+    from imm_scale.checkpoint.format import committed_steps
     from imm_scale.parallel import world
     from imm_scale.training import trainer
 
     if args.dry_run:
-        print(preflight.describe(loaded.config, args.world_size or world.detect().size))
+        plan = preflight.plan(loaded.config, args.world_size or world.detect().size)
+        if not committed_steps(plan.config.run_dir):  # else it goes on from there, and its source may be gone
+            init_weights.check(plan)
+        print(preflight.describe(plan))
         return 0
     outcome = trainer.train(loaded.config)
     world.shutdown()

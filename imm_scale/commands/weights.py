@@ -1,8 +1,13 @@
 """`imm-scale export` and `imm-scale import`."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from imm_scale.commands.base import Command
+from imm_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from imm_scale.checkpoint.released.dit_layout import Released
 
 
 def _add_out(parser: argparse.ArgumentParser) -> None:
@@ -31,21 +36,41 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE.pkl")
-    parser.add_argument("--second-time", choices=("s", "t_minus_s"), help="in place of what the file records")
+    parser.add_argument("file", metavar="FILE")
+    parser.add_argument(
+        "--from",
+        dest="family",
+        choices=("imm", "sit", "dit"),
+        help="whose it is: the .pkl of IMM's authors (default), or a state dict (.pt, .safetensors) of SiT or DiT",
+    )
+    parser.add_argument("--second-time", choices=("s", "t_minus_s"), help="of imm, in place of what the file records")
+    parser.add_argument("--heads", type=int, help="of sit and dit, attention heads of a net of no published size")
     parser.add_argument("--vae", help="folder of the AutoencoderKL that decodes its latents")
     _add_out(parser)
 
 
 def _import(args: argparse.Namespace) -> int:
     from imm_scale.checkpoint import export
-    from imm_scale.checkpoint.released import mapping
 
     export.check_out(args.out, args.format)
-    released = mapping.read(args.file, args.second_time, args.vae)
+    released = _released(args)
     export.write(released.spec, released.weights, args.out, args.format)
     print("\n".join([*released.notes, args.out]))
     return 0
+
+
+def _released(args: argparse.Namespace) -> "Released":
+    from imm_scale.checkpoint.released import mapping, state_dicts
+
+    if args.family is None and args.file.endswith((".pt", ".pth", ".safetensors")):
+        raise UserError(f"{args.file}: SiT's and DiT's weights have the same names; give --from sit or --from dit")
+    if args.family in (None, "imm"):
+        if args.heads is not None:
+            raise UserError(f"--heads {args.heads}: IMM's files record their heads; it is for --from sit and dit")
+        return mapping.read(args.file, args.second_time, args.vae)
+    if args.second_time is not None:
+        raise UserError(f"--second-time {args.second_time}: {args.family} knows no second time; it is for --from imm")
+    return state_dicts.read(args.file, args.family, args.heads, args.vae)
 
 
 EXPORT = Command(
@@ -60,5 +85,7 @@ IMPORT = Command(
     _import,
     """examples:
   imm-scale import imagenet256_ts_a2.pkl --out ts_a2.safetensors --vae /models/sd-vae-ft-ema
-  imm-scale import imagenet256_s_a1.pkl --out s_a1.safetensors --second-time s""",
+  imm-scale import imagenet256_s_a1.pkl --out s_a1.safetensors --second-time s
+  imm-scale import SiT-XL-2-256x256.pt --from sit --out sit_xl2.safetensors --vae /models/sd-vae-ft-ema
+  imm-scale import DiT-XL-2-256x256.pt --from dit --out dit_xl2.safetensors""",
 )

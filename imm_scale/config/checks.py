@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from imm_scale.choices import MetricConfig
-from imm_scale.config.keys import flatten
+from imm_scale.config.keys import flatten, nearest_key, sections_of
+from imm_scale.config.moved import renamed
 from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
 from imm_scale.registry import METRICS
@@ -19,7 +20,7 @@ def _positive(config: Config) -> None:
     keys = (
         "data.block_samples data.cache_bytes train.global_batch_size train.micro_batch_size "
         "train.max_steps train.log_every train.checkpoint_every train.keep_last train.keep_every optimizer.lr "
-        "train.holdout_every train.max_consecutive_skips train.step_timeout train.peak_flops "
+        "train.init_step train.holdout_every train.max_consecutive_skips train.step_timeout train.peak_flops "
         "optimizer.reference_images ema.images train.grad_clip sampling.num "
         "sampling.batch_size evaluation.repeats evaluation.num evaluation.compared evaluation.extractor.max_dim "
         "evaluation.extractor.resize"
@@ -86,6 +87,20 @@ def _going_on(config: Config) -> None:
         raise UserError(f"data.holdout={data.holdout} must be a share below 1 or a whole number of samples")
 
 
+def _initial_weights(config: Config) -> None:
+    train = config.train
+    if train.init_from is None:
+        for key, unset in (("init_ema", None), ("init_step", None), ("init_allow_change", [])):
+            if getattr(train, key) != unset:
+                raise UserError(f"train.{key}={getattr(train, key)} does nothing without train.init_from: set it too")
+    if train.init_ema is not None and not 0.0 <= train.init_ema < 1.0:
+        raise UserError(f"train.init_ema={train.init_ema} must be the decay of an average, or 0 for the raw weights")
+    known = flatten(config)
+    for key in map(renamed, train.init_allow_change):
+        if key not in known and key not in sections_of(known):
+            raise UserError(f"train.init_allow_change: unknown key {key!r}; {nearest_key(key, known)}")
+
+
 def metric_configs(metrics: Sequence[Any]) -> list[MetricConfig]:
     """The settings of each metric in `evaluation.metrics`: a name, or a mapping with a name and keys of its own.
 
@@ -113,6 +128,7 @@ def validate(config: Config) -> None:
     """Everything that can be said without a device, a manifest or other ranks. Raises UserError."""
     _positive(config)
     _going_on(config)
+    _initial_weights(config)
     _choices(config)
     for metric in metric_configs(config.evaluation.metrics):
         metric.validate()

@@ -61,7 +61,16 @@ class TrainConfig:
     staging_dir: str | None = option(
         None, "Local folder for checkpoint files on their way to a remote run.dir; null: in the system's temporary one."
     )
-    init_from: str | None = option(None, "Weights to start from: a run folder, or an exported file or folder.")
+    init_from: str | None = option(
+        None, "Weights to start from at step 0: a run folder, one of its checkpoints, or an exported file or folder."
+    )
+    init_ema: float | None = option(
+        None, "Decay of the average to take from the run in train.init_from; null takes its first, 0 the raw weights."
+    )
+    init_step: int | None = option(None, "Step to take of the run in train.init_from; null takes the newest.")
+    init_allow_change: list[str] = option(
+        [], "Config keys (or whole sections) in which the net of train.init_from may mean something else than this one."
+    )
     activation_checkpointing: bool = option(
         False, "Recompute each block in the backward pass: less memory, a third more work."
     )

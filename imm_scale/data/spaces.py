@@ -1,7 +1,8 @@
 """Sample spaces: what samples look like, where sampling starts, and how stored samples become a batch."""
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, ClassVar, Self
 
@@ -86,10 +87,37 @@ class SampleSpace(ABC):
     def provenance(self) -> dict[str, str]:
         """Kind and weights' hash of what made samples of images, for the record of an evaluation."""
 
+    def unlike(self, source: "SampleSpace") -> dict[str, tuple[Any, Any]]:
+        """What samples of `source` are otherwise than here, to a net: {config key: (there, here)}."""
+        if type(source) is not type(self):
+            return {"data.space.name": (type(source).__name__, type(self).__name__)}
+        there, here = getattr(source, "sigma_data", None), getattr(self, "sigma_data", None)
+        differing: dict[str, tuple[Any, Any]] = {} if there == here else {"data.space.sigma_data": (there, here)}
+        known = codecs.AUTOENCODER_UNKNOWN not in (source.provenance["weights"], self.provenance["weights"])
+        if source.provenance["kind"] != self.provenance["kind"] or (known and source.provenance != self.provenance):
+            differing["data.codec"] = (_what_made(source), _what_made(self))
+        return differing
+
+    def notes_on(self, source: "SampleSpace") -> list[str]:
+        """A sentence on each thing in which samples of `source`, which is not `unlike`, are other numbers than here."""
+        return []
+
+    def classes_of(self, source: "SampleSpace") -> list[int | None]:
+        """For each class here its number in `source`: by name where both name theirs, else the same number."""
+        if source.class_names and self.class_names:
+            numbers = {name: number for number, name in reversed(list(enumerate(source.class_names)))}
+            return [numbers.get(name) for name in self.class_names]
+        return [number if number < source.num_classes else None for number in range(self.num_classes)]
+
     @property
     def sample_bytes(self) -> int:
         """Of one sample as the net sees it."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta").nbytes
+
+
+def _what_made(space: SampleSpace) -> str:
+    """Kind and hash, as in "vae 1b134cded8eb"."""
+    return f"{space.provenance['kind']} {space.provenance['weights'][:12]}".strip()
 
 
 class Artifacts(ABC):
@@ -110,10 +138,29 @@ class Artifacts(ABC):
 class LatentsConfig(SpaceConfig):
     name: str = option("latents", "")
     sigma_data: float = option(0.5, "Standard deviation of data and prior after normalization.")
+    mean: list[float] | None = option(  # noqa: RUF009 - None, or a list of its own
+        None, "Per channel, subtracted from the stored samples; null takes the manifest's, measured on the data."
+    )
+    std: list[float] | None = option(  # noqa: RUF009 - as above
+        None, "Per channel, the stored samples' deviation that becomes sigma_data; null takes the manifest's."
+    )
 
     def validate(self) -> None:
         if self.sigma_data <= 0:
             raise UserError(f"data.space.sigma_data={self.sigma_data} must be above 0")
+        if self.std is not None and not all(0 < value < math.inf for value in self.std):
+            raise UserError(f"data.space.std={self.std} must be finite numbers above 0")
+        if self.mean is not None and not all(map(math.isfinite, self.mean)):
+            raise UserError(f"data.space.mean={self.mean} must be finite numbers")
+
+    def normalized(self, codec: Codec) -> Codec:
+        """The codec with this section's mean and std. Raises UserError where their length is not its channels'."""
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != codec.channels:
+                raise UserError(f"data.space.{key}={values} has {len(values)} numbers for {codec.channels} channels")
+        mean = codec.mean if self.mean is None else tuple(self.mean)
+        std = codec.std if self.std is None else tuple(self.std)
+        return replace(codec, mean=mean, std=std)
 
 
 @register_space("latents")
@@ -133,7 +180,8 @@ class Latents(SampleSpace):
     @classmethod
     def of(cls, config: LatentsConfig, manifest: Manifest) -> Self:
         names = tuple(manifest.class_names)
-        return cls(config.sigma_data, manifest.latent_shape, manifest.codec, manifest.num_classes, names)
+        codec = config.normalized(manifest.codec)
+        return cls(config.sigma_data, manifest.latent_shape, codec, manifest.num_classes, names)
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Self:
@@ -157,6 +205,17 @@ class Latents(SampleSpace):
         z = torch.empty(raw.shape, dtype=torch.float32, device=raw.device) if out is None else out
         codecs.normalize_into(z, raw, *_scale(self.codec, raw.device), self.sigma_data)
         return z
+
+    def notes_on(self, source: SampleSpace) -> list[str]:
+        assert isinstance(source, Latents)
+        there, here = ((*space.codec.mean, *space.codec.std) for space in (source, self))
+        if there == here:
+            return []
+        mean, std = (f"[{','.join(map(repr, values))}]" for values in (source.codec.mean, source.codec.std))
+        return [
+            "samples are normalized by these data's mean and std; the source's would be data.space.mean="
+            f"{mean} data.space.std={std}"
+        ]
 
     @property
     def needs_decoder(self) -> bool:

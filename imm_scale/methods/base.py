@@ -6,7 +6,7 @@ ordinal // M; every draw follows from (seed, purpose, ordinal) and so from nothi
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -43,11 +43,26 @@ class FlowMapMethodConfig(MethodConfig):
         t_max = self.DEFAULT_T_MAX[self.flow_map.trajectory] if self.t_max is None else self.t_max
         return replace(self, t_max=t_max)
 
+    def unlike(self, source: MethodConfig) -> dict[str, tuple[Any, Any]]:
+        """As in the base; a net that was told no second time learns of it by an embedder that starts at 0."""
+        if not isinstance(source, FlowMapMethodConfig):
+            return super().unlike(source)
+        there, here = asdict(source.flow_map), asdict(self.flow_map)
+        if there["second_time"] == "none":
+            there["second_time"] = here["second_time"]
+        return {f"flow_map.{key}": (there[key], here[key]) for key in here if there[key] != here[key]}
+
     def validate(self) -> None:
         self.flow_map.validate()
         t_max = 1.0 if self.t_max is None else self.t_max
         if not 0.0 <= self.t_min < t_max <= 1.0:
             raise UserError(f"times must satisfy 0 <= method.t_min={self.t_min} < method.t_max={t_max} <= 1")
+        last = self.DEFAULT_T_MAX[self.flow_map.trajectory] if self.t_max is None else self.t_max
+        if last == 1.0 and self.flow_map.parameterization == "epsilon":
+            raise UserError(
+                "method.t_max=1 is noise alone, from which parameterization=epsilon knows no data: use "
+                "method.t_max=0.994 on ot_fm, 0.996 on vp_cosine"
+            )
         if not 0.0 <= self.label_drop < 1.0:
             raise UserError(f"method.label_drop={self.label_drop} must be in [0, 1)")
 
@@ -160,6 +175,7 @@ class FlowMapMethod(Method):
             sigma_data,
             settings.time_scale,
             backbone.null_label if self.config.label_drop > 0 else None,
+            settings.time_input,
         )
 
     def grid(self, kind: str, steps: int) -> Tensor:

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from imm_scale.choices import option
 from imm_scale.errors import UserError
 from imm_scale.fusion import fused
-from imm_scale.methods.probability_path import Interpolant
+from imm_scale.methods.probability_path import Interpolant, ddpm_step
 from imm_scale.models.base import Backbone
 
-PARAMETERIZATIONS = ("identity", "simple_edm", "euler_fm")
+PARAMETERIZATIONS = ("identity", "simple_edm", "euler_fm", "velocity", "epsilon")
+VELOCITIES = ("euler_fm", "velocity")  # sigma_d G is the mean velocity from t to s
 SECOND_TIMES = ("s", "t_minus_s", "none")
+TIME_INPUTS = ("t", "ddpm_step")
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,18 @@ class FlowMapConfig:
     trajectory: Literal["ot_fm", "vp_cosine"] = option(
         "ot_fm", "Path from data to noise: straight lines (ot_fm, the paper's choice) or variance preserving."
     )
-    parameterization: Literal["identity", "simple_edm", "euler_fm"] = option(
-        "euler_fm", "What the net predicts: data, an EDM-like velocity (any trajectory), or the mean velocity (ot_fm)."
+    parameterization: Literal["identity", "simple_edm", "euler_fm", "velocity", "epsilon"] = option(
+        "euler_fm",
+        "What the net predicts: data, an EDM-like velocity (any trajectory), or the mean velocity (ot_fm); as nets "
+        "trained elsewhere have it, velocity: the same of x_t as it is (ot_fm; SiT), epsilon: the noise (DiT).",
     )
     second_time: Literal["s", "t_minus_s", "none"] = option(
         "s", "How the net is told where to land: s, t - s (best at XL with a = 2), or not at all (flow matching)."
     )
     time_scale: float = option(1000.0, "Times are multiplied by this before they are embedded.")
+    time_input: Literal["t", "ddpm_step"] = option(
+        "t", "What is embedded of a time: itself, or the step (0 to 999) of DDPM's linear schedule as noisy (DiT)."
+    )
 
     def validate(self) -> None:
         """Raises UserError where the three do not fit together."""
@@ -63,9 +70,9 @@ def check(trajectory: str, parameterization: str, second_time: str) -> None:
         )
     if second_time not in SECOND_TIMES:
         raise UserError(f"second_time {second_time!r} is unknown; choose one of {', '.join(SECOND_TIMES)}")
-    if parameterization == "euler_fm" and trajectory != "ot_fm":
+    if parameterization in VELOCITIES and trajectory != "ot_fm":
         raise UserError(
-            f"parameterization 'euler_fm' needs trajectory 'ot_fm', got {trajectory!r}: "
+            f"parameterization {parameterization!r} needs trajectory 'ot_fm', got {trajectory!r}: "
             "use method.flow_map.parameterization=simple_edm, which fits any trajectory"
         )
 
@@ -75,19 +82,25 @@ def coefficients(interp: Interpolant, parameterization: str, s: Tensor, t: Tenso
 
     Args:
         interp: the trajectory.
-        parameterization: `identity` (G predicts x), `simple_edm` or `euler_fm` (sigma_d G is the mean velocity).
+        parameterization: `identity` (G predicts x), `simple_edm` or `euler_fm` (sigma_d G is the mean velocity); not
+            in the paper `velocity` (the same of an x_t that is only divided by sigma_d) and `epsilon` (sigma_d G is the
+            noise, so f_{s,t} is DDIM's step, arXiv 2010.02502, eq 13; infinite where alpha_t is 0).
         s, t: target and source times, 0 <= s <= t, of one shape.
         sigma_data: standard deviation of the data and of the prior.
 
     Raises:
-        UserError: unknown parameterization, or `euler_fm` on another trajectory than `ot_fm`.
+        UserError: unknown parameterization, or a velocity on another trajectory than `ot_fm`.
     """
     check(interp.name, parameterization, "s")
     norm = interp.norm(t)
     determinant = interp.determinant(s, t)
     c_in = 1.0 / (sigma_data * norm)
-    if parameterization == "euler_fm":
+    if parameterization in VELOCITIES:
+        c_in = c_in if parameterization == "euler_fm" else torch.full_like(norm, 1.0 / sigma_data)
         return Coefficients(c_in, torch.ones_like(determinant), -sigma_data * determinant)
+    if parameterization == "epsilon":
+        alpha_t = interp.alpha(t)
+        return Coefficients(c_in, interp.alpha(s) / alpha_t, -sigma_data * determinant / alpha_t)
     if parameterization == "simple_edm":
         c_skip = (interp.alpha(s) * interp.alpha(t) + interp.sigma(s) * interp.sigma(t)) / norm**2
         return Coefficients(c_in, c_skip, -sigma_data * determinant / norm)
@@ -104,12 +117,14 @@ def exact_target(
 ) -> Tensor:
     """What G must output at time t for f_{s,t}(x_t) = DDIM(x_t, x, s, t) to hold for every s.
 
-    It does not depend on s; it is x itself (`identity`) or a velocity over sigma_d, and so the regression target of
-    flow matching. x and eps are (N, C, H, W), t (N, 1, 1, 1) or whatever broadcasts against them.
+    It does not depend on s; it is x itself (`identity`), the noise or a velocity over sigma_d, and so the regression
+    target of flow matching. x and eps are (N, C, H, W), t (N, 1, 1, 1) or whatever broadcasts against them.
     """
     if parameterization == "identity":
         return x
-    if parameterization == "euler_fm":
+    if parameterization == "epsilon":
+        return eps / sigma_data
+    if parameterization in VELOCITIES:
         return (eps - x) / sigma_data
     scale = (sigma_data * interp.norm(t)).to(x.dtype)
     return (interp.alpha(t).to(x.dtype) * eps - interp.sigma(t).to(x.dtype) * x) / scale
@@ -128,6 +143,7 @@ class FlowMap(nn.Module):
         interp: the trajectory.
         parameterization, second_time, sigma_data, time_scale: app C.5; `second_time` = `none` hides s from G.
         null_label: the label that stands for "no condition", or None for a net that has none.
+        time_input: `t`, or `ddpm_step` for G to be told times as `probability_path.ddpm_step` counts them.
     """
 
     def __init__(
@@ -139,6 +155,7 @@ class FlowMap(nn.Module):
         sigma_data: float = 0.5,
         time_scale: float = 1000.0,
         null_label: int | None = None,
+        time_input: str = "t",
     ):
         super().__init__()
         check(interp.name, parameterization, second_time)
@@ -149,12 +166,15 @@ class FlowMap(nn.Module):
         self.sigma_data = sigma_data
         self.time_scale = time_scale
         self.null_label = null_label
+        self.time_input = time_input
 
     def coefficients(self, s: Tensor, t: Tensor) -> Coefficients:
         """c_in, c_skip and c_out of this map (app C.5) for times (G,)."""
         return coefficients(self.interp, self.parameterization, s, t, self.sigma_data)
 
     def _c_noise(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.time_input == "ddpm_step":
+            s, t = ddpm_step(self.interp, s), ddpm_step(self.interp, t)
         second = {"s": s, "t_minus_s": t - s, "none": None}[self.second_time]
         return self.time_scale * t, None if second is None else self.time_scale * second
 

@@ -117,6 +117,30 @@ def build(trajectory: str) -> Interpolant:
     return TRAJECTORIES[trajectory]()
 
 
+# DDPM's linear schedule (arXiv 2006.11239, section 4): beta from 1e-4 to 0.02 over 1,000 steps, which DiT keeps.
+_DDPM_STEPS, _FIRST_BETA, _LAST_BETA = 1000, 1e-4, 0.02
+
+
+def _ddpm_log_alpha_bar(device: torch.device) -> Tensor:
+    """(1001,) fp64 log alpha-bar of data (step -1, where it is 0) and of DDPM's steps 0 to 999, decreasing."""
+    betas = torch.linspace(_FIRST_BETA, _LAST_BETA, _DDPM_STEPS, dtype=torch.float64, device=device)
+    return torch.cat([betas.new_zeros(1), torch.log1p(-betas).cumsum(0)])
+
+
+def ddpm_step(interp: Interpolant, t: Tensor) -> Tensor:
+    """The step of DDPM's linear schedule with the noise-to-data ratio of time t, a real number of the shape of t.
+
+    0 to 999 are the steps DDPM trains on, -1 is data; between them log alpha-bar is taken as linear. What is noisier
+    than step 999 is step 999.
+    """
+    table = _ddpm_log_alpha_bar(t.device)
+    wanted = -torch.log1p(interp.eta(t.double()).square())  # alpha-bar = alpha^2 / (alpha^2 + sigma^2)
+    wanted = torch.maximum(wanted, table[-1])
+    above = torch.searchsorted(-table, -wanted, right=True).clamp(1, _DDPM_STEPS)
+    before, after = table[above - 1], table[above]
+    return (above - 2 + (before - wanted) / (before - after)).to(t.dtype)
+
+
 def diffuse(interp: Interpolant, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """x_t = alpha_t x + sigma_t eps, (N, C, H, W). `t` broadcasts against x; the result has the dtype of x."""
     return interp.alpha(t).to(x.dtype) * x + interp.sigma(t).to(x.dtype) * eps

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from imm_scale.errors import UserError
-from imm_scale.methods.flow_map import FlowMap
+from imm_scale.methods.flow_map import VELOCITIES, FlowMap
 from imm_scale.methods.probability_path import diffuse
 
 Noise = Callable[[int], Tensor]
@@ -102,9 +102,9 @@ def heun(
     That is 2 steps - 1 evaluations.
 
     Raises:
-        UserError: a map that is no velocity field: Heun needs `euler_fm` and a net without the second time.
+        UserError: a map that is no velocity field: Heun needs `euler_fm` (or `velocity`) and a net without second time.
     """
-    if flow_map.parameterization != "euler_fm" or flow_map.second_time != "none":
+    if flow_map.parameterization not in VELOCITIES or flow_map.second_time != "none":
         raise UserError(
             f"sampler=heun follows a velocity: it needs parameterization=euler_fm and second_time=none, not "
             f"{flow_map.parameterization} and {flow_map.second_time}; use sampler=pushforward"

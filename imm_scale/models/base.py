@@ -1,6 +1,7 @@
 """What is asked of a backbone: its architecture, its blocks, and both branches of IMM in one call."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +14,14 @@ from imm_scale.choices import BackboneConfig
 
 @dataclass(frozen=True)
 class Architecture(ABC):
-    """All that shapes a net, plain enough for JSON; it travels inside exported weights."""
+    """All that shapes a net, plain enough for JSON; it travels inside exported weights.
+
+    Attributes:
+        MAY_DIFFER: fields in which a net may differ from the one whose weights it starts from: they change nothing that
+            weights compute, or `Backbone.adapted` sees to them.
+    """
+
+    MAY_DIFFER: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def build(self) -> "Backbone":
@@ -65,6 +73,20 @@ class Backbone(nn.Module):
             # Nothing in a block draws from torch's generators, so there is no state to keep for the second time.
             return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
         return block(*args)
+
+    def adapted(
+        self, weights: dict[str, Tensor], source: Any, classes: Sequence[int | None], null_is_trained: bool
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """Weights of a net of this class as this one takes them, and a sentence on each thing that is new in it.
+
+        Neither the weights nor this net are changed. What still does not fit by name or shape is refused by the caller.
+
+        Args:
+            source: the architecture the weights are of.
+            classes: for each class here, its number there, None for a new one.
+            null_is_trained: whether the row for "no label" is, or was never learned.
+        """
+        return weights, []
 
     def pair(
         self,

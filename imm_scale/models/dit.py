@@ -1,5 +1,6 @@
 """The diffusion transformer (DiT, arXiv 2212.09748) with (t, s, label) conditioning."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ SIZES = {
     "XL": (1152, 28, 16),
 }
 PATCH_SIZES = (2, 4, 8)
+_LABELS = "y_embedder.weight"
+_SECOND_TIME = "s_embedder."
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class DiTConfig(Architecture):
     time_embedding: str = "positional"
     second_time: bool = True
 
+    MAY_DIFFER = frozenset({"dropout", "attention", "num_classes", "height", "image_width", "second_time"})
+
     def __post_init__(self) -> None:
         if self.width % self.heads or self.width % 4:
             raise UserError(f"model.width={self.width} must be a multiple of model.heads={self.heads} and of 4")
@@ -90,8 +95,13 @@ class DiTConfig(Architecture):
         return x, times, times if self.second_time else None, torch.zeros(samples, dtype=torch.int64)
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.height // self.patch_size, self.image_width // self.patch_size
+
+    @property
     def tokens(self) -> int:
-        return (self.height // self.patch_size) * (self.image_width // self.patch_size)
+        return self.grid[0] * self.grid[1]
 
 
 def size_config(size: str, **overrides: Any) -> DiTConfig:
@@ -145,7 +155,7 @@ class DiT(Backbone):
             Block(c.width, c.heads, c.mlp_ratio, c.qk_norm, c.dropout, c.attention) for _ in range(c.depth)
         )
         self.final_layer = FinalLayer(c.width, c.patch_size, c.channels)
-        table = position_table(c.width, c.height // c.patch_size, c.image_width // c.patch_size)
+        table = position_table(c.width, *c.grid)
         self.register_buffer("pos_embed", table[None], persistent=False)
         self._initialize()
 
@@ -175,6 +185,27 @@ class DiT(Backbone):
     def null_label(self) -> int:  # type: ignore[override]
         return self.config.num_classes
 
+    def adapted(
+        self, weights: dict[str, Tensor], source: DiTConfig, classes: Sequence[int | None], null_is_trained: bool
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """As in the base: rows of classes, a second time whose embedder answers 0, positions of this grid."""
+        made, notes = dict(weights), []
+        if source.grid != self.config.grid:
+            there, here = (" x ".join(map(str, grid)) for grid in (source.grid, self.config.grid))
+            notes.append(f"the net had {there} patches and has {here}: the sin-cos positions are computed for them")
+        table = weights.get(_LABELS)
+        if table is not None and (list(classes) != list(range(len(table) - 1)) or not null_is_trained):
+            made[_LABELS], note = _label_rows(table, classes, null_is_trained)
+            notes.append(note)
+        if self.s_embedder is None:
+            made = {name: value for name, value in made.items() if not name.startswith(_SECOND_TIME)}
+        elif not source.second_time:
+            new = {f"{_SECOND_TIME}{name}": value for name, value in self.s_embedder.state_dict().items()}
+            last = [f"{_SECOND_TIME}mlp.2.{name}" for name in ("weight", "bias")]
+            made |= new | {name: torch.zeros_like(new[name]) for name in last}
+            notes.append("the embedder of the second time is new and answers 0 at first: the net starts as it was")
+        return made, notes
+
     def _condition(self, c_noise_G: Tensor, second_G: Tensor | None, label_N: Tensor) -> Tensor:
         """(N, D) SiLU of the sum of the embeddings, which every adaLN takes; times are embedded once per group."""
         assert (second_G is not None) == self.config.second_time, "the flow map and the net disagree on the second time"
@@ -191,7 +222,7 @@ class DiT(Backbone):
     def _image(self, tokens_NTD: Tensor) -> Tensor:
         """Tokens whose channels are ordered (row in patch, column in patch, channel) back to (N, C, H, W)."""
         c, p = self.config, self.config.patch_size
-        grid = tokens_NTD.view(-1, c.height // p, c.image_width // p, p, p, c.channels)
+        grid = tokens_NTD.view(-1, *c.grid, p, p, c.channels)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, c.channels, c.height, c.image_width)
 
     def _dropout_keys(self, dropout_key: Tensor | None) -> list[Tensor | None]:
@@ -252,6 +283,18 @@ class DiT(Backbone):
         with torch.no_grad():
             x_r = block(x_r, condition_r, key)
         return self.run_block(block, x_t, condition_t, key), x_r
+
+
+def _label_rows(table: Tensor, classes: Sequence[int | None], null_is_trained: bool) -> tuple[Tensor, str]:
+    """Rows (classes + 1, D) of the source's (its classes + 1, D), and a sentence; the last is "no label" in both."""
+    old, null = table[:-1], table[-1:] if null_is_trained else table[:-1].mean(dim=0, keepdim=True)
+    rows = [len(old) if number is None else number for number in classes]
+    new = sum(number is None for number in classes)
+    blank = "its row for no label" if null_is_trained else "the mean of its classes, as it never trained without label"
+    note = f"of {len(classes)} classes {len(classes) - new} start at rows of the source's {len(old)}"
+    note += f", {new} are new and start at {blank}" if new else ""
+    note += f"; so does the row for no label ({blank})" if not null_is_trained and not new else ""
+    return torch.cat([old, null])[torch.tensor([*rows, len(old)], device=table.device)], note
 
 
 def build(size: str, **overrides: Any) -> DiT:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from imm_scale import build
-from imm_scale.checkpoint import resume
+from imm_scale.checkpoint import init_weights, resume
 from imm_scale.checkpoint.async_saver import Saver, SaveTally
 from imm_scale.checkpoint.format import Checkpoint
 from imm_scale.checkpoint.run_lock import RunLock
@@ -43,7 +43,7 @@ class State:
         self.device = distributed.device(world)
         net, method = build.net(plan.spec, config.seed), build.method(plan.spec)
         if resumed is None:
-            resume.load_init_weights(net, plan)
+            init_weights.load(net, plan)
         self.engine = Engine(config, net, method, layout)
         self.ema = ShardedEma(self.engine.master_slices(), config.ema.decays, config.ema_power)
         self.saver = Saver(plan, world, self.engine, self.ema.saved_slices(), saves, lock)

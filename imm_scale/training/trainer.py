@@ -7,7 +7,7 @@ import torch
 from imm_scale import config as configs
 from imm_scale import storage
 from imm_scale.checkpoint import format as checkpoints
-from imm_scale.checkpoint import resume, run_folder, run_lock
+from imm_scale.checkpoint import init_weights, resume, run_folder, run_lock
 from imm_scale.checkpoint.async_saver import SaveTally, remove_leftovers
 from imm_scale.checkpoint.format import Checkpoint
 from imm_scale.checkpoint.run_lock import LostLockError, RunLock
@@ -46,7 +46,9 @@ def train(config: Config, world: World | None = None) -> Outcome:
     with run_lock.held(config.run_dir, world, _say) as lock:
         resume.check_run_folder(prepared)  # once more: another start may have come and gone since
         resume_point = resume.find(config, world)
-        if resume_point.checkpoint is not None:
+        if resume_point.checkpoint is None:
+            init_weights.check(prepared)
+        else:
             resume.check_net(resume_point.checkpoint, prepared.spec)
         check_wandb_key(config, world)
         distributed.barrier()  # no rank writes before all have read

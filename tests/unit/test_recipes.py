@@ -1,10 +1,12 @@
 """The recipes in configs/ hold the published settings (IMM, Table 5), which stand here as printed in the paper."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from imm_scale import config as configs
+from imm_scale.checkpoint.released.state_dicts import FAMILIES
 from imm_scale.models import dit
 from imm_scale.planner.flops import forward_multiply_adds
 
@@ -103,3 +105,14 @@ def test_a_recipe_builds_the_published_net(name):
 def test_every_recipe_can_be_loaded():
     for path in CONFIGS.glob("*.yaml"):
         configs.load([str(path)])
+
+
+@pytest.mark.parametrize("family", ["sit", "dit"])
+def test_a_recipe_of_fine_tuning_means_what_the_imported_weights_do(family):
+    config = configs.load([str(CONFIGS / f"finetune_{family}_xl2.yaml")]).config
+    published = FAMILIES[family].flow_map
+    assert config.method.flow_map == replace(published, second_time="s")
+    assert config.method.t_max == 0.994  # below 1 for epsilon
+    space, scale = config.data.space, 0.18215
+    assert (space.sigma_data, space.mean, space.std) == (1.0, [0.0] * 4, [1 / scale] * 4)
+    assert config.model.size == "DiT-XL/2"

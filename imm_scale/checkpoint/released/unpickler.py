@@ -28,7 +28,7 @@ _MAX_STORAGE_INSTRUCTIONS = 1_000  # the header of one storage needs some 40
 _LONGEST_LINE = 1_000
 _FORGOTTEN = object()
 # What torch.load raises for damaged bytes.
-_DAMAGED = (
+DAMAGED = (
     *(RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, AttributeError, EOFError),
     *(struct.error, pickle.UnpicklingError),
 )
@@ -173,7 +173,7 @@ def _storage(args: tuple[Any, ...]) -> _Storage:
     _check_storage(args[0])
     try:
         storage = torch.load(io.BytesIO(args[0]), map_location="cpu", weights_only=True)
-    except _DAMAGED as error:
+    except DAMAGED as error:
         # The cause's own words advise to read the file with the checks off.
         raise _Refused(f"holds a damaged tensor ({type(error).__name__})") from error
     if not isinstance(storage, torch.storage.TypedStorage):

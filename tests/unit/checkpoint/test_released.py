@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from imm_scale import build, storage
 from imm_scale.checkpoint import export
-from imm_scale.checkpoint.released import mapping, unpickler
+from imm_scale.checkpoint.released import dit_layout, mapping, unpickler
 from imm_scale.data.codec import open_codec
 from imm_scale.data.manifest import Codec
 from imm_scale.data.spaces import Latents
@@ -129,7 +129,7 @@ def test_heads_come_from_the_modules_then_from_the_size_table(net, tmp_path):
         del block.attn.num_heads
     with pytest.raises(UserError, match=r"no num_heads, and a net 32 wide and 2 deep is none of DiT-S, DiT-B"):
         mapping.read(files.write(tmp_path / "net.pkl", net))
-    assert mapping._heads(mapping._Network({}, {}), 1152, 28) == 16
+    assert dit_layout.heads_of(dit_layout.Network({}, {}), 1152, 28) == 16
 
 
 def test_it_reads_and_exports_at_any_url(net, tmp_path):

@@ -59,6 +59,15 @@ def test_files_merge_left_to_right_after_their_includes_then_overrides(tmp_path)
         (["train.max_steps=0"], ["train.max_steps=0", "above 0"]),
         (["sampling.steps=[]"], ["sampling.steps"]),
         (["seed=[1"], ["seed=[1", "YAML"]),
+        (["train.init_ema=0"], ["train.init_ema=0.0 does nothing without train.init_from"]),
+        (["train.init_step=5"], ["train.init_step=5 does nothing without train.init_from"]),
+        (["train.init_allow_change=[model]"], ["train.init_allow_change=['model'] does nothing without"]),
+        (["train.init_from=x", "train.init_allow_change=[model.head]"], ["'model.head'", "did you mean model.heads?"]),
+        (["train.init_from=x", "train.init_ema=1.0"], ["train.init_ema=1.0", "0 for the raw weights"]),
+        (["train.init_from=x", "train.init_step=0"], ["train.init_step=0", "above 0"]),
+        (["data.space.std=[0.5,0]"], ["data.space.std=[0.5, 0.0]", "above 0"]),
+        (["data.space.mean=[.nan]"], ["data.space.mean", "finite"]),
+        (["method.flow_map.parameterization=epsilon", "method.t_max=1"], ["method.t_max=1", "0.994"]),
     ],
 )
 def test_a_mistake_names_the_value_and_the_remedy(overrides, phrases):

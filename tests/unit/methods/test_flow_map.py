@@ -11,7 +11,8 @@ from torch import nn
 from imm_scale.errors import UserError
 from imm_scale.methods import flow_map
 from imm_scale.methods.flow_map import FlowMap
-from imm_scale.methods.probability_path import OTFlowMatching, VPCosine, ddim, diffuse
+from imm_scale.methods.flow_matching import FlowMatchingConfig
+from imm_scale.methods.probability_path import OTFlowMatching, VPCosine, ddim, ddpm_step, diffuse
 from imm_scale.models.base import Backbone
 
 mp.mp.dps = 60  # one number in all tests: it is global
@@ -294,3 +295,75 @@ def test_unknown_or_mismatched_settings_are_refused_with_the_remedy():
     ):
         with pytest.raises(UserError, match=r"'vp_cosine'.*simple_edm"):
             call()
+
+
+# What nets trained elsewhere predict
+
+
+@properties
+@given(times=pairs_of_times(1e-9), sigma_d=st.sampled_from([0.5, 1.0]))
+def test_velocity_is_euler_fm_of_samples_that_are_only_divided_by_sigma_d(times, sigma_d):
+    s, t = tensor(times[0]), tensor(times[1])
+    ours = flow_map.coefficients(OT, "velocity", s, t, sigma_d)
+    assert ours.c_in.item() == 1 / sigma_d
+    assert ours[1:] == flow_map.coefficients(OT, "euler_fm", s, t, sigma_d)[1:]
+
+
+@pytest.mark.parametrize("interp", [OT, COSINE], ids=lambda i: i.name)
+@properties
+@given(u=st.tuples(st.floats(0.0, 1.0, allow_subnormal=False), st.floats(1e-6, 0.999)))
+def test_epsilon_takes_the_noise_out_and_puts_that_of_s_in(interp, u):
+    s, t = u[0] * u[1], u[1]
+    got = flow_map.coefficients(interp, "epsilon", tensor(s), tensor(t), SIGMA_D)
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = alpha_sigma(interp.name, s), alpha_sigma(interp.name, t)
+    # alpha_s (x - sigma_t e) / alpha_t + sigma_s e, collected in x and e = sigma_d G
+    expected = (alpha_s / alpha_t, SIGMA_D * (sigma_s - alpha_s * sigma_t / alpha_t))
+    for value, printed in zip(got[1:], expected, strict=True):
+        assert abs(mp.mpf(value.item()) - printed) <= FP64 * abs(printed) + mp.mpf("1e-300")
+    x, eps = particles(), 0.5 * particles(seed=1)
+    target = flow_map.exact_target(interp, "epsilon", x, eps, tensor(t), SIGMA_D)
+    x_t = diffuse(interp, x, eps, tensor(t))
+    y = FlowMap(Spy(lambda *_: target), interp, "epsilon", sigma_data=SIGMA_D)(x_t, tensor(s), tensor(t), LABELS)
+    # Errors of 1e-16 over alpha_t, at least 1e-3
+    torch.testing.assert_close(y, diffuse(interp, x, eps, tensor(s)), rtol=0, atol=1e-11)
+
+
+def test_velocity_needs_straight_lines_and_epsilon_some_data():
+    with pytest.raises(UserError, match=r"'velocity' needs trajectory 'ot_fm'.*simple_edm"):
+        FlowMap(Spy(), COSINE, "velocity")
+    settings = flow_map.FlowMapConfig(parameterization="epsilon")
+    FlowMatchingConfig(flow_map=settings, t_max=0.99).validate()
+    for t_max in (1.0, None):
+        with pytest.raises(UserError, match=r"method.t_max=0.994"):
+            FlowMatchingConfig(flow_map=settings, t_max=t_max).validate()
+
+
+@pytest.mark.parametrize("interp", [OT, COSINE], ids=lambda i: i.name)
+def test_ddpm_steps_are_those_of_as_much_noise(interp):
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    steps = np.array([0, 1, 2, 10, 499, 500, 998, 999])
+    ratio = np.sqrt(1 / alpha_bar[steps] - 1)
+    t = interp.eta_inverse(torch.from_numpy(ratio))
+    # log alpha-bar differs by 1e-4 and more from step to step; at the end t is known to 1e-16 / (1 - t) = 2e-14
+    np.testing.assert_allclose(ddpm_step(interp, t).numpy(), steps, rtol=0, atol=1e-8)
+    between = np.sqrt(1 / np.sqrt(alpha_bar[300] * alpha_bar[301]) - 1)
+    t = interp.eta_inverse(tensor(0.0, between, 1e4, 1e9))
+    np.testing.assert_allclose(ddpm_step(interp, t).numpy(), [-1, 300.5, 999, 999], rtol=0, atol=1e-8)
+    assert ddpm_step(interp, tensor(1.0)).item() == pytest.approx(999, abs=1e-8), "where the ratio is infinite"
+    ordered = ddpm_step(interp, torch.linspace(0, 1, 10_001, dtype=torch.float64))
+    assert (ordered.diff() >= 0).all()
+
+
+@pytest.mark.parametrize("second_time", ["s", "t_minus_s", "none"])
+def test_the_network_can_be_told_ddpm_steps(second_time):
+    net = Spy()
+    f = FlowMap(net, OT, "epsilon", second_time, time_scale=2.0, time_input="ddpm_step")
+    s, t = tensor(0.25, 0.1), tensor(0.5, 0.9)
+    f(particles(), s, t, LABELS)
+    at_s, at_t = ddpm_step(OT, s), ddpm_step(OT, t)
+    _, c_noise, second, *_ = net.calls[0]
+    torch.testing.assert_close(c_noise, 2 * at_t, rtol=1e-15, atol=0)
+    expected = {"s": 2 * at_s, "t_minus_s": 2 * (at_t - at_s), "none": None}[second_time]
+    assert (second is None) == (expected is None)
+    if expected is not None:
+        torch.testing.assert_close(second, expected, rtol=1e-15, atol=0)

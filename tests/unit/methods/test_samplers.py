@@ -213,8 +213,17 @@ def test_heun_is_of_second_order_on_the_probability_flow_and_evaluates_twice_but
     assert errors[1] / errors[2] == pytest.approx(4, rel=0.1)
 
 
-def test_one_heun_step_by_hand_with_an_end_above_0():
-    f = FlowMap(Velocity(), OT, "euler_fm", "none", SIGMA_D)
+class OfPlainSamples(Velocity):
+    """The same velocity of samples that come over sigma_d and no more."""
+
+    def forward(self, x, c_noise, second, label, dropout_key=None):
+        t = (c_noise / 1000).view(-1, *[1] * (x.dim() - 1))
+        return super().forward(x / torch.sqrt((1 - t) ** 2 + t**2), c_noise, second, label)
+
+
+@pytest.mark.parametrize(("net", "parameterization"), [(Velocity(), "euler_fm"), (OfPlainSamples(), "velocity")])
+def test_one_heun_step_by_hand_with_an_end_above_0(net, parameterization):
+    f = FlowMap(net, OT, parameterization, "none", SIGMA_D)
     x, label = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3), torch.zeros(4, dtype=torch.long)
 
     def v(x, t):
