@@ -9,18 +9,15 @@ no longer lives; when it is an earlier start of this very SLURM job; or when its
 by the clock of the one who looks.
 """
 
-import json
 import logging
-import os
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from imm_scale import storage
-from imm_scale.checkpoint import processes
+from imm_scale.checkpoint.lock_owner import Owner
 from imm_scale.errors import RunError, UserError
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
@@ -38,80 +35,6 @@ log = logging.getLogger("imm_scale")
 
 class LostLockError(RunError):
     """Another start has taken the run folder, because this one gave no sign of life for too long."""
-
-
-@dataclass(frozen=True)
-class Owner:
-    """Who has the lock.
-
-    Attributes:
-        token: of this start alone.
-        process: who it is on which machine, so that a process of the same machine can be looked up.
-        host: name of the node, for people.
-        job, restart: SLURM's job id and how often it was put back; None and 0 elsewhere.
-        place: the folder itself, so that a copy of a run folder is not taken for the one its owner trains in.
-        since: when it took the lock, in its own clock; for people.
-        beat: how many heartbeats it has written.
-        released: whether it has left.
-    """
-
-    token: str
-    process: processes.Process
-    host: str
-    job: str | None
-    restart: int
-    place: str
-    since: str
-    beat: int = 0
-    released: bool = False
-
-    @classmethod
-    def here(cls, run_dir: str, env: Mapping[str, str] = os.environ) -> "Owner":
-        """This process."""
-        return cls(
-            uuid.uuid4().hex,
-            processes.this(),
-            distributed.hostname(),
-            env.get("SLURM_JOB_ID"),
-            int(env.get("SLURM_RESTART_COUNT", 0)),
-            _place(run_dir),
-            time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        )
-
-    def to_json(self) -> bytes:
-        """The content of its file."""
-        return json.dumps(asdict(self), indent=1).encode()
-
-    @classmethod
-    def from_json(cls, data: bytes) -> "Owner":
-        """Reads a file. One that says nothing, after a crash of the disk, is of an owner nobody knows."""
-        try:
-            fields = json.loads(data)
-            return cls(**{**fields, "process": processes.Process(**fields["process"])})
-        except (ValueError, TypeError, KeyError):
-            return cls("", processes.Process("", 0, 0), "an unknown host", None, 0, "", "an unknown time")
-
-    def has_ended(self, asking: "Owner") -> bool:
-        """Whether it is known to be gone, without waiting."""
-        requeued = self.job is not None and self.job == asking.job and self.restart < asking.restart
-        return self.released or requeued or self.process.state() == "dead"
-
-    def is_alive(self, asking: "Owner") -> bool:
-        """Whether it is known to be there and to mean this folder, without waiting."""
-        return self.place == asking.place and self.process.state() == "alive"
-
-    def __str__(self) -> str:
-        job = f" (SLURM job {self.job})" if self.job is not None else ""
-        return f"process {self.process.number} on {self.host}{job}, since {self.since}"
-
-
-def _place(run_dir: str) -> str:
-    """What tells the folder from a copy of it, as this machine sees it."""
-    if not storage.is_local(run_dir):
-        return run_dir
-    os.makedirs(storage.local_path(run_dir), exist_ok=True)
-    folder = os.stat(storage.local_path(run_dir))
-    return f"{folder.st_dev}:{folder.st_ino}"
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import pytest
 
 from imm_scale import storage
-from imm_scale.checkpoint import processes, run_lock
-from imm_scale.checkpoint.processes import Process
+from imm_scale.checkpoint import lock_owner, run_lock
+from imm_scale.checkpoint.lock_owner import Process
 from imm_scale.checkpoint.run_lock import LostLockError, Owner
 from imm_scale.errors import UserError
 from imm_scale.parallel.world import World
@@ -41,7 +41,7 @@ def other() -> Iterator[subprocess.Popen]:
 
 
 def _process(number: int) -> Process:
-    return Process(processes.this().machine, number, processes._stat(number)[1])
+    return Process(lock_owner.this_process().machine, number, lock_owner._stat(number)[1])
 
 
 def _write(run_dir: str, number: int = 1, **fields) -> Owner:
@@ -87,7 +87,7 @@ def test_a_killed_process_is_followed_at_once(tmp_path, other, reaped):
 
 def test_a_number_used_again_is_another_process(tmp_path, other):
     lives = _process(other.pid)
-    assert lives.state() == "alive" and processes.this().state() == "alive"
+    assert lives.state() == "alive" and lock_owner.this_process().state() == "alive"
     assert dataclasses.replace(lives, started=lives.started - 1).state() == "dead"
     assert dataclasses.replace(lives, machine="another boot/1").state() == "unknown"
     assert dataclasses.replace(lives, machine="").state() == "unknown"
