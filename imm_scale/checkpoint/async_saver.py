@@ -153,9 +153,11 @@ class Saver:
 
         Raises:
             UserError: the last save failed: what was learned since the one before would be lost.
+            LostLockError: it failed because another start has the folder.
         """
         self.wait()
         if self._last_problem:
+            self._still_ours()
             raise UserError(f"{self._last_problem}; the last committed checkpoint is intact: make room and start again")
 
     def __enter__(self) -> "Saver":
