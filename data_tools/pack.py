@@ -1,13 +1,15 @@
 """Packs images into WebDataset tars of PNGs: `imm-scale pack --help`."""
 
 import argparse
-import hashlib
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from typing import Any
@@ -16,178 +18,219 @@ import torch
 from tqdm import tqdm
 
 from data_tools import images, sources
-from data_tools.common import LABELS_NAME, PACK_NAME, ImageShard, Pack, load_pack, paths_are_the_users, write_json
+from data_tools.common import LABELS_NAME, PACK_NAME, Pack, load_pack, paths_are_the_users, write_json
 from data_tools.images import Rendered, Unreadable
-from data_tools.sources import Source
+from data_tools.packing import closing, contact_sheet, identity, shard_writer
+from data_tools.packing.shard_writer import Bad, ShardWriter
+from data_tools.sources import Located, Source
+from data_tools.sources.label_files import read_map
+from data_tools.sources.names import printable
 from imm_scale import rng, storage
 from imm_scale.cli import entry
-from imm_scale.data import tar
 from imm_scale.errors import UserError
 
 QUARANTINE_NAME = "quarantine.txt"
 _WINDOW = 1024  # images handed to the workers at once: bounds what waits in memory
-_OUR_NAMES = "|".join([r"images-\d{6}\.tar", *map(re.escape, (LABELS_NAME, PACK_NAME, QUARANTINE_NAME))])
-_OURS = re.compile(rf"({_OUR_NAMES})(\.[0-9a-f]{{8}}\.tmp)?")
+_MOST_OF_OTHER_SIZE = 0.01  # of the images: more are no accident, and the set needs --size
+_FILES = [
+    r"images-\d{6}\.(tar|json)",
+    r"contact-\d{3,}\.png",
+    *map(re.escape, (LABELS_NAME, PACK_NAME, QUARANTINE_NAME)),
+]
+_OURS = re.compile(rf"({'|'.join(_FILES)})(\.[0-9a-f]{{8}}\.tmp)?")
 
 
 @paths_are_the_users()
 def pack(args: argparse.Namespace) -> None:
     """Does what the command line asks. Raises UserError."""
     _check_arguments(args)
-    arguments = _identity(args)
-    if _finished(args.out, arguments):
+    located = sources.locate(args.source)
+    label_map = _label_map(args.labels, located)
+    _check_outside(args.out, located)
+    arguments = identity.of(args, located, label_map)
+    if _finished(args.out, arguments, args.source_moved):
         return
-    _clear_unfinished(args.out)
-    source = sources.find(args.source, args.labels, args.image_column, args.label_column)
-    quarantine: list[str] = []
-    writer = _ShardWriter(args.out, args.shard_bytes, args.shard_samples)
+    _check_folder(args.out)
+    if located.splits:
+        print(f"files of several splits are packed together: {', '.join(located.splits)}")
+    source = sources.find(located, label_map, args.image_column, args.label_column)
+    writer = _writer(args.out, arguments, source, args.source_moved)
     try:
-        with tqdm(total=len(source.images), unit="image", disable=None) as progress:
-            shape = _write_images(args, arguments["channels"], source, writer, quarantine, progress)
+        _write_images(args, source, writer)
     finally:
-        storage.write_text(storage.join(args.out, QUARANTINE_NAME), "".join(line + "\n" for line in quarantine))
-    write_json(storage.join(args.out, LABELS_NAME), {str(label): name for label, name in enumerate(source.class_names)})
-    result = Pack(arguments, shape, len(quarantine), tuple(writer.shards))
-    result.save(args.out)
-    print(
-        f"packed {result.num_images} images {'x'.join(str(n) for n in shape)} of {len(source.class_names)} classes in "
-        f"{len(result.shards)} shards into {args.out}; left out: {len(quarantine)}"
-    )
+        lines = [f"{printable(bad.name)}\t{printable(bad.reason)}\n" for bad in writer.bad]
+        storage.write_text(storage.join(args.out, QUARANTINE_NAME), "".join(lines))
+    _finish(args.out, source, writer)
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
     for name, least in (("size", 1), ("shard_bytes", 1), ("shard_samples", 1), ("max_bad", 0), ("workers", 1)):
         value = getattr(args, name)
-        if value is not None and value < least:
+        if isinstance(value, int) and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
+    identity.background(args.background)
 
 
-def _identity(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that decide what the shards hold."""
-    is_digits = args.source in sources.BUILT_IN
-    return {
-        "source": args.source if is_digits else os.path.abspath(args.source),
-        "labels": args.labels and os.path.abspath(args.labels),
-        "size": args.size,
-        "channels": args.channels if args.channels is not None else (1 if is_digits else 3),
-        "shard_bytes": args.shard_bytes,
-        "shard_samples": args.shard_samples,
-        "seed": args.seed,
-    }
+def _check_outside(out: str, located: Located) -> None:
+    """What is written must not be among what is read: the next time it would be images and files of the source."""
+    if located.tree is None or not storage.is_local(out):
+        return
+    folder, target = os.path.realpath(located.given[0]), os.path.realpath(storage.local_path(out))
+    if os.path.commonpath([folder, target]) == folder:
+        raise UserError(f"--out {out} lies inside --source {located.where}: choose a folder outside of it")
 
 
-def _finished(out: str, arguments: dict[str, Any]) -> bool:
+def _label_map(path: str | None, located: Located) -> list[str] | None:
+    if path is None:
+        return None
+    if located.kind == "built_in":
+        raise UserError(f"--labels is for sources of your own: {located.where} has its labels")
+    return read_map(os.path.expanduser(path))
+
+
+def _finished(out: str, arguments: dict[str, Any], moved: bool) -> bool:
     try:
         existing = load_pack(out)
     except FileNotFoundError:
+        if moved and not any(map(shard_writer.is_record, storage.list_names(out))):
+            raise UserError(f"--source-moved: there is no pack in {out} that could be of a moved source") from None
         return False
-    differing = [
-        f"{key} {existing.arguments.get(key)!r} (asked for: {value!r})"
-        for key, value in arguments.items()
-        if existing.arguments.get(key) != value
-    ]
-    if differing:
-        raise UserError(f"{out} holds another pack, with {', '.join(differing)}: choose another --out")
-    for shard in existing.shards:
-        url = storage.join(out, shard.name)
-        if not storage.exists(url) or storage.size(url) != shard.bytes:
-            raise UserError(
-                f"{url} is missing or not of {shard.bytes} bytes: remove {storage.join(out, PACK_NAME)} to pack again"
-            )
+    identity.check_same(out, existing, arguments, moved)
+    if moved:
+        replace(existing, arguments={**existing.arguments, "source": arguments["source"]}).save(out)
     print(f"already packed: {existing.num_images} images in {len(existing.shards)} shards in {out}")
     return True
 
 
-def _clear_unfinished(out: str) -> None:
-    """Removes what an interrupted job left, and refuses a folder with anything else in it."""
-    names = storage.list_names(out)
-    foreign = [name for name in names if not _OURS.fullmatch(name)]
+def _check_folder(out: str) -> None:
+    foreign = [name for name in storage.list_names(out) if not _OURS.fullmatch(name)]
     if foreign:
         raise UserError(f"{out} holds {foreign[0]!r}, which is no part of a pack: choose an empty or new folder")
-    for name in names:
-        storage.remove(storage.join(out, name))
 
 
-def _write_images(
-    args: argparse.Namespace,
-    channels: int,
-    source: Source,
-    writer: "_ShardWriter",
-    quarantine: list[str],
-    progress: "tqdm[Any]",
-) -> tuple[int, int, int]:
-    """Renders all images in shuffled order and writes the shards; returns the shape they share."""
-    first: tuple[str, tuple[int, int, int]] | None = None
-    for i, rendered in _render_shuffled(source, channels, args.size, args.seed, args.workers):
-        progress.update()
-        if isinstance(rendered, Unreadable):
-            quarantine.append(f"{source.names[i]}\t{rendered.reason}")
-            if len(quarantine) > args.max_bad:
-                raise UserError(
-                    f"more than {args.max_bad} unreadable images, the last one {quarantine[-1]!r}; see "
-                    f"{storage.join(args.out, QUARANTINE_NAME)}, mend them or raise --max-bad"
-                )
-            continue
-        first = first or (source.names[i], rendered.shape)
-        if rendered.shape != first[1]:
-            raise UserError(
-                f"images of different sizes: {first[0]} has {_size(first[1])} pixels, {source.names[i]} "
-                f"{_size(rendered.shape)}: give --size to crop and resize them all"
-            )
-        writer.add(rendered.png, source.labels[i])
-    if first is None:
-        raise UserError(f"no readable images in {args.source}: {len(quarantine)} unreadable, {quarantine[0]!r} first")
+def _writer(out: str, arguments: dict[str, Any], source: Source, moved: bool) -> ShardWriter:
+    """Goes on after the shards of the same job that are whole, and removes everything else of an unfinished one."""
+    records = shard_writer.finished(out, arguments, moved)
+    kept = {name for record in records for name in (record.shard.name, shard_writer.record_name(record.shard.name))}
+    for name in storage.list_names(out):
+        if name not in kept:
+            storage.remove(storage.join(out, name))
+    writer = ShardWriter(out, arguments, records)
+    if records:
+        print(f"goes on after the {writer.num_images} images in {len(records)} shards that are in {out}")
+    else:
+        writer.bad += [Bad(name, reason) for name, reason in source.bad]
+    return writer
+
+
+def _write_images(args: argparse.Namespace, source: Source, writer: ShardWriter) -> None:
+    """Renders all images that are not in shards yet in shuffled order, and writes the shards."""
+    background = identity.background(args.background)
+    job = partial(images.render, channels=writer.arguments["channels"], size=args.size, background=background)
+    order = torch.argsort(rng.random_bits(args.seed, "pack", torch.arange(len(source.images))), stable=True).tolist()
+    rendered = _render(source, order[writer.consumed :], job, args.workers)
+    other_sizes = sum("pixels, where" in bad.reason for bad in writer.bad)
+    _check_bad(args, writer, other_sizes)
+    with tqdm(total=len(order), initial=writer.consumed, unit="image", disable=None) as progress:
+        for i, result in rendered:
+            bad = _problem(result, i, source, writer)
+            if bad is None:
+                assert isinstance(result, Rendered)
+                writer.add(result.png, source.labels[i])
+            else:
+                writer.bad.append(bad)
+                other_sizes += isinstance(result, Rendered)
+                _check_bad(args, writer, other_sizes)
+            writer.consumed += 1
+            progress.update()
+    if writer.shape is None:
+        first = writer.bad[0]
+        raise UserError(
+            f"no readable images in {printable(', '.join(args.source))}: {len(writer.bad)} are unreadable, the first "
+            f"{printable(first.name)} ({printable(first.reason)})"
+        )
+    if other_sizes > _MOST_OF_OTHER_SIZE * len(order):
+        raise UserError(_sizes_differ(writer, other_sizes))
     writer.flush()
-    return first[1]
+
+
+def _problem(result: Rendered | Unreadable, i: int, source: Source, writer: ShardWriter) -> Bad | None:
+    """Why a result is no image of the pack; the first image of all says their shape."""
+    if isinstance(result, Unreadable):
+        return Bad(source.names[i], result.reason)
+    if writer.shape is None:
+        writer.shape, writer.first_name = result.shape, source.names[i]
+    if result.shape != writer.shape:
+        return Bad(
+            source.names[i], f"{_size(result.shape)} pixels, where {writer.first_name} has {_size(writer.shape)}"
+        )
+    return None
+
+
+def _check_bad(args: argparse.Namespace, writer: ShardWriter, other_sizes: int) -> None:
+    if len(writer.bad) <= args.max_bad:
+        return
+    if 2 * other_sizes > len(writer.bad):
+        raise UserError(_sizes_differ(writer, other_sizes))
+    last = writer.bad[-1]
+    raise UserError(
+        f"more than {args.max_bad} unreadable images, the last one {printable(last.name)} ({printable(last.reason)}); "
+        f"see {storage.join(args.out, QUARANTINE_NAME)}, mend them or raise --max-bad"
+    )
+
+
+def _sizes_differ(writer: ShardWriter, other_sizes: int) -> str:
+    last = next(bad for bad in reversed(writer.bad) if "pixels, where" in bad.reason)
+    return (
+        f"images of different sizes, {other_sizes} not of that of the first: {printable(last.name)} has "
+        f"{printable(last.reason)}: give --size to crop and resize them all"
+    )
 
 
 def _size(shape: tuple[int, int, int]) -> str:
     return f"{shape[1]}x{shape[0]}"
 
 
-def _render_shuffled(
-    source: Source, channels: int, size: int | None, seed: int, workers: int
-) -> Iterator[tuple[int, Rendered | Unreadable]]:
-    order = torch.argsort(rng.random_bits(seed, "pack", torch.arange(len(source.images))), stable=True).tolist()
-    job = partial(images.render, channels=channels, size=size)
+def _render(source: Source, order: list[int], job: Any, workers: int) -> Iterator[tuple[int, Rendered | Unreadable]]:
     with ExitStack() as stack:
         # Spawned, because forking a process with torch's threads may hang.
-        pool = stack.enter_context(ProcessPoolExecutor(workers, get_context("spawn"))) if workers > 1 else None
+        spawn = get_context("spawn")
+        pool = ProcessPoolExecutor(workers, spawn, _leave_interrupts) if workers > 1 else None
+        if pool is not None:
+            stack.callback(pool.shutdown, cancel_futures=True)  # at Ctrl-C nobody waits for a whole window
         for start in range(0, len(order), _WINDOW):
             window = order[start : start + _WINDOW]
             inputs = [source.images[i] for i in window]
-            yield from zip(window, pool.map(job, inputs, chunksize=16) if pool else map(job, inputs), strict=True)
+            try:
+                yield from zip(window, pool.map(job, inputs, chunksize=16) if pool else map(job, inputs), strict=True)
+            except BrokenProcessPool as error:
+                raise UserError(
+                    f"a process of --workers {workers} was killed, most likely as the memory was full: take fewer; the "
+                    "same command goes on where it stopped"
+                ) from error
 
 
-class _ShardWriter:
-    """Gathers images into tars of at most so many bytes (but one image) and samples, each written whole."""
+def _leave_interrupts() -> None:
+    """Ctrl-C reaches every process of a terminal; only the one that gives out the work answers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def __init__(self, out: str, shard_bytes: int, shard_samples: int) -> None:
-        self._out, self._shard_bytes, self._shard_samples = out, shard_bytes, shard_samples
-        self._records: list[bytes] = []
-        self._count = self._bytes = 0
-        self.shards: list[ImageShard] = []
 
-    def add(self, png: bytes, label: int) -> None:
-        key = f"{self._count:08d}"
-        record = tar.member(f"{key}.png", png) + tar.member(f"{key}.cls", str(label).encode())
-        full = self._bytes + len(record) + len(tar.end()) > self._shard_bytes
-        if full or len(self._records) == self._shard_samples:
-            self.flush()
-        self._records.append(record)
-        self._bytes += len(record)
-        self._count += 1
-
-    def flush(self) -> None:
-        """Writes what is gathered, if anything."""
-        if not self._records:
-            return
-        name = f"images-{len(self.shards):06d}.tar"
-        data = b"".join([*self._records, tar.end()])
-        storage.write_bytes(storage.join(self._out, name), data)
-        self.shards.append(ImageShard(name, len(self._records), len(data), hashlib.sha256(data).hexdigest()))
-        self._records.clear()
-        self._bytes = 0
+def _finish(out: str, source: Source, writer: ShardWriter) -> None:
+    """Writes what describes the shards, last of all pack.json, and says what was packed."""
+    assert writer.shape is not None
+    write_json(storage.join(out, LABELS_NAME), {str(label): name for label, name in enumerate(source.class_names)})
+    sheets = contact_sheet.draw(out, writer.records, source.class_names)
+    shards = tuple(record.shard for record in writer.records)
+    Pack(writer.arguments, writer.shape, len(writer.bad), shards).save(out)
+    for shard in shards:
+        storage.remove(storage.join(out, shard_writer.record_name(shard.name)))
+    print(
+        f"packed {writer.num_images} images {'x'.join(str(n) for n in writer.shape)} of {len(source.class_names)} "
+        f"classes in {len(shards)} shards into {out}"
+    )
+    quarantine = storage.join(out, QUARANTINE_NAME)
+    lines = closing.table(source.class_names, writer.counts) + closing.left_out(source.left_out, writer.bad, quarantine)
+    print("\n".join([*lines, f"see what went in: {storage.join(out, sheets[0])}, 8 images of each class"]))
 
 
 main = entry("pack")

@@ -1,14 +1,14 @@
 """What is known of each encoded shard, and how these records become the manifest."""
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 
 from data_tools.common import LABELS_NAME, ImageShard, Pack, read_json, write_json
 from data_tools.statistics import ChannelSums
 from data_tools.tasks import TASKS_NAME
 from imm_scale import storage
 from imm_scale.data.codec import KNOWN_STATISTICS, ImageCodec
-from imm_scale.data.manifest import Codec, Manifest, ShardInfo
+from imm_scale.data.manifest import Codec, Manifest, ShardInfo, other_width
 from imm_scale.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
@@ -26,12 +26,27 @@ class Identity:
     factor: int
     flipped: bool
     precision: str = "fp32"
+    image_width: int | None = None
+
+    def codec(self, mean: tuple[float, ...] = (), std: tuple[float, ...] = ()) -> Codec:
+        """What the manifest says of the codec, with the data's statistics."""
+        return Codec(
+            self.kind,
+            self.weights_hash,
+            self.image_size,
+            self.channels,
+            self.factor,
+            mean,
+            std,
+            image_width=self.image_width,
+        )
 
     def __str__(self) -> str:
         weights = f" with weights {self.weights_hash[:12]}" if self.weights_hash else ""
         mirrored = ", with mirrored latents" if self.flipped else ""
+        height, width = self.codec().image_shape
         return (
-            f"{self.kind}{weights}, {self.image_size} pixels a side, {self.channels} channels, factor {self.factor}"
+            f"{self.kind}{weights}, {height}x{width} pixels, {self.channels} channels, factor {self.factor}"
             f"{mirrored}, {self.precision}"
         )
 
@@ -39,13 +54,22 @@ class Identity:
 def identify(pack: Pack, codec: ImageCodec, flipped: bool) -> Identity:
     """Raises UserError for images the codec does not take."""
     height, width, image_channels = pack.image_shape
-    if height != width or height % codec.factor:
+    if height % codec.factor or width % codec.factor:
+        below = "x".join(str(max(side - side % codec.factor, codec.factor)) for side in (height, width))
         raise UserError(
-            f"the images have {width}x{height} pixels, {codec.kind} needs squares with a side divisible by "
-            f"{codec.factor}: pack them with --size"
+            f"the images have {width}x{height} pixels, {codec.kind} needs sides divisible by {codec.factor}: pack them "
+            f"with --size {below} (height x width), say"
         )
-    channels = codec.latent_channels(image_channels)
-    return Identity(codec.kind, codec.weights_hash, height, channels, codec.factor, flipped, codec.precision)
+    return Identity(
+        codec.kind,
+        codec.weights_hash,
+        height,
+        codec.latent_channels(image_channels),
+        codec.factor,
+        flipped,
+        codec.precision,
+        other_width(height, width),
+    )
 
 
 @dataclass(frozen=True)
@@ -59,7 +83,8 @@ class Record:
 
     def save(self, out: str, i: int) -> None:
         """Writes the record of shard i; it is written last, so a shard with a record is finished."""
-        write_json(_url(out, i), asdict(self))
+        identity = {key: value for key, value in asdict(self.identity).items() if value is not None}
+        write_json(_url(out, i), {**asdict(self), "identity": identity})
 
     @classmethod
     def load(cls, url: str) -> "Record":
@@ -91,9 +116,15 @@ def check_manifest(out: str, identity: Identity) -> None:
     if not storage.exists(url):
         return
     manifest = Manifest.load(url)
-    fields = {key: value for key, value in asdict(manifest.codec).items() if key not in ("mean", "std")}
-    existing = Identity(**fields, flipped=manifest.flipped, precision=identity.precision)
-    _check_same(existing, identity, url)
+    stored = manifest.codec
+    if stored == identity.codec(stored.mean, stored.std) and manifest.flipped == identity.flipped:
+        return
+    known = {field.name: getattr(stored, field.name) for field in fields(Identity) if hasattr(stored, field.name)}
+    existing = replace(identity, **known, flipped=manifest.flipped)
+    rest = [f", {key} {value}" for key, value in stored.to_fields().items() if key not in (*known, "mean", "std")]
+    raise UserError(
+        f"{url} is of another codec ({existing}{''.join(rest)}) than asked for ({identity}): choose another --out"
+    )
 
 
 def _check_same(existing: Identity, requested: Identity, url: str) -> None:
@@ -174,11 +205,11 @@ def _manifest(records: list[Record], class_names: tuple[str, ...]) -> Manifest:
             f"published mean and std of this autoencoder are used; measured here: mean {_numbers(measured[0])}, std "
             f"{_numbers(measured[1])}, off by {shift:.1%} of a std and by {scale:.1%} of the std"
         )
-    side = identity.image_size // identity.factor
-    fields = {key: value for key, value in asdict(identity).items() if key not in ("flipped", "precision")}
+    codec = identity.codec(mean, std)
+    height, width = codec.image_shape
     return Manifest(
-        codec=Codec(**fields, mean=mean, std=std),
-        latent_shape=(identity.channels, side, side),
+        codec=codec,
+        latent_shape=(identity.channels, height // identity.factor, width // identity.factor),
         num_classes=len(class_names),
         class_names=class_names,
         shards=tuple(record.shard for record in records),

@@ -3,7 +3,11 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+from imm_scale.data.codec import posterior
+from imm_scale.data.manifest import Codec
 
 
 @dataclass(frozen=True)
@@ -20,14 +24,11 @@ class ChannelSums:
         return cls(0, [0.0] * channels, [0.0] * channels)
 
     @classmethod
-    def of(cls, stored_N: NDArray[np.float16], kind: str) -> "ChannelSums":
-        """Sums of stored arrays (N, C', H, W). For `vae`, E[raw^2] = mean^2 + std^2 of each element's posterior."""
-        values = stored_N.astype(np.float64)
-        squares = values**2
-        if kind == "vae":
-            values = np.split(values, 2, axis=1)[0]
-            mean_squares, std_squares = np.split(squares, 2, axis=1)
-            squares = mean_squares + std_squares
+    def of(cls, stored_N: NDArray[np.float16], codec: Codec) -> "ChannelSums":
+        """Sums of stored arrays (N, C', H, W). Of a posterior, E[raw^2] = mean^2 + std^2 of each element."""
+        mean, std = posterior(torch.from_numpy(stored_N).double(), codec)
+        values = mean.numpy()
+        squares = values**2 if std is None else values**2 + std.numpy() ** 2
         return cls(
             count=values.size // values.shape[1],
             total=values.sum(axis=(0, 2, 3)).tolist(),

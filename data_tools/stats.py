@@ -1,6 +1,7 @@
 """Numbers and a picture of a latent data set: `imm-scale stats --help`."""
 
 import argparse
+import io
 import math
 import sys
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from data_tools.common import paths_are_the_users
 from data_tools.statistics import ChannelSums
+from imm_scale import storage
 from imm_scale.cli import entry
 from imm_scale.data import codec as codecs
 from imm_scale.data import sample_order
@@ -32,13 +34,26 @@ def bit_compression(pixels: int, image_channels: int, bits_per_position: float) 
 @paths_are_the_users()
 def stats(args: argparse.Namespace) -> None:
     """Does what the command line asks. Raises UserError."""
+    _check_options(args)
     dataset = Dataset(args.manifest)
+    decoder = codecs.open_codec(dataset.manifest.codec, args.vae) if args.page else None
     for line in [*_moments(dataset), *_classes(dataset), *_compression(dataset, args)]:
         print(line)
-    if args.page:
-        page = _page(dataset, args)
-        page.save(args.page)
+    if decoder is not None:
+        picture = io.BytesIO()
+        _page(dataset, args, decoder).save(picture, "PNG")
+        storage.write_bytes(args.page, picture.getvalue())
         print(f"page of {args.rows} classes x {args.columns} samples: {args.page}")
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    if args.page is None and args.vae is not None:
+        raise UserError(f"--vae {args.vae} decodes the page: give --page PNG, or leave it out")
+    if args.page is not None and not args.page.lower().endswith(".png"):
+        raise UserError(f"--page {args.page}: the page is a PNG, give it a name that ends in .png")
+    for name in ("columns", "rows"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}: it must be at least 1")
 
 
 def _moments(dataset: Dataset) -> list[str]:
@@ -48,8 +63,8 @@ def _moments(dataset: Dataset) -> list[str]:
     table = sample_order.block_table(dataset.shard_samples, _CHUNK)
     for start, size in zip(table.start.tolist(), table.size.tolist(), strict=True):
         stored = dataset.read(start, start + size)
-        sums = sums + ChannelSums.of(stored, codec.kind)
-        raw = torch.from_numpy(stored[:, : codec.channels].copy())
+        sums = sums + ChannelSums.of(stored, codec)
+        raw, _ = codecs.posterior(torch.from_numpy(stored).float(), codec)
         z = codecs.normalize(raw, codec.mean, codec.std)
         norms.append(z.flatten(1).norm(dim=1).numpy() / math.sqrt(z[0].numel()))
     norm = np.concatenate(norms)
@@ -72,7 +87,8 @@ def _classes(dataset: Dataset) -> list[str]:
 
 def _compression(dataset: Dataset, args: argparse.Namespace) -> list[str]:
     codec, (_, height, width) = dataset.manifest.codec, dataset.manifest.latent_shape
-    if args.patch_size < 1 or height % args.patch_size or args.vocabulary < 2 or args.latent_bits < 1:
+    patch = args.patch_size
+    if patch < 1 or height % patch or width % patch or args.vocabulary < 2 or args.latent_bits < 1:
         raise UserError(
             f"--patch-size {args.patch_size}, --vocabulary {args.vocabulary} or --latent-bits {args.latent_bits} do "
             f"not fit latents of {height}x{width}"
@@ -89,18 +105,17 @@ def _compression(dataset: Dataset, args: argparse.Namespace) -> list[str]:
     ]
 
 
-def _page(dataset: Dataset, args: argparse.Namespace) -> Image.Image:
+def _page(dataset: Dataset, args: argparse.Namespace, decoder: codecs.ImageCodec) -> Image.Image:
     """The first samples of the first classes, decoded from their mean."""
     codec = dataset.manifest.codec
-    image_codec = codecs.open_codec(codec, args.vae)
-    side = codec.image_size
-    page = Image.new("RGB", (args.columns * side, args.rows * side))
+    height, width = codec.image_shape
+    page = Image.new("RGB", (args.columns * width, args.rows * height))
     for row in range(min(args.rows, dataset.manifest.num_classes)):
         for column, sample in enumerate(np.flatnonzero(dataset.labels == row)[: args.columns].tolist()):
-            raw = torch.from_numpy(dataset.read(sample, sample + 1)[:, : codec.channels].copy()).float()
-            pixels = image_codec.decode(raw)[0].numpy()
+            raw, _ = codecs.posterior(torch.from_numpy(dataset.read(sample, sample + 1)).float(), codec)
+            pixels = decoder.decode(raw)[0].numpy()
             picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert("RGB")
-            page.paste(picture, (column * side, row * side))
+            page.paste(picture, (column * width, row * height))
     return page
 
 

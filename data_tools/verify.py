@@ -11,25 +11,30 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from data_tools import records
 from data_tools.adopt import adopt
 from data_tools.common import paths_are_the_users
 from data_tools.encode import encode_shards, load_images, make_codec
+from data_tools.foreign import EXTREME
 from imm_scale import storage
 from imm_scale.cli import entry
 from imm_scale.data import tar
-from imm_scale.data.manifest import Manifest, ShardInfo
+from imm_scale.data.codec import posterior
+from imm_scale.data.manifest import Codec, Manifest, ShardInfo
 from imm_scale.data.shards import FLIPPED, LABEL, LATENT, ShardReader, open_shard
 from imm_scale.errors import UserError
 
-_EXTREME = 1e4  # no autoencoder's latent is that large; fp16 ends at 65504
+# Options that say what foreign shards hold.
+_OF_ADOPT = ("image_size", "num_classes", "moments", "scale", "shift", "pixel_range")
 
 
 @paths_are_the_users()
 def verify(args: argparse.Namespace) -> int:
     """0 all is well, 1 something is wrong and was not mended. Raises UserError."""
+    _check_options(args)
     if args.adopt:
         adopt(args)
         return 0
@@ -47,6 +52,21 @@ def verify(args: argparse.Namespace) -> int:
     again = check(folder, manifest, [info for info in manifest.shards if info.name in bad], args.workers)
     _print(again, manifest)
     return 1 if any(report.problems for report in again) else 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuses options that would do nothing."""
+    idle = ("repair", "images") if args.adopt else _OF_ADOPT
+    for name in idle:
+        if getattr(args, name) not in (None, False):
+            verb = "is not for" if args.adopt else "is for"
+            raise UserError(f"--{name.replace('_', '-')} {verb} --adopt: leave it out")
+    if args.repair and (args.images is None or args.codec is None):
+        raise UserError("--repair needs the images: give --images, --codec (and --vae) as for imm-scale encode")
+    if not args.repair and not args.adopt and (args.images or args.codec or args.vae):
+        raise UserError("--images, --codec and --vae are for --repair: give it too, or leave them out")
+    if args.workers < 1:
+        raise UserError(f"--workers is {args.workers}: it must be at least 1")
 
 
 @dataclass
@@ -102,7 +122,7 @@ def _check_contents(report: Report, reader: ShardReader, data: bytes, url: str, 
             report.problems.append(f"sample {i} ({key}) has only {', '.join(files)}")
             return
         label = data[files[LABEL].offset : files[LABEL].offset + files[LABEL].size]
-        if files[LATENT].offset != row["offset"] or label != str(row["label"]).encode():
+        if files[LATENT].offset != row["offset"] or not label.strip().isdigit() or int(label) != row["label"]:
             report.problems.append(f"sample {i} ({key}): offset or label differ from the index")
             return
     report.labels = Counter(reader.labels.tolist())
@@ -111,21 +131,22 @@ def _check_contents(report: Report, reader: ShardReader, data: bytes, url: str, 
     reader.decode(data[start:end], 0, len(samples), out)
     first = data[files[LATENT].offset : files[LATENT].offset + files[LATENT].size]
     np.load(io.BytesIO(first), allow_pickle=False)  # stock readers must be able to decode it
-    report.problems += _value_problems(out, manifest)
+    report.problems += _value_problems(out, manifest.codec)
 
 
-def _value_problems(latents: np.ndarray, manifest: Manifest) -> list[str]:
+def _value_problems(latents: np.ndarray, codec: Codec) -> list[str]:
+    """What is wrong with stored latents (n, variants, C', H, W)."""
     problems = []
     if not np.isfinite(latents).all():
         problems.append(f"{np.count_nonzero(~np.isfinite(latents))} values are NaN or infinite")
-    values = latents.astype(np.float32)
-    if manifest.codec.kind == "pixels" and (np.abs(values) > 1).any():
-        problems.append("pixels outside -1 to 1")
-    if manifest.codec.kind == "vae":
-        if (values[:, :, manifest.codec.channels :] < 0).any():
-            problems.append("negative standard deviations")
-        if (np.abs(values) > _EXTREME).any():
-            problems.append(f"values beyond {_EXTREME:g}")
+    mean, std = posterior(torch.from_numpy(latents).flatten(0, 1).float(), codec)
+    low = -1.0 if codec.pixel_range == "signed" else 0.0
+    if codec.kind == "pixels" and ((mean < low) | (mean > 1)).any():
+        problems.append(f"pixels outside {low:g} to 1")
+    if std is not None and (std < 0).any():
+        problems.append("negative standard deviations")
+    if codec.kind == "vae" and any((part.abs() > EXTREME).any() for part in (mean, std) if part is not None):
+        problems.append(f"values beyond {EXTREME:g}")
     return problems
 
 
@@ -150,8 +171,6 @@ def _print(reports: Sequence[Report], manifest: Manifest) -> None:
 
 def _repair(args: argparse.Namespace, folder: str, manifest: Manifest, bad: Sequence[str]) -> None:
     """Encodes these shards again; the manifest stays as it is, and so must their bytes."""
-    if args.images is None or args.codec is None:
-        raise UserError("--repair needs the images: give --images, --codec (and --vae) as for imm-scale encode")
     codec, pack = make_codec(args), load_images(args.images)
     identity = records.identify(pack, codec, manifest.flipped)
     records.check_manifest(folder, identity)

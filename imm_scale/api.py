@@ -34,7 +34,8 @@ def load(
         source: folder of a run (its newest checkpoint) or of one checkpoint, or exported weights; any fsspec URL.
         ema: decay of the moving average; None the first of the run's config, 0 the raw weights. Exports hold one only.
         device: None takes this rank's GPU, the CPU where there is none.
-        vae: folder of the AutoencoderKL that decodes vae latents; without it such a model gives latents alone.
+        vae: folder or hub name of the AutoencoderKL that decodes vae latents; without it such a model gives latents
+            alone.
 
     Returns:
         The model: `spec` says what it is, `flow_map(x, s, t, label)` evaluates f_{s,t}, `decode(z)` makes images.

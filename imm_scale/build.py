@@ -38,7 +38,7 @@ class ModelSpec:
                 "version": SPEC_VERSION,
                 "method": _part(METHODS, METHODS.get(self.method.name), asdict(self.method)),
                 "backbone": describe_net(self.net),
-                "space": _part(SPACES, type(self.space), asdict(self.space)),
+                "space": _part(SPACES, type(self.space), self.space.to_fields()),
             }
         )
 

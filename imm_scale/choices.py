@@ -5,7 +5,7 @@ Each registered class has a `Config`, a frozen dataclass derived from one of the
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 
 def option(default: Any, help: str) -> Any:
@@ -22,15 +22,15 @@ class Passes:
     Attributes:
         grad: with gradient.
         no_grad: without.
-        tangent: of a forward-mode derivative beside a forward pass.
+        tangent: what derivatives along a tangent cost beside the passes they belong to.
     """
 
-    grad: int = 1
-    no_grad: int = 0
-    tangent: int = 0
+    grad: float = 1
+    no_grad: float = 0
+    tangent: float = 0
 
     @property
-    def forwards(self) -> int:
+    def forwards(self) -> float:
         """Forward passes' worth of work, the backward passes included."""
         return 3 * self.grad + self.no_grad + self.tangent
 
@@ -47,7 +47,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class MethodConfig(Choice):
-    """Settings of a method: how to sample, and what to minimize."""
+    """Settings of a method: how to sample, and what to minimize.
+
+    Attributes:
+        MAX_ZERO_STAGE: the last ZeRO stage it can be trained at.
+        WHY_NOT_BEYOND: what keeps it from the next.
+    """
+
+    MAX_ZERO_STAGE: ClassVar[int] = 3
+    WHY_NOT_BEYOND: ClassVar[str] = ""
 
     @property
     def group_size(self) -> int:
@@ -58,6 +66,10 @@ class MethodConfig(Choice):
     def passes(self) -> Passes:
         """What a step costs in passes of the net."""
         return Passes()
+
+    def passes_at(self, alignment: int) -> Passes:
+        """The same where micro-batches start and end at multiples of so many groups, which may spare some passes."""
+        return self.passes
 
     @property
     def has_second_time(self) -> bool:

@@ -5,6 +5,7 @@ keyboard, 1 anything else.
 """
 
 import argparse
+import io
 import os
 import re
 import sys
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The deepspeed launcher inserts --local_rank=N; ranks come from the environment.
     argv = [arg for arg in argv if not re.fullmatch(r"--local[_-]rank=\d+", arg)]
     args = _parse(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a class may be called what this terminal cannot show
     try:
         code: int = args.action(args)
     except (UserError, RunError) as error:

@@ -1,4 +1,6 @@
-"""The two exceptions the command line prints as a message instead of a traceback."""
+"""The two exceptions the command line prints as a message, and what an OSError means to a user."""
+
+import errno
 
 
 class UserError(ValueError):
@@ -7,3 +9,38 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot go on, through no fault in what it was told. The message says why and what to try. Exit 1."""
+
+
+_OTHER_PLACE = "choose another place"
+_REMEDIES = {
+    errno.ENOSPC: ("the disk is full", "free some space, or choose a place on another disk"),
+    errno.EDQUOT: ("the disk quota is used up", "remove files of yours, or choose a place under another quota"),
+    errno.EFBIG: ("no file may grow that large here", "raise the limit (ulimit -f), or write smaller files"),
+    errno.EROFS: ("the file system is read-only", _OTHER_PLACE),
+    errno.EACCES: ("permission denied", "ask for the rights, or choose another path"),
+    errno.EPERM: ("permission denied", "ask for the rights, or choose another path"),
+    errno.ENOTDIR: ("a part of the path is a file, not a folder", "choose another path"),
+    errno.EISDIR: ("it is a folder, not a file", "choose another path"),
+    errno.ENAMETOOLONG: ("the name is too long for this file system", "choose a shorter one"),
+    errno.ELOOP: ("its links lead in a circle", "mend them, or choose another path"),
+    errno.EMFILE: ("too many files are open", "raise the limit (ulimit -n)"),
+    errno.ENFILE: ("too many files are open on this machine", "end other programs"),
+    errno.EIO: ("reading or writing failed", "look after the disk or the network, then run the same command again"),
+    errno.ESTALE: ("the network file system lost it", "run the same command again"),
+}
+_KINDS = {PermissionError: errno.EACCES, NotADirectoryError: errno.ENOTDIR, IsADirectoryError: errno.EISDIR}
+
+
+def explain_os_error(error: OSError) -> UserError | None:
+    """What a full disk, a quota, lost rights or the like is to a user: the file, what is wrong, what to do.
+
+    Returns:
+        None for errors that rather show a mistake of the program, such as a file that is not there.
+    """
+    number = _KINDS.get(type(error)) if error.errno is None else error.errno  # file systems of fsspec set none
+    if number not in _REMEDIES:
+        return None
+    what, remedy = _REMEDIES[number]
+    where = f"{error.filename}: " if error.filename is not None else ""
+    detail = f" ({error.strerror or error})" if error.errno in (None, errno.EIO) else ""
+    return UserError(f"{where}{what}{detail}; {remedy}")

@@ -95,7 +95,7 @@ def _train_each(runs: Sequence[Sequence[str]]) -> None:
     from imm_scale.training.trainer import train as train_one
 
     for argv in runs:
-        train_one(configs.load([], argv).config)
+        train_one(configs.load_words(argv).config)
 
 
 def train_each(size: int, runs: Sequence[Sequence[str]]) -> None:

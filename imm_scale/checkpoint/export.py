@@ -1,7 +1,8 @@
 """Weights to sample from: of a run's checkpoint, or exported with their model spec.
 
-An export is one .safetensors file with the spec in its header, or a folder as diffusers lays it out: config.json beside
-diffusion_pytorch_model.safetensors. A folder with a config.json is an export; a run folder has a config.yaml instead.
+An export is one .safetensors file with the spec in its header, or a pipeline's folder that diffusers loads
+(`pipeline_folder.py`). Version 0.1 wrote folders of a config.json beside diffusion_pytorch_model.safetensors, which are
+still read. Either says which average and step it holds; a run folder has a config.yaml instead.
 """
 
 import hashlib
@@ -9,7 +10,8 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import asdict
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -17,8 +19,9 @@ from torch import Tensor
 
 from imm_scale import build, storage
 from imm_scale.build import ModelSpec
-from imm_scale.checkpoint import averages
+from imm_scale.checkpoint import averages, pipeline_folder
 from imm_scale.checkpoint.format import COMMITTED, Checkpoint, committed_steps, use_newest
+from imm_scale.checkpoint.origin import Origin
 from imm_scale.config.load import from_yaml
 from imm_scale.errors import UserError
 from imm_scale.methods.flow_map import FlowMap
@@ -28,9 +31,10 @@ RAW_WEIGHTS = 0.0
 FORMATS = ("safetensors", "diffusers")
 _FOREIGN = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _SPEC_KEY = "imm_scale_spec"
+_ORIGIN_KEY = "imm_scale_weights"
+# Of folders as version 0.1 wrote them
 _CLASS_NAME = "ImmScaleFlowMap"
 _FOLDER_CONFIG = "config.json"
-_FOLDER_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def is_file(source: str) -> bool:
@@ -49,7 +53,7 @@ def is_checkpoint(source: str) -> bool:
 
 
 def _is_folder(source: str) -> bool:
-    return storage.exists(storage.join(source, _FOLDER_CONFIG))
+    return any(storage.exists(storage.join(source, name)) for name in (pipeline_folder.RECORD, _FOLDER_CONFIG))
 
 
 def ema_state(checkpoint: Checkpoint, ema: float | None) -> str:
@@ -73,11 +77,11 @@ def warnings(source: str, ema: float | None = None, step: int | None = None) -> 
     """What a user of these weights must know, one sentence each: an average that is young. Takes what `read` takes."""
     if is_export(source):
         return []
-    warning = _of_checkpoint(source, step, lambda checkpoint: averages.warning(checkpoint, ema))
+    warning = _use_checkpoint(source, step, lambda checkpoint: averages.warning(checkpoint, ema))
     return [warning] if warning else []
 
 
-def _of_checkpoint(source: str, step: int | None, use: Callable[[Checkpoint], Result]) -> Result:
+def _use_checkpoint(source: str, step: int | None, use: Callable[[Checkpoint], Result]) -> Result:
     """What `use` makes of a checkpoint: the one whose folder it is, or a run's, of a step or the newest."""
     if source.endswith(_FOREIGN):
         raise UserError(f"{source} was not written by imm-scale: make a .safetensors of it by `imm-scale import`")
@@ -97,17 +101,30 @@ def read(source: str, ema: float | None = None, step: int | None = None) -> tupl
     Raises:
         UserError: nothing there, an export that imm-scale did not write, or an average that is not held.
     """
+    return _read(source, ema, step)[:2]
+
+
+def _read(source: str, ema: float | None, step: int | None) -> tuple[ModelSpec, dict[str, Tensor], Origin]:
     if is_file(source):
         metadata, weights = read_tensors(source)
-        return _spec_of_file(source, metadata), weights
-    if _is_folder(source):
-        return _spec_of_folder(source), read_tensors(storage.join(source, _FOLDER_WEIGHTS))[1]
-    return _of_checkpoint(source, step, lambda checkpoint: _read_checkpoint(checkpoint, ema))
+        spec, origin = _of_file(source, metadata)
+    elif _is_folder(source):
+        spec, origin, weights_url = _of_folder(source)
+        weights = read_tensors(weights_url)[1]
+    else:
+        spec, origin, weights = _use_checkpoint(source, step, lambda checkpoint: _read_checkpoint(checkpoint, ema))
+    origin.check(source, ema, step)
+    return spec, weights, origin
 
 
-def _read_checkpoint(checkpoint: Checkpoint, ema: float | None) -> tuple[ModelSpec, dict[str, Tensor]]:
-    state = ema_state(checkpoint, ema)  # reads the config, whose plugins the spec may need
-    return ModelSpec.from_json(checkpoint.meta.spec), checkpoint.weights(state)
+def _read_checkpoint(checkpoint: Checkpoint, ema: float | None) -> tuple[ModelSpec, Origin, dict[str, Tensor]]:
+    return *_of_checkpoint(checkpoint, ema), checkpoint.weights(ema_state(checkpoint, ema))
+
+
+def _of_checkpoint(checkpoint: Checkpoint, ema: float | None) -> tuple[ModelSpec, Origin]:
+    meta, config = checkpoint.meta, from_yaml(checkpoint.meta.config)  # whose plugins the spec may need
+    decay = config.ema.decays[0] if ema is None else ema
+    return ModelSpec.from_json(meta.spec), Origin(config.run.name, meta.step, meta.images_seen, decay)
 
 
 def read_spec(source: str, ema: float | None = None, step: int | None = None) -> tuple[ModelSpec, str]:
@@ -116,22 +133,24 @@ def read_spec(source: str, ema: float | None = None, step: int | None = None) ->
     Raises:
         UserError: as `read`, where it can be known without the weights.
     """
-    if is_file(source):
-        return _spec_of_file(source, _header(source)), source
-    if _is_folder(source):
-        return _spec_of_folder(source), source
-    checkpoint = _of_checkpoint(source, step, lambda checkpoint: checkpoint)
+    if is_export(source):
+        spec, origin = _of_file(source, _header(source)) if is_file(source) else _of_folder(source)[:2]
+        origin.check(source, ema, step)
+        return spec, source
+    checkpoint = _use_checkpoint(source, step, lambda checkpoint: checkpoint)
     state = ema_state(checkpoint, ema)
-    return ModelSpec.from_json(checkpoint.meta.spec), f"{checkpoint.url} ({state})"
+    spec, origin = _of_checkpoint(checkpoint, ema)
+    origin.check(source, ema, step)
+    return spec, f"{checkpoint.url} ({state})"
 
 
-def _spec_of_file(source: str, metadata: dict[str, str]) -> ModelSpec:
+def _of_file(source: str, metadata: dict[str, str]) -> tuple[ModelSpec, Origin]:
     if _SPEC_KEY not in metadata:
         raise UserError(
             f"{source} carries no model spec: write it with `imm-scale export`, or where it holds published weights of "
             "DiT or SiT with `imm-scale import`"
         )
-    return ModelSpec.from_json(metadata[_SPEC_KEY])
+    return ModelSpec.from_json(metadata[_SPEC_KEY]), Origin(**json.loads(metadata.get(_ORIGIN_KEY, "{}")))
 
 
 def _header(url: str) -> dict[str, str]:
@@ -146,14 +165,30 @@ def _header(url: str) -> dict[str, str]:
     return header.get("__metadata__", {}) if isinstance(header, dict) else {}
 
 
-def _spec_of_folder(source: str) -> ModelSpec:
+def _of_folder(source: str) -> tuple[ModelSpec, Origin, str]:
+    """Spec, origin and where the weights are."""
+    url = storage.join(source, pipeline_folder.RECORD)
+    if storage.exists(url):
+        record = _fields(url)
+        weights_url = storage.join(source, pipeline_folder.TRANSFORMER, pipeline_folder.WEIGHTS)
+        return _spec(url, record.get("spec")), Origin(**record.get("weights", {})), weights_url
     url = storage.join(source, _FOLDER_CONFIG)
+    fields = _fields(url)
+    if fields.pop("_class_name", None) != _CLASS_NAME:
+        raise UserError(f"{url} describes no model of imm-scale: write it with `imm-scale export --format diffusers`")
+    return _spec(url, fields), Origin(), storage.join(source, pipeline_folder.WEIGHTS)
+
+
+def _fields(url: str) -> dict[str, Any]:
+    """The JSON object of a file; nothing where it is another value."""
     try:
         fields = json.loads(storage.read_bytes(url))
     except ValueError as error:
         raise UserError(f"{url} is not JSON ({error}): write the folder with `imm-scale export`") from error
-    if not isinstance(fields, dict) or fields.pop("_class_name", None) != _CLASS_NAME:
-        raise UserError(f"{url} describes no model of imm-scale: write it with `imm-scale export --format diffusers`")
+    return fields if isinstance(fields, dict) else {}
+
+
+def _spec(url: str, fields: Any) -> ModelSpec:
     try:
         return ModelSpec.from_json(json.dumps(fields))
     except (KeyError, TypeError) as error:
@@ -177,10 +212,15 @@ def read_tensors(url: str) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 def load_flow_map(source: str, ema: float | None = None, step: int | None = None) -> tuple[ModelSpec, FlowMap]:
     """A flow map ready to sample: in eval mode, without gradients."""
-    spec, weights = read(source, ema, step)
+    return load(source, ema, step)[:2]
+
+
+def load(source: str, ema: float | None = None, step: int | None = None) -> tuple[ModelSpec, FlowMap, Origin]:
+    """As `load_flow_map`, and which weights they are."""
+    spec, weights, origin = _read(source, ema, step)
     flow_map = build.net(spec)
     put(flow_map, weights, source)
-    return spec, flow_map.eval().requires_grad_(False)
+    return spec, flow_map.eval().requires_grad_(False), origin
 
 
 def identity(spec: ModelSpec, flow_map: FlowMap) -> str:
@@ -201,40 +241,75 @@ def put(flow_map: FlowMap, weights: dict[str, Tensor], source: str) -> None:
 
 
 def export(
-    source: str, out: str, ema: float | None = None, step: int | None = None, format: str = "safetensors"
+    source: str,
+    out: str,
+    ema: float | None = None,
+    step: int | None = None,
+    format: str = "safetensors",
+    vae: str | None = None,
 ) -> None:
     """Writes the weights of a run (or of another export) and everything needed to sample from them, as `write` does."""
-    check_out(out, format)
-    write(*read(source, ema, step), out, format)
+    check_out(out, format, vae)
+    spec, weights, origin = _read(source, ema, step)
+    write(spec, weights, out, format, origin, vae)
 
 
-def write(spec: ModelSpec, weights: dict[str, Tensor], out: str, format: str = "safetensors") -> None:
+def write(
+    spec: ModelSpec,
+    weights: dict[str, Tensor],
+    out: str,
+    format: str = "safetensors",
+    origin: Origin | None = None,
+    vae: str | None = None,
+) -> None:
     """Writes spec and weights: `safetensors` to one file, `diffusers` to a folder. `read` gives back shapes and bits.
 
+    Args:
+        origin: which weights these are, as far as it is known.
+        vae: folder of the autoencoder to put into a `diffusers` folder.
+
     Raises:
-        UserError: an unknown format, or a name that does not fit it.
+        UserError: an unknown format, a name that does not fit it, or a model that `pipeline_folder.check` refuses.
     """
-    check_out(out, format)
+    check_out(out, format, vae)
+    said = asdict(origin or Origin())
     if format == "safetensors":
-        _write_tensors(weights, out, {_SPEC_KEY: spec.to_json()})
+        _write_tensors(weights, out, {_SPEC_KEY: spec.to_json(), _ORIGIN_KEY: json.dumps(said)})
         return
-    config = storage.join(out, _FOLDER_CONFIG)
-    storage.remove(config)  # while it is missing, the folder is no export: never a new config beside old weights
-    _write_tensors(weights, storage.join(out, _FOLDER_WEIGHTS), {"format": "pt"})
-    fields = {"_class_name": _CLASS_NAME, **json.loads(spec.to_json())}
-    storage.write_text(config, json.dumps(fields, indent=2) + "\n")
+    pipeline_folder.check(spec)
+    for name in (pipeline_folder.RECORD, pipeline_folder.INDEX, _FOLDER_CONFIG, pipeline_folder.WEIGHTS):
+        storage.remove(storage.join(out, name))  # while they are missing it is no export: never new code, old weights
+    if vae is not None:
+        pipeline_folder.write_vae(spec, vae, out)
+    _write_tensors(weights, storage.join(out, pipeline_folder.TRANSFORMER, pipeline_folder.WEIGHTS), {"format": "pt"})
+    for name, text in pipeline_folder.files(spec, said, vae is not None).items():
+        storage.write_text(storage.join(out, name), text)
 
 
-def check_out(out: str, format: str) -> None:
-    """Raises UserError for an unknown format, or a name that does not fit it."""
+def check_out(out: str, format: str, vae: str | None = None) -> None:
+    """Raises UserError for an unknown format, or a name or an autoencoder that does not fit it."""
     if format not in FORMATS:
         raise UserError(f"format {format!r} is unknown; choose one of {', '.join(FORMATS)}")
     if format == "safetensors" and not is_file(out):
         raise UserError(f"--out {out}: the name must end in .safetensors, or give --format diffusers for a folder")
+    if format == "safetensors" and vae is not None:
+        raise UserError(f"--vae {vae}: a .safetensors file holds no autoencoder: leave it out, or --format diffusers")
     if format == "diffusers" and is_file(out):
         raise UserError(f"--out {out}: --format diffusers writes a folder, give a name without .safetensors")
     if format == "diffusers" and storage.exists(storage.join(out, "config.yaml")):
         raise UserError(f"--out {out} is a run folder: export to another one")
+    if format == "diffusers" and _is_foreign(out):
+        raise UserError(f"--out {out} holds a model that imm-scale did not write: export to another folder")
+
+
+def _is_foreign(folder: str) -> bool:
+    """Whether a folder holds a model of another program."""
+    if storage.exists(storage.join(folder, pipeline_folder.RECORD)):
+        return False
+    config = storage.join(folder, _FOLDER_CONFIG)
+    if storage.exists(config):
+        return _fields(config).get("_class_name") != _CLASS_NAME
+    return storage.exists(storage.join(folder, pipeline_folder.INDEX))
 
 
 def _write_tensors(weights: dict[str, Tensor], url: str, metadata: dict[str, str]) -> None:

@@ -13,6 +13,9 @@ def add_sampling_flags(parser: argparse.ArgumentParser, section: str) -> None:
     parser.add_argument("--num", type=int, help="samples per step count")
     parser.add_argument("--seed", type=int, help="seed of the starting noise")
     parser.add_argument("--guidance", metavar="W[,W...]", help="guidance scales w, as in 1,1.5,2; 1 is off")
+    parser.add_argument("--guide", help="a weaker net that guidance leads away from: a run, a checkpoint, an export")
+    parser.add_argument("--guide-step", type=int, help="step of the guide; without --guide of the same run")
+    parser.add_argument("--guide-ema", type=float, help="decay of the guide's average, 0 for its raw weights")
     parser.add_argument("--labels", help="classes in turn: all, 0-9 or 3,7; or counts of each: 0:500,3-4:100")
     parser.add_argument("--grid", help="time grid: auto, uniform, edm, eta_1.4 or times as in 0.994,0.5,0")
     parser.add_argument("--sampler", help="pushforward, restart, pushforward_restart or heun")
@@ -20,7 +23,9 @@ def add_sampling_flags(parser: argparse.ArgumentParser, section: str) -> None:
     parser.add_argument("--batch-size", type=int, help="images held at once; sample i is the same whatever it is")
     parser.add_argument("--precision", help="of the network: fp32 (default), tf32, bf16 or fp16")
     parser.add_argument("--compile", action="store_true", help="compile the network first: worth it for many images")
-    parser.add_argument("--vae", help="folder of the AutoencoderKL that decodes vae latents")
+    parser.add_argument(
+        "--vae", help="folder or hub name of the AutoencoderKL that decodes vae latents; FOLDER:vae inside a pipeline"
+    )
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
@@ -35,6 +40,9 @@ def overrides(args: argparse.Namespace) -> list[str]:
         "sampling.seed": args.seed,
         "sampling.labels": f"'{args.labels}'" if args.labels else None,
         "sampling.ema": args.ema,
+        "sampling.guide.source": args.guide,
+        "sampling.guide.step": args.guide_step,
+        "sampling.guide.ema": args.guide_ema,
         "sampling.batch_size": args.batch_size,
         "sampling.grid": args.grid,
         "sampling.sampler": args.sampler,

@@ -15,21 +15,23 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         default="safetensors",
-        help="safetensors: one file; diffusers: config.json and diffusion_pytorch_model.safetensors in a folder",
+        help="safetensors: one file; diffusers: a folder that DiffusionPipeline.from_pretrained loads",
     )
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN | FILE.safetensors | FOLDER")
     parser.add_argument("--ema", type=float, help="decay of the average; default the first, 0 for the raw weights")
+    parser.add_argument("--step", type=int, help="of the run's checkpoint; default the newest")
+    parser.add_argument("--vae", help="folder of the AutoencoderKL of its latents, to put into a diffusers folder")
     _add_out(parser)
 
 
 def _export(args: argparse.Namespace) -> int:
     from imm_scale.checkpoint import export
 
-    export.export(args.run, args.out, args.ema, format=args.format)
-    for warning in export.warnings(args.run, args.ema):
+    export.export(args.run, args.out, args.ema, args.step, args.format, args.vae)
+    for warning in export.warnings(args.run, args.ema, args.step):
         print(f"warning: {warning}")
     print(args.out)
     return 0
@@ -45,7 +47,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--second-time", choices=("s", "t_minus_s"), help="of imm, in place of what the file records")
     parser.add_argument("--heads", type=int, help="of sit and dit, attention heads of a net of no published size")
-    parser.add_argument("--vae", help="folder of the AutoencoderKL that decodes its latents")
+    parser.add_argument("--vae", help="folder or hub name of the AutoencoderKL that decodes its latents")
     _add_out(parser)
 
 
@@ -78,7 +80,8 @@ EXPORT = Command(
     _export,
     """examples:
   imm-scale export runs/demo/imm --out digits.safetensors --ema 0.995
-  imm-scale export digits.safetensors --out digits --format diffusers""",
+  imm-scale export digits.safetensors --out digits --format diffusers
+  imm-scale export runs/xl --step 200000 --out xl --format diffusers --vae /models/sd-vae-ft-mse""",
 )
 IMPORT = Command(
     _add_import,

@@ -23,7 +23,7 @@ def _positive(config: Config) -> None:
         "train.init_step train.holdout_every train.max_consecutive_skips train.step_timeout train.peak_flops "
         "optimizer.reference_images ema.images train.grad_clip sampling.num "
         "sampling.batch_size evaluation.repeats evaluation.num evaluation.compared evaluation.extractor.max_dim "
-        "evaluation.extractor.resize"
+        "evaluation.extractor.resize sampling.guide.step"
     )
     for key in keys.split():
         if values[key] is not None and values[key] <= 0:
@@ -44,6 +44,11 @@ def _positive(config: Config) -> None:
 def _choices(config: Config) -> None:
     for choice in (config.method, config.model, config.data.space):
         choice.validate()
+    if config.zero.stage > config.method.MAX_ZERO_STAGE:
+        raise UserError(
+            f"method.name={config.method.name} cannot be trained at zero.stage={config.zero.stage}: "
+            f"{config.method.WHY_NOT_BEYOND}. Use zero.stage={config.method.MAX_ZERO_STAGE} or below"
+        )
     size = config.method.group_size
     for key in ("global_batch_size", "micro_batch_size"):
         value = getattr(config.train, key)

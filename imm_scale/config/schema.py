@@ -161,17 +161,39 @@ class WandbConfig:
 
 
 @dataclass(frozen=True)
+class GuideConfig:
+    """The guide of autoguidance; there is one where any of these is set."""
+
+    source: str | None = option(
+        None,
+        "A weaker net to lead away from, not the null label: a run, a checkpoint, an export; null: the run itself.",
+    )
+    step: int | None = option(None, "Of the guide's run; null its newest, of the same run the model's own.")
+    ema: float | None = option(
+        None, "Decay of the guide's average, 0 its raw weights; null: of the same run sampling.ema, else its first."
+    )
+
+    @property
+    def is_set(self) -> bool:
+        return self != GuideConfig()
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     steps: list[int] = option([1, 2, 4, 8], "Step counts to sample with, one result for each.")
     num: int = option(64, "Images per step count.")
     seed: int = option(0, "Seed of the starting noise; image i depends on it and on i alone.")
-    guidance_scale: float = option(1.0, "w of w G(label) + (1 - w) G(null); 1 is off, 1.5 is best at ImageNet XL.")
+    guidance_scale: float = option(
+        1.0,
+        "w of w G(label) + (1 - w) G(null), the latter sampling.guide's where there is one; 1 is off, 1.5 best at XL.",
+    )
     labels: str = option(
         "all", "Classes in turn: all, a range (0-9) or a list (3,7); or how many of each, as in 0:500,3-4:100."
     )
     batch_size: int = option(
         256, "Images held at once and kept as one part when stopped; rounded up to 64s. Image i is the same whatever."
     )
+    guide: GuideConfig = field(default_factory=GuideConfig)
     sampler: Literal["pushforward", "restart", "pushforward_restart", "heun"] = option(
         "pushforward", "pushforward (Euler for flow matching), restart (noise added between jumps), both, or heun."
     )
@@ -183,7 +205,9 @@ class SamplingConfig:
         "Times visited: uniform, edm (rho = 7 in eta), eta_1.4 (two steps), or a list as in 0.994,0.5,0; "
         "auto takes eta_1.4 for imm in two steps, else uniform.",
     )
-    vae: str | None = option(None, "Folder of the AutoencoderKL that decodes vae latents; pixels need none.")
+    vae: str | None = option(
+        None, "Folder or hub name of the AutoencoderKL that decodes vae latents (FOLDER:vae: a pipeline's)."
+    )
     ema: float | None = option(
         None, "Decay of the moving average to sample from; null takes the first, 0 the raw weights."
     )

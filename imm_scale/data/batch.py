@@ -23,6 +23,7 @@ class Batch:
         ordinal: (slots * M,) int64 global ordinals images_seen + position, which name all random draws of a sample;
             0 in padded slots.
         weight: (slots,) fp32, 1 for a group and 0 for a padded slot.
+        alignment: its groups start and end at multiples of this number.
     """
 
     images_seen: int
@@ -30,6 +31,7 @@ class Batch:
     condition: Tensor
     ordinal: Tensor
     weight: Tensor
+    alignment: int = 1
 
     def micro_batches(self, accumulation: int) -> list["Batch"]:
         """Splits into `accumulation` parts of contiguous slots, the same number in each."""

@@ -2,7 +2,8 @@
 
 images_NHWC uint8 --encode--> stored (what a shard keeps) --draw_raw--> raw_NCHW --normalize--> z_NCHW, and back by
 denormalize and decode. `pixels` stores the raw values; `vae` stores the posterior's mean and std, and training draws
-raw = mean + std * noise anew each time a sample is met.
+raw = mean + std * noise anew each time a sample is met. Shards that other programs wrote may hold log-variances or
+samples, multiplied by something: `posterior` alone knows how to read them.
 """
 
 import hashlib
@@ -43,6 +44,7 @@ class ImageCodec(Protocol):
     weights_hash: str
     factor: int
     precision: str
+    pixel_range: str
 
     def latent_channels(self, image_channels: int) -> int:
         """Channels of the raw latent of images with so many channels. Raises UserError if it takes no such images."""
@@ -64,6 +66,7 @@ class PixelsCodec:
     weights_hash = ""
     factor = 1
     precision = "fp32"
+    pixel_range = "signed"
 
     def latent_channels(self, image_channels: int) -> int:
         """As many as the images have."""
@@ -74,8 +77,8 @@ class PixelsCodec:
         return _to_unit_range(images_NHWC)
 
     def decode(self, raw_NCHW: Tensor) -> Tensor:
-        """(N, H, W, C) uint8 images of (N, C, H, W) values in [-1, 1], clamped and rounded."""
-        return _to_uint8(raw_NCHW)
+        """(N, H, W, C) uint8 images of (N, C, H, W) values in [-1, 1] (`unit`: [0, 1]), clamped and rounded."""
+        return _to_uint8(raw_NCHW, self.pixel_range)
 
 
 class VAECodec:
@@ -84,32 +87,37 @@ class VAECodec:
     Latents are the autoencoder's own, without diffusers' scaling_factor: the manifest's mean and std do that work.
 
     Args:
+        folder: or OWNER/NAME of the hub; of either, FOLDER:SUBFOLDER means a folder inside.
         precision: `fp32`, or `tf32`: the weights stay as they are, a GPU rounds what it multiplies.
+
+    Attributes:
+        scaling_factor, shift_factor: by which diffusers makes latents of about unit variance, (raw - shift) * factor.
 
     Raises:
         UserError: no such folder, name or weights, diffusers missing, or a model that takes other than RGB.
     """
 
     kind = "vae"
+    pixel_range = "signed"
 
     def __init__(self, folder: str, device: str = "cpu", precision: str = "fp32") -> None:
         try:
             from diffusers import AutoencoderKL
         except ImportError as error:
             raise UserError(f"the vae codec needs diffusers ({error}): pip install 'imm-scale[vae]'") from error
-        if not os.path.isdir(folder) and re.fullmatch(r"[\w.-]+/[\w.-]+", folder):
-            folder = _from_hub(folder)
+        folder = _local_folder(folder)
         weights = os.path.join(folder, _WEIGHTS)
-        if not os.path.isfile(weights):
-            raise UserError(f"no {weights}: --vae must name a folder written by AutoencoderKL.save_pretrained")
-        self.weights_hash = _file_sha256(weights)
-        model: Any = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-        self._model = model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
+        self.folder, self.weights_hash = folder, _file_sha256(weights)
+        options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}  # as is, and without warnings
+        model: Any = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
+        self._model = model.to(device).eval().requires_grad_(False)
         if self._model.config.in_channels != 3:
             raise UserError(f"the autoencoder in {folder} takes {self._model.config.in_channels} channels, not RGB")
         self._device = torch.device(device)
         self.precision = precision
         self.factor: int = 2 ** (len(self._model.config.block_out_channels) - 1)
+        self.scaling_factor = float(self._model.config.scaling_factor or 1.0)
+        self.shift_factor = float(self._model.config.shift_factor or 0.0)
 
     def latent_channels(self, image_channels: int) -> int:
         """Channels of the autoencoder's latent. Raises UserError for images that are not RGB."""
@@ -129,19 +137,36 @@ class VAECodec:
         """(N, H, W, 3) uint8 images of (N, C, H', W') latents."""
         with computing(self.precision, self._device):
             pixels_NCHW = self._model.decode(raw_NCHW.to(self._device, torch.float32)).sample
-        return _to_uint8(pixels_NCHW)
+        return _to_uint8(pixels_NCHW, self.pixel_range)
 
 
-def _from_hub(name: str) -> str:
-    """The local copy of a model on the hub, downloaded where there is none."""
+def _local_folder(name: str) -> str:
+    """The folder on this machine with the weights that FOLDER, OWNER/NAME, or either with :SUBFOLDER means."""
+    base, _, inside = (name, "", "") if os.path.isdir(name) else name.partition(":")
+    if not os.path.isdir(base) and re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+        base = _from_hub(base, inside)
+    folder = os.path.join(base, inside) if inside else base
+    if not os.path.isfile(os.path.join(folder, _WEIGHTS)):
+        raise UserError(
+            f"no {os.path.join(folder, _WEIGHTS)}: --vae must name a folder written by AutoencoderKL.save_pretrained"
+            + ("" if inside else f"; where that lies inside a pipeline, as {name}:vae")
+        )
+    return folder
+
+
+def _from_hub(name: str, inside: str) -> str:
+    """The local copy of a model on the hub, or of one folder of it, downloaded where there is none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    files = [f"{inside}/{file}" if inside else file for file in ("config.json", _WEIGHTS)]
     try:
-        return str(snapshot_download(name, allow_patterns=["config.json", _WEIGHTS]))
+        return str(snapshot_download(name, allow_patterns=files))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        offline = isinstance(error, LocalEntryNotFoundError)
+        cause = "no network, or HF_HUB_OFFLINE is set, and its cache has no copy" if offline else type(error).__name__
         raise UserError(
-            f"{name} is no folder here, and it cannot be had from the hub ({type(error).__name__}): check the name and "
+            f"{name} is no folder here, and it cannot be had from the hub ({cause}): check the name and "
             "the network, or download it elsewhere and name its folder"
         ) from error
 
@@ -153,7 +178,9 @@ def open_codec(codec: Codec, vae_folder: str | None = None, device: str = "cpu",
         UserError: a vae codec without its folder, with other weights than encoded the data, or with unknown ones.
     """
     if codec.kind == "pixels":
-        return PixelsCodec()
+        pixels = PixelsCodec()
+        pixels.pixel_range = codec.pixel_range
+        return pixels
     if codec.weights_hash == AUTOENCODER_UNKNOWN:
         raise UserError(
             "the weights of the autoencoder these latents belong to are not recorded, so none can be checked against "
@@ -167,6 +194,7 @@ def open_codec(codec: Codec, vae_folder: str | None = None, device: str = "cpu",
             f"the autoencoder in {vae_folder} has weights {vae.weights_hash[:12]}, the data was encoded with "
             f"{codec.weights_hash[:12]}: use the same weights"
         )
+    vae.pixel_range = codec.pixel_range
     return vae
 
 
@@ -208,19 +236,38 @@ def decode(z_NCHW: Tensor, codec: Codec, image_codec: ImageCodec, sigma_data: fl
     return image_codec.decode(denormalize(z_NCHW, codec.mean, codec.std, sigma_data))
 
 
-def draw_raw(stored_N: Tensor, kind: str, seed: int, purpose: str, ordinal_N: Tensor) -> Tensor:
-    """Raw latents (N, C, H, W) from stored ones: the values as they are, or for `vae` a draw of the posterior in fp32.
+def posterior(stored_N: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None]:
+    """Mean and standard deviation (N, C, H, W) of raw latents, None where nothing is left to draw.
+
+    Args:
+        stored_N: (N, C', H, W) as read from a shard, in the type wanted.
+    """
+    mean, std = stored_N.chunk(2, dim=1) if codec.has_posterior else (stored_N, None)
+    if std is not None and codec.moments == "mean_logvar":
+        std = std.clamp(-30.0, 20.0).mul(0.5).exp_()  # the bounds are those of diffusers' DiagonalGaussianDistribution
+    if (codec.scale, codec.shift) != (1.0, 0.0):
+        mean = mean / codec.scale + codec.shift
+        std = None if std is None else std / codec.scale
+    return mean, std
+
+
+def draw_raw(stored_N: Tensor, codec: Codec, seed: int, purpose: str, ordinal_N: Tensor) -> Tensor:
+    """Raw latents (N, C, H, W) from stored ones: the values as they are, or a draw of the posterior in fp32.
 
     Args:
         stored_N: (N, C', H, W) as read from a shard.
         ordinal_N: (N,) numbers that name each draw under (seed, purpose).
     """
-    if kind == "pixels":
+    if codec.kind == "pixels":
         return stored_N
-    mean, std = stored_N.chunk(2, dim=1)
-    raw = rng.normal(seed, purpose, ordinal_N, tuple(mean.shape[1:]))
-    for raw_n, mean_n, std_n in zip(_pieces(raw), _pieces(mean), _pieces(std), strict=True):
-        raw_n.mul_(std_n.float()).add_(mean_n.float())
+    if not codec.has_posterior:
+        return posterior(stored_N.float(), codec)[0]
+    raw = rng.normal(seed, purpose, ordinal_N, (stored_N.shape[1] // 2, *stored_N.shape[2:]))
+    pieces = _pieces(raw)
+    for raw_n, stored_n in zip(pieces, stored_N.split([len(piece) for piece in pieces]), strict=True):
+        mean_n, std_n = posterior(stored_n.float(), codec)
+        assert std_n is not None
+        raw_n.mul_(std_n).add_(mean_n)
     return raw
 
 
@@ -238,10 +285,11 @@ def _to_unit_range(images_NHWC: Tensor) -> Tensor:
     return images_NHWC.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
-def _to_uint8(raw_NCHW: Tensor) -> Tensor:
+def _to_uint8(raw_NCHW: Tensor, pixel_range: str) -> Tensor:
     if not torch.isfinite(raw_NCHW).all():
         raise ValueError("cannot decode: values are not finite")
-    return ((raw_NCHW + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+    pixels_NCHW = raw_NCHW * 255.0 if pixel_range == "unit" else (raw_NCHW + 1.0) * 127.5
+    return pixels_NCHW.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
 
 def _file_sha256(path: str) -> str:

@@ -100,7 +100,7 @@ def read_indexed(
     """Samples in order, chunk by chunk; every `parts`-th chunk from the `part`-th on: the reference of an evaluation.
 
     Args:
-        space: what samples are to the net; None: latents of standard deviation 0.5.
+        space: what samples are to the net, read as this data set stores them; None: latents of deviation 0.5.
 
     Yields:
         index (n,) int64, x (n, ...) as the net sees it and label (n,) int64, n at most `chunk_samples`. A `vae` latent
@@ -109,7 +109,8 @@ def read_indexed(
     Raises:
         UserError: a shard that is short or damaged.
     """
-    space = space or Latents.of(LatentsConfig(), dataset.manifest)
+    manifest = dataset.manifest
+    space = Latents.of(LatentsConfig(), manifest) if space is None else space.reading(manifest)
     table = sample_order.block_table(dataset.shard_samples, chunk_samples)
     for start, size in list(zip(table.start.tolist(), table.size.tolist(), strict=True))[part::parts]:
         stored = torch.from_numpy(dataset.read(start, start + size))

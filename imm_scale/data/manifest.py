@@ -2,15 +2,17 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from imm_scale import storage
 from imm_scale.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # written where a codec says more than version 1 could
 _OWN_HASH = "sha256"
 CODEC_KINDS = ("pixels", "vae")
+MOMENTS = ("mean_std", "mean_logvar", "sample")
+PIXEL_RANGES = ("signed", "unit")
 
 
 @dataclass(frozen=True)
@@ -20,10 +22,16 @@ class Codec:
     Attributes:
         kind: "pixels" (the values themselves) or "vae" (posterior mean and std of an autoencoder).
         weights_hash: sha256 of the autoencoder's weights, "" for pixels.
-        image_size: pixels on a side of the square images.
+        image_size: pixels on a side of the square images, or their height where `image_width` says another width.
         channels: channels of the latent as the network sees it.
         factor: image pixels per latent pixel along a side, 1 for pixels.
         mean, std: per channel, of the raw latent; training data is (raw - mean) / std * sigma_data.
+        image_width: pixels; None where the images are square.
+        moments: what `vae` shards hold of a posterior: "mean_std" or "mean_logvar", stacked along the channels, or
+            "sample", one draw of it.
+        scale, shift: what is stored are values, or moments, of (raw - shift) * scale.
+        pixel_range: black and white as the autoencoder, or the stored pixels, have them: "signed" -1 and 1, "unit" 0
+            and 1.
     """
 
     kind: str
@@ -33,6 +41,26 @@ class Codec:
     factor: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    image_width: int | None = None
+    moments: str = "mean_std"
+    scale: float = 1.0
+    shift: float = 0.0
+    pixel_range: str = "signed"
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.image_size, self.image_size if self.image_width is None else self.image_width
+
+    @property
+    def has_posterior(self) -> bool:
+        """Whether stored arrays hold two halves, of which a raw latent is drawn."""
+        return self.kind == "vae" and self.moments != "sample"
+
+    def to_fields(self) -> dict[str, Any]:
+        """For JSON: what version 1 knew, and of the rest what is not as it took for granted, so its hashes stand."""
+        optional = {field.name: field.default for field in fields(self) if field.default is not MISSING}
+        return {key: value for key, value in asdict(self).items() if key not in optional or value != optional[key]}
 
 
 @dataclass(frozen=True)
@@ -67,7 +95,6 @@ class Manifest:
     class_names: tuple[str, ...]
     shards: tuple[ShardInfo, ...]
     flipped: bool = False
-    format_version: int = FORMAT_VERSION
 
     @property
     def num_samples(self) -> int:
@@ -76,19 +103,27 @@ class Manifest:
 
     @property
     def stored_shape(self) -> tuple[int, int, int]:
-        """Shape of one stored array: `vae` stacks mean and std along the channels."""
+        """Shape of one stored array: two halves stacked along the channels where there is a posterior."""
         channels, height, width = self.latent_shape
-        return (2 * channels if self.codec.kind == "vae" else channels, height, width)
+        return (2 * channels if self.codec.has_posterior else channels, height, width)
+
+    @property
+    def format_version(self) -> int:
+        """1 where that says all, so that programs which know no other still read it."""
+        return 1 if len(self.codec.to_fields()) == len(_required(Codec)) else FORMAT_VERSION
+
+    def _document(self) -> dict[str, Any]:
+        return {**asdict(self), "codec": self.codec.to_fields(), "format_version": self.format_version}
 
     @property
     def hash(self) -> str:
         """sha256 of the canonical JSON: equal for equal content, whatever the file's layout."""
-        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(self._document(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def to_json(self) -> str:
         """The file's text. It holds its own hash, so that a byte changed in the file or on the way is noticed."""
-        return json.dumps({**asdict(self), _OWN_HASH: self.hash}, indent=2, sort_keys=True) + "\n"
+        return json.dumps({**self._document(), _OWN_HASH: self.hash}, indent=2, sort_keys=True) + "\n"
 
     def save(self, url: str) -> None:
         """Writes the manifest as JSON."""
@@ -118,10 +153,15 @@ class Manifest:
                 before = text
 
 
+def other_width(height: int, width: int) -> int | None:
+    """A codec's `image_width` for images of this height and width."""
+    return None if width == height else width
+
+
 def unseen(shape: tuple[int, int, int], num_classes: int) -> Manifest:
     """A manifest of no shards, to plan for data of which no more is known."""
-    channels = shape[0]
-    codec = Codec("pixels", "", shape[1], channels, 1, (0.0,) * channels, (1.0,) * channels)
+    channels, height, width = shape
+    codec = Codec("pixels", "", height, channels, 1, (0.0,) * channels, (1.0,) * channels, other_width(height, width))
     return Manifest(codec, shape, num_classes, (), ())
 
 
@@ -133,7 +173,11 @@ def parse(text: str | bytes, where: str) -> Manifest:
         raise UserError(f"{where} is not JSON ({error}): write it again with imm-scale encode") from error
     version = document.get("format_version") if isinstance(document, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
-        raise UserError(f"{where} has format version {version}, this program reads {FORMAT_VERSION}: upgrade imm-scale")
+        raise UserError(
+            f"{where} has format version {version}, this program reads up to {FORMAT_VERSION}: upgrade imm-scale"
+        )
+    if isinstance(document, dict) and type(document.pop("format_version", None)) is not int:
+        raise UserError(f"{where}: format_version is {version!r}: int is needed")
     own_hash = document.pop(_OWN_HASH, None) if isinstance(document, dict) else None
     top = _checked(document, Manifest, where)
     manifest = Manifest(
@@ -144,10 +188,11 @@ def parse(text: str | bytes, where: str) -> Manifest:
         shards=tuple(
             ShardInfo(**_checked(shard, ShardInfo, f"{where}: shards[{i}]")) for i, shard in enumerate(top["shards"])
         ),
-        flipped=top["flipped"],
-        format_version=top["format_version"],
+        flipped=top.get("flipped", False),
     )
     _check_consistent(manifest, where)
+    if version != manifest.format_version:
+        raise UserError(f"{where}: format_version is {version}, its codec is of version {manifest.format_version}")
     if own_hash != manifest.hash:
         raise UserError(
             f"{where}: its {_OWN_HASH} is {own_hash}, its contents have {manifest.hash}: it was edited or damaged; "
@@ -164,22 +209,31 @@ def _parse_codec(document: Any, where: str) -> Codec:
 
 
 def _checked(document: Any, target: type, where: str) -> dict[str, Any]:
-    """The document as keyword arguments of a dataclass: exactly its fields, scalars of exactly its types."""
+    """The document as keyword arguments of a dataclass: its fields, but those with defaults, scalars of its types."""
     if not isinstance(document, dict):
         raise UserError(f"{where} is {document!r}: an object with named fields is needed")
     types = {field.name: field.type for field in fields(target)}
     for key in document:
         if key not in types:
             raise UserError(f"{where} has an unknown field {key!r}: remove it, or write the file again")
-    for key, kind in types.items():
+    for key in _required(target):
         if key not in document:
             raise UserError(f"{where} has no field {key!r}: write the file again with imm-scale encode")
+    for key in document:
+        kind = types[key]
         # A tuple is a JSON list, a nested dataclass is checked by its own call.
         if kind in (int, str, bool) and type(document[key]) is not kind:
             raise UserError(f"{where}: {key} is {document[key]!r}: {kind.__name__} is needed")
+        if kind is float and type(document[key]) not in (int, float):
+            raise UserError(f"{where}: {key} is {document[key]!r}: a number is needed")
         if str(kind).startswith("tuple") and not isinstance(document[key], list):
             raise UserError(f"{where}: {key} is {document[key]!r}: a list is needed")
     return dict(document)
+
+
+def _required(target: type) -> list[str]:
+    """Names of a dataclass's fields without defaults."""
+    return [field.name for field in fields(target) if field.default is MISSING]
 
 
 def _items(values: list[Any], kind: type, where: str) -> list[Any]:
@@ -192,17 +246,17 @@ def _items(values: list[Any], kind: type, where: str) -> list[Any]:
 
 def _check_consistent(manifest: Manifest, where: str) -> None:
     codec = manifest.codec
-    side = codec.image_size // max(codec.factor, 1)
+    expected = (codec.channels, *(side // max(codec.factor, 1) for side in codec.image_shape))
     counts = [shard.samples for shard in manifest.shards] + [shard.bytes for shard in manifest.shards]
     rules = [
-        (manifest.format_version == FORMAT_VERSION, f"format_version is {manifest.format_version}, not 1"),
         (codec.kind in CODEC_KINDS, f"codec kind {codec.kind!r} is none of {', '.join(CODEC_KINDS)}"),
         (codec.channels >= 1 and codec.factor >= 1, f"codec channels {codec.channels} or factor {codec.factor} < 1"),
         (
-            manifest.latent_shape == (codec.channels, side, side),
+            manifest.latent_shape == expected,
             f"latent_shape {list(manifest.latent_shape)} does not follow from the codec's channels, image_size and "
-            f"factor, which give {[codec.channels, side, side]}",
+            f"factor, which give {list(expected)}",
         ),
+        *_convention_rules(codec),
         (
             len(codec.mean) == len(codec.std) == codec.channels,
             f"codec mean and std have {len(codec.mean)} and {len(codec.std)} entries for {codec.channels} channels",
@@ -224,6 +278,19 @@ def _check_consistent(manifest: Manifest, where: str) -> None:
     for holds, problem in rules:
         if not holds:
             raise UserError(f"{where}: {problem}; write the file again with imm-scale encode")
+
+
+def _convention_rules(codec: Codec) -> list[tuple[bool, str]]:
+    """What has to hold of how values are stored, and how to say that it does not."""
+    width, stored_raw = codec.image_width, (codec.moments, codec.scale, codec.shift) == ("mean_std", 1.0, 0.0)
+    return [
+        (width is None or (type(width) is int and width >= 1), f"codec image_width {width!r} is no number of pixels"),
+        (codec.moments in MOMENTS, f"codec moments {codec.moments!r} is none of {', '.join(MOMENTS)}"),
+        (codec.pixel_range in PIXEL_RANGES, f"codec pixel_range {codec.pixel_range!r} is none of signed, unit"),
+        (0 < codec.scale < float("inf"), f"codec scale {codec.scale} must be positive"),
+        (abs(codec.shift) < float("inf"), f"codec shift {codec.shift} must be finite"),
+        (codec.kind == "vae" or stored_raw, "codec moments, scale and shift are for latents of a vae, not for pixels"),
+    ]
 
 
 def check_expectations(

@@ -4,6 +4,7 @@ Names: B global batch size, M particles per group, G = B / M groups, W ranks, N 
 Nothing here reads a file or knows how many loaders there are, so the order of samples is the same on any machine.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,6 +95,15 @@ class Layout:
     def slots_per_micro_batch(self) -> int:
         """Groups in a micro-batch of one rank, empty slots included."""
         return _ceil_div(self.slots_per_rank, self.accumulation)
+
+    @property
+    def alignment(self) -> int:
+        """The largest number of groups of which every micro-batch holds a whole number from a multiple on; 1 if none.
+
+        Groups are numbered over the run, so whole steps have to be multiples of it as well.
+        """
+        even = self.num_groups == self.world_size * self.slots
+        return math.gcd(self.num_groups, self.slots_per_micro_batch) if even else 1
 
     @property
     def slots(self) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any, ClassVar, Self
 
@@ -41,10 +41,14 @@ class SampleSpace(ABC):
     def of(cls, config: Any, manifest: Manifest) -> Self:
         """The space of a data set, as a config has it. Raises UserError where the two do not fit."""
 
+    def to_fields(self) -> dict[str, Any]:
+        """For `from_fields`, by way of JSON."""
+        return asdict(self)  # type: ignore[call-overload]
+
     @classmethod
     @abstractmethod
     def from_fields(cls, fields: dict[str, Any]) -> Self:
-        """From what `dataclasses.asdict` gave, by way of JSON."""
+        """From what `to_fields` gave, by way of JSON."""
 
     @abstractmethod
     def prior(self, seed: int, purpose: str, index_N: Tensor, stream: int = 0) -> Tensor:
@@ -59,6 +63,10 @@ class SampleSpace(ABC):
         Args:
             out: memory for them, which may be longer than this call's samples only by the caller's slicing.
         """
+
+    def reading(self, manifest: Manifest) -> Self:
+        """This space for samples that are stored as a manifest says. Raises UserError for samples of another space."""
+        return self
 
     @abstractmethod
     def artifacts(self, decoder: str | None, device: torch.device, precision: str = "fp32") -> "Artifacts":
@@ -79,8 +87,15 @@ class SampleSpace(ABC):
 
     @property
     @abstractmethod
-    def image_size(self) -> int | None:
-        """Side of the square images that `artifacts` makes, None where they have no such size."""
+    def image_size(self) -> int | tuple[int, int] | None:
+        """Height and width of the images that `artifacts` makes, one number for both where they are square, None where
+        they have no such size."""
+
+    @property
+    def image_shape(self) -> tuple[int, int] | None:
+        """Height and width of the images that `artifacts` makes, None where they have no such size."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else size
 
     @property
     @abstractmethod
@@ -116,8 +131,9 @@ class SampleSpace(ABC):
 
 
 def _what_made(space: SampleSpace) -> str:
-    """Kind and hash, as in "vae 1b134cded8eb"."""
-    return f"{space.provenance['kind']} {space.provenance['weights'][:12]}".strip()
+    """Kind and hash, as in "vae 1b134cded8eb", and what else there is."""
+    kind, weights, *rest = space.provenance.values()
+    return " ".join([part for part in (kind, weights[:12], *rest) if part])
 
 
 class Artifacts(ABC):
@@ -183,6 +199,9 @@ class Latents(SampleSpace):
         codec = config.normalized(manifest.codec)
         return cls(config.sigma_data, manifest.latent_shape, codec, manifest.num_classes, names)
 
+    def to_fields(self) -> dict[str, Any]:
+        return {**asdict(self), "codec": self.codec.to_fields()}
+
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Self:
         codec = fields["codec"]
@@ -201,10 +220,21 @@ class Latents(SampleSpace):
     def from_stored(
         self, stored_N: Tensor, seed: int, purpose: str, ordinal_N: Tensor, out: Tensor | None = None
     ) -> Tensor:
-        raw = codecs.draw_raw(stored_N, self.codec.kind, seed, purpose, ordinal_N)
+        raw = codecs.draw_raw(stored_N, self.codec, seed, purpose, ordinal_N)
         z = torch.empty(raw.shape, dtype=torch.float32, device=raw.device) if out is None else out
         codecs.normalize_into(z, raw, *_scale(self.codec, raw.device), self.sigma_data)
         return z
+
+    def reading(self, manifest: Manifest) -> Self:
+        stored, differing = manifest.codec, Latents.of(LatentsConfig(), manifest).unlike(self)
+        differing.pop("data.space.sigma_data", None)
+        if manifest.latent_shape != self.shape:
+            differing["data.latent_shape"] = (self.shape, manifest.latent_shape)
+        for key, (ours, theirs) in differing.items():
+            raise UserError(
+                f"data.manifest holds other samples than the net's: {key} {theirs}, not {ours}; name its data"
+            )
+        return replace(self, codec=replace(self.codec, moments=stored.moments, scale=stored.scale, shift=stored.shift))
 
     def notes_on(self, source: SampleSpace) -> list[str]:
         assert isinstance(source, Latents)
@@ -222,12 +252,13 @@ class Latents(SampleSpace):
         return self.codec.kind == "vae"
 
     @property
-    def image_size(self) -> int:
-        return self.codec.image_size
+    def image_size(self) -> tuple[int, int]:
+        return self.codec.image_shape
 
     @property
     def provenance(self) -> dict[str, str]:
-        return {"kind": self.codec.kind, "weights": self.codec.weights_hash}
+        pixels = {"pixels": self.codec.pixel_range} if self.codec.pixel_range != "signed" else {}
+        return {"kind": self.codec.kind, "weights": self.codec.weights_hash, **pixels}
 
     def artifacts(self, decoder: str | None, device: torch.device, precision: str = "fp32") -> "Images":
         return Images(self, codecs.open_codec(self.codec, decoder, str(device), precision))

@@ -15,6 +15,7 @@ from imm_scale.errors import UserError
 
 BLOCK = tarfile.BLOCKSIZE
 _NUL = bytes(BLOCK)
+_PIECE = 1 << 20
 _CHECKSUM = slice(148, 156)
 _FOREIGN_TYPES = b"xgLKSDVMN"  # PAX and GNU extensions
 
@@ -71,6 +72,7 @@ def _plain_members(data: bytes | mmap.mmap, where: str) -> Iterator[Member]:
     while True:
         header = data[position : position + BLOCK]
         if header == _NUL and data[position + BLOCK : position + 2 * BLOCK] == _NUL:
+            _check_rest(data, position + 2 * BLOCK, where)
             return
         if len(header) < BLOCK:
             raise UserError(f"{where} ends at byte {len(data)} without the end of an archive: it was cut short")
@@ -94,8 +96,9 @@ def _read_header(header: bytes, position: int, where: str) -> tuple[str, int, by
         kind = header[156:157]
         if kind in _FOREIGN_TYPES:
             raise _ForeignError
-        name = header[:100].rstrip(b"\0").decode()
-        prefix = header[345:500].rstrip(b"\0").decode() if header[257:262] == b"ustar" else ""
+        # Names need be no text; bytes that are none go through as Python's own functions take them.
+        name = header[:100].rstrip(b"\0").decode(errors="surrogateescape")
+        prefix = header[345:500].rstrip(b"\0").decode(errors="surrogateescape") if header[257:262] == b"ustar" else ""
         return (f"{prefix}/{name}" if prefix else name), int(header[124:136].strip(b" \0"), 8), kind
     except ValueError as error:
         if isinstance(error, UserError):
@@ -113,7 +116,18 @@ def _foreign_members(data: bytes | mmap.mmap, where: str) -> list[Member]:
     after = last.offset_data + last.size + -last.size % BLOCK if last else 0
     if data[after : after + 2 * BLOCK] != 2 * _NUL:
         raise UserError(f"{where}: no end of the archive after byte {after}: it was cut short or damaged")
+    _check_rest(data, after + 2 * BLOCK, where)
     return [Member(info.name, info.offset_data, info.size) for info in infos if info.isreg()]
+
+
+def _check_rest(data: bytes | mmap.mmap, start: int, where: str) -> None:
+    """After the end of an archive there is nothing but empty blocks, unless another archive was joined to it."""
+    for position in range(start, len(data), _PIECE):
+        if data[position : position + _PIECE].strip(b"\0"):
+            raise UserError(
+                f"{where} goes on after the end of an archive at byte {start}, as two tars do that were joined: "
+                "cut them apart, or write one anew"
+            )
 
 
 def samples(data: bytes | mmap.mmap, where: str) -> list[tuple[str, dict[str, Member]]]:

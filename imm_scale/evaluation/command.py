@@ -18,6 +18,7 @@ from imm_scale.evaluation.records import FOLDER
 from imm_scale.evaluation.sets import measure_images
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
+from imm_scale.sampling import guides
 from imm_scale.sampling import source as sources
 from imm_scale.sampling.job import open_artifacts
 from imm_scale.sampling.source import Source
@@ -75,6 +76,8 @@ def run(arguments: Arguments, overrides: Sequence[str], world: World, announce: 
 
 def _evaluate(arguments: Arguments, source: Source, config: Config, world: World, announce: Announce) -> None:
     scales = arguments.guidance or (config.sampling.guidance_scale,)
+    if not arguments.search:
+        guides.check_scales(config.sampling, scales)
 
     def at_all_scales(evaluator: Evaluator) -> None:
         for scale in scales:
@@ -132,7 +135,9 @@ def _write_search(arguments: Arguments, evaluator: Evaluator, optima: Sequence[s
     if evaluator.source.run_dir is None:
         return
     sampling = evaluator.config.sampling
-    computed = {"precision": sampling.precision, "compile": sampling.compile}
+    computed: dict[str, object] = {"precision": sampling.precision, "compile": sampling.compile}
+    if evaluator.model.guide is not None:
+        computed["guide"] = evaluator.model.guide.text
     key = hashlib.sha256(json.dumps([*arguments.search, computed, *map(str, optima)]).encode()).hexdigest()[:12]
     url = storage.join(evaluator.source.run_dir, "searches", f"step-{evaluator.source.step:08d}-{key}.json")
     storage.write_text(

@@ -23,7 +23,7 @@ from imm_scale.errors import UserError
 from imm_scale.evaluation import extractors, measures, networks, reference
 from imm_scale.evaluation.collect import Collector, Features
 from imm_scale.evaluation.metrics import Measure
-from imm_scale.evaluation.records import FOLDER, SCHEMA_VERSION, arithmetic, evaluation_url, read_evaluations
+from imm_scale.evaluation.records import FOLDER, SCHEMA_VERSION, arithmetic, evaluation_url, guidance, read_evaluations
 from imm_scale.evaluation.reference import Reference
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
@@ -46,7 +46,8 @@ class Distance:
         value, mean: over sampling seeds; error: of one evaluation, std over seeds or the jackknife of the one there is.
         count: samples per seed (also `num`); times: the grid itself.
         numerical_error: bound of what fp64 rounding has done.
-        flops_per_image: two per multiply-add of the network.
+        flops_per_image: two per multiply-add of the network and of its guide.
+        guide: what guidance leads away from, in words; None is the null label.
         measures: all metrics, {name: {value, error, values}}.
     """
 
@@ -72,6 +73,7 @@ class Distance:
     measures: dict[str, dict[str, Any]]
     precision: str
     compile: bool
+    guide: str | None = None
 
 
 class Evaluator:
@@ -113,9 +115,7 @@ class Evaluator:
         """As given, or of the training data; the latter is kept in the run folder's references/."""
         url = self.config.evaluation.reference
         result = Reference.load(url) if url is not None else self._of_training_data()
-        size = self.model.spec.space.image_size
-        fixed = size is not None and self.extractor.takes == "images"
-        result.check(self.extractor, (size, size) if fixed else None)
+        result.check(self.extractor, self.model.spec.space.image_shape if self.extractor.takes == "images" else None)
         return result
 
     def _of_training_data(self) -> Reference:
@@ -125,7 +125,7 @@ class Evaluator:
         key = [Manifest.load(url).hash, extractors.identity_hash(self.extractor.identity), self.config.seed, most]
         if self.extractor.takes == "images":
             key.append(self.config.sampling.vae_precision)
-        name = hashlib.sha256(json.dumps([*key, asdict(spec.space)]).encode()).hexdigest()[:12]
+        name = hashlib.sha256(json.dumps([*key, spec.space.to_fields()]).encode()).hexdigest()[:12]
         cache_url = storage.join(run_dir, "references", f"{name}.npz") if run_dir is not None else None
         is_cached = cache_url is not None and self.world.is_main and storage.exists(cache_url)
         if cache_url is not None and distributed.all_sum(_flag(is_cached)):
@@ -184,6 +184,8 @@ class Evaluator:
     def _settings(self, sampling: SamplingConfig, evaluation: EvaluationConfig, steps: int) -> dict[str, Any]:
         """What makes two evaluations the same, known before anything is loaded."""
         meta = self.checkpoint.meta if self.checkpoint else None
+        guided = sampling.guide.is_set and sampling.guidance_scale != 1.0
+        guide = self.model.guide if guided else None
         state = export.ema_state(self.checkpoint, sampling.ema) if self.checkpoint else None
         reference_url, manifest = evaluation.reference, self.config.data.manifest
         compared_with = Manifest.load(manifest).hash if reference_url is None and manifest is not None else None
@@ -213,6 +215,7 @@ class Evaluator:
             "num": evaluation.num,
             "metrics": list(evaluation.metrics),
             "compared": evaluation.compared,
+            **({} if guide is None else {"guide": guide.weights_id}),
         }
 
     def _provenance(self) -> dict[str, Any]:
@@ -283,11 +286,11 @@ class Evaluator:
         name = measures.named("frechet", self.extractor)
         summaries = {key: _summary([one[key] for one in by_seed]) for key in by_seed[0]}
         distance = summaries[name]
-        evaluations = plan.function_evaluations(times)
+        guide = self.model.guide_of(plan)
         return Distance(
             metric=name,
             steps=plan.steps,
-            function_evaluations=evaluations,
+            function_evaluations=plan.function_evaluations(times),
             sampler=plan.sampler,
             grid=plan.grid,
             times=tuple(times.tolist()),
@@ -302,12 +305,20 @@ class Evaluator:
             error_kind=f"standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else "jackknife over samples",
             count=plan.num,
             numerical_error=max(one[name].numerical_error or 0.0 for one in by_seed),
-            flops_per_image=2 * forward_multiply_adds(self.model.spec.net) * evaluations,
+            flops_per_image=self._flops(plan, times),
             seconds=seconds,
             measures=summaries,
             precision=plan.precision,
             compile=plan.compile,
+            guide=None if guide is None else guide.text,
         )
+
+    def _flops(self, plan: SamplingPlan, times: Tensor) -> int:
+        """Per image, those of the guide by its own net."""
+        guide, of_guide = self.model.guide_of(plan), plan.guide_evaluations(times)
+        own = forward_multiply_adds(self.model.spec.net)
+        other = own if guide is None else forward_multiply_adds(guide.spec.net)
+        return 2 * (own * (plan.function_evaluations(times) - of_guide) + other * of_guide)
 
 
 def _summary(by_seed: Sequence[Measure]) -> dict[str, Any]:
@@ -339,11 +350,11 @@ def evaluate(config: Config, world: World, announce: Announce, source: Source | 
 def describe(result: Mapping[str, Any]) -> str:
     """A result in words: a line for the distance, and one for each further metric."""
     steps = f"{result['steps']} step" + ("" if result["steps"] == 1 else "s")
-    guidance = "" if result["guidance_scale"] == 1.0 else f", guidance {result['guidance_scale']:g}"
+    guided = "" if result["guidance_scale"] == 1.0 else f", guidance {guidance(result)}"
     computed = f", {arithmetic(result)}" if arithmetic(result) else ""
     lines = [
         f"{result['metric']}  {steps:>9}  {result['mean']:.4f} +- {_error(result):.4f}"
-        f"  ({len(result['seeds'])} x {result['num']} samples{guidance}{computed})"
+        f"  ({len(result['seeds'])} x {result['num']} samples{guided}{computed})"
     ]
     for name, one in result.get("measures", {}).items():
         if name != result["metric"]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from imm_scale import storage
 from imm_scale.checkpoint.format import committed_steps
-from imm_scale.config.schema import Config, SamplingConfig
+from imm_scale.config.schema import Config, GuideConfig, SamplingConfig
 from imm_scale.data.dataset import REFERENCE_POSTERIOR, Dataset, read_indexed
 from imm_scale.errors import UserError
 from imm_scale.evaluation import networks
@@ -107,12 +107,17 @@ def _same_noise(source: Source, others: Sequence[Source], config: Config, device
     requests += [(one.at_newest(), sampling.steps) for one in others]
     for one, step_counts in requests:
         ours = one.run_dir == newest.run_dir
-        model = Model.load(one, sampling if ours else dataclasses.replace(sampling, ema=None), device)
+        model = Model.load(one, sampling if ours else _of_others(sampling), device)
         shape = shape or model.spec.latent_shape
         if model.spec.latent_shape != shape:
             raise UserError(f"{one.url} draws latents of {model.spec.latent_shape}, {source.url} of {shape}")
         for steps in step_counts:
             yield Strip(_caption(one, steps, sampling), model.decode(draw(model, sampling, steps, COLUMNS)).numpy())
+
+
+def _of_others(sampling: SamplingConfig) -> SamplingConfig:
+    """For other runs: their own first average, and guided by the null label."""
+    return dataclasses.replace(sampling, ema=None, guide=GuideConfig())
 
 
 def _caption(source: Source, steps: int, sampling: SamplingConfig) -> str:
@@ -195,7 +200,9 @@ class _Training:
         spec = self._model.spec
         stored = [torch.from_numpy(self._dataset.read(i, i + 1)) for i in number.flatten().tolist()]
         index = number.flatten()
-        z = spec.space.from_stored(torch.cat(stored), self._seed, REFERENCE_POSTERIOR, index)
+        z = spec.space.reading(self._dataset.manifest).from_stored(
+            torch.cat(stored), self._seed, REFERENCE_POSTERIOR, index
+        )
         images = self._model.decode(z).numpy()
         return images.reshape(*number.shape, *images.shape[1:])
 

@@ -1,8 +1,8 @@
 """Evaluation files: where they lie, and those of older versions read as if written today.
 
-RUN/evaluations/step-NNNNNNNN-ID.json, one per (checkpoint, average, steps, sampler, grid, guidance, labels, precision,
-compilation, seeds, number, extractor, reference, metrics); ID is a hash of these, so that writers never meet and
-nothing is measured twice.
+RUN/evaluations/step-NNNNNNNN-ID.json, one per (checkpoint, average, steps, sampler, grid, guidance, guide, labels,
+precision, compilation, seeds, number, extractor, reference, metrics); ID is a hash of these, so that writers never meet
+and nothing is measured twice.
 `results` is a list of one entry, of several step counts in files of version 1.
 """
 
@@ -44,8 +44,8 @@ def read_evaluation(url: str) -> dict[str, Any]:
     if document["schema_version"] > SCHEMA_VERSION:
         raise UserError(f"{url} was written by a newer imm-scale (schema {document['schema_version']}); update it")
     document = _from_1(document) if document["schema_version"] == 1 else document
-    # Before there was a choice the net was drawn from in fp32, not compiled.
-    results = [{"precision": "fp32", "compile": False, **result} for result in document["results"]]
+    # Before there was a choice the net was drawn from in fp32, not compiled, and guided by the null label.
+    results = [{"precision": "fp32", "compile": False, "guide": None, **result} for result in document["results"]]
     return {**document, "results": results}
 
 
@@ -53,6 +53,11 @@ def arithmetic(result: Mapping[str, Any]) -> str:
     """How the net computed for a result, in words: "" for fp32 as it comes, else the precision, and "compiled"."""
     parts = [result["precision"]] + ["compiled"] * result["compile"]
     return "" if parts == ["fp32"] else " ".join(parts)
+
+
+def guidance(result: Mapping[str, Any]) -> str:
+    """Scale of the guidance of a result, and what it leads away from unless that is the null label: "2 by small"."""
+    return f"{result['guidance_scale']:g}" + (f" by {result['guide']}" if result.get("guide") else "")
 
 
 def _from_1(document: dict[str, Any]) -> dict[str, Any]:

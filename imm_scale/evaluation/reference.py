@@ -201,5 +201,5 @@ def of_manifest(
         "posterior_seed": seed,
     }
     if extractor.takes == "images":
-        source["image_size"] = [space.image_size] * 2
+        source["image_size"] = None if space.image_shape is None else list(space.image_shape)
     return _reference(collector.merge_ranks(), extractor, source)

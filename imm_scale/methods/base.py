@@ -5,8 +5,9 @@ ordinal // M; every draw follows from (seed, purpose, ordinal) and so from nothi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -68,10 +69,31 @@ class FlowMapMethodConfig(MethodConfig):
 
 
 class GroupLosses(NamedTuple):
-    """loss_G carries the gradient; t_G is where on the trajectory each group was."""
+    """Of one micro-batch.
+
+    Attributes:
+        loss_G: carries the gradient.
+        t_G: where on the trajectory each group was.
+        monitors: further quantities per group (G,), detached. With "gap", t - s, among them the means of the others
+            are logged by thirds of t and of t - s.
+    """
 
     loss_G: Tensor
     t_G: Tensor
+    monitors: Mapping[str, Tensor] = MappingProxyType({})
+
+
+def concatenated(parts: Sequence[GroupLosses]) -> GroupLosses:
+    """Of several micro-batches, detached, one."""
+    monitors = {name: torch.cat([part.monitors[name] for part in parts]) for name in parts[0].monitors}
+    return GroupLosses(torch.cat([p.loss_G for p in parts]), torch.cat([p.t_G for p in parts]), monitors)
+
+
+def in_order(losses: GroupLosses, order: Tensor) -> GroupLosses:
+    """Of groups that were taken in `order` (G,), those of the batch as it stood."""
+    back = torch.argsort(order)
+    monitors = {name: values[back] for name, values in losses.monitors.items()}
+    return GroupLosses(losses.loss_G[back], losses.t_G[back], monitors)
 
 
 class Steps(NamedTuple):
@@ -185,12 +207,18 @@ class FlowMapMethod(Method):
     def sample(self, net: FlowMap, start: Tensor, condition: Tensor, steps: Steps) -> Tensor:
         return SAMPLERS[steps.sampler](net, start, steps.times, condition, steps.guidance, steps.fresh_noise)
 
-    def drop_labels(self, flow_map: FlowMap, label: Tensor, ordinal: Tensor, seed: int) -> Tensor:
-        """(N,) labels with a share `label_drop` replaced by the null label, decided per sample, once for all passes."""
-        if self.config.label_drop == 0.0:
+    def drop_labels(
+        self, flow_map: FlowMap, label: Tensor, ordinal: Tensor, seed: int, share: float | None = None
+    ) -> Tensor:
+        """(N,) labels, `share` of them replaced by the null label, decided per sample, once for all passes.
+
+        The share is `label_drop` where none is given.
+        """
+        share = self.config.label_drop if share is None else share
+        if share == 0.0:
             return label
         assert flow_map.null_label is not None, "label drop needs a null label"
-        dropped = rng.uniform(seed, "label_drop", ordinal)[:, 0] < self.config.label_drop
+        dropped = rng.uniform(seed, "label_drop", ordinal)[:, 0] < share
         return torch.where(dropped, flow_map.null_label, label)
 
     @staticmethod
@@ -202,3 +230,15 @@ class FlowMapMethod(Method):
 def prior_noise(flow_map: FlowMap, x: Tensor, ordinal: Tensor, seed: int) -> Tensor:
     """eps ~ N(0, sigma_d^2 I) of the shape and dtype of x (N, ...), keyed by sample."""
     return flow_map.sigma_data * rng.normal(seed, "noise", ordinal, tuple(x.shape[1:])).to(x.dtype)
+
+
+def regression(out: Tensor, residual: Tensor, wt: Tensor) -> Tensor:
+    """wt ||e||^2 (N,) fp64, whose gradient is 2 wt e d(out): a regression of `out` (N, ...) on out - e, held still."""
+    e = residual.detach().double().flatten(1)
+    slope = (e * out.double().flatten(1)).sum(dim=1)
+    return wt.detach() * (e.square().sum(dim=1) + 2.0 * (slope - slope.detach()))
+
+
+def zero_filled(first: Tensor, like: Tensor) -> Tensor:
+    """(n, ...) with zeros behind, up to the samples of `like` (N, ...)."""
+    return torch.cat([first, torch.zeros_like(like[len(first) :])])

@@ -5,6 +5,7 @@
 Times are per group, in fp64, of shape (G,): the N = G * M samples of a call are G groups of M neighbours.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -112,6 +113,28 @@ def coefficients(interp: Interpolant, parameterization: str, s: Tensor, t: Tenso
     return Coefficients(c_in, c_skip, torch.where(at_data, torch.zeros_like(sigma_t), determinant / divisor))
 
 
+def derivatives(
+    interp: Interpolant, parameterization: str, s: Tensor, t: Tensor, sigma_data: float
+) -> tuple[Tensor, Tensor]:
+    """d c_skip / dt and d c_out / dt at fixed s, of the shape of the times. Arguments as in `coefficients`."""
+    alpha, sigma, dalpha, dsigma = interp.alpha(t), interp.sigma(t), interp.dalpha(t), interp.dsigma(t)
+    determinant = interp.determinant(s, t)
+    ddeterminant = interp.alpha(s) * dsigma - interp.sigma(s) * dalpha
+    if parameterization in VELOCITIES:
+        return torch.zeros_like(determinant), -sigma_data * ddeterminant
+    if parameterization == "epsilon":
+        dc_out = -sigma_data * (ddeterminant * alpha - determinant * dalpha) / alpha**2
+        return -interp.alpha(s) * dalpha / alpha**2, dc_out
+    if parameterization == "simple_edm":
+        norm = interp.norm(t)
+        stretch = (alpha * dalpha + sigma * dsigma) / norm**2  # of the norm, relative
+        c_skip = (interp.alpha(s) * alpha + interp.sigma(s) * sigma) / norm**2
+        dc_skip = (interp.alpha(s) * dalpha + interp.sigma(s) * dsigma) / norm**2 - 2.0 * stretch * c_skip
+        return dc_skip, -sigma_data * (ddeterminant - stretch * determinant) / norm
+    dc_out = (ddeterminant * sigma - determinant * dsigma) / sigma**2
+    return -interp.sigma(s) * dsigma / sigma**2, dc_out
+
+
 def exact_target(
     interp: Interpolant, parameterization: str, x: Tensor, eps: Tensor, t: Tensor, sigma_data: float
 ) -> Tensor:
@@ -144,7 +167,12 @@ class FlowMap(nn.Module):
         parameterization, second_time, sigma_data, time_scale: app C.5; `second_time` = `none` hides s from G.
         null_label: the label that stands for "no condition", or None for a net that has none.
         time_input: `t`, or `ddpm_step` for G to be told times as `probability_path.ddpm_step` counts them.
+
+    Attributes:
+        guide: the weaker map that guidance leads away from; None leads away from the null label.
     """
+
+    guide: "FlowMap | None"
 
     def __init__(
         self,
@@ -167,6 +195,23 @@ class FlowMap(nn.Module):
         self.time_scale = time_scale
         self.null_label = null_label
         self.time_input = time_input
+        self.guide = None
+
+    def guided_by(self, guide: "FlowMap") -> "FlowMap":
+        """The same map and weights with a guide (autoguidance, Karras et al. 2024, arXiv 2406.02507).
+
+        Raises:
+            UserError: another trajectory: the two would mean different things by x_t.
+        """
+        if guide.interp.name != self.interp.name:
+            raise UserError(
+                f"the guide was trained on trajectory {guide.interp.name}, the model on {self.interp.name}: "
+                "at one time they expect different noise; take a guide of the same trajectory"
+            )
+        guided = copy.copy(self)
+        guided._modules = dict(self._modules)
+        guided.guide = guide
+        return guided
 
     def coefficients(self, s: Tensor, t: Tensor) -> Coefficients:
         """c_in, c_skip and c_out of this map (app C.5) for times (G,)."""
@@ -203,20 +248,25 @@ class FlowMap(nn.Module):
             x_t: (N, ...) samples at time t, fp32 or fp64.
             s, t: (G,) fp64 target and source times; N is a multiple of G.
             label: (N,) class labels.
-            guidance_scale: w replaces G by w G(label) + (1 - w) G(null); 1 is off and costs nothing.
+            guidance_scale: w replaces G by w G(label) + (1 - w) G(null); with a guide g it is w f + (1 - w) g, which
+                is g + w (f - g), both of the label. 1 is off and costs nothing.
 
         Raises:
-            UserError: guidance on a net without a null label.
+            UserError: guidance on a net without a null label or a guide.
         """
         c = self.coefficients(s, t)
         scaled, times = self._net_input(x_t, c, self._net_dtype(x_t)), self._c_noise(s, t)
         out = self.model(scaled, *times, label).to(x_t.dtype)
-        if guidance_scale != 1.0:
+        if guidance_scale != 1.0 and self.guide is None:
             if self.null_label is None:
                 raise UserError(f"guidance_scale={guidance_scale} needs a net with a null label; use guidance_scale=1")
             unconditional = self.model(scaled, *times, torch.full_like(label, self.null_label)).to(x_t.dtype)
             out = guidance_scale * out + (1.0 - guidance_scale) * unconditional
-        return self._assemble(x_t, c, out)
+        jump = self._assemble(x_t, c, out)
+        if guidance_scale != 1.0 and self.guide is not None:
+            # Of the maps, not of G: the guide may predict something else. Where it does not, the two are the same.
+            jump = guidance_scale * jump + (1.0 - guidance_scale) * self.guide(x_t, s, t, label)
+        return jump
 
     def pair(
         self,
@@ -232,18 +282,35 @@ class FlowMap(nn.Module):
 
         Shapes as in `forward`; dropout_key is (N,) keys of the dropout masks, or None to run without dropout.
         """
+        out_t, out_r, c_t, c_r = self.average_pair(x_t, x_r, s, r, t, label, dropout_key)
+        return self._after_pair(x_t, x_r, out_t, out_r, c_t, c_r)
+
+    def average_pair(
+        self,
+        x_t: Tensor,
+        x_r: Tensor,
+        s: Tensor,
+        r: Tensor,
+        t: Tensor,
+        label: Tensor,
+        dropout_key: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Coefficients, Coefficients]:
+        """`average` over [s, t] with gradient and over [s, r] without, and the coefficients of f_{s,t} and f_{s,r}.
+
+        x_r and r may be of the first samples and groups only.
+        """
         inputs, c_t, c_r = self._before_pair(x_t, x_r, s, r, t, self._net_dtype(x_t))
         out_t, out_r = self.model.pair(*inputs, label, dropout_key)
-        return self._after_pair(x_t, x_r, out_t, out_r, c_t, c_r)
+        return out_t.to(x_t.dtype), out_r.detach().to(x_r.dtype), c_t, c_r
 
     @fused()
     def _before_pair(
         self, x_t: Tensor, x_r: Tensor, s: Tensor, r: Tensor, t: Tensor, dtype: torch.dtype
     ) -> tuple[PairInputs, Coefficients, Coefficients]:
         """What the net is given, and the coefficients of each branch."""
-        c_t, c_r = self.coefficients(s, t), self.coefficients(s, r)
+        c_t, c_r = self.coefficients(s, t), self.coefficients(s[: len(r)], r)
         c_noise_t, second_t = self._c_noise(s, t)
-        c_noise_r, second_r = self._c_noise(s, r)
+        c_noise_r, second_r = self._c_noise(s[: len(r)], r)
         in_t, in_r = self._net_input(x_t, c_t, dtype), self._net_input(x_r, c_r, dtype)
         return (in_t, in_r, c_noise_t, c_noise_r, second_t, second_r), c_t, c_r
 
@@ -253,11 +320,125 @@ class FlowMap(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         return self._assemble(x_t, c_t, out_t), self._assemble(x_r, c_r, out_r).detach()
 
-    def raw(self, x_t: Tensor, t: Tensor, label: Tensor, dropout_key: Tensor | None = None) -> Tensor:
-        """G(c_in(t) x_t, c_noise(t), second(t,t), label): what flow matching regresses on. Shapes as in `forward`."""
-        scaled, times = self._before_raw(x_t, t, self._net_dtype(x_t))
+    def average(self, x_t: Tensor, s: Tensor, t: Tensor, label: Tensor, dropout_key: Tensor | None = None) -> Tensor:
+        """G(c_in(t) x_t, c_noise(t), second(s,t), label): for `euler_fm` the mean velocity over [s, t] / sigma_d.
+
+        At s = t it is what flow matching regresses on. Shapes as in `forward`, dropout_key as in `pair`.
+        """
+        scaled, times = self._before_average(x_t, s, t, self._net_dtype(x_t))
         return self.model(scaled, *times, label, dropout_key).to(x_t.dtype)
 
     @fused()
-    def _before_raw(self, x_t: Tensor, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
-        return self._net_input(x_t, self.coefficients(t, t), dtype), self._c_noise(t, t)
+    def _before_average(
+        self, x_t: Tensor, s: Tensor, t: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
+        return self._net_input(x_t, self.coefficients(t, t), dtype), self._c_noise(s, t)
+
+    def velocity(self, x_t: Tensor, t: Tensor, label: Tensor, dropout_key: Tensor | None = None) -> Tensor:
+        """The instantaneous velocity dx/dt at (x_t, t) that G means at s = t: d f_{s,t}(x_t) / ds there.
+
+        Shapes as in `average`. For `identity` it is infinite at t = 0, where data are not moved by noise.
+        """
+        return self.to_velocity(x_t, self.average(x_t, t, t, label, dropout_key), t)
+
+    @fused()
+    def to_velocity(self, x_t: Tensor, out: Tensor, t: Tensor) -> Tensor:
+        """The velocity that an output of the net (N, ...) at s = t stands for, x_t (N, ...) and t (G,)."""
+        of_x, of_out = (per_sample(part.to(x_t.dtype), x_t) for part in self.velocity_coefficients(t))
+        return of_x * x_t + of_out * out
+
+    def velocity_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b) of v = a x_t + b G at s = t, each (G,): the derivatives of c_skip and c_out by s there."""
+        path = self.interp
+        alpha, sigma, norm = path.alpha(t), path.sigma(t), path.norm(t)
+        if self.parameterization in VELOCITIES:
+            return torch.zeros_like(t), torch.full_like(t, self.sigma_data)
+        if self.parameterization == "epsilon":
+            return path.dalpha(t) / alpha, self.sigma_data * path.rate / alpha
+        if self.parameterization == "simple_edm":
+            of_x = (path.dalpha(t) * alpha + path.dsigma(t) * sigma) / norm**2
+            return of_x, self.sigma_data * path.rate / norm
+        of_x = path.dsigma(t) / sigma
+        return of_x, path.dalpha(t) - alpha * of_x
+
+    def with_tangent(
+        self,
+        x_t: Tensor,
+        w: Tensor,
+        s: Tensor,
+        t: Tensor,
+        label: Tensor,
+        dropout_key: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(G, D_t G): `average` and, without gradient, its total derivative by t along dx_t/dt = w, with s held.
+
+        The derivative is that of the whole composite: c_in(t) and both embedded times move as well.
+
+        Args:
+            w: a velocity, of all samples (N, ...) or of the first ones, to which D_t G then belongs.
+        """
+        inputs = self._before_tangent(x_t, w, s, t, self._net_dtype(x_t))
+        out, derivative = self.model.with_tangent(*inputs, label, dropout_key)
+        return out.to(x_t.dtype), derivative.to(x_t.dtype)
+
+    @fused()
+    def _before_tangent(
+        self, x_t: Tensor, w: Tensor, s: Tensor, t: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What the net is given, each beside its derivative by t."""
+        path, c = self.interp, self.coefficients(t, t)
+        scaled = self._net_input(x_t, c, dtype)
+        c_noise, second = self._c_noise(s, t)
+        n, g = len(w), len(w) * len(t) // len(x_t)
+        t, c_in = t[:g], c.c_in[:g]
+        stretch = (path.alpha(t) * path.dalpha(t) + path.sigma(t) * path.dsigma(t)) / path.norm(t) ** 2
+        dc_in = torch.zeros_like(c_in) if self.parameterization == "velocity" else -c_in * stretch
+        dscaled = per_sample(c_in.to(w.dtype), w) * w + per_sample(dc_in.to(w.dtype), w) * x_t[:n]
+        dc_noise = torch.full_like(t, self.time_scale)
+        dsecond = {"s": torch.zeros_like(t), "t_minus_s": dc_noise, "none": None}[self.second_time]
+        return scaled, dscaled.to(dtype), c_noise, dc_noise, second, dsecond
+
+    def with_target_tangent(
+        self, x_t: Tensor, s: Tensor, t: Tensor, label: Tensor, dropout_key: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(G, d G / ds): `average` and its partial derivative by s, both with gradient. The net must be told s."""
+        scaled, (c_noise, second) = self._before_average(x_t, s, t, self._net_dtype(x_t))
+        rate = {"s": self.time_scale, "t_minus_s": -self.time_scale}[self.second_time]
+        still, moves = torch.zeros_like(t), torch.full_like(t, rate)
+        out, derivative = self.model.with_tangent(
+            scaled, torch.zeros_like(scaled), c_noise, still, second, moves, label, dropout_key, live=True
+        )
+        return out.to(x_t.dtype), derivative.to(x_t.dtype)
+
+    @fused()
+    def residual(
+        self,
+        x_t: Tensor,
+        v: Tensor,
+        out: Tensor,
+        derivative: Tensor,
+        s: Tensor,
+        t: Tensor,
+        grown: Tensor | None = None,
+    ) -> Tensor:
+        """e (N, ...): what D_t f_{s,t}(x_t) lacks to 0 along dx_t/dt = v, over sigma_d, with the sign of dL/dG.
+
+        For `euler_fm` it is G - v / sigma_d + (t - s) D_t G. At s = t it is the velocity's error, whatever the
+        derivative, and a descent of |f_{s,t} - what it ought to be|^2 moves G along -e.
+
+        Args:
+            v: (N, ...) velocity of x_t.
+            out, derivative: G and D_t G as `with_tangent` gives them.
+            grown: (G,) factors of what vanishes at s = t (for `euler_fm`, and on `vp_cosine`); None for 1.
+        """
+        c = self.coefficients(s, t)
+        dc_skip, dc_out = derivatives(self.interp, self.parameterization, s, t, self.sigma_data)
+        sign = 1.0 if self.parameterization == "identity" else -1.0  # of c_out
+        skip, dskip, scale, dscale = (
+            per_sample((sign / self.sigma_data * part).to(x_t.dtype), x_t)
+            for part in (c.c_skip, dc_skip, c.c_out, dc_out)
+        )
+        far = dskip * x_t + scale * derivative
+        if grown is not None:
+            far = per_sample(grown.to(x_t.dtype), x_t) * far
+        return skip * v + dscale * out + far

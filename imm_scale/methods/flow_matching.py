@@ -27,7 +27,7 @@ class FlowMatching(FlowMapMethod):
 
     def loss(self, net: FlowMap, batch: Batch, seed: int) -> GroupLosses:
         x_t, target, t, label, dropout_key = self.draw(net, batch.x, batch.condition, batch.ordinal, seed)
-        out = net.raw(x_t, t, label, dropout_key)
+        out = net.average(x_t, t, t, label, dropout_key)
         return GroupLosses(_mean_square(out, target, t), t)
 
     @fused()

@@ -28,6 +28,14 @@ class Interpolant(ABC):
         """Coefficient of the noise at times t, of the same shape."""
 
     @abstractmethod
+    def dalpha(self, t: Tensor) -> Tensor:
+        """d(alpha)/dt at times t, of the same shape."""
+
+    @abstractmethod
+    def dsigma(self, t: Tensor) -> Tensor:
+        """d(sigma)/dt at times t, of the same shape."""
+
+    @abstractmethod
     def eta_inverse(self, eta: Tensor) -> Tensor:
         """The time at which sigma / alpha = eta."""
 
@@ -72,6 +80,12 @@ class OTFlowMatching(Interpolant):
     def sigma(self, t: Tensor) -> Tensor:
         return t
 
+    def dalpha(self, t: Tensor) -> Tensor:
+        return -torch.ones_like(t)
+
+    def dsigma(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
     def eta_inverse(self, eta: Tensor) -> Tensor:
         return torch.where(torch.isinf(eta), torch.ones_like(eta), eta / (1.0 + eta))
 
@@ -93,6 +107,12 @@ class VPCosine(Interpolant):
 
     def sigma(self, t: Tensor) -> Tensor:
         return torch.sin(t * (math.pi / 2))
+
+    def dalpha(self, t: Tensor) -> Tensor:
+        return -self.rate * self.sigma(t)
+
+    def dsigma(self, t: Tensor) -> Tensor:
+        return self.rate * self.alpha(t)
 
     def eta_inverse(self, eta: Tensor) -> Tensor:
         return torch.atan(eta) * (2 / math.pi)

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from imm_scale.choices import BackboneConfig
@@ -99,7 +101,43 @@ class Backbone(nn.Module):
         label: Tensor,
         dropout_key: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Both branches of IMM, the second without gradient. A sharded net overrides this to gather weights once."""
+        """Two branches, the second without gradient. A sharded net overrides this to gather weights once.
+
+        The second may be of the first samples only, n of N, and so c_noise_r and second_r of their groups.
+        """
+        n = len(x_r)
         with torch.no_grad():
-            out_r = self(x_r, c_noise_r, second_r, label, dropout_key)
+            out_r = self(x_r, c_noise_r, second_r, label[:n], None if dropout_key is None else dropout_key[:n])
         return self(x_t, c_noise_t, second_t, label, dropout_key), out_r
+
+    def with_tangent(
+        self,
+        x: Tensor,
+        dx: Tensor,
+        c_noise: Tensor,
+        dc_noise: Tensor,
+        second: Tensor | None,
+        dsecond: Tensor | None,
+        label: Tensor,
+        dropout_key: Tensor | None = None,
+        live: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """G and its derivative along a tangent of x, c_noise and second, both of the shape of x.
+
+        This one is forward-mode differentiation under the one attention that has it. It costs three forward passes
+        beside that of G, and works neither at ZeRO stage 3 nor where blocks are compiled or recomputed: a net that is
+        to be trained so overrides it.
+
+        Args:
+            dx, dc_noise, dsecond: the tangent, of the first samples of x and groups of c_noise and second: as many as
+                dx has samples.
+            live: let the derivative carry a gradient too.
+        """
+        with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(live and torch.is_grad_enabled()), dual_level():
+            duals = (
+                make_dual(x, dx),
+                make_dual(c_noise, dc_noise),
+                None if second is None else make_dual(second, dsecond),
+            )
+            out, derivative = unpack_dual(self(*duals, label, dropout_key))
+        return (out if live else self(x, c_noise, second, label, dropout_key)), derivative

@@ -12,6 +12,7 @@ from imm_scale import rng
 from imm_scale.choices import BackboneConfig, option
 from imm_scale.data.spaces import SampleSpace
 from imm_scale.errors import UserError
+from imm_scale.models import tangent
 from imm_scale.models.base import Architecture, Backbone
 from imm_scale.models.layers import ATTENTIONS, Block, FinalLayer, TimeEmbedder, position_table
 from imm_scale.registry import register_backbone
@@ -215,6 +216,26 @@ class DiT(Backbone):
         repeated = times.repeat_interleave(label_N.shape[0] // times.shape[0], dim=0)
         return F.silu(repeated + self.y_embedder(label_N))
 
+    def _condition_with_tangent(
+        self,
+        c_noise_G: Tensor,
+        dc_noise_G: Tensor,
+        second_G: Tensor | None,
+        dsecond_G: Tensor | None,
+        label_N: Tensor,
+        live: bool,
+    ) -> tuple[Tensor, Tensor]:
+        times, dtimes = self.t_embedder.with_tangent(c_noise_G, dc_noise_G, live)
+        if self.s_embedder is not None:
+            assert second_G is not None and dsecond_G is not None, (
+                "the flow map and the net disagree on the second time"
+            )
+            second, dsecond = self.s_embedder.with_tangent(second_G, dsecond_G, live)
+            times, dtimes = times + second, dtimes + dsecond
+        particles = label_N.shape[0] // times.shape[0]
+        times, dtimes = (part.repeat_interleave(particles, dim=0) for part in (times, dtimes))
+        return tangent.silu(times + self.y_embedder(label_N), dtimes, live)
+
     def _tokens(self, x_NCHW: Tensor) -> Tensor:
         # Contiguous: sums keep the layout of their first term, and every norm would copy a transposed residual stream.
         return self.x_embedder(x_NCHW).flatten(2).transpose(1, 2).contiguous() + self.pos_embed
@@ -263,8 +284,9 @@ class DiT(Backbone):
         in the backward pass, and let go of its gathered weights then. After the other order they keep all to its end.
         """
         second = None if second_t is None or second_r is None else torch.cat([second_t, second_r])
-        both = self._condition(torch.cat([c_noise_t, c_noise_r]), second, torch.cat([label, label]))
-        condition_t, condition_r = both.chunk(2)
+        samples = [len(x_t), len(x_r)]
+        both = self._condition(torch.cat([c_noise_t, c_noise_r]), second, torch.cat([label, label[: len(x_r)]]))
+        condition_t, condition_r = both.split(samples)
         with torch.no_grad():
             x_r = self._tokens(x_r)
         x_t = self._tokens(x_t)
@@ -283,6 +305,45 @@ class DiT(Backbone):
         with torch.no_grad():
             x_r = block(x_r, condition_r, key)
         return self.run_block(block, x_t, condition_t, key), x_r
+
+    def with_tangent(
+        self,
+        x: Tensor,
+        dx: Tensor,
+        c_noise: Tensor,
+        dc_noise: Tensor,
+        second: Tensor | None,
+        dsecond: Tensor | None,
+        label: Tensor,
+        dropout_key: Tensor | None = None,
+        live: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` and its tangent block by block: each block's weights are gathered once for both."""
+        condition, dcondition = self._condition_with_tangent(c_noise, dc_noise, second, dsecond, label, live)
+        with tangent.gradients(live):
+            dx = tangent.affine_tangent(self.x_embedder, dx, row_dims=3).flatten(2).transpose(1, 2).contiguous()
+        x = self._tokens(x)
+        for block, key in zip(self.blocks, self._dropout_keys(dropout_key), strict=True):
+            x, dx = self._block_with_tangent(block, x, dx, condition, dcondition, key, live)
+        out, dout = self.final_layer(x, condition, dx, dcondition, live)
+        return self._image(out), self._image(dout)
+
+    def _block_with_tangent(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        dx: Tensor,
+        condition: Tensor,
+        dcondition: Tensor,
+        key: Tensor | None,
+        live: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """In one call; apart where the value, alone, is to be recomputed for the backward pass."""
+        if live or not self.recomputes:
+            return self.run_block(block, x, condition, key, None, None, dx, dcondition, live)
+        with torch.no_grad():
+            _, dx = block(x, condition, key, None, None, dx, dcondition)
+        return self.run_block(block, x, condition, key), dx
 
 
 def _label_rows(table: Tensor, classes: Sequence[int | None], null_is_trained: bool) -> tuple[Tensor, str]:

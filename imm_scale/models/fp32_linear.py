@@ -40,6 +40,11 @@ def split_product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
     return of_high + of_rest + bias_O
 
 
+def _product(rows_NI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
+    with without_autocast(rows_NI):
+        return (split_product if rounds_to_tf32(rows_NI) else F.linear)(rows_NI, weight_OI, bias_O)
+
+
 class _Product(torch.autograd.Function):
     """x W^T + b for rows with gradient and, in the same product, for rows without.
 
@@ -50,11 +55,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NI: Tensor, still_NI: Tensor | None, weight_OI: Tensor, bias_O: Tensor) -> Any:
         ctx.save_for_backward(x_NI, weight_OI)
-        rows = x_NI if still_NI is None else torch.cat([x_NI, still_NI])
-        with without_autocast(rows):
-            out = (split_product if rounds_to_tf32(rows) else F.linear)(rows, weight_OI, bias_O)
         if still_NI is None:
-            return out
+            return _product(x_NI, weight_OI, bias_O)
+        out = _product(torch.cat([x_NI, still_NI]), weight_OI, bias_O)
         out_NO, still_NO = out.split([x_NI.shape[0], still_NI.shape[0]])
         ctx.mark_non_differentiable(still_NO)
         ctx.set_materialize_grads(False)
@@ -80,5 +83,7 @@ class Fp32Linear(nn.Linear):
     def forward(self, x_NI: Tensor, still_NI: Tensor | None = None) -> Any:
         """(N, O); with `still_NI`, rows that no gradient flows to, the pair of both products."""
         dtype = self.weight.dtype
+        if still_NI is None and not torch.is_grad_enabled():  # plain operations, through which forward mode passes
+            return _product(x_NI.to(dtype), self.weight, self.bias)
         still_NI = None if still_NI is None else still_NI.to(dtype)
         return _Product.apply(x_NI.to(dtype), still_NI, self.weight, self.bias)

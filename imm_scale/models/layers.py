@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from imm_scale import rng
 from imm_scale.errors import UserError
+from imm_scale.models import tangent
 from imm_scale.models.fp32_linear import Fp32Linear
 
 ATTENTIONS = ("sdpa", "xformers")
@@ -56,11 +57,14 @@ def attend(q_NTHK: Tensor, k_NTHK: Tensor, v_NTHK: Tensor, attention: str = "sdp
 
 
 def keyed_dropout(x_NTD: Tensor, p: float, key_N: Tensor | None, stream: int) -> Tensor:
-    """Dropout whose mask is a function of each sample's key and the layer: the same on any rank and when recomputed."""
+    """Dropout whose mask is a function of each sample's key and the layer: the same on any rank and when recomputed.
+
+    Of more keys than samples the first are theirs.
+    """
     if key_N is None or p == 0.0:
         return x_NTD
     count = x_NTD[0].numel()
-    keep = rng.uniform(0, "dropout_mask", key_N, count, stream) >= p
+    keep = rng.uniform(0, "dropout_mask", key_N[: len(x_NTD)], count, stream) >= p
     return x_NTD * (keep.view_as(x_NTD).to(x_NTD.dtype) / (1.0 - p))
 
 
@@ -87,6 +91,21 @@ class Attention(nn.Module):
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         return self.proj(attend(q, k, v, self.attention).reshape(n, t, d))
 
+    def with_tangent(self, x_NTD: Tensor, dx_NTD: Tensor, live: bool) -> tuple[Tensor, Tensor]:
+        """`forward` and its tangent; the scores are formed for the tangent, whatever kernel computes the value."""
+        n, t, d = x_NTD.shape
+        with tangent.gradients(live):
+            dq, dk, dv = tangent.affine_tangent(self.qkv, dx_NTD).view(-1, t, 3, self.heads, d // self.heads).unbind(2)
+        q, k, v = self.qkv(x_NTD).view(n, t, 3, self.heads, d // self.heads).unbind(2)
+        with tangent.gradients(live):
+            dq, dk = tangent.rms_norm_tangent(self.q_norm, q, dq), tangent.rms_norm_tangent(self.k_norm, k, dk)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        with tangent.gradients(live):
+            qkv, dqkv = (torch.stack(parts, dim=1).transpose(2, 3) for parts in ((q, k, v), (dq, dk, dv)))
+            dout = tangent.attention_tangent(qkv, dqkv).transpose(1, 2).reshape(-1, t, d)
+            dout = tangent.affine_tangent(self.proj, dout)
+        return self.proj(attend(q, k, v, self.attention).reshape(n, t, d)), dout
+
 
 class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int):
@@ -97,6 +116,11 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, tokens, width) to the same."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+    def with_tangent(self, x: Tensor, dx: Tensor, live: bool) -> tuple[Tensor, Tensor]:
+        """`forward` and its tangent."""
+        hidden, dhidden = tangent.affine(self.fc1, x, dx, live)
+        return tangent.affine(self.fc2, *tangent.gelu(hidden, dhidden, live), live)
 
 
 def adaln_projection(width: int, parts: int) -> nn.Sequential:
@@ -125,6 +149,29 @@ class Block(nn.Module):
         mixed = keyed_dropout(mixed, self.dropout, dropout_key_N, stream=1)
         return x_NTD + gate_m[:, None] * mixed
 
+    def _with_tangent(
+        self,
+        x_NTD: Tensor,
+        dx_NTD: Tensor,
+        condition_ND: Tensor,
+        dcondition_ND: Tensor,
+        dropout_key_N: Tensor | None,
+        live: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """`_branch` and its tangent, half by half."""
+        modulation, dmodulation = tangent.affine(self.adaLN_modulation[0], condition_ND, dcondition_ND, live)
+        halves: tuple[tuple[nn.LayerNorm, Attention | Mlp], ...] = ((self.norm1, self.attn), (self.norm2, self.mlp))
+        modulations = zip(modulation.chunk(2, dim=1), dmodulation.chunk(2, dim=1), strict=True)
+        for stream, ((norm, inner), parts) in enumerate(zip(halves, modulations, strict=True)):
+            (shift, scale, gate), (dshift, dscale, dgate) = (part.chunk(3, dim=1) for part in parts)
+            y, dy = tangent.layer_norm(norm, x_NTD, dx_NTD, live)
+            dy = tangent.modulate(y, dy, scale, dscale, dshift, live)
+            y, dy = inner.with_tangent(modulate(y, shift, scale), dy, live)
+            y, dy = (keyed_dropout(part, self.dropout, dropout_key_N, stream) for part in (y, dy))
+            dx_NTD = dx_NTD + tangent.gate(y, dy, gate, dgate, live)
+            x_NTD = x_NTD + gate[:, None] * y
+        return x_NTD, dx_NTD
+
     def forward(
         self,
         x_NTD: Tensor,
@@ -132,12 +179,18 @@ class Block(nn.Module):
         dropout_key_N: Tensor | None = None,
         still_NTD: Tensor | None = None,
         still_condition_ND: Tensor | None = None,
+        dx_NTD: Tensor | None = None,
+        dcondition_ND: Tensor | None = None,
+        live: bool = False,
     ) -> Any:
         """(N, T, D). With `still_NTD` and its condition, a branch without gradient, the pair of both.
 
         Compiled together, the two branches share what depends on weights alone (their casts to 16 bits) and the masks.
-        The branch without gradient goes first: see `DiT.pair`.
+        The branch without gradient goes first: see `DiT.pair`. With tangents of x and the condition, the pair of
+        (N, T, D) and its tangent, which carries a gradient where it is `live`.
         """
+        if dx_NTD is not None and dcondition_ND is not None:
+            return self._with_tangent(x_NTD, dx_NTD, condition_ND, dcondition_ND, dropout_key_N, live)
         if still_NTD is None:
             return self._branch(x_NTD, self.adaLN_modulation(condition_ND), dropout_key_N)
         modulation, still_modulation = self.adaLN_modulation[0](condition_ND, still_condition_ND)
@@ -153,9 +206,28 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, patch_size * patch_size * channels)
         self.adaLN_modulation = adaln_projection(width, 2)
 
-    def forward(self, x_NTD: Tensor, condition_ND: Tensor) -> Tensor:
+    def forward(
+        self,
+        x_NTD: Tensor,
+        condition_ND: Tensor,
+        dx_NTD: Tensor | None = None,
+        dcondition_ND: Tensor | None = None,
+        live: bool = False,
+    ) -> Any:
+        """(N, T, values of a patch); with tangents of both the pair of that and its tangent."""
+        if dx_NTD is not None and dcondition_ND is not None:
+            return self._with_tangent(x_NTD, dx_NTD, condition_ND, dcondition_ND, live)
         shift, scale = self.adaLN_modulation(condition_ND).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x_NTD), shift, scale))
+
+    def _with_tangent(
+        self, x_NTD: Tensor, dx_NTD: Tensor, condition_ND: Tensor, dcondition_ND: Tensor, live: bool
+    ) -> tuple[Tensor, Tensor]:
+        modulation = tangent.affine(self.adaLN_modulation[0], condition_ND, dcondition_ND, live)
+        (shift, scale), (dshift, dscale) = (part.chunk(2, dim=1) for part in modulation)
+        y, dy = tangent.layer_norm(self.norm_final, x_NTD, dx_NTD, live)
+        dy = tangent.modulate(y, dy, scale, dscale, dshift, live)
+        return tangent.affine(self.linear, modulate(y, shift, scale), dy, live)
 
 
 def time_frequencies(kind: str) -> Tensor:
@@ -183,6 +255,15 @@ class TimeEmbedder(nn.Module):
         # The angles in fp64: rounding them is rounding t.
         angles = c_noise_G.double()[:, None] * self.frequency_bits.view(torch.float64)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+
+    def with_tangent(self, c_noise_G: Tensor, dc_noise_G: Tensor, live: bool) -> tuple[Tensor, Tensor]:
+        """`forward` (G, D) and the tangent of its first groups."""
+        frequencies, g = self.frequency_bits.view(torch.float64), len(dc_noise_G)
+        angles, dangles = c_noise_G.double()[:, None] * frequencies, dc_noise_G.double()[:, None] * frequencies
+        cosine, sine = angles.cos(), angles.sin()
+        dwaves = torch.cat([-sine[:g] * dangles, cosine[:g] * dangles], dim=1)
+        hidden, dhidden = tangent.affine(self.mlp[0], torch.cat([cosine, sine], dim=1), dwaves, live)
+        return tangent.affine(self.mlp[2], *tangent.silu(hidden, dhidden.to(hidden.dtype), live), live)
 
 
 def position_table(width: int, rows: int, columns: int) -> Tensor:

@@ -21,7 +21,7 @@ from imm_scale import precision
 from imm_scale.config.schema import Config
 from imm_scale.data.batch import Batch
 from imm_scale.data.sample_order import Layout
-from imm_scale.methods.base import GroupLosses, Method
+from imm_scale.methods.base import GroupLosses, Method, concatenated
 from imm_scale.models.base import Backbone
 from imm_scale.parallel.loss_scale import LossScale
 from imm_scale.parallel.param_slice import MOMENTS, ParamSlice
@@ -50,17 +50,19 @@ class StepResult:
 class LossModule(nn.Module):
     """The module the engine wraps: a micro-batch in, its share of the loss out, both branches inside."""
 
-    def __init__(self, net: nn.Module, method: Method, seed: int):
+    def __init__(self, net: nn.Module, method: Method, seed: int, alignment: int = 1):
         super().__init__()
         self.net = net
         self.method = method
         self.seed = seed
+        self.alignment = alignment
         self.groups: GroupLosses | None = None
 
     def forward(self, x: Tensor, condition: Tensor, ordinal: Tensor, weight: Tensor) -> Tensor:
         """Sum of the real groups' losses (weight 1), fp64 scalar; `groups` keeps those of the last call, detached."""
-        losses = self.method.loss(self.net, Batch(0, x, condition, ordinal, weight), self.seed)
-        self.groups = GroupLosses(losses.loss_G.detach(), losses.t_G.detach())
+        alignment = self.alignment if self.training else 1  # held-out batches are of other sizes
+        losses = self.method.loss(self.net, Batch(0, x, condition, ordinal, weight, alignment), self.seed)
+        self.groups = GroupLosses(losses.loss_G.detach(), losses.t_G.detach(), losses.monitors)
         return (losses.loss_G * weight).sum()
 
 
@@ -154,7 +156,7 @@ class Engine:
             config, dist.get_world_size(), layout.accumulation, layout.samples_per_micro_batch, block_numel(backbone)
         )
         deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
-        self._module = LossModule(net, method, config.seed)
+        self._module = LossModule(net, method, config.seed, layout.alignment)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=self._module,
             optimizer=_optimizer(config, [p for _, p in self._named]),
@@ -211,7 +213,7 @@ class Engine:
         skipped = not math.isfinite(grad_norm)
         if self.loss_scale is not None:
             self.loss_scale.update(skipped)
-        together = GroupLosses(*(torch.cat(parts) for parts in zip(*groups, strict=True)))
+        together = concatenated(groups)
         return StepResult(total / self._num_groups, grad_norm, skipped, loss_scale, together)
 
     @torch.no_grad()

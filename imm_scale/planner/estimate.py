@@ -187,7 +187,7 @@ def setting(config: Config, net: Architecture, layout: Layout) -> Setting:
         stage=config.zero.stage,
         half=config.precision in ("bf16", "fp16"),
         half_gradients=halves_gradients(config),
-        two_branches=config.method.passes.no_grad > 0,
+        two_branches=config.method.passes.no_grad + config.method.passes.tangent > 0,
         checkpointing=config.train.activation_checkpointing,
         offload=config.zero.offload == "optimizer",
         bucket=_reduce_bucket(config),
@@ -215,7 +215,7 @@ def _estimate(
     memory_setting = setting(config, net, layout)
     peak = memory.peak(memory_setting, counted)
     forward = cost.forward_multiply_adds(net)
-    forwards = config.method.passes.forwards + config.train.activation_checkpointing
+    forwards = config.method.passes_at(layout.alignment).forwards + config.train.activation_checkpointing
     images = layout.slots * layout.particles  # of a rank, empty slots included
     traffic = _traffic(memory_setting, counted)
     compute = _compute_seconds(config, memory_setting, device, 2.0 * forwards * forward * images, forwards * images)
@@ -243,7 +243,8 @@ def _estimate(
         memory=peak,
         fits=peak.total + peak.reserved <= device.memory,
         forward_flops=2.0 * forward,
-        step_flops=2.0 * cost.training_multiply_adds(net, config.method.passes, layout.global_batch_size),
+        step_flops=2.0
+        * cost.training_multiply_adds(net, config.method.passes_at(layout.alignment), layout.global_batch_size),
         executed_flops=2.0 * forwards * forward * images,
         traffic=traffic,
         compute_seconds=compute,
@@ -262,7 +263,9 @@ def _traffic(s: Setting, p: Parameters) -> tuple[Traffic, ...]:
     return cost.wire(p, s.stage, s.half, s.half_gradients, s.overlap, s.accumulation, s.world_size)
 
 
-def _hidden_seconds(s: Setting, traffic: tuple[Traffic, ...], compute: float, bandwidth: float, forwards: int) -> float:
+def _hidden_seconds(
+    s: Setting, traffic: tuple[Traffic, ...], compute: float, bandwidth: float, forwards: float
+) -> float:
     """At best, the time of collectives behind computation: stage 3's behind all of it, gradients of stages 1 and 2
     behind the backward pass (two forwards and the recomputation), which stage 1 has them in only once a step."""
     beside = sum(item.sent(s.world_size) for item in traffic if item.overlaps) / bandwidth

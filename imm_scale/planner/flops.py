@@ -14,7 +14,7 @@ __all__ = ["Parameters", "Traffic", "forward_multiply_adds", "parameters", "trai
 
 def training_multiply_adds(net: Architecture, passes: Passes, global_batch_size: int) -> int:
     """Multiply-adds of one optimizer step."""
-    return passes.forwards * forward_multiply_adds(net) * global_batch_size
+    return round(passes.forwards * forward_multiply_adds(net) * global_batch_size)
 
 
 @dataclass(frozen=True)

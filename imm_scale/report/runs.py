@@ -14,7 +14,7 @@ from imm_scale.checkpoint import run_folder
 from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
 from imm_scale.evaluation import cost_quality, gallery
-from imm_scale.evaluation.records import arithmetic, read_evaluations
+from imm_scale.evaluation.records import arithmetic, guidance, read_evaluations
 from imm_scale.report.page import COLOURS, axes, image, page, svg
 
 _ABSENT = "\N{EM DASH}"  # a key that a run's method or model does not have
@@ -163,7 +163,7 @@ def _distance_table(runs: Sequence[Run]) -> str:
     rows = "".join(
         f"<tr><td>{html.escape(run.name)}</td><td>{d['steps']}</td><td>{d['function_evaluations']}</td>"
         f"<td>{d['mean']:.4f} &plusmn; {d['std']:.4f}</td><td>{len(d['seeds'])} &times; {d['num']}</td>"
-        f"<td>{d['grid']}</td><td>{d['guidance_scale']:g}</td><td>{arithmetic(d) or 'fp32'}</td>"
+        f"<td>{d['grid']}</td><td>{html.escape(guidance(d))}</td><td>{arithmetic(d) or 'fp32'}</td>"
         f"<td>{html.escape(d['metric'])}</td></tr>"
         for run in runs
         for d in run.distances
@@ -192,7 +192,8 @@ def _sample_section(run: Run) -> str:
 
 def _caption(name: str) -> str:
     steps, _, rest = name.removesuffix(".png").removeprefix("steps-").partition("-")
-    return f"{steps} step" + ("" if steps == "1" else "s") + (f", {rest.replace('-', ' ')}" if rest else "")
+    words = rest.replace("-", " ").replace(" guide ", " by weights ")
+    return f"{steps} step" + ("" if steps == "1" else "s") + (f", {words}" if words else "")
 
 
 def _config_section(runs: Sequence[Run]) -> str:

@@ -1,7 +1,7 @@
 """Which samples, and how each is drawn: the same bits whatever the batch size, the number of ranks, or a restart."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -61,8 +61,13 @@ class SamplingPlan:
         """Scale and interval of the guidance."""
         return Guidance(self.guidance_scale, *self.guidance_interval)
 
+    def guide_evaluations(self, times: Tensor) -> int:
+        """Those of `function_evaluations` that guidance adds: of the null label, or of the guide."""
+        unguided = replace(self, guidance_scale=1.0)
+        return self.function_evaluations(times) - unguided.function_evaluations(times)
+
     def function_evaluations(self, times: Tensor) -> int:
-        """Forward passes of the network per image along a time grid, (steps + 1,)."""
+        """Forward passes of the network, and its guide, per image along a time grid, (steps + 1,)."""
         calls = [2 if self.guidance.at(t) != 1.0 else 1 for t in times[:-1]]
         return sum(calls) + (sum(calls[1:]) if self.sampler == "heun" else 0)
 
@@ -151,15 +156,18 @@ class Drawer:
     """
 
     def __init__(self, net: Any, spec: ModelSpec, plan: SamplingPlan):
-        if plan.guidance_scale != 1.0 and net.null_label is None:
+        guide = getattr(net, "guide", None)
+        if plan.guidance_scale != 1.0 and net.null_label is None and guide is None:
             raise UserError(
-                f"guidance_scale={plan.guidance_scale} needs a net trained with method.label_drop above 0; use 1"
+                f"guidance_scale={plan.guidance_scale} needs a net trained with method.label_drop above 0, or a guide "
+                "(sampling.guide); use 1"
             )
         self.plan = plan
         self.times = times_of(spec, plan)
         self._net, self._space, self._method = net, spec.space, build.method(spec)
         self._device = next(net.parameters()).device
-        _set_compiled(net.model, plan.compile)
+        for backbone in (net.model, *([guide.model] if guide is not None else [])):
+            _set_compiled(backbone, plan.compile)
 
     def draw(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
         """Samples [start, stop); start is a multiple of SAMPLES_PER_CALL.

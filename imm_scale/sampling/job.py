@@ -21,8 +21,9 @@ from imm_scale.errors import UserError
 from imm_scale.methods.flow_map import FlowMap
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
-from imm_scale.sampling import outputs, set_record
+from imm_scale.sampling import guides, outputs, set_record
 from imm_scale.sampling.draw import SAMPLES_PER_CALL, Drawer, SamplingPlan, check_machine, plan_of
+from imm_scale.sampling.guides import Guide
 from imm_scale.sampling.parts import Parts
 from imm_scale.sampling.source import Source
 
@@ -67,6 +68,7 @@ class Model:
     flow_map: FlowMap
     artifacts: Artifacts | None
     weights_id: str
+    guide: Guide | None = None
 
     @classmethod
     def load(cls, source: Source, config: SamplingConfig, device: torch.device, decoding: bool = True) -> "Model":
@@ -74,7 +76,20 @@ class Model:
         check_machine(config)
         spec, flow_map = export.load_flow_map(source.weights_url, config.ema)
         artifacts = open_artifacts(spec.space, config, device) if decoding else None
-        return cls(spec, flow_map.to(device), artifacts, export.identity(spec, flow_map))
+        model = cls(spec, flow_map.to(device), artifacts, export.identity(spec, flow_map))
+        guide = guides.load(source, config)
+        return model if guide is None else model.guided_by(guide)
+
+    def guided_by(self, guide: Guide) -> "Model":
+        """The model with a guide. Raises UserError for one that does not fit."""
+        guide.flow_map.to(next(self.flow_map.parameters()).device)
+        return dataclasses.replace(
+            self, flow_map=guides.put(self.flow_map, self.spec, self.weights_id, guide), guide=guide
+        )
+
+    def guide_of(self, plan: SamplingPlan) -> Guide | None:
+        """The guide where a plan uses it."""
+        return self.guide if plan.guidance_scale != 1.0 else None
 
     def decode(self, z_N: Tensor) -> Tensor:
         """uint8 (N, H, W, channels) images of samples (N, ...)."""
@@ -98,6 +113,7 @@ def run(source: Source, config: SamplingConfig, request: Request, world: World, 
     Raises:
         UserError: whatever the user can mend.
     """
+    guides.check_scales(config, request.guidance)
     device = distributed.device(world)
     source, model = source.use_newest(world, lambda newest: Model.load(newest, config, device))
     announce = announce if world.is_main else _silent
@@ -122,9 +138,10 @@ def _silent(line: str) -> None:
     """What the other ranks announce."""
 
 
-def stem(plan: SamplingPlan) -> str:
+def stem(plan: SamplingPlan, guide: Guide | None = None) -> str:
     """Name of a set of samples."""
-    return f"steps-{plan.steps}" + ("" if plan.guidance_scale == 1.0 else f"-guidance-{plan.guidance_scale:g}")
+    guidance = "" if plan.guidance_scale == 1.0 else f"-guidance-{plan.guidance_scale:g}"
+    return f"steps-{plan.steps}{guidance}" + ("" if guide is None else f"-guide-{guide.weights_id[:8]}")
 
 
 class _SetOfSamples:
@@ -145,7 +162,7 @@ class _SetOfSamples:
         self.drawer = Drawer(model.flow_map, model.spec, plan)
         self.settings = self._settings()
         self.identity = set_record.identity(self.settings)
-        self.folder, base = request.out or folder_of(source), stem(plan)
+        self.folder, base = request.out or folder_of(source), stem(plan, model.guide_of(plan))
         self.name = distributed.from_main(
             lambda: set_record.begin(self.folder, base, self.settings, plan.num, shown), world
         )
@@ -156,7 +173,7 @@ class _SetOfSamples:
 
     def _settings(self) -> dict[str, Any]:
         """All that decides the bits of a sample."""
-        plan, spec = self.plan, self.model.spec
+        plan, spec, guide = self.plan, self.model.spec, self.model.guide_of(self.plan)
         labels = hashlib.sha256(json.dumps(plan.labels).encode()).hexdigest()
         return {
             "weights": self.model.weights_id,
@@ -169,12 +186,13 @@ class _SetOfSamples:
             "labels": f"sha256 {labels}" if len(plan.labels) > 1000 else list(plan.labels),
             "precision": plan.precision,
             "compile": plan.compile,
-            "space": dataclasses.asdict(spec.space),
+            "space": spec.space.to_fields(),
             "vae_precision": self.model.artifacts.precision if self.model.artifacts is not None else None,
             "latents": self.request.latents,
             "samples_per_call": SAMPLES_PER_CALL,
             "device": next(self.model.flow_map.parameters()).device.type,
             "torch": torch.__version__,
+            **({} if guide is None else {"guide": guide.weights_id}),
         }
 
     # --- drawing ---
@@ -257,12 +275,14 @@ class _SetOfSamples:
 
     def _close(self, written: list[str], speed: dict[str, Any]) -> None:
         """The record of the whole, last of all; then the parts go, unless they are wanted as they are."""
+        guide = self.model.guide_of(self.plan)
         record = {
             **set_record.unfinished(self.settings, self.plan.num),
             "finished": True,
             "formats": list(self.request.formats),
             "outputs": written,
             "source": storage.shown(self.source.url),
+            "guide": None if guide is None else guide.text,
             "function_evaluations": self.plan.function_evaluations(self.drawer.times),
             "ranks": self.world.size,
             "versions": run_folder.versions(),

@@ -38,7 +38,7 @@ def image_grid(images: NDArray[np.uint8], labels: Sequence[int], cell: int = 0) 
         top, left = row * (height + 1), column * (width + 1)
         sheet[top : top + height, left : left + width] = image
     picture = Image.fromarray(sheet.squeeze(-1) if channels == 1 else sheet)
-    factor = max(1, -(-cell // height))
+    factor = max(1, -(-cell // min(height, width)))
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 

@@ -227,6 +227,11 @@ def _temporary(path: str, chunks: Iterable[bytes | memoryview]) -> Iterator[str]
             file.flush()
             os.fsync(file.fileno())
         yield temporary
+    except OSError as error:
+        # Of a full disk the system says that it is full, but not which file it was.
+        if error.errno is not None and error.filename in (None, temporary):
+            error.filename = path
+        raise
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)

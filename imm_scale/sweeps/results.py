@@ -177,8 +177,10 @@ def _result_columns(cell: Cell, result: dict[str, Any] | None) -> dict[str, Any]
         "repeats": len(result["values"]),
         "mean": result["mean"],
         "std": result["std"],
-        # Forward passes per image already count guidance twice, and Heun's second look.
-        "inference_flops": cell.forward_flops * result["function_evaluations"],
+        # Forward passes per image already count guidance twice, and Heun's second look; a guide has a cost of its own.
+        "inference_flops": result["flops_per_image"]
+        if result.get("guide")
+        else cell.forward_flops * result["function_evaluations"],
     }
 
 

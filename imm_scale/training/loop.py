@@ -57,7 +57,7 @@ class Loop:
         train, run_dir, world = config.train, config.run_dir, state.world
         self.run_log = RunLog(config, state.step, world)
         statistics = OptimizerStatistics(state.ema, config.optimizer.betas[1], config.optimizer.eps)
-        utilization = Utilization(config, state.plan.spec, state.device, world.size)
+        utilization = Utilization(config, state.plan.spec, state.plan.layout, state.device)
         self.meter = Meter(state.device, train.global_batch_size, statistics, utilization)
         self.consensus = StepConsensus(state.device)
         self.skips = Skips(train.max_consecutive_skips, state.guards.get("skips", {}))

@@ -9,12 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from imm_scale.methods.base import GroupLosses, concatenated
 from imm_scale.parallel import world
 from imm_scale.parallel.deepspeed_engine import StepResult
 from imm_scale.training.optimizer_statistics import OptimizerStatistics
 from imm_scale.training.utilization import Utilization
 
 _QUARTERS = ("loss_t_0_25", "loss_t_25_50", "loss_t_50_75", "loss_t_75_100")
+# Where a method's monitors are averaged apart: by thirds of t, and of t - s with those groups aside whose s is t.
+_REGIONS = ("t_0_33", "t_33_67", "t_67_100", "gap_0", "gap_0_33", "gap_33_67", "gap_67_100")
 
 
 class Meter:
@@ -37,7 +40,7 @@ class Meter:
 
     def _reset(self) -> None:
         self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        self._groups: list[tuple[Tensor, Tensor, Tensor]] = []  # losses, times and weights of each step
+        self._groups: list[tuple[GroupLosses, Tensor]] = []  # of each step, with weights
         self._grad_norm, self._num_steps = 0.0, 0
         self._loss_scale: float | None = None
         self._seconds: list[float] = []
@@ -62,17 +65,25 @@ class Meter:
         self._loss += result.loss
         self._grad_norm += result.grad_norm
         self._num_steps += 1
-        self._groups.append((result.groups.loss_G, result.groups.t_G, weight_G))
+        self._groups.append((result.groups, weight_G))
 
-    def _quarters(self) -> Tensor:
-        """(2, 4): the sum of losses and the number of groups by quarter of t."""
-        sums = torch.zeros(2, len(_QUARTERS), dtype=torch.float64, device=self._device)
-        if self._groups:
-            loss_N, t_N, weight_N = (torch.cat(parts) for parts in zip(*self._groups, strict=True))
-            quarter_N = (t_N * len(_QUARTERS)).long().clamp_(0, len(_QUARTERS) - 1)
-            sums[0].index_add_(0, quarter_N, loss_N.double() * weight_N)
-            sums[1].index_add_(0, quarter_N, weight_N.double())
-        return sums
+    def _regional_sums(self) -> tuple[list[str], Tensor]:
+        """Names of averages, and (2, names): the sums of what is averaged and of weights.
+
+        All ranks have the same names: methods give the same monitors everywhere, and steps are skipped by all.
+        """
+        if not self._groups:
+            return list(_QUARTERS), torch.zeros(2, len(_QUARTERS), dtype=torch.float64, device=self._device)
+        groups = concatenated([losses for losses, _ in self._groups])
+        weight_N = torch.cat([weight for _, weight in self._groups])
+        names, sums = list(_QUARTERS), [_binned(groups.loss_G, weight_N, _parts(groups.t_G, 4), 4)]
+        gap_N = groups.monitors.get("gap")
+        if gap_N is not None:
+            regions = {"t": (_parts(groups.t_G, 3), 3), "gap": ((gap_N > 0) * (1 + _parts(gap_N, 3)), 4)}
+            for name in (name for name in groups.monitors if name != "gap"):
+                names += [f"{name}_{region}" for region in _REGIONS]
+                sums += [_binned(groups.monitors[name], weight_N, *region) for region in regions.values()]
+        return names, torch.cat(sums, dim=1)
 
     @property
     def is_empty(self) -> bool:
@@ -87,14 +98,15 @@ class Meter:
 
         Returns:
             Without what follows from the clock. Losses are None where every step was skipped, or where no group fell
-            into a quarter of t.
+            into a quarter of t; so are a method's monitors, by thirds of t and of t - s.
         """
         counts = torch.tensor(list(data.values()), dtype=torch.float64)
         statistics = self._statistics.sums(optimizer_steps)
-        parts = [self._loss.view(1), self._quarters().view(-1), statistics, counts]
+        names, regional = self._regional_sums()
+        parts = [self._loss.view(1), regional.view(-1), statistics, counts]
         together = torch.cat([part.to(self._device, non_blocking=True) for part in parts])
         whole = world.all_sum(together).cpu()
-        loss, quarters, statistics, counts = whole.split([len(part) for part in parts])
+        loss, regional, statistics, counts = whole.split([len(part) for part in parts])
         steps, seconds = len(self._seconds), time.perf_counter() - self._began
         waited = data_seconds - self._waited
         p50, p95 = np.percentile(self._seconds, [50, 95])
@@ -102,7 +114,7 @@ class Meter:
             "loss": float(loss) / self._num_steps if self._num_steps else None,
             **{
                 name: float(total / count) if count else None
-                for name, total, count in zip(_QUARTERS, *quarters.view(2, -1), strict=True)
+                for name, total, count in zip(names, *regional.view(2, -1), strict=True)
             },
             "grad_norm": self._grad_norm / self._num_steps if self._num_steps else None,
             **self._statistics.record(statistics.tolist()),
@@ -121,6 +133,19 @@ class Meter:
         self._waited = data_seconds
         self._reset()
         return record
+
+
+def _parts(t_N: Tensor, parts: int) -> Tensor:
+    """(N,) which of so many equal parts of [0, 1] each lies in."""
+    return (t_N * parts).long().clamp_(0, parts - 1)
+
+
+def _binned(values_N: Tensor, weight_N: Tensor, part_N: Tensor, parts: int) -> Tensor:
+    """(2, parts): sums of weighted values and of weights by part."""
+    sums = torch.zeros(2, parts, dtype=torch.float64, device=values_N.device)
+    sums[0].index_add_(0, part_N, values_N.double() * weight_N)
+    sums[1].index_add_(0, part_N, weight_N.double())
+    return sums
 
 
 def memory_bytes(device: torch.device) -> int:

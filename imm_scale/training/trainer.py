@@ -43,6 +43,7 @@ def train(config: Config, world: World | None = None) -> Outcome:
     distributed.init(world, patience=watchdog.collective_patience(config.train.step_timeout))
     if _is_complete(config, world):
         return "completed"
+    check_wandb_key(config, world)
     with run_lock.held(config.run_dir, world, _say) as lock:
         resume.check_run_folder(prepared)  # once more: another start may have come and gone since
         resume_point = resume.find(config, world)
@@ -50,7 +51,6 @@ def train(config: Config, world: World | None = None) -> Outcome:
             init_weights.check(prepared)
         else:
             resume.check_net(resume_point.checkpoint, prepared.spec)
-        check_wandb_key(config, world)
         distributed.barrier()  # no rank writes before all have read
         with StopSignals(config.train.stop_signals) as signals:
             return _start(prepared, world, lock, signals, resume_point)

@@ -7,6 +7,7 @@ import torch
 
 from imm_scale.build import ModelSpec
 from imm_scale.config.schema import Config
+from imm_scale.data.sample_order import Layout
 from imm_scale.parallel import world
 from imm_scale.planner import flops
 
@@ -40,8 +41,9 @@ class Utilization:
     Made on every rank at once: where no peak is named, each measures its own, and they are added up.
     """
 
-    def __init__(self, config: Config, spec: ModelSpec, device: torch.device, world_size: int):
-        multiply_adds = flops.training_multiply_adds(spec.net, config.method.passes, config.train.global_batch_size)
+    def __init__(self, config: Config, spec: ModelSpec, layout: Layout, device: torch.device):
+        passes, world_size = config.method.passes_at(layout.alignment), layout.world_size
+        multiply_adds = flops.training_multiply_adds(spec.net, passes, config.train.global_batch_size)
         self._flops_per_step = 2.0 * multiply_adds
         peak = config.train.peak_flops or measured_peak(device, config.precision)
         total = torch.tensor(peak, dtype=torch.float64, device=device)

@@ -15,9 +15,10 @@ from imm_scale.checkpoint.format import COMMITTED, Checkpoint, committed_steps, 
 from imm_scale.data.loader import Batch, Loader
 from imm_scale.data.sample_order import Layout
 from tests import ranks
-from tests.conftest import TINY, losses
+from tests.conftest import ANY_METHOD, TINY, losses
 
 STEPS = 20
+METHODS = Path(__file__).parents[2] / "configs" / "method"
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,26 @@ def test_sigkill_and_restart_end_in_the_same_bits(digits, tmp_path, undisturbed)
     ranks.train(2, *_settings(digits, run_dir))
     _assert_same_states(run_dir, undisturbed)
     assert losses(run_dir) == losses(undisturbed)
+
+
+@pytest.mark.parametrize("method", ["meanflow", "soflow"])
+def test_other_methods_are_killed_and_restarted_to_the_same_bits(method, digits, tmp_path):
+    """A tangent that only some samples have, and a step that shrinks with the clock."""
+
+    def settings(name: str) -> list[str]:
+        schedule = [f"method.schedule_images={64 * STEPS}"] if method == "soflow" else []
+        argv = [*ANY_METHOD, *schedule, f"train.max_steps={STEPS}", "train.checkpoint_every=5", "zero.stage=2"]
+        return [str(METHODS / f"{method}.yaml"), *argv, f"data.manifest={digits}", f"run.dir={tmp_path / name}"]
+
+    ranks.train(2, *settings("whole"))
+    started = ranks.start(ranks.command, 2, "train", *settings("killed"))
+    _wait_for_step(tmp_path / "killed", 10)
+    for process, _ in started:
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    ranks.train(2, *settings("killed"))
+    _assert_same_states(tmp_path / "killed", tmp_path / "whole")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
 def test_sigterm_commits_and_leaves_with_75(digits, tmp_path, undisturbed):

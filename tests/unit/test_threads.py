@@ -19,6 +19,7 @@ FILES_ONLY = {  # threads that read and write files, or decode images, in NumPy'
     "data_tools/encode.py: _finished",
     "data_tools/encode.py: encode_shards",
     "data_tools/encode.py: read_batches",
+    "data_tools/packing/contact_sheet.py: _sheet",
 }
 
 

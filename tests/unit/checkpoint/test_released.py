@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from imm_scale import build, storage
@@ -495,25 +495,14 @@ def test_a_folder_loads_back_bit_for_bit(exported):
     assert all(torch.equal(read[name].view(torch.int32), state[name].view(torch.int32)) for name in state)
 
 
-def test_other_programs_find_what_they_expect_in_a_folder(exported):
-    _, state, folder = exported
-    assert sorted(path.name for path in Path(folder).iterdir()) == [
-        "config.json",
-        "diffusion_pytorch_model.safetensors",
-    ]
-    stock = load_file(f"{folder}/diffusion_pytorch_model.safetensors")
-    assert all(torch.equal(stock[name], state[name]) for name in state)
-    config = json.loads(Path(folder, "config.json").read_text())
-    assert config["_class_name"] == "ImmScaleFlowMap"
-    assert config["backbone"]["config"]["width"] == 32 and config["space"]["config"]["codec"]["mean"] == [0.1]
-
-
 def test_every_form_exports_to_every_other(exported, tmp_path):
     folder = exported[2]
     file, again = str(tmp_path / "model.safetensors"), str(tmp_path / "again")
     for argv in ((folder, "--out", file), (file, "--out", again, "--format", "diffusers")):
         assert ranks.command_and_output("export", *argv) == (0, f"{argv[2]}\n")
-    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+    files = [path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file()]
+    assert len(files) == 6
+    for name in files:
         assert Path(again, name).read_bytes() == Path(folder, name).read_bytes()
 
 
@@ -533,14 +522,37 @@ def test_a_folder_samples(exported, tmp_path):
         ('{"_class_name": "ImmScaleFlowMap"}', "lacks a field"),
     ],
 )
-def test_a_folder_of_something_else_is_refused(config, message, exported):
-    Path(exported[2], "config.json").write_text(config)
+def test_a_folder_of_something_else_is_refused(config, message, tmp_path):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError, match=message):
+        export.read(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [("{", "is not JSON"), ("[1]", "lacks a field"), ('{"spec": {}}', "lacks a field"), ("{}", "lacks a field")],
+)
+def test_a_record_that_says_too_little_is_refused(record, message, exported):
+    Path(exported[2], "imm_scale.json").write_text(record)
     with pytest.raises(UserError, match=message):
         export.read(exported[2])
 
 
+def test_folders_of_version_0_1_are_read(exported, tmp_path):
+    """A config.json of the spec beside the weights, both at the top."""
+    spec, state, _ = exported
+    (tmp_path / "old").mkdir()
+    config = {"_class_name": "ImmScaleFlowMap", **json.loads(spec.to_json())}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    save_file(state, str(tmp_path / "old" / "diffusion_pytorch_model.safetensors"))
+    read_spec, read = export.read(str(tmp_path / "old"))
+    assert read_spec == spec and all(torch.equal(read[name], state[name]) for name in state)
+    export.export(str(tmp_path / "old"), str(tmp_path / "old"), format="diffusers")
+    assert not (tmp_path / "old" / "config.json").exists() and export.read(str(tmp_path / "old"))[0] == spec
+
+
 def test_a_folder_without_weights_is_refused_by_name(exported):
-    Path(exported[2], "diffusion_pytorch_model.safetensors").unlink()
+    Path(exported[2], "transformer", "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"diffusion_pytorch_model\.safetensors does not exist"):
         export.read(exported[2])
 

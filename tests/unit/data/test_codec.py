@@ -43,11 +43,12 @@ def test_a_posterior_is_drawn_per_ordinal() -> None:
     mean, std = torch.full((20, 1, 32, 32), 2.0), torch.full((20, 1, 32, 32), 0.5)
     stored = torch.cat([mean, std], dim=1).half()
     ordinal = torch.arange(100, 120)
-    raw = codecs.draw_raw(stored, "vae", 0, "posterior", ordinal)
+    codec = Codec("vae", "", 32, 1, 1, (0.0,), (1.0,))
+    raw = codecs.draw_raw(stored, codec, 0, "posterior", ordinal)
     assert raw.shape == (20, 1, 32, 32) and raw.dtype == torch.float32
     assert abs(raw.mean().item() - 2.0) < 0.02 and abs(raw.std().item() - 0.5) < 0.02
-    assert torch.equal(raw[7:9], codecs.draw_raw(stored[7:9], "vae", 0, "posterior", ordinal[7:9]))
-    assert not torch.equal(raw, codecs.draw_raw(stored, "vae", 0, "posterior", ordinal + 20))
+    assert torch.equal(raw[7:9], codecs.draw_raw(stored[7:9], codec, 0, "posterior", ordinal[7:9]))
+    assert not torch.equal(raw, codecs.draw_raw(stored, codec, 0, "posterior", ordinal + 20))
 
 
 def test_opening_refuses_missing_weights(tmp_path: Path) -> None:
@@ -89,3 +90,43 @@ def test_other_weights_are_refused(vae_folder: str) -> None:
     vae = Codec("vae", "ab" * 32, 16, 4, 2, (0.0,) * 4, (1.0,) * 4)
     with pytest.raises(UserError, match="encoded with abababababab"):
         codecs.open_codec(vae, vae_folder)
+
+
+def _pipeline(folder: Path) -> str:
+    """A folder of a pipeline, whose autoencoder lies in `vae`; the hash of its weights."""
+    save_small_vae(folder / "vae")
+    (folder / "model_index.json").write_text("{}")
+    return VAECodec(str(folder / "vae")).weights_hash
+
+
+def test_an_autoencoder_inside_a_pipeline_is_named_with_a_colon(tmp_path: Path) -> None:
+    expected = _pipeline(tmp_path / "pipeline")
+    assert VAECodec(f"{tmp_path}/pipeline:vae").weights_hash == expected
+    with pytest.raises(UserError, match=r"inside a pipeline, as .*/pipeline:vae"):
+        VAECodec(str(tmp_path / "pipeline"))
+    with pytest.raises(UserError, match=r"no .*/pipeline/unet/"):
+        VAECodec(f"{tmp_path}/pipeline:unet")
+    _pipeline(tmp_path / "a:b")  # a folder's own colon is no such colon
+    assert VAECodec(f"{tmp_path}/a:b/vae").weights_hash == expected
+    # Wherever else one is named: the decoder of samples goes the same way.
+    codec = Codec("vae", expected, 16, 4, 2, (0.0,) * 4, (1.0,) * 4)
+    assert codecs.open_codec(codec, f"{tmp_path}/pipeline:vae").weights_hash == expected
+
+
+def test_the_hub_gives_a_folder_of_a_pipeline_and_its_cache_serves_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    repository = tmp_path / "cache" / "models--owner--pipeline"
+    expected = _pipeline(repository / "snapshots" / "0123")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert VAECodec("owner/pipeline:vae").weights_hash == expected
+    with pytest.raises(UserError, match="inside a pipeline, as owner/pipeline:vae"):
+        VAECodec("owner/pipeline")
+    for name in ("owner/other", "owner/other:vae"):
+        with pytest.raises(UserError, match=r"owner/other .* HF_HUB_OFFLINE is set, and its cache has no copy"):
+            VAECodec(name)

@@ -47,7 +47,7 @@ def _set(path: str, value: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_set("format_version", 2), "format version 2, this program reads 1: upgrade"),
+        (_set("format_version", 3), "format version 3, this program reads up to 2: upgrade"),
         (_set("format_version", "1"), "format_version is '1': int is needed"),
         (_set("num_classes", "2"), "num_classes is '2': int is needed"),
         (_set("num_classes", True), "num_classes is True: int is needed"),

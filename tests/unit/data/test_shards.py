@@ -1,4 +1,5 @@
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -150,6 +151,27 @@ def test_every_flipped_bit_of_a_header_is_seen_by_the_parser(info: ShardInfo, tm
             except UserError:
                 continue
             assert parsed == members, bit  # as where a space of the checksum field becomes another filler
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT])
+def test_two_joined_archives_are_not_taken_for_the_first(form: int) -> None:
+    def archive(name: str) -> bytes:
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode="w", format=form) as writer:
+            writer.addfile(tarfile.TarInfo(name))
+        return stream.getvalue()
+
+    name = "a" * (50 if form == tarfile.USTAR_FORMAT else 120)  # the longer one takes an extended header
+    assert [member.name for member in tar.members(archive(name), "s.tar")] == [name]
+    with pytest.raises(UserError, match=r"s\.tar goes on after the end of an archive at byte"):
+        tar.members(archive(name) + archive("b.png"), "s.tar")
+
+
+def test_names_of_any_bytes() -> None:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as writer:
+        writer.addfile(tarfile.TarInfo(os.fsdecode(b"caf\xe9.cls")))
+    assert [os.fsencode(member.name) for member in tar.members(stream.getvalue(), "s.tar")] == [b"caf\xe9.cls"]
 
 
 def test_mirrored_latents_stand_beside_the_others(tmp_path: Path, latents: np.ndarray) -> None:

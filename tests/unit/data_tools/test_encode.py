@@ -19,7 +19,7 @@ from data_tools.statistics import ChannelSums
 from imm_scale import storage
 from imm_scale.data import codec as codecs
 from imm_scale.data.dataset import Dataset, read_all
-from imm_scale.data.manifest import Manifest
+from imm_scale.data.manifest import Codec, Manifest
 from tests import ranks
 from tests.small_vae import save_small_vae
 
@@ -90,7 +90,8 @@ def test_vae_sums_give_the_variance_of_the_draws() -> None:
     mean = generator.standard_normal((300, 1, 4, 4)) + 2
     std = generator.random((300, 1, 4, 4))
     stored = np.concatenate([mean, std], axis=1).astype(np.float16)
-    parts = ChannelSums.of(stored[:100], "vae") + ChannelSums.of(stored[100:], "vae")
+    codec = Codec("vae", "", 4, 1, 1, (), ())
+    parts = ChannelSums.of(stored[:100], codec) + ChannelSums.of(stored[100:], codec)
     (estimated_mean,), (estimated_std,) = parts.mean_std()
     draws = stored[:, :1] + stored[:, 1:] * generator.standard_normal((500, 300, 1, 4, 4))
     assert abs(estimated_mean - draws.mean()) < 0.005 and abs(estimated_std - draws.std()) < 0.005
@@ -171,16 +172,17 @@ def test_damaged_image_shards_are_refused(tmp_path: Path, packed: Path, capsys: 
     assert _encode(packed, tmp_path / "out") == 0
 
 
-def test_images_that_are_no_squares_or_all_alike_are_refused(
+def test_images_that_do_not_divide_or_are_all_alike_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, shape in (("wide", (4, 6, 3)), ("flat", (4, 4, 3))):
+    for name, shape in (("odd", (4, 7, 3)), ("flat", (4, 6, 3))):
         path = tmp_path / name / "class" / "a.png"
         path.parent.mkdir(parents=True)
         Image.fromarray(np.full(shape, 90, np.uint8)).save(path)
         pack.main(["--source", str(tmp_path / name), "--out", str(tmp_path / f"{name}-images")])
-    assert _encode(tmp_path / "wide-images", tmp_path / "a") == 2
-    assert "6x4 pixels" in capsys.readouterr().err
+    vae = ["--codec", "vae", "--vae", save_small_vae(tmp_path / "vae")]
+    assert encode.main(["--images", str(tmp_path / "odd-images"), "--out", str(tmp_path / "a"), *vae]) == 2
+    assert "7x4 pixels, vae needs sides divisible by 2: pack them with --size 4x6" in capsys.readouterr().err
     assert _encode(tmp_path / "flat-images", tmp_path / "b") == 2
     assert "has one value in all images" in capsys.readouterr().err
 

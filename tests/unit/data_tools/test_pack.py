@@ -130,6 +130,7 @@ def test_unreadable_images_are_listed_and_left_out(
     tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (source / "cat" / "notes.txt").write_text("no image")
+    (source / "cat" / "README").write_text("no image either")
     whole = (source / "dog" / "2.png").read_bytes()
     (source / "cat" / "cut.png").write_bytes(whole[: len(whole) // 2])
     Image.fromarray(np.zeros((6, 6), np.uint16)).save(source / "cat" / "deep.png")
@@ -137,13 +138,15 @@ def test_unreadable_images_are_listed_and_left_out(
     assert len(_read(tmp_path / "out")) == 8
     lines = sorted((tmp_path / "out/quarantine.txt").read_text().splitlines())
     reasons = dict(line.split("\t") for line in lines)
-    assert {os.path.basename(name) for name in reasons} == {"notes.txt", "cut.png", "deep.png"}
+    assert {os.path.basename(name) for name in reasons} == {"cut.png", "deep.png"}
     assert "8 bits" in reasons[str(source / "cat/deep.png")]
-    assert "left out: 3" in capsys.readouterr().out
-    assert _pack("--source", source, "--out", tmp_path / "strict", "--max-bad", 2) == 2
-    assert "more than 2 unreadable images" in capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "left out: 5, 2 of them listed in" in said
+    assert f"1  files that are no images (.txt), as {source}/cat/notes.txt" in said
+    assert _pack("--source", source, "--out", tmp_path / "strict", "--max-bad", 1) == 2
+    assert "more than 1 unreadable images" in capsys.readouterr().err
     assert not (tmp_path / "strict/pack.json").exists()
-    assert len((tmp_path / "strict/quarantine.txt").read_text().splitlines()) == 3
+    assert len((tmp_path / "strict/quarantine.txt").read_text().splitlines()) == 2
 
 
 def test_mixed_sizes_need_size(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,9 +163,12 @@ def test_bad_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "is no folder" in capsys.readouterr().err
     _picture(tmp_path / "flat" / "a.png")
     assert _pack("--source", tmp_path / "flat", "--out", tmp_path / "out") == 2
-    assert "no images in" in capsys.readouterr().err
+    assert "lies in no class folder" in capsys.readouterr().err
     (tmp_path / "texts" / "cat").mkdir(parents=True)
     (tmp_path / "texts" / "cat" / "a.txt").write_text("x")
+    assert _pack("--source", tmp_path / "texts", "--out", tmp_path / "out") == 2
+    assert "no images in" in capsys.readouterr().err
+    (tmp_path / "texts" / "cat" / "a.png").write_text("x")
     assert _pack("--source", tmp_path / "texts", "--out", tmp_path / "out") == 2
     assert "no readable images" in capsys.readouterr().err
     assert _pack("--source", "digits", "--out", tmp_path / "out", "--size", 0) == 2
@@ -198,3 +204,29 @@ def test_rendering_turns_photographs_upright(tmp_path: Path) -> None:
     rendered = images.render(str(tmp_path / "turned.jpg"), 3, None)
     assert isinstance(rendered, Rendered) and rendered.shape == (9, 4, 3)
     assert isinstance(images.render(str(tmp_path / "nowhere.png"), 3, None), Unreadable)
+
+
+def test_a_terminal_that_cannot_show_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("käfer", "猫"):
+        _picture(tmp_path / "source" / name / "1.png")
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="iso-8859-1", write_through=True)
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert _pack("--source", tmp_path / "source", "--out", tmp_path / "out") == 0
+    said = stdout.buffer.getvalue()  # type: ignore[attr-defined]
+    assert "  käfer\n".encode("iso-8859-1") in said and b"\\u732b" in said
+
+
+@pytest.mark.parametrize("inside", ["out", "cat/out", "../source/out"])
+def test_output_inside_the_source_is_refused(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], inside: str
+) -> None:
+    assert _pack("--source", source, "--out", source / inside) == 2
+    assert "lies inside --source" in capsys.readouterr().err
+
+
+def test_output_that_is_no_folder(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", "/dev/null", "/dev/null/x", f"{tmp_path}/{'x' * 300}"):
+        assert _pack("--source", source, "--out", out) == 2, out
+        assert "choose" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 from data_tools import encode, pack, stats, verify
 from imm_scale.data.dataset import read_all
 from imm_scale.data.loader import Loader
-from imm_scale.data.manifest import Manifest
+from imm_scale.data.manifest import Codec, Manifest
 from imm_scale.data.sample_order import Layout
 
 
@@ -62,8 +63,13 @@ def test_every_damage_is_named_and_mended(data: Path, capsys: pytest.CaptureFixt
         assert any(f"latents-{i:06d}.tar" in line and problem in line for line in lines), (i, lines)
     assert not any("latents-000007.tar" in line for line in lines)
     assert "2 of 8 shards are right" in lines[-1]
-    assert _verify(data, "--repair") == 2
-    assert "--repair needs the images" in capsys.readouterr().err
+    for options, message in {
+        ("--repair",): "--repair needs the images",
+        ("--codec", "pixels"): "are for --repair",
+        ("--workers", "0"): "--workers is 0",
+    }.items():
+        assert _verify(data, *options) == 2
+        assert message in capsys.readouterr().err
     assert _verify(data, "--repair", "--images", data.parent / "images", "--codec", "pixels") == 0
     assert {path.name: path.read_bytes() for path in data.iterdir()} == before
 
@@ -72,8 +78,11 @@ def test_values_out_of_range_are_seen() -> None:
     latents = np.zeros((2, 1, 2, 2, 2), np.float16)
     latents[0, 0, 1, 0, 0] = -0.5
     latents[1, 0, 0, 0, 0] = np.nan
-    vae = type("M", (), {"codec": type("C", (), {"kind": "vae", "channels": 1})})
-    assert verify._value_problems(latents, vae) == ["1 values are NaN or infinite", "negative standard deviations"]  # type: ignore[arg-type]
+    vae = Codec("vae", "", 2, 1, 1, (0.0,), (1.0,))
+    assert verify._value_problems(latents, vae) == ["1 values are NaN or infinite", "negative standard deviations"]
+    assert verify._value_problems(latents[:1], replace(vae, moments="mean_logvar")) == []
+    pixels = Codec("pixels", "", 2, 2, 1, (0.0,) * 2, (1.0,) * 2, pixel_range="unit")
+    assert verify._value_problems(latents[:1], pixels) == ["pixels outside 0 to 1"]
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -117,10 +126,26 @@ def test_bit_compression_of_published_codecs() -> None:
     assert stats.bit_compression(4 * 8 * 8, 3, math.log2(32768)) == 409.6
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--page", "page"], "the page is a PNG"),
+        (["--page", "page.png", "--columns", "0"], "--columns is 0"),
+        (["--page", "page.png", "--rows", "-1"], "--rows is -1"),
+        (["--vae", "somewhere"], "--vae somewhere decodes the page"),
+    ],
+)
+def test_options_of_stats_are_checked_before_the_data_is_read(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert stats.main(["nowhere/manifest.json", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_stats_and_page(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from sklearn.datasets import load_digits
 
-    page = tmp_path / "page.png"
+    page = tmp_path / "new" / "folder" / "page.png"
     assert stats.main([str(data / "manifest.json"), "--page", str(page), "--rows", "10", "--columns", "3"]) == 0
     text = capsys.readouterr().out
     images, target = load_digits(return_X_y=True)

@@ -198,7 +198,7 @@ def test_the_network_is_told_1000_t_and_the_second_time(second_time, second):
     s, r, t = tensor(0.25, 0.0), tensor(0.5, 0.994 - 1.4e-6), tensor(0.75, 0.994)
     f.pair(particles(), particles(), s, r, t, LABELS)
     f(particles(), s, t, LABELS)
-    f.raw(particles(), t, LABELS)
+    f.average(particles(), t, t, LABELS)
     for call, (a, b) in zip(net.calls, [(s, r), (s, t), (s, t), (t, t)], strict=True):
         assert call[1].dtype == torch.float64, "rounded to fp32, 1000 t and 1000 r lose their difference"
         assert torch.equal(call[1], 1000 * b)
@@ -237,11 +237,11 @@ def test_pair_equals_two_calls_and_only_the_later_time_has_a_gradient(interp, pa
     assert torch.equal(y_r, f(x_r, s, r, LABELS))
 
 
-def test_raw_is_the_network_at_s_equal_t():
+def test_average_is_the_network_with_its_input_scaled():
     net, x, t = Spy(), particles(), tensor(0.2, 0.7)
-    raw = FlowMap(net, COSINE, "simple_edm").raw(x, t, LABELS)
+    got = FlowMap(net, COSINE, "simple_edm").average(x, t, t, LABELS)
     c_in = 1 / SIGMA_D  # on a variance-preserving trajectory
-    torch.testing.assert_close(raw, torch.sin(3 * c_in * x), rtol=FP64, atol=FP64)
+    torch.testing.assert_close(got, torch.sin(3 * c_in * x), rtol=FP64, atol=FP64)
 
 
 def guided(dtype=torch.float64, null_label=9):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from data_tools import pack, sources
 from data_tools.common import load_pack
+from data_tools.sources.label_files import read_map
 from imm_scale.data import tar
 
 CLASSES = ("ant", "bee", "cat")
@@ -67,8 +68,7 @@ def _packed(folder: Path) -> set[tuple[bytes, int]]:
     return samples
 
 
-@pytest.mark.parametrize("make", [_as_zip, _as_stock_shards, _as_parquet])
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("make", "workers"), [(_as_zip, 2), (_as_stock_shards, 1), (_as_parquet, 2)])
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_every_kind_gives_the_same_images(make, workers: int, folder: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     source, out = make(folder, tmp_path), tmp_path / "out"
@@ -96,7 +96,7 @@ def test_shards_of_a_chosen_size(folder: Path, tmp_path: Path) -> None:
 def test_a_label_map_decides_the_numbers(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels = tmp_path / "labels.json"
     labels.write_text(json.dumps({"0": "cat", "1": "bee", "2": "ant", "3": "dog"}))
-    images = sources.find(str(folder), str(labels), "image", "label")
+    images = sources.find(sources.locate([str(folder)]), read_map(str(labels)), "image", "label")
     assert images.class_names == ["cat", "bee", "ant", "dog"]
     assert [CLASSES[2 - label] for label in images.labels] == [Path(name).parent.name for name in images.names]
     labels.write_text(json.dumps({"0": "cat", "1": "bee"}))
@@ -128,7 +128,7 @@ def test_damaged_and_unfit_sources(folder: Path, tmp_path: Path, capsys: pytest.
         (["--source", str(shards)], "cut short"),
         (["--source", str(archive)], "no readable ZIP file"),
         (["--source", str(flat)], "lies in no class folder"),
-        (["--source", str(text)], "a folder, .zip, .tar or .parquet is needed"),
+        (["--source", str(text)], "a folder with a subfolder of images per class, .zip"),
         (["--source", str(parquet), "--label-column", "y"], "has no column 'y', only image, label"),
         (["--source", "digits", "--labels", str(text)], "digits has its labels"),
     ]

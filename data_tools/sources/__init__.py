@@ -1,0 +1,74 @@
+"""Where labelled images come from: class folders, ZIP files, tars, Parquet files, and two small sets."""
+
+import os
+
+from data_tools.sources import label_files, parquet, tar_archive, webdataset, zip_archive
+from data_tools.sources.base import Image, Labelled, LeftOut, Slice, Source, ZipMember, read
+from data_tools.sources.built_in import BUILT_IN
+from data_tools.sources.classes import classify
+from data_tools.sources.locate import Located, locate
+from data_tools.sources.numbering import number
+from data_tools.sources.tar_archive import Entries
+from data_tools.sources.tree import Tree
+from imm_scale.errors import UserError
+
+__all__ = ["BUILT_IN", "Image", "LeftOut", "Located", "Slice", "Source", "ZipMember", "find", "locate", "read"]
+
+
+def find(located: Located, label_map: list[str] | None, image_column: str, label_column: str) -> Source:
+    """The images of a source, with labels as numbers.
+
+    Args:
+        label_map: names of the classes 0, 1, ...; None takes the order of the source or of the names. Built-in sets
+            have their own.
+        label_column: Parquet column of labels, or key of a WebDataset's .json.
+
+    Raises:
+        UserError: no images, damaged files, or labels that do not match the map.
+    """
+    if located.kind == "built_in":
+        return BUILT_IN[located.given[0]]()
+    known = [label_files.folder_name(name) for name in label_map or ()]
+    if located.tree is not None:
+        found = classify(located.tree, known)
+    elif located.kind == "zip":
+        found = _together([(path, zip_archive.tree_of(path)) for path in located.files], known)
+    elif located.kind == "tar":
+        found = _tars(located.files, known, label_column)
+    else:
+        found = parquet.labelled(located.files, image_column, label_column)
+    if not found.images:
+        bad = f": {len(found.bad)} unusable, the first {': '.join(found.bad[0])}" if found.bad else ""
+        raise UserError(f"no images in {located.where}{bad}; it must be a folder or an archive with a folder per class")
+    return number(found, label_map, located.where)
+
+
+def _tars(files: list[str], known: list[str], label_column: str) -> Labelled:
+    entries = {path: tar_archive.entries_of(path) for path in files}
+    if not any(map(webdataset.is_shard, entries.values())):
+        return _together([(path, _tree_of(path, one)) for path, one in entries.items()], known)
+    found = Labelled()
+    for path, one in entries.items():
+        found.extend(webdataset.labelled(path, one, label_column))
+    return found
+
+
+def _tree_of(path: str, entries: Entries) -> Tree:
+    tree = Tree(path, left_out=entries.left_out, synsets=label_files.synsets_above(path))
+    for name, place in entries.files.items():
+        tree.add(name, place, place.size)
+    for name in entries.folders:
+        tree.add_folder(name)
+    tree.keeps += entries.keeps
+    return tree
+
+
+def _together(trees: list[tuple[str, Tree]], known: list[str]) -> Labelled:
+    """The classes of several archives. Of several, one whose images lie in no folder is a class, as ImageNet's are."""
+    found = Labelled()
+    for path, tree in trees:
+        stem = os.path.basename(path).split(".")[0] if len(trees) > 1 else None
+        part = classify(tree, known, stem)
+        part.keeps += tree.keeps
+        found.extend(part)
+    return found

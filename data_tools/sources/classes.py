@@ -1,0 +1,158 @@
+"""From paths of files to classes: the same for folders, ZIP files and tars."""
+
+import io
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Collection
+
+import numpy as np
+from PIL import Image as Pillow
+
+from data_tools.sources import label_files, names
+from data_tools.sources.base import Labelled, LeftOut, read
+from data_tools.sources.tree import Tree
+from imm_scale.errors import UserError
+
+_WEAK_FORMATS = {"TGA", "PCX", "DCX"}  # hardly anything in such a file says what it is
+_HEAD = 1 << 18  # bytes by which most images are known
+
+
+def classify(tree: Tree, known: Collection[str] = (), flat_class: str | None = None) -> Labelled:
+    """The images of a tree with their classes.
+
+    A class is a folder at the depth where images first divide into several folders, or lie themselves: README files
+    and wrapper folders above do not count. A dataset.json as EDM writes it decides instead.
+
+    Args:
+        known: names of classes the user gives: folders of these names are classes, even if called "train".
+        flat_class: the class of images that lie in no folder at all.
+
+    Raises:
+        UserError: classes named like splits of a data set, images without class folders, or a broken dataset.json.
+    """
+    images = _images(tree)
+    found = label_files.from_dataset_json(tree, images)
+    if found is None:
+        root = class_root(images)
+        if not any(is_inside(path, root) for path in images):
+            return _flat(tree, images, flat_class)
+        found = _by_folder(tree, images, root, known)
+    found.left_out.merge(tree.left_out)
+    return found
+
+
+def _images(tree: Tree) -> list[str]:
+    """Paths of images in order, by their names or, where those say nothing, by their content."""
+    paths = sorted(tree.files, key=names.raw)
+    return [path for path in paths if names.is_image(path) or _is_image_by_content(tree, path)]
+
+
+def _is_image_by_content(tree: Tree, path: str) -> bool:
+    """Whether a file that may be an image by its name begins as one does."""
+    image = tree.files[path].image
+    assert not isinstance(image, np.ndarray)
+    if names.is_other(path):
+        return False
+    try:
+        head = read(image, _HEAD)
+        return _opens(head) or (len(head) == _HEAD and _opens(read(image)))
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        return False
+
+
+def _opens(data: bytes) -> bool:
+    formats = [name for name in names.FORMATS if name not in _WEAK_FORMATS]
+    try:
+        with Pillow.open(io.BytesIO(data), formats=formats):
+            return True
+    except Pillow.DecompressionBombError:
+        return True
+    except (OSError, ValueError, SyntaxError, RuntimeError):
+        return False
+
+
+def class_root(images: list[str]) -> str:
+    """The path, "" or with a slash at its end, below which the folders are classes."""
+    root = ""
+    while True:
+        below = [path[len(root) :] for path in images if path.startswith(root)]
+        heads = {path.split("/", 1)[0] for path in below if "/" in path}
+        if len(heads) != 1:
+            return root
+        deeper = f"{heads.pop()}/"
+        depths = Counter(path.count("/") > 1 for path in below if "/" in path)
+        if depths[True] <= depths[False]:  # most images lie in that folder itself: it is a class
+            return root
+        root += deeper
+
+
+def is_inside(path: str, root: str) -> bool:
+    """Whether a file lies in a class folder below `root`, as `class_root` gives it."""
+    return path.startswith(root) and "/" in path[len(root) :]
+
+
+def _flat(tree: Tree, images: list[str], flat_class: str | None) -> Labelled:
+    found = Labelled(left_out=tree.left_out)
+    if images and flat_class is None:
+        raise UserError(
+            f"{names.printable(tree.name(images[0]))} lies in no class folder: one folder of images per class is needed"
+        )
+    for path in images:
+        assert flat_class is not None
+        found.add(tree.name(path), flat_class, tree.files[path].image)
+        found.folders.add(flat_class)
+    return found
+
+
+def _by_folder(tree: Tree, images: list[str], root: str, known: Collection[str]) -> Labelled:
+    found = Labelled()
+    classes: dict[str, list[str]] = {}
+    for path in images:
+        if is_inside(path, root):
+            classes.setdefault(path[len(root) :].split("/", 1)[0], []).append(path)
+    _check_splits(tree, root, classes, known)
+    _leave_out(tree, images, root, classes, found.left_out)
+    for name in names.in_order(classes):
+        for path in classes[name]:
+            file = tree.files[path]
+            found.add(tree.name(path), name, file.image)
+    found.folders = set(classes) | _empty_folders(tree, root)
+    found.titles = label_files.titles(tree, found.folders)
+    return found
+
+
+def _leave_out(tree: Tree, images: list[str], root: str, classes: Collection[str], left_out: LeftOut) -> None:
+    """Counts what belongs to no class. Raises UserError if that are most of the images."""
+    outside = [path for path in images if not is_inside(path, root)]
+    if 2 * len(outside) > len(images):
+        raise UserError(
+            f"{tree.where}: {len(outside)} of {len(images)} images lie in no class folder, as "
+            f"{names.printable(outside[0])}: put every image into the folder of its class"
+        )
+    if outside:
+        left_out.add("images in no class folder", tree.name(outside[0]), len(outside))
+    others = sorted(tree.files.keys() - set(images), key=names.raw)
+    for path in others:
+        left_out.add(f"files that are no images ({names.suffix(path) or 'without an ending'})", tree.name(path))
+    heads = {path[len(root) :].split("/", 1)[0] for path in others if is_inside(path, root)}
+    for head in sorted(heads - set(classes)):
+        left_out.add("folders with files but no image", tree.name(root + head))
+
+
+def _empty_folders(tree: Tree, root: str) -> set[str]:
+    """Names of class folders in which nothing is."""
+    level = {path[len(root) :] for path in tree.folders if path.startswith(root) and "/" not in path[len(root) :]}
+    filled = {path[len(root) :].split("/", 1)[0] for path in tree.files if path.startswith(root)}
+    return level - filled
+
+
+def _check_splits(tree: Tree, root: str, classes: dict[str, list[str]], known: Collection[str]) -> None:
+    splits = [name for name in classes if names.folder_split(name) and name not in known]
+    nested = [name for name in splits if all(path[len(root) :].count("/") > 1 for path in classes[name])]
+    if len(splits) > 1 or nested or (splits and len(classes) == 1):
+        one = f"as in --source {tree.where}/{root}{sorted(splits)[0]}" if tree.separator == "/" else "unpacked first"
+        raise UserError(
+            f"{tree.where}: the folders {', '.join(sorted(splits))} are splits of a data set by their names, not "
+            f"classes: pack one of them at a time, {one}; if they are classes, name them in a map for --labels"
+        )

@@ -1,0 +1,5 @@
+"""Flow maps by the Eulerian identity, with a tangent or by differences."""
+
+from imm_scale.methods.eulerian.method import Eulerian, EulerianConfig
+
+__all__ = ["Eulerian", "EulerianConfig"]

@@ -1,0 +1,247 @@
+"""The Eulerian identity D_t f_{s,t}(x_t) = 0 along the path: MeanFlow, iMF, alpha-Flow, SoFlow, CT, ECT and sCT.
+
+    e = -D_t f_{s,t}(x_t) / sigma_d, for `euler_fm`  G - v / sigma_d + (t - s) D_t G
+
+with D_t f by a tangent, or as (f_{s,t}(x_t) - f_{s,r}(x_r)) / (t - r). The gradient of a sample's loss is 2 wt e dG: a
+regression of G on G - e, which is not differentiated. The presets in configs/method say which paper means what.
+
+Legend: N samples, each a group of its own; times are (N,) fp64.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from imm_scale.choices import Passes, option
+from imm_scale.data.batch import Batch
+from imm_scale.errors import UserError
+from imm_scale.fusion import fused
+from imm_scale.methods import two_times
+from imm_scale.methods.base import (
+    FlowMapMethod,
+    FlowMapMethodConfig,
+    GroupLosses,
+    in_order,
+    prior_noise,
+    regression,
+    zero_filled,
+)
+from imm_scale.methods.eulerian import residuals, steps
+from imm_scale.methods.eulerian.guidance import TrainingGuidanceConfig, guided
+from imm_scale.methods.eulerian.residuals import ResidualConfig
+from imm_scale.methods.eulerian.steps import StepConfig
+from imm_scale.methods.flow_map import Coefficients, FlowMap, per_sample
+from imm_scale.methods.probability_path import diffuse
+from imm_scale.methods.two_times import TwoTimesConfig
+from imm_scale.registry import register_method
+
+# D_t G, in forward passes: the affine layers once and five products of attention instead of two.
+_TANGENT = 1.1
+_LEAST = 1e-12  # of a t - s that is divided by
+
+
+class Draws(NamedTuple):
+    """A micro-batch on its path; v is the velocity eps, x stand for, both (N, ...); times (N,) fp64."""
+
+    x_t: Tensor
+    x_r: Tensor
+    v: Tensor
+    s: Tensor
+    r: Tensor
+    t: Tensor
+    label: Tensor
+    dropout_key: Tensor | None
+    progress: Tensor
+
+
+@dataclass(frozen=True)
+class EulerianConfig(FlowMapMethodConfig):
+    """One loss and its switches; defaults are MeanFlow's."""
+
+    name: str = option("eulerian", "")
+    derivative: Literal["tangent", "difference"] = option(
+        "tangent", "D_t f by a tangent through the net, or by the difference to a second point r of the path."
+    )
+    tangent_mix: float = option(
+        0.0, "Share of the net's own velocity in the tangent: 0 the path's (MeanFlow), 1 the net's (improved MeanFlow)."
+    )
+    label_drop_at: Literal["any", "equal"] = option(
+        "any", "Labels are dropped anywhere, or where s = t only, at the same share of all (MeanFlow)."
+    )
+    schedule_images: int | None = option(None, "Images over which schedules run; they stay at their end afterwards.")
+    times: TwoTimesConfig = field(default_factory=TwoTimesConfig)
+    step: StepConfig = field(default_factory=StepConfig)
+    residual: ResidualConfig = field(default_factory=ResidualConfig)
+    guidance: TrainingGuidanceConfig = field(default_factory=TrainingGuidanceConfig)
+
+    @property
+    def passes(self) -> Passes:
+        return self._passes(1.0)
+
+    def passes_at(self, alignment: int) -> Passes:
+        return self._passes(1.0 - self.times.equal if two_times.splits(self.times.equal, alignment) else 1.0)
+
+    def _passes(self, apart: float) -> Passes:
+        """`apart`: the share of samples that are taken for such with s before t."""
+        guiding = self.guidance.passes if self.guidance.is_on else 0
+        if self.derivative == "difference":
+            return Passes(grad=1, no_grad=guiding + apart)
+        return Passes(grad=1, no_grad=guiding + apart * (self.tangent_mix > 0.0), tangent=apart * _TANGENT)
+
+    def validate(self) -> None:
+        super().validate()
+        self.times.validate()
+        self.step.validate()
+        self.residual.validate()
+        self.guidance.validate()
+        if self.guidance.is_on and self.label_drop == 0.0:
+            raise UserError("method.guidance mixes in the net without a label: set method.label_drop above 0, as 0.1")
+        if not 0.0 <= self.tangent_mix <= 1.0:
+            raise UserError(f"method.tangent_mix={self.tangent_mix} must be in [0, 1]")
+        if self.tangent_mix and self.derivative == "difference":
+            raise UserError("method.tangent_mix has no meaning for method.derivative=difference: leave it at 0")
+        if self.label_drop_at == "equal" and self.label_drop > self.times.equal:
+            raise UserError(
+                f"method.label_drop={self.label_drop} where s = t only needs method.times.equal of at least that, not "
+                f"{self.times.equal}"
+            )
+        self._check_unused()
+        scheduled = self.derivative == "difference" and self.step.is_scheduled
+        if (scheduled or self.residual.warmup) and self.schedule_images is None:
+            raise UserError(
+                "method.schedule_images must say over how many images method.step and method.residual.warmup run: "
+                "train.max_steps x train.global_batch_size, as a rule"
+            )
+
+    def _check_unused(self) -> None:
+        """Raises UserError for settings that would do nothing, and for times a tangent cannot follow."""
+        if self.derivative == "tangent" and self.flow_map.time_input != "t":
+            raise UserError(
+                f"method.flow_map.time_input={self.flow_map.time_input} has no derivative: use "
+                "method.derivative=difference"
+            )
+        if self.derivative == "tangent" and self.step != StepConfig():
+            raise UserError("method.step has no meaning for method.derivative=tangent: leave it out")
+        if self.derivative == "tangent" and self.residual.kind == "ect":
+            raise UserError("method.residual.kind=ect weights a difference: it needs method.derivative=difference")
+        if self.derivative == "tangent" and self.residual.of_difference:
+            raise UserError("method.residual.of_difference weights a difference: it needs method.derivative=difference")
+        whole = self.flow_map.parameterization == "euler_fm" or self.flow_map.trajectory == "vp_cosine"
+        if self.residual.warmup and (self.derivative == "difference" or not whole):
+            raise UserError(
+                "method.residual.warmup grows the part of the tangent: it needs method.derivative=tangent, and "
+                "flow_map.parameterization=euler_fm or trajectory=vp_cosine"
+            )
+
+
+@register_method("eulerian")
+class Eulerian(FlowMapMethod):
+    """The Eulerian identity of a flow map: MeanFlow and its kin, consistency training; configs/method has presets."""
+
+    Config = EulerianConfig
+
+    def loss(self, net: FlowMap, batch: Batch, seed: int) -> GroupLosses:
+        order, apart = two_times.order(self.config.times.equal, self.group(batch.ordinal), seed, batch.alignment)
+        x, label, ordinal = (
+            part if order is None else part[order] for part in (batch.x, batch.condition, batch.ordinal)
+        )
+        draws = self.draw(net, x, label, ordinal, seed)
+        if self.config.guidance.is_on:
+            draws = self._guided(net, draws)
+        by = self._by_tangent if self.config.derivative == "tangent" else self._by_difference
+        out, residual, derivative = by(net, draws, apart)
+        weighted = self._weighted(net, out, residual, derivative, draws)
+        return weighted if order is None else in_order(weighted, order)
+
+    def progress(self, ordinal: Tensor) -> Tensor:
+        """(G,) fp64 of schedules, from 0 to 1: a function of the clock alone."""
+        group = self.group(ordinal).double()
+        if self.config.schedule_images is None:
+            return torch.zeros_like(group)
+        return (group / self.config.schedule_images).clamp_max(1.0)
+
+    @fused()
+    def draw(self, flow_map: FlowMap, x: Tensor, label: Tensor, ordinal: Tensor, seed: int) -> Draws:
+        """All that is random about a micro-batch of x (N, ...), label (N,) and ordinal (N,)."""
+        c, path = self.config, flow_map.interp
+        s, t, equal = two_times.draw(path, c.times, self.group(ordinal), seed, c.t_min, c.t_max)
+        progress = self.progress(ordinal)
+        r = torch.where(equal, t, steps.next_time(path, c.step, s, t, progress, flow_map.sigma_data))
+        eps = prior_noise(flow_map, x, ordinal, seed)
+        t_N = per_sample(t, x)
+        v = path.dalpha(t_N).to(x.dtype) * x + path.dsigma(t_N).to(x.dtype) * eps
+        x_t, x_r = diffuse(path, x, eps, t_N), diffuse(path, x, eps, per_sample(r, x))
+        label = self._drop(flow_map, label, ordinal, equal, seed)
+        return Draws(x_t, x_r, v, s, r, t, label, self.dropout_key(flow_map, ordinal, seed), progress)
+
+    def _drop(self, flow_map: FlowMap, label: Tensor, ordinal: Tensor, equal: Tensor, seed: int) -> Tensor:
+        if self.config.label_drop_at == "any" or self.config.label_drop == 0.0:
+            return self.drop_labels(flow_map, label, ordinal, seed)
+        share = self.config.label_drop / self.config.times.equal
+        return torch.where(equal, self.drop_labels(flow_map, label, ordinal, seed, share), label)
+
+    def _guided(self, net: FlowMap, d: Draws) -> Draws:
+        """On the guided velocity, along which x_r lies as well."""
+        v = guided(self.config.guidance, net, d.x_t, d.v, d.t, d.label, d.dropout_key)
+        back = per_sample((d.t - d.r).to(v.dtype), v)
+        return d._replace(v=v, x_r=d.x_r - back * (v - d.v))
+
+    def _by_tangent(self, net: FlowMap, d: Draws, apart: int) -> tuple[Tensor, Tensor, Tensor]:
+        """G with gradient, e and (t - s) D_t G, each (N, ...); s = t for all but the first `apart` samples."""
+        w, mix = d.v[:apart], self.config.tangent_mix
+        if mix > 0.0:
+            key = None if d.dropout_key is None else d.dropout_key[:apart]
+            with torch.no_grad():
+                w = w + mix * (net.velocity(d.x_t[:apart], d.t[:apart], d.label[:apart], key) - w)
+        out, derivative = net.with_tangent(d.x_t, w, d.s, d.t, d.label, d.dropout_key)
+        derivative = zero_filled(derivative, out)
+        warmup = self.config.residual.warmup
+        grown = (d.progress / warmup).clamp_max(1.0) if warmup else None
+        residual = net.residual(d.x_t, d.v, out.detach(), derivative, d.s, d.t, grown)
+        return out, residual, per_sample((d.t - d.s).to(out.dtype), out) * derivative
+
+    def _by_difference(self, net: FlowMap, d: Draws, apart: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with D_t f as a difference quotient; where r = t it is the velocity's error, exactly."""
+        pair = net.average_pair(d.x_t, d.x_r[:apart], d.s, d.r[:apart], d.t, d.label, d.dropout_key)
+        out, out_r, at_t, at_r = pair
+        at_r = Coefficients(*(zero_filled(part, d.t) for part in at_r))
+        return out, *self._quotient(net, out.detach(), zero_filled(out_r, out), at_t, at_r, d)
+
+    @fused()
+    def _quotient(
+        self, net: FlowMap, out: Tensor, out_r: Tensor, at_t: Coefficients, at_r: Coefficients, d: Draws
+    ) -> tuple[Tensor, Tensor]:
+        """e and, of it, what is not the velocity's error at s = t: (t - s) D_t G for `euler_fm`."""
+        apart = d.t > d.r
+        gap = per_sample(torch.where(apart, d.t - d.r, 1.0), out)
+        c_t, c_r = (Coefficients(*(per_sample(part, out) for part in c)) for c in (at_t, at_r))
+        # In fp64: two points that hardly differ.
+        moved = c_t.c_skip * d.x_t.double() - c_r.c_skip * d.x_r.double()
+        moved = moved + c_t.c_out * out.double() - c_r.c_out * out_r.double()
+        sign = 1.0 if net.parameterization == "identity" else -1.0
+        quotient = (sign / net.sigma_data * moved / gap).to(out.dtype)
+        local = net.residual(d.x_t, d.v, out, torch.zeros_like(out), d.s, d.t)
+        residual = torch.where(per_sample(apart, out), quotient, local)
+        return residual, residual - local
+
+    @fused()
+    def _weighted(
+        self,
+        net: FlowMap,
+        out: Tensor,
+        residual: Tensor,
+        derivative: Tensor,
+        d: Draws,
+    ) -> GroupLosses:
+        """wt ||e||^2 (N,) fp64 with the gradient 2 wt e dG, and what to watch."""
+        elements, square = residual[0].numel(), residual.double().flatten(1).square().sum(dim=1)
+        share = torch.where(d.t > d.s, (d.t - d.r) / (d.t - d.s).clamp_min(_LEAST), 1.0)
+        c_out = net.coefficients(d.s, d.t).c_out
+        wt = residuals.weights(
+            self.config.residual, square, elements, net.interp, d.t, d.r, share, c_out, net.sigma_data
+        )
+        loss = regression(out, residual, wt)
+        size = derivative.double().flatten(1).square().mean(dim=1).sqrt()
+        return GroupLosses(loss, d.t, {"residual": square / elements, "tangent_rms": size, "gap": d.t - d.s})

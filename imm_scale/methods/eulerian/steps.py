@@ -1,0 +1,76 @@
+"""The second point r of a difference: how far behind t it lies, and how that shrinks in the course of training.
+
+Times are fp64 and of one shape (G,); progress is (G,) in [0, 1].
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from imm_scale.choices import option
+from imm_scale.errors import UserError
+from imm_scale.methods import imm_times
+from imm_scale.methods.probability_path import Interpolant
+
+# Below and above these shares alpha-Flow's schedule is at its ends (arXiv 2510.20771).
+_SNAP = 0.005
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """r between s and t."""
+
+    kind: Literal["share", "eta", "ect"] = option(
+        "share",
+        "share: r = t - a (t - s); eta: a constant step in sigma / alpha, as IMM's; ect: easy consistency tuning's.",
+    )
+    start: float = option(0.1, "share: a at the start, at most 1, which is flow matching with a target of one jump.")
+    end: float = option(0.002, "share: a at the end of the schedule; the same as start: no schedule.")
+    schedule: Literal["exponential", "sigmoid"] = option("exponential", "share: how a goes from start to end.")
+    steepness: float = option(25.0, "share: gamma of the sigmoid schedule.")
+    k: int = option(10, "eta: the step is the range of eta (160) / 2^k.")
+    base: float = option(2.0, "ect: q; the gap to r shrinks as q^-(stage + 1).")
+    stages: int = option(8, "ect: stages over the schedule.")
+
+    def validate(self) -> None:
+        """Raises UserError where a value is out of its range."""
+        if not 0.0 < self.end <= self.start <= 1.0:
+            raise UserError(
+                f"method.step.start={self.start} and end={self.end} must fall within (0, 1]: an end of 0 is what "
+                "method.derivative=tangent computes"
+            )
+        if self.k < 0 or self.stages < 1 or self.base <= 1.0:
+            raise UserError(f"method.step needs k={self.k} >= 0, stages={self.stages} >= 1 and base={self.base} > 1")
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether r depends on how far training is."""
+        return self.start != self.end if self.kind == "share" else self.kind == "ect" and self.stages > 1
+
+
+def share(config: StepConfig, progress: Tensor) -> Tensor:
+    """a of r = t - a (t - s)."""
+    if config.start == config.end:
+        return torch.full_like(progress, config.start)
+    if config.schedule == "exponential":  # SoFlow, arXiv 2512.15657
+        return config.start * (config.end / config.start) ** progress
+    falling = torch.sigmoid(-config.steepness * (progress - 0.5))
+    falling = torch.where(falling > 1.0 - _SNAP, 1.0, falling)
+    return (config.end + (config.start - config.end) * falling).clamp_min(config.end)
+
+
+def next_time(
+    interp: Interpolant, config: StepConfig, s: Tensor, t: Tensor, progress: Tensor, sigma_data: float
+) -> Tensor:
+    """r in [s, t]."""
+    if config.kind == "share":
+        return t - share(config, progress) * (t - s)
+    if config.kind == "eta":
+        return imm_times.map_r(interp, s, t, config.k)
+    # ECT (arXiv 2406.14548): in noise levels, and all the way to the data where the rule passes it.
+    level = sigma_data * interp.eta(t)
+    stage = (progress * config.stages).floor().clamp_max(config.stages - 1)
+    gap = config.base ** -(stage + 1.0) * (1.0 + 8.0 * torch.sigmoid(-level))
+    return torch.maximum(s, interp.eta_inverse((level * (1.0 - gap)).clamp_min(0.0) / sigma_data))
