@@ -134,9 +134,16 @@ def _encode(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_encode(args: argparse.Namespace) -> None:
+    from data_tools import encode
+
+    encode.check(args)
+
+
 ENCODE = Command(
     _add_encode,
     _encode,
+    check=_check_encode,
     description="""\
 Encodes the image shards of imm-scale pack to latent shards for training. For images-000000.tar it writes
 latents-000000.tar, its index latents-000000.index.npy and its record latents-000000.json (written last: a shard with a

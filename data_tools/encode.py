@@ -33,25 +33,49 @@ _BATCHES_AHEAD = 4
 _DECODERS = 4  # threads that decode PNGs ahead of the encoder
 
 
-def make_codec(args: argparse.Namespace) -> ImageCodec:
-    """Raises UserError for options that do not fit together or an autoencoder that cannot be loaded."""
+def check(args: argparse.Namespace) -> None:
+    """Raises UserError for what can be known before an autoencoder is loaded, or a job waits in a queue."""
+    _check_codec(args)
+    tasks.check(args.task_index, args.num_tasks)
+    if not getattr(args, "may_come", False):
+        load_images(args.images)
+    storage.check_writable(args.out)
+
+
+def _check_codec(args: argparse.Namespace) -> None:
+    """Raises UserError for options that do not fit together."""
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}: it must be at least 1")
     if args.codec == "pixels":
         if args.vae is not None:
             raise UserError(f"--vae {args.vae} is for --codec vae: give one or the other")
-        return PixelsCodec()
-    if args.vae is None:
+        if getattr(args, "precision", "fp32") != "fp32":
+            raise UserError(f"--precision {args.precision} is for --codec vae: {args.codec} computes nothing")
+    elif args.vae is None:
         raise UserError("--codec vae needs --vae PATH, the folder or hub name of a diffusers AutoencoderKL")
+    else:
+        _named_device(args.device)
+
+
+def make_codec(args: argparse.Namespace) -> ImageCodec:
+    """Raises UserError for options that do not fit together or an autoencoder that cannot be loaded."""
+    _check_codec(args)
+    if args.codec == "pixels":
+        return PixelsCodec()
     return VAECodec(args.vae, _device(args.device))
+
+
+def _named_device(name: str) -> torch.device:
+    """Whether it is here or not. Raises UserError for what torch does not know."""
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name} is no device of torch: use cpu, cuda or, say, cuda:1") from error
 
 
 def _device(name: str) -> str:
     """The torch device asked for, which `cuda` leaves to the rank. Raises UserError for one that is not there."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name} is no device of torch: use cpu, cuda or, say, cuda:1") from error
+    device = _named_device(name)
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         count = torch.cuda.device_count()
         raise UserError(f"--device {name}: torch sees {count} GPUs here; use another or --device cpu")
@@ -59,9 +83,7 @@ def _device(name: str) -> str:
 
 
 def _set_precision(codec: ImageCodec, name: str) -> None:
-    """Raises UserError for tf32 where nothing, or no GPU, computes in it."""
-    if name != "fp32" and codec.kind != "vae":
-        raise UserError(f"--precision {name} is for --codec vae: {codec.kind} computes nothing")
+    """Raises UserError for tf32 where no GPU computes in it."""
     precision.check(name, "--precision")
     codec.precision = name
 
@@ -80,6 +102,10 @@ def load_images(folder: str) -> Pack:
 def encode(args: argparse.Namespace) -> None:
     """Does what the command line asks. Raises UserError."""
     precision.set_tf32(False)  # but where --precision allows it
+    _check_codec(args)
+    if args.codec == "vae":
+        _device(args.device)
+    check(args)
     codec = make_codec(args)
     _set_precision(codec, args.precision)
     pack = load_images(args.images)

@@ -54,6 +54,8 @@ def _check_options(args: argparse.Namespace) -> None:
     for name in ("columns", "rows"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}: it must be at least 1")
+    if args.page is not None:
+        storage.check_writable(storage.parent(args.page))
 
 
 def _moments(dataset: Dataset) -> list[str]:

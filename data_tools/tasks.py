@@ -23,6 +23,14 @@ class Tasks:
         return shard % self.count == self.index
 
 
+def check(task_index: int | None, num_tasks: int | None) -> None:
+    """Raises UserError for one without the other, or a task outside."""
+    if (task_index is None) != (num_tasks is None):
+        raise UserError("--task-index and --num-tasks belong together: give both or neither")
+    if task_index is not None and num_tasks is not None and not 0 <= task_index < num_tasks:
+        raise UserError(f"--task-index {task_index} is outside --num-tasks {num_tasks}: 0 to {num_tasks - 1}")
+
+
 def find(out: str, task_index: int | None, num_tasks: int | None, env: Mapping[str, str]) -> Tasks:
     """The tasks of the command line, else of a SLURM array, else one; each may be torchrun or srun of several ranks.
 
@@ -32,11 +40,8 @@ def find(out: str, task_index: int | None, num_tasks: int | None, env: Mapping[s
     Raises:
         UserError: a number of tasks that contradicts the recorded one, or indices outside it.
     """
-    if (task_index is None) != (num_tasks is None):
-        raise UserError("--task-index and --num-tasks belong together: give both or neither")
+    check(task_index, num_tasks)
     if task_index is not None and num_tasks is not None:
-        if not 0 <= task_index < num_tasks:
-            raise UserError(f"--task-index {task_index} is outside --num-tasks {num_tasks}: 0 to {num_tasks - 1}")
         array = _agree_on_arguments(out, Tasks(task_index, num_tasks))
     elif "SLURM_ARRAY_TASK_ID" in env:
         array = _agree_on_array(out, env)

@@ -14,6 +14,7 @@ from torch import Tensor
 from imm_scale import config as configs
 from imm_scale.config.schema import Config, SamplingConfig
 from imm_scale.errors import UserError
+from imm_scale.evaluation import command as evaluation
 from imm_scale.evaluation.evaluator import Evaluator
 from imm_scale.evaluation.records import FOLDER
 from imm_scale.parallel import world as distributed
@@ -157,7 +158,7 @@ def evaluate(
         "sampling.ema": ema,
     }
     settings_overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items() if value is not None]
-    config = sources.config_of(weights, [*settings_overrides, *overrides])
+    config = sources.config_of(weights, [*settings_overrides, *overrides], evaluation.READS)
     with _ranks() as world:
         evaluator = Evaluator(weights, config, world, lambda line: None, out or FOLDER)
         return evaluator.evaluate(config.sampling, config.evaluation)

@@ -4,15 +4,59 @@ Each registered class has a `Config`, a frozen dataclass derived from one of the
 `option`. Its keys exist in a run's config where the section's `name` is that of the class.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 
-def option(default: Any, help: str) -> Any:
-    """A field of a config with its sentence; mutable defaults are copied for each instance."""
+@dataclass(frozen=True)
+class Interval:
+    """The numbers a key may have, in the usual notation: [0, 1) holds 0 and not 1. No interval holds nan or inf."""
+
+    text: str
+
+    def __post_init__(self) -> None:
+        assert re.fullmatch(r"[\[(]\S+, \S+[\])]", self.text), self.text
+        assert self.low <= self.high, self.text
+
+    @property
+    def low(self) -> float:
+        """The lower end."""
+        return _number(self.text[1:].partition(", ")[0])
+
+    @property
+    def high(self) -> float:
+        """The upper end."""
+        return _number(self.text[:-1].partition(", ")[2])
+
+    def __contains__(self, value: float) -> bool:
+        above = value >= self.low if self.text.startswith("[") else value > self.low
+        below = value <= self.high if self.text.endswith("]") else value < self.high
+        return above and below
+
+
+def _number(text: str) -> float:
+    """An integer where the text is one: a float has 53 bits."""
+    return int(text) if re.fullmatch(r"-?\d+", text) else float(text)
+
+
+ANY_NUMBER, ANY_LENGTH = Interval("(-inf, inf)"), Interval("[0, inf)")
+
+
+def option(
+    default: Any, help: str, *, range: str = ANY_NUMBER.text, length: str = ANY_LENGTH.text, is_path: bool = False
+) -> Any:
+    """A field of a config with its sentence; mutable defaults are copied for each instance.
+
+    Args:
+        range: the interval that a number, or each number of a list, must lie in.
+        length: the interval that the number of a list's items must lie in.
+        is_path: a file or a folder, whose leading ~ stands for the user's home.
+    """
+    about = {"help": help, "range": Interval(range), "length": Interval(length), "is_path": is_path}
     if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: type(default)(default), metadata=about)
+    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ keyboard, 1 anything else.
 """
 
 import argparse
+import errno
 import io
 import os
 import re
@@ -13,19 +14,23 @@ from collections.abc import Callable, Sequence
 
 from imm_scale.commands.base import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR
 from imm_scale.commands.table import make_parser
-from imm_scale.errors import RunError, UserError
+from imm_scale.errors import RunError, UserError, explain_os_error
 
-__all__ = ["EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_PREEMPTED", "EXIT_USER_ERROR", "entry", "main"]
+__all__ = ["EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_PREEMPTED", "EXIT_USER_ERROR", "entry", "main", "parse"]
 
 EXIT_INTERRUPTED = 130
+_TRANSIENT = (errno.EIO, errno.ESTALE, errno.ENFILE)  # what a restart may mend, so that launchers try one
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments; words after "--" are the command's, whatever they look like."""
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; words after "--" are the command's, whatever they look like. Exits with 2 for wrong ones."""
     end = argv.index("--") if "--" in argv else len(argv)
     before, after = argv[:end], argv[end + 1 :]
     parser = make_parser(before[:1])
-    args, rest = parser.parse_known_args(before)
+    args, rest = parser.parse_known_args([_with_home(arg) for arg in before])
+    for arg in before:
+        if "${" in arg and (arg.startswith("-") or "=" not in arg):  # keys of a config may refer to others
+            getattr(args, "refuse", parser.error)(f"{arg}: ${{...}} is the shell's to replace: leave out single quotes")
     # argparse takes positionals in one run only: those after a flag are left over.
     if any(arg.startswith("-") for arg in rest) or ((rest or after) and not hasattr(args, "positionals")):
         getattr(args, "refuse", parser.error)(f"unrecognized arguments: {' '.join(rest or after)}")
@@ -34,23 +39,43 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def _with_home(arg: str) -> str:
+    """--out=~/x as --out ~/x, in which the shell knows the home."""
+    flag, equals, value = arg.partition("=")
+    return f"{flag}={os.path.expanduser(value)}" if flag.startswith("--") and equals else arg
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     # The deepspeed launcher inserts --local_rank=N; ranks come from the environment.
     argv = [arg for arg in argv if not re.fullmatch(r"--local[_-]rank=\d+", arg)]
-    args = _parse(argv)
+    args = parse(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a class may be called what this terminal cannot show
     try:
         code: int = args.action(args)
+        sys.stdout.flush()
     except (UserError, RunError) as error:
-        print(f"imm-scale {args.command}: {_rank()}{error}", file=sys.stderr)
-        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
+        return _say(args, error)
+    except BrokenPipeError:
+        # Whoever read has gone, as `head` does; what is left in the buffer must go somewhere when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except OSError as error:
+        explained = explain_os_error(error)
+        if explained is None:
+            raise
+        return _say(args, RunError(str(explained)) if error.errno in _TRANSIENT else explained)
     except KeyboardInterrupt:
-        print(f"imm-scale {args.command}: interrupted; the same command goes on", file=sys.stderr)
+        print(f"imm-scale {args.command}: interrupted; {args.interrupted}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return code
+
+
+def _say(args: argparse.Namespace, error: Exception) -> int:
+    print(f"imm-scale {args.command}: {_rank()}{error}", file=sys.stderr)
+    return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
 
 
 def _rank() -> str:

@@ -14,7 +14,7 @@ from imm_scale import config as configs
 from imm_scale import precision
 from imm_scale.checkpoint import run_folder
 from imm_scale.commands.base import EXIT_PREEMPTED, EXIT_USER_ERROR, say
-from imm_scale.errors import RunError, UserError
+from imm_scale.errors import RunError, UserError, explain_os_error
 from imm_scale.evaluation import command
 from imm_scale.parallel import world
 from imm_scale.sampling import job
@@ -79,7 +79,7 @@ def _evaluate(sweep: Sweep, cell: Cell) -> None:
 
 def _sample(sweep: Sweep, cell: Cell) -> None:
     source = sources.find(cell.run_dir)
-    config = sources.config_of(source, []).sampling
+    config = sources.config_of(source, [], ()).sampling
     job.run(source, config, job.Request(None, (config.guidance_scale,)), world.detect(), say)
 
 
@@ -100,6 +100,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(sweep, cell)
     except UserError as error:
         print(f"launchers.cell: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except OSError as error:
+        explained = explain_os_error(error)
+        if explained is None:
+            raise
+        print(f"launchers.cell: {explained}", file=sys.stderr)
         return EXIT_USER_ERROR
 
 

@@ -57,6 +57,7 @@ examples:
 
 A train job goes on through time limits, preemption, dead nodes and dead ranks, from its last checkpoint and under the
 same job id; docs/clusters.md says what happens when. Words after -- go to the program as they are.""",
+    interrupted="squeue says whether the job is in the queue; if it is not, submit it again",
 )
 
 # --- status, logs, cancel ---
@@ -73,7 +74,7 @@ def _status(args: argparse.Namespace) -> int:
     return 0
 
 
-STATUS = Command(_add_run, _status, "example:\n  imm-scale status runs/my_run")
+STATUS = Command(_add_run, _status, "example:\n  imm-scale status runs/my_run", interrupted="the run is as it was")
 
 
 def _add_logs(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +91,9 @@ def _logs(args: argparse.Namespace) -> int:
     return 0
 
 
-LOGS = Command(_add_logs, _logs, "example:\n  imm-scale logs runs/my_run --rank 3 --follow")
+LOGS = Command(
+    _add_logs, _logs, "example:\n  imm-scale logs runs/my_run --rank 3 --follow", interrupted="the run is as it was"
+)
 
 
 def _add_cancel(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +108,12 @@ def _cancel(args: argparse.Namespace) -> int:
     return 0
 
 
-CANCEL = Command(_add_cancel, _cancel, "example:\n  imm-scale cancel runs/my_run")
+CANCEL = Command(
+    _add_cancel,
+    _cancel,
+    "example:\n  imm-scale cancel runs/my_run",
+    interrupted="imm-scale status says whether the job ends",
+)
 
 # --- sweep ---
 
@@ -176,4 +184,5 @@ SWEEP = Command(
     examples="\n".join(
         ["examples:", *_SWEEP_EXAMPLES.values(), "  imm-scale report sweeps/digits_scaling --out digits_scaling.html"]
     ),
+    interrupted="the cells that ran have committed what they have, the same command goes on",
 )

@@ -10,8 +10,15 @@ MASTER_PORT=$((20000 + SLURM_JOB_ID % 40000))         # jobs that share a node d
 export LAUNCH RANKS_PER_NODE HOSTS MASTER_ADDR MASTER_PORT
 
 # --- threads ---
-# srun does not inherit --cpus-per-task of sbatch since SLURM 22.05
-export SRUN_CPUS_PER_TASK=${CPUS_PER_RANK:-${SLURM_CPUS_PER_TASK:-1}}
+# srun does not inherit --cpus-per-task of sbatch since SLURM 22.05, and since 23.11 it ends where two of these variables
+# differ. All say what a task of the step gets: the CPUs of a rank, or of all ranks that one task starts.
+SRUN_CPUS_PER_TASK=${CPUS_PER_RANK:-${SLURM_CPUS_PER_TASK:-1}}
+[ "$LAUNCH" = srun ] || SRUN_CPUS_PER_TASK=$((SRUN_CPUS_PER_TASK * RANKS_PER_NODE))
+export SRUN_CPUS_PER_TASK SLURM_CPUS_PER_TASK=$SRUN_CPUS_PER_TASK
+if [ -n "${SLURM_TRES_PER_TASK-}" ]; then
+  SLURM_TRES_PER_TASK=$(sed -E "s/(^|,)cpu[=:][^,]*/\\1cpu=$SRUN_CPUS_PER_TASK/" <<<"$SLURM_TRES_PER_TASK")
+  export SLURM_TRES_PER_TASK
+fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}          # the default, all cores for every rank, makes ranks fight
 export PYTHONUNBUFFERED=1                             # what a rank printed before it died is in the log
 if [ -z "${IMM_CODE-}" ]; then
@@ -40,7 +47,6 @@ STEP=(srun --nodes="$SLURM_JOB_NUM_NODES" --kill-on-bad-exit=1 --wait=300 --mpi=
 if [ "$LAUNCH" = srun ]; then
   STEP+=(--ntasks="$((SLURM_JOB_NUM_NODES * RANKS_PER_NODE))" --ntasks-per-node="$RANKS_PER_NODE")
 else
-  # One task gets the CPUs of all the ranks it starts.
-  STEP+=(--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$((SRUN_CPUS_PER_TASK * RANKS_PER_NODE))")
+  STEP+=(--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
 fi
 STEP+=(${SRUN_OPTIONS+"${SRUN_OPTIONS[@]}"} ${WRAP+"${WRAP[@]}"})

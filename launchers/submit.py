@@ -59,7 +59,9 @@ def _train(args: argparse.Namespace, cluster: Cluster) -> int:
 def _check_run(config: Config, job: Job, cluster: Cluster) -> None:
     """The manifest, and whether every rank gets a group, before hours in a queue."""
     from imm_scale import preflight
+    from imm_scale.sampling import source
 
+    source.check_start(config)
     preflight.plan(config, checks.node_range(job.nodes)[1] * ranks_per_node(job, cluster))
 
 
@@ -99,6 +101,7 @@ def _evaluate(args: argparse.Namespace, cluster: Cluster) -> int:
 
 def _other(args: argparse.Namespace, cluster: Cluster, kind: Kind) -> int:
     file = f"{kind}-%A_%a.out" if args.array else f"{kind}-%j.out"
+    _check_words(args, kind)
     job = _job(args, kind, kind, os.path.join(_pattern(snapshot.job_folders()[0]), "logs", file))
     checks.check(job, cluster, ask=slurm.available())
     text = script(job, cluster, *snapshot.job_folders())
@@ -108,6 +111,14 @@ def _other(args: argparse.Namespace, cluster: Cluster, kind: Kind) -> int:
     number = submit(job, text)
     print(f"job {number}: {job.nodes} nodes x {ranks_per_node(job, cluster)} ranks; it prints to {job.output}")
     return 0
+
+
+def _check_words(args: argparse.Namespace, kind: Kind) -> None:
+    """What the job's program will be told, by its own parser and checks: now, and not after hours in a queue."""
+    words = cli.parse([kind, *args.positionals])
+    words.may_come = args.dependency is not None  # what the job before makes
+    if words.check is not None:
+        words.check(words)
 
 
 def _job(args: argparse.Namespace, kind: Kind, name: str, output: str) -> Job:

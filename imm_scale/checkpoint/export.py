@@ -8,6 +8,7 @@ still read. Either says which average and step it holds; a run folder has a conf
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -65,6 +66,8 @@ def ema_state(checkpoint: Checkpoint, ema: float | None) -> str:
     config = from_yaml(checkpoint.meta.config)
     if ema == RAW_WEIGHTS:
         return "weight"
+    if ema is None and not config.ema.decays:
+        raise UserError(f"{checkpoint.url} has no moving average (ema.decays=[]): take the raw weights, with ema=0")
     decay = config.ema.decays[0] if ema is None else ema
     state = averages.state_of(checkpoint, decay)
     if state is None:
@@ -123,6 +126,7 @@ def _read_checkpoint(checkpoint: Checkpoint, ema: float | None) -> tuple[ModelSp
 
 def _of_checkpoint(checkpoint: Checkpoint, ema: float | None) -> tuple[ModelSpec, Origin]:
     meta, config = checkpoint.meta, from_yaml(checkpoint.meta.config)  # whose plugins the spec may need
+    ema_state(checkpoint, ema)  # refuses an average that is not held
     decay = config.ema.decays[0] if ema is None else ema
     return ModelSpec.from_json(meta.spec), Origin(config.run.name, meta.step, meta.images_seen, decay)
 
@@ -288,6 +292,7 @@ def write(
 
 def check_out(out: str, format: str, vae: str | None = None) -> None:
     """Raises UserError for an unknown format, or a name or an autoencoder that does not fit it."""
+    storage.check_writable(storage.parent(out))
     if format not in FORMATS:
         raise UserError(f"format {format!r} is unknown; choose one of {', '.join(FORMATS)}")
     if format == "safetensors" and not is_file(out):
@@ -315,5 +320,9 @@ def _is_foreign(folder: str) -> bool:
 def _write_tensors(weights: dict[str, Tensor], url: str, metadata: dict[str, str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         path = os.path.join(temporary, "weights.safetensors")
-        save_file({name: value.contiguous() for name, value in weights.items()}, path, metadata)
+        try:
+            save_file({name: value.contiguous() for name, value in weights.items()}, path, metadata)
+        except SafetensorError as error:  # its words of an OSError, as "No space left on device (os error 28)"
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else None, str(error), url) from error
         storage.write_file(url, path)

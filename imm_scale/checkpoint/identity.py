@@ -21,15 +21,17 @@ IDENTITY = (
     "ema",
 )
 _ELASTIC = ("model.attention",)
+_OF_COSINE = "train.max_steps"  # where a cosine ends, and so part of every step's learning rate
 
 
 def identity(config: Config) -> dict[str, Any]:
     """The keys that may not differ when a run goes on, with their values; the method's as the precision resolves it."""
     resolved = dataclasses.replace(config, method=config.method.resolved(config.precision))
+    parts = (*IDENTITY, _OF_COSINE) if config.optimizer.schedule == "cosine" else IDENTITY
     return {
         key: value
         for key, value in configs.flatten(resolved).items()
-        if key not in _ELASTIC and any(key == part or key.startswith(f"{part}.") for part in IDENTITY)
+        if key not in _ELASTIC and any(key == part or key.startswith(f"{part}.") for part in parts)
     }
 
 
@@ -47,6 +49,8 @@ def check_identity(config: Config, manifest_hash: str, old: Config, old_manifest
     differing = [key for key in shared if before[key] != now[key] and not is_allowed(key)]
     if differing:
         lines = "\n".join(f"  {key}: {before[key]} -> {now[key]}" for key in differing)
+        if _OF_COSINE in differing:
+            lines += "\n  (a cosine reaches 0 at train.max_steps: with another, the learning rate jumps here)"
         keys = ",".join(key.split(" ")[0] for key in differing)
         raise UserError(
             f"{config.run_dir} holds a run with another config:\n{lines}\n"

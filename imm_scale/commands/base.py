@@ -20,12 +20,16 @@ class Command:
         run: does the work and returns the exit code.
         examples: what `--help` says below the arguments, command lines first.
         description: what `--help` says above them; "" for the line of `imm-scale --help`.
+        interrupted: what Ctrl-C leaves, and what to do then.
+        check: what `run` checks before it reads or writes; jobs are checked by it before they wait in a queue.
     """
 
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
     examples: str
     description: str = ""
+    interrupted: str = "the same command goes on"
+    check: Callable[[argparse.Namespace], None] | None = None
 
 
 def add_config_args(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +45,7 @@ def add_config_args(parser: argparse.ArgumentParser) -> None:
 def numbers(text: str | None, flag: str) -> tuple[float, ...]:
     """The numbers of "1,1.5,2"; none for None. Raises UserError."""
     try:
-        return tuple(float(item) for item in text.split(",")) if text else ()
+        return () if text is None else tuple(float(item) for item in text.split(","))
     except ValueError as error:
         raise UserError(f"{flag} {text}: give numbers, as in 1,1.5,2") from error
 

@@ -125,4 +125,5 @@ COMPLETION = Command(
 
 It knows the commands, their flags, recipes, sweeps, sites, GPUs, and the keys of a config. For zsh, fpath has to hold
 the folder before compinit runs: fpath+=~/.zfunc in ~/.zshrc.""",
+    interrupted="the same command starts over",
 )

@@ -26,4 +26,5 @@ DOCTOR = Command(
   imm-scale doctor --dir runs
   imm-scale doctor --dir /scratch/me/runs --url s3://bucket/latents
   srun --ntasks-per-node 8 imm-scale doctor --dir /scratch/me/runs""",
+    interrupted="the same command starts over",
 )

@@ -25,4 +25,5 @@ EXPLAIN = Command(
   imm-scale explain method.k
   imm-scale explain optimizer demo
   imm-scale explain""",
+    interrupted="the same command starts over",
 )

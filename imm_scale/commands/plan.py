@@ -45,4 +45,5 @@ PLAN = Command(
 
 Memory, FLOPs and bytes on the wire follow from the code and are tested against real engines on CPU; times are a model.
 No GPU is needed, and no data where data.latent_shape and data.num_classes are set. See docs/planning.md.""",
+    interrupted="the same command starts over",
 )

@@ -12,8 +12,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from imm_scale import storage
     from imm_scale.report import runs, sweeps
 
+    storage.check_writable(storage.parent(args.out))  # before all is read
     if sweeps.check_single(args.runs):
         print("\n".join(sweeps.write_report(args.runs[0], args.out, args.figures)))
     else:
@@ -29,4 +31,5 @@ REPORT = Command(
     """examples:
   imm-scale report runs/demo/imm runs/demo/flow_matching --out runs/demo/report.html
   imm-scale report sweeps/digits_scaling --out digits_scaling.html --figures docs/images/digits_scaling""",
+    interrupted="nothing is half-written, the same command starts over",
 )

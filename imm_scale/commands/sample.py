@@ -2,8 +2,8 @@
 
 import argparse
 
-from imm_scale.commands.base import Command, numbers, say
-from imm_scale.commands.sampling_flags import add_sampling_flags, overrides
+from imm_scale.commands.base import Command, say
+from imm_scale.commands.sampling_flags import add_sampling_flags, guidance_of, overrides
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +26,8 @@ def _run(args: argparse.Namespace) -> int:
 
     precision.set_tf32(False)  # but where a key allows it
     source = sources.find(args.source)
-    config = sources.config_of(source, overrides(args)).sampling
-    guidance = numbers(args.guidance, "--guidance") or (config.guidance_scale,)
+    whole = sources.config_of(source, overrides(args), job.READS)
+    config, guidance = whole.sampling, guidance_of(args, whole)
     request = job.Request(args.out, guidance, tuple(args.format.split(",")), args.latents)
     world = distributed.detect()
     distributed.init(world)
@@ -43,4 +43,5 @@ SAMPLE = Command(
   imm-scale sample runs/demo/imm --steps 1,2,4,8 --num 64 --labels 0-9
   imm-scale sample digits.safetensors --steps 2 --guidance 1,1.5 --out pictures
   torchrun --nproc-per-node 8 -m imm_scale sample RUN --num 50000 --steps 1,2,4 --format webdataset --out s3://b/run""",
+    interrupted="the same command goes on after the parts that are finished",
 )

@@ -1,8 +1,13 @@
 """Flags that `sample` and `evaluate` have in common, and the overrides they stand for."""
 
 import argparse
+from typing import TYPE_CHECKING
 
+from imm_scale.commands.base import numbers
 from imm_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from imm_scale.config import Config
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, section: str) -> None:
@@ -36,9 +41,9 @@ def overrides(args: argparse.Namespace) -> list[str]:
     if wrong:
         raise UserError(f"{wrong[0]!r} is not an override (key=value)")
     flags = {
-        f"{args.section}.steps": f"[{args.steps}]" if args.steps else None,
+        f"{args.section}.steps": None if args.steps is None else f"[{args.steps}]",
         "sampling.seed": args.seed,
-        "sampling.labels": f"'{args.labels}'" if args.labels else None,
+        "sampling.labels": args.labels,
         "sampling.ema": args.ema,
         "sampling.guide.source": args.guide,
         "sampling.guide.step": args.guide_step,
@@ -56,3 +61,13 @@ def overrides(args: argparse.Namespace) -> list[str]:
     if args.num is not None and args.labels is not None and ":" in args.labels:
         raise UserError(f"--num {args.num} beside --labels {args.labels}: the counts say how many, leave --num out")
     return [f"{key}={value}" for key, value in flags.items() if value is not None] + args.positionals
+
+
+def guidance_of(args: argparse.Namespace, config: "Config") -> tuple[float, ...]:
+    """The scales of --guidance, else the config's, each as good as in the config. Raises UserError."""
+    from imm_scale import config as configs
+
+    scales = numbers(args.guidance, "--guidance") or (config.sampling.guidance_scale,)
+    for scale in scales:
+        configs.changed(config, {"sampling.guidance_scale": scale}, f"--guidance {args.guidance}")
+    return scales

@@ -98,4 +98,4 @@ def _fill(parser: argparse.ArgumentParser, entry: Entry) -> None:
     command = entry.load()
     parser.description, parser.epilog = command.description or entry.help, command.examples
     command.add_arguments(parser)
-    parser.set_defaults(action=command.run, refuse=parser.error)
+    parser.set_defaults(action=command.run, refuse=parser.error, check=command.check, interrupted=command.interrupted)

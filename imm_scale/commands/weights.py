@@ -82,6 +82,7 @@ EXPORT = Command(
   imm-scale export runs/demo/imm --out digits.safetensors --ema 0.995
   imm-scale export digits.safetensors --out digits --format diffusers
   imm-scale export runs/xl --step 200000 --out xl --format diffusers --vae /models/sd-vae-ft-mse""",
+    interrupted="nothing is half-written, the same command starts over",
 )
 IMPORT = Command(
     _add_import,
@@ -91,4 +92,5 @@ IMPORT = Command(
   imm-scale import imagenet256_s_a1.pkl --out s_a1.safetensors --second-time s
   imm-scale import SiT-XL-2-256x256.pt --from sit --out sit_xl2.safetensors --vae /models/sd-vae-ft-ema
   imm-scale import DiT-XL-2-256x256.pt --from dit --out dit_xl2.safetensors""",
+    interrupted="nothing is half-written, the same command starts over",
 )

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from imm_scale.config.keys import check_key, entries, flatten, sections_of
+from imm_scale.choices import ANY_LENGTH
+from imm_scale.config.keys import Entry, check_key, entries, flatten, sections_of
 from imm_scale.config.load import Loaded
 from imm_scale.config.moved import renamed
 
@@ -17,7 +18,7 @@ def explain(key: str, loaded: Loaded) -> str:
     current = flatten(loaded.config)[key]
     origin = loaded.origins.get(key, "default")
     return (
-        f"{key}\n  {entry.help}\n  type     {entry.type}\n  default  {_show(entry.default)}"
+        f"{key}\n  {entry.help}\n  type     {entry.type}\n{_range(entry)}  default  {_show(entry.default)}"
         f"\n  current  {_show(current)}  ({origin})"
     )
 
@@ -26,6 +27,12 @@ def overview(loaded: Loaded) -> str:
     """A line per key: current value and meaning."""
     values = flatten(loaded.config)
     return "\n".join(f"{key}={_show(values[key])}\n    {entry.help}" for key, entry in entries(loaded.config).items())
+
+
+def _range(entry: Entry) -> str:
+    """Lines on the numbers and the lists it takes; none where any will do."""
+    lines = f"  range    {entry.range.text}\n" if entry.holds_numbers else ""
+    return lines + (f"  length   {entry.length.text}\n" if entry.length != ANY_LENGTH else "")
 
 
 def _show(value: Any) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
-from imm_scale.choices import Choice
+from imm_scale.choices import ANY_LENGTH, ANY_NUMBER, Choice, Interval
 from imm_scale.config.moved import renamed
 from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
@@ -20,18 +20,37 @@ UNIONS: dict[str, Registry] = {registry.section: registry for registry in (METHO
 
 @dataclass(frozen=True)
 class Entry:
-    """One field of the schema."""
+    """One field of the schema.
+
+    Attributes:
+        hint: its type as Python has it; `type` is what people read.
+        range: of a number, or of each number of a list; length: of a list.
+        is_path: whether a leading ~ stands for a home.
+    """
 
     key: str
     type: str
     default: Any
     help: str
+    hint: Any = str
+    range: Interval = ANY_NUMBER
+    length: Interval = ANY_LENGTH
+    is_path: bool = False
+
+    @property
+    def holds_numbers(self) -> bool:
+        """Whether the range says anything about it."""
+        return _mentions(self.hint, (int, float))
 
 
 def _type_name(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return " | ".join(typing.get_args(hint))
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def _mentions(hint: Any, kinds: tuple[type, ...]) -> bool:
+    return hint in kinds or any(_mentions(inner, kinds) for inner in typing.get_args(hint))
 
 
 def _walk(config: Any, prefix: str) -> Iterator[Entry]:
@@ -42,11 +61,15 @@ def _walk(config: Any, prefix: str) -> Iterator[Entry]:
         if dataclasses.is_dataclass(value):
             yield from _walk(value, f"{key}.")
         elif isinstance(config, Choice) and item.name == "name":
-            yield _name_entry(key, item.default)
+            if prefix:
+                yield _name_entry(key, item.default)
         else:
             factory = item.default_factory
             default = item.default if factory is dataclasses.MISSING else factory()
-            yield Entry(key, _type_name(hints[item.name]), default, item.metadata["help"])
+            hint, about = hints[item.name], item.metadata
+            yield Entry(
+                key, _type_name(hint), default, about["help"], hint, about["range"], about["length"], about["is_path"]
+            )
 
 
 def _name_entry(key: str, default: Any) -> Entry:
@@ -54,6 +77,11 @@ def _name_entry(key: str, default: Any) -> Entry:
     registry = REGISTRIES[key.rpartition(".")[0]]
     lines = [f"{name}: {(registry.get(name).__doc__ or '').strip().splitlines()[0]}" for name in registry.names()]
     return Entry(key, " | ".join(registry.names()), default, f"Which {registry.kind}. " + " ".join(lines))
+
+
+def entries_of(section: Any) -> list[Entry]:
+    """The keys of a registered class' config alone, without the section's name."""
+    return list(_walk(section, ""))
 
 
 def entries(config: Config) -> dict[str, Entry]:
@@ -97,6 +125,12 @@ def all_sections() -> set[str]:
 def is_section(key: str) -> bool:
     """Whether a key names a section, under whatever choices, as it is now or was in version 0.1."""
     return renamed(key) in all_sections()
+
+
+def is_known(key: str) -> bool:
+    """Whether a key or a section of this name exists under any choices, as it is now or was in version 0.1."""
+    new = renamed(key)
+    return new in entries(Config()) or bool(owners(new)) or new in all_sections() or new.startswith(f"{FREE_SECTION}.")
 
 
 def union_of(key: str) -> str | None:

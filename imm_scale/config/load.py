@@ -6,48 +6,33 @@ of a method (or backbone, or sample space) that another file's choice of `name` 
 
 import dataclasses
 import logging
-import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from imm_scale import shipped
-from imm_scale.config import keys
+from imm_scale.config import keys, values
 from imm_scale.config.checks import validate
 from imm_scale.config.keys import Entry, check_key, entries, flatten
-from imm_scale.config.moved import renamed
 from imm_scale.config.schema import Config
+from imm_scale.config.settings import (
+    Setting,
+    load_named_plugins,
+    parse_override,
+    parse_yaml,
+    read_yaml,
+    setting_of,
+    value_of,
+)
 from imm_scale.errors import UserError
-from imm_scale.registry import load_plugins
 
 log = logging.getLogger("imm_scale")
-
-_COMMAND_LINE = "command line"
-
-
-class Setting(NamedTuple):
-    """One key set somewhere.
-
-    Attributes:
-        source: the file, or the command line.
-        line: in the file; 0 on the command line.
-        old_key: the key as it was written, where it has moved since.
-    """
-
-    key: str
-    value: Any
-    source: str
-    line: int = 0
-    old_key: str | None = None
-
-    @property
-    def origin(self) -> str:
-        return f"{self.source}:{self.line}" if self.line else self.source
 
 
 @dataclass(frozen=True)
@@ -58,66 +43,6 @@ class Loaded:
     origins: dict[str, str]
 
 
-# --- reading ---
-
-
-def _setting(key: str, value: Any, source: str, line: int = 0) -> Setting:
-    new = renamed(key)
-    return Setting(new, value, source, line, key if new != key else None)
-
-
-def _settings_of_node(loader: Any, node: yaml.MappingNode, prefix: str, source: str) -> Iterator[Setting]:
-    for key_node, value_node in node.value:
-        key = f"{prefix}{key_node.value}"
-        if isinstance(value_node, yaml.MappingNode) and keys.is_section(key):
-            yield from _settings_of_node(loader, value_node, f"{key}.", source)
-        else:
-            line = key_node.start_mark.line + 1
-            yield _setting(key, loader.construct_object(value_node, deep=True), source, line)
-
-
-def _parse_yaml(text: str, source: str) -> list[Setting]:
-    """The settings of one YAML mapping, in its order; plugins it names are imported first."""
-    loader = yaml.SafeLoader(text)
-    try:
-        node = loader.get_single_node()
-    except yaml.YAMLError as error:
-        raise UserError(f"{source} is not valid YAML: {error}") from error
-    if node is None:
-        return []
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{source} must be a mapping of keys to values")
-    for key_node, value_node in node.value:
-        if key_node.value == "plugins":
-            load_plugins(loader.construct_object(value_node, deep=True))
-    return list(_settings_of_node(loader, node, "", source))
-
-
-def _read_yaml(path: str, seen: tuple[str, ...] = ()) -> Iterator[Setting]:
-    absolute = os.path.abspath(path)
-    if absolute in seen:
-        raise UserError(f"{path} includes itself, by way of {' -> '.join((*seen, absolute))}")
-    try:
-        with open(path) as file:
-            text = file.read()
-    except OSError as error:
-        raise UserError(f"cannot read config {path!r}: {error.strerror}") from error
-    settings = _parse_yaml(text, path)
-    for setting in settings:
-        if setting.key == "include":
-            for included in [setting.value] if isinstance(setting.value, str) else setting.value:
-                yield from _read_yaml(os.path.join(os.path.dirname(path), included), (*seen, absolute))
-    yield from (setting for setting in settings if setting.key != "include")
-
-
-def _parse_override(text: str) -> Setting:
-    key, _, value = text.partition("=")
-    try:
-        return _setting(key.strip(), yaml.safe_load(value), _COMMAND_LINE)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {text!r}: the value is not valid YAML ({error})") from error
-
-
 # --- merging ---
 
 
@@ -126,6 +51,22 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
+
+
+def _all_nested(settings: Sequence[Setting]) -> dict[str, Any]:
+    """One mapping of all settings, later ones over earlier ones; mappings are merged, as OmegaConf does."""
+    whole: dict[str, Any] = {}
+    for setting in settings:
+        _merge_into(whole, _nested(setting.key, setting.value))
+    return whole
+
+
+def _merge_into(whole: dict[str, Any], part: Mapping[str, Any]) -> None:
+    for key, value in part.items():
+        if isinstance(value, dict) and isinstance(whole.get(key), dict):
+            _merge_into(whole[key], value)
+        else:
+            whole[key] = dict(value) if isinstance(value, dict) else value
 
 
 def _with(config: Any, path: Sequence[str], value: Any) -> Any:
@@ -156,28 +97,93 @@ def _choose(config: Config, section: str, name: Any, origin: str) -> Config:
     return _with(config, path, OmegaConf.to_object(node))
 
 
-def _is_replaced(setting: Setting, names: Mapping[str, Setting], known: Mapping[str, Entry]) -> bool:
-    """Whether a key went with the class it belongs to: it is older than the choice of another, or of version 0.1, where
-    every key stood beside every method."""
+def _is_replaced(setting: Setting, later: Sequence[Setting], known: Mapping[str, Entry]) -> bool:
+    """Whether a key went with the class it belongs to: another was chosen later, elsewhere; or the key stands in a file
+    of version 0.1, where every key stood beside every method."""
     section = keys.union_of(setting.key)
     if section is None or setting.key in known or not keys.owners(setting.key):
         return False
-    name = names.get(section)
-    return setting.old_key is not None or (name is not None and name.source != setting.source)
+    is_old = setting.old_key is not None and setting.line > 0  # a file; what is typed now is meant now
+    return is_old or any(other.key == f"{section}.name" and other.source != setting.source for other in later)
 
 
 def _apply(config: Config, settings: Sequence[Setting]) -> Config:
     """A config with other values under some keys; not validated. Raises UserError for what does not fit."""
     names = {s.key.removesuffix(".name"): s for s in settings if s.key.removesuffix(".name") in keys.UNIONS}
     for section, chosen in names.items():
-        config = _choose(config, section, chosen.value, chosen.origin)
+        config = _choose(config, section, value_of(chosen, str, "a name"), chosen.origin)
     known = entries(config)
-    used = [setting for setting in settings if not _is_replaced(setting, names, known)]
+    used = [s for i, s in enumerate(settings) if not _is_replaced(s, settings[i + 1 :], known)]
     for setting in used:
         check_key(setting.key, setting.origin, known, config)
     _say_what_moved(settings)
-    resolved: Config = OmegaConf.to_object(_merged(config, used, known))  # type: ignore[assignment]
-    return resolved
+    resolved: Config = _resolved(_merged(config, [_read(s, known) for s in used], known), used)
+    _check_text(resolved, used)
+    return _with_homes(resolved, known, used)
+
+
+def _read(setting: Setting, known: Mapping[str, Entry]) -> Setting:
+    """With its value as the key's type reads it."""
+    entry = known.get(setting.key)
+    if entry is None:
+        return setting._replace(value=value_of(setting, Any, "a DeepSpeed setting"))
+    value = value_of(setting, entry.hint, entry.type, entry.is_path)
+    if any(text == "???" for text in _texts(value)):  # OmegaConf's word for a value that is missing
+        raise UserError(f"{setting.shown}: ??? cannot stand as a value: give another")
+    return setting._replace(value=value)
+
+
+def _resolved(node: Any, settings: Sequence[Setting]) -> Any:
+    """The config of a node, what stands in ${...} resolved. Raises UserError."""
+    try:
+        return OmegaConf.to_object(node)
+    except OmegaConfBaseException as error:
+        key = str(error.full_key)
+        where = [setting.shown for setting in settings if re.match(rf"{re.escape(setting.key)}(?![^.\[])", key)]
+        shown = where[-1] if where else key
+        raise UserError(f"{shown}: {_first_line(error)}. {_interpolation_remedy(shown)}") from error
+
+
+def _interpolation_remedy(shown: str) -> str:
+    names = re.findall(r"\$\{(\w+)\}", shown)
+    variable = names[0] if names else "NAME"
+    return f"${{KEY}} is the value of another key, ${{oc.env:{variable}}} that of an environment variable"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _check_text(config: Config, settings: Sequence[Setting]) -> None:
+    """Raises UserError for text that would not be the same when the run folder's config.yaml is read."""
+    for key, value in flatten(config).items():
+        bad = next((text for text in _texts(value) if "${" in text or "\0" in text), None)
+        if bad is not None:
+            where = next((f"{s.origin}: " for s in reversed(settings) if s.key == key), "")
+            raise UserError(f"{where}{key}={bad!r}: neither ${{ nor the character 0 can stand in a value: rename it")
+
+
+def _with_homes(config: Config, known: Mapping[str, Entry], settings: Sequence[Setting]) -> Config:
+    """With homes in place of ~ at the beginning of paths. Raises UserError for a home that is not there."""
+    for key, value in flatten(config).items():
+        if key in known and known[key].is_path and value is not None and value.startswith("~"):
+            try:
+                config = _with(config, key.split("."), values.expanded(value))
+            except ValueError as error:
+                shown = next((setting.shown for setting in reversed(settings) if setting.key == key), key)
+                raise UserError(f"{shown}: {error}") from error
+    return config
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in (*value, *value.values()):
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
 
 
 _typed: list[tuple[Config, Any]] = []  # the last config and its node: the variants of a sweep share their base
@@ -194,7 +200,7 @@ def _merged(config: Config, settings: Sequence[Setting], known: Mapping[str, Ent
     """The typed node of a config with settings merged in, at once where all of them fit."""
     node = _typed_node(config)
     try:
-        return OmegaConf.merge(node, *(_nested(s.key, s.value) for s in settings))
+        return OmegaConf.merge(node, _all_nested(settings))  # in one piece: a merge per key takes ten times as long
     except OmegaConfBaseException:
         for setting in settings:  # once more, for the message
             node = _merge_one(node, setting, known)
@@ -205,10 +211,9 @@ def _merge_one(node: Any, setting: Setting, known: Mapping[str, Entry]) -> Any:
     try:
         return OmegaConf.merge(node, _nested(setting.key, setting.value))
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
         expected = known[setting.key].type if setting.key in known else "a DeepSpeed setting"
         raise UserError(
-            f"{setting.origin}: {setting.key}={setting.value!r} does not fit {expected}: {reason}"
+            f"{setting.origin}: {setting.key}={setting.value!r} does not fit {expected}: {_first_line(error)}"
         ) from error
 
 
@@ -226,19 +231,17 @@ def load(files: Sequence[str] = (), overrides: Sequence[str] = ()) -> Loaded:
         UserError: unreadable file, a plugin that does not import, unknown key (with its file, line and nearest valid
             key), wrong type or value.
     """
-    return _loaded([setting for path in files for setting in _read_yaml(path)], overrides)
+    return _loaded([setting for path in files for setting in read_yaml(path)], overrides)
 
 
 def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Loaded:
     """`load` of a YAML document at hand, which includes no other; `source` names it in messages. Raises UserError."""
-    return _loaded(_parse_yaml(text, source), overrides)
+    return _loaded(parse_yaml(text, source), overrides)
 
 
 def _loaded(settings: list[Setting], overrides: Sequence[str]) -> Loaded:
-    parsed = [_parse_override(text) for text in overrides]
-    for setting in parsed:
-        if setting.key == "plugins":
-            load_plugins(setting.value)
+    parsed = [parse_override(text) for text in overrides]
+    load_named_plugins(parsed)
     settings = settings + parsed
     config = _apply(Config(), settings)
     validate(config)
@@ -271,8 +274,8 @@ def load_words(args: Sequence[str]) -> Loaded:
 
 
 def settings_of(overrides: Sequence[str]) -> dict[str, Any]:
-    """{dotted key: value} of key=value words. Raises UserError for a value that is not YAML."""
-    return {setting.key: setting.value for setting in map(_parse_override, overrides)}
+    """{dotted key: what was written} of key=value words, for `changed`."""
+    return {setting.key: setting.value for setting in map(parse_override, overrides)}
 
 
 def changed(config: Config, settings: Mapping[str, Any], origin: str) -> Config:
@@ -285,7 +288,7 @@ def changed(config: Config, settings: Mapping[str, Any], origin: str) -> Config:
     Raises:
         UserError: unknown key, wrong type or value.
     """
-    new_config = _apply(config, [_setting(key, value, origin) for key, value in settings.items()])
+    new_config = _apply(config, [setting_of(key, value, origin) for key, value in settings.items()])
     try:
         validate(new_config)
     except UserError as error:
@@ -295,9 +298,9 @@ def changed(config: Config, settings: Mapping[str, Any], origin: str) -> Config:
 
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML that `load` reads back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    return yaml.dump(dataclasses.asdict(config), Dumper=values.Dumper, sort_keys=False)
 
 
 def from_yaml(text: str, source: str = "config.yaml") -> Config:
     """The config a run folder was started with. Raises UserError for one that cannot be read."""
-    return _apply(Config(), _parse_yaml(text, source))
+    return _apply(Config(), parse_yaml(text, source))

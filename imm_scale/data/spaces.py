@@ -1,6 +1,5 @@
 """Sample spaces: what samples look like, where sampling starts, and how stored samples become a batch."""
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -153,21 +152,15 @@ class Artifacts(ABC):
 @dataclass(frozen=True)
 class LatentsConfig(SpaceConfig):
     name: str = option("latents", "")
-    sigma_data: float = option(0.5, "Standard deviation of data and prior after normalization.")
+    sigma_data: float = option(0.5, "Standard deviation of data and prior after normalization.", range="(0, inf)")
     mean: list[float] | None = option(  # noqa: RUF009 - None, or a list of its own
         None, "Per channel, subtracted from the stored samples; null takes the manifest's, measured on the data."
     )
     std: list[float] | None = option(  # noqa: RUF009 - as above
-        None, "Per channel, the stored samples' deviation that becomes sigma_data; null takes the manifest's."
+        None,
+        "Per channel, the stored samples' deviation that becomes sigma_data; null takes the manifest's.",
+        range="(0, inf)",
     )
-
-    def validate(self) -> None:
-        if self.sigma_data <= 0:
-            raise UserError(f"data.space.sigma_data={self.sigma_data} must be above 0")
-        if self.std is not None and not all(0 < value < math.inf for value in self.std):
-            raise UserError(f"data.space.std={self.std} must be finite numbers above 0")
-        if self.mean is not None and not all(map(math.isfinite, self.mean)):
-            raise UserError(f"data.space.mean={self.mean} must be finite numbers")
 
     def normalized(self, codec: Codec) -> Codec:
         """The codec with this section's mean and std. Raises UserError where their length is not its channels'."""

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from imm_scale import build, storage
+from imm_scale import config as configs
 from imm_scale.checkpoint import export
-from imm_scale.config.schema import Config
+from imm_scale.config.schema import Config, SamplingConfig
 from imm_scale.data.manifest import Manifest
 from imm_scale.errors import UserError
 from imm_scale.evaluation import gallery, images, networks, reference, watch
@@ -24,6 +25,17 @@ from imm_scale.sampling.job import open_artifacts
 from imm_scale.sampling.source import Source
 
 Announce = Callable[[str], None]
+# Keys of the config that each way of evaluating reads
+_SAMPLING = (*(f"sampling.{item.name}" for item in dataclasses.fields(SamplingConfig)), "sampling.guide.")
+_OF_SAMPLES = tuple(key for key in _SAMPLING if key not in ("sampling.steps", "sampling.num"))
+_OF_GALLERY = tuple(key for key in _SAMPLING if key not in ("sampling.num", "sampling.grid", "sampling.batch_size"))
+_COMMON = ("plugins", "seed", "data.manifest")
+_IMAGE_READS = ("plugins", *(f"evaluation.{name}" for name in ("metrics", "reference", "compared", "extractor.")))
+_REFERENCE_READS = (
+    *("plugins", "seed", "data.space.", "evaluation.compared", "evaluation.extractor."),
+    *("sampling.vae", "sampling.vae_precision"),
+)
+READS = (*_COMMON, "evaluation.", *_OF_SAMPLES)
 
 
 @dataclass(frozen=True)
@@ -38,40 +50,127 @@ class Arguments:
         make_reference: what to make a reference of.
         out: the reference to write, or the folder for evaluations of exports.
         gallery: other sources to draw beside this one, or None for no gallery.
+        may_come: whether the run may be started later.
     """
 
     source: str | None
     guidance: tuple[float, ...] = ()
     watch: bool = False
-    poll: float = 30.0
+    poll: float | None = None
     search: tuple[str, ...] = ()
     make_reference: str | None = None
     out: str | None = None
     gallery: tuple[str, ...] | None = None
+    may_come: bool = False
+
+
+def check(arguments: Arguments, overrides: Sequence[str]) -> None:
+    """What can be known before weights or images are read, and before a job waits in a queue. Raises UserError."""
+    _check_flags(arguments)
+    if arguments.make_reference is not None:
+        _check_files(sources.config_of(Source(""), overrides, _REFERENCE_READS), arguments.make_reference)
+    elif arguments.source is None:
+        raise UserError("name a run, a checkpoint, exported weights or a set of images to evaluate")
+    elif _is_image_set(arguments):
+        _refuse(arguments, "a set of images is measured as it is", "guidance", "search", "gallery", "out")
+        _check_files(sources.config_of(Source(""), overrides, _IMAGE_READS))
+    else:
+        is_there = not arguments.may_come or storage.exists(storage.join(arguments.source, "config.yaml"))
+        source = sources.find(arguments.source) if is_there else Source("")
+        if arguments.out is not None and source.run_dir is not None:
+            raise UserError(f"--out {arguments.out}: evaluations of a run lie in its folder, leave --out away")
+        config = sources.config_of(source, overrides, _reads(arguments))
+        _check_guidance(arguments, config)
+        _check_files(config)
+    if arguments.out is not None:
+        storage.check_writable(storage.parent(arguments.out))
+
+
+def _is_image_set(arguments: Arguments) -> bool:
+    url = arguments.source
+    assert url is not None
+    return not arguments.watch and not export.is_export(url) and images.is_image_set(url)
+
+
+def _check_files(config: Config, *others: str) -> None:
+    """Raises UserError for files that are named and not there."""
+    evaluation = config.evaluation
+    named = {"evaluation.reference": evaluation.reference, "evaluation.extractor.file": evaluation.extractor.file}
+    for key, url in [*named.items(), *(("--make-reference", other) for other in others)]:
+        if url is not None and not storage.exists(url):
+            raise UserError(f"{key}={url} does not exist")
 
 
 def run(arguments: Arguments, overrides: Sequence[str], world: World, announce: Announce) -> None:
     """Raises UserError for flags that do not go together, and whatever else the user can mend."""
-    if arguments.poll <= 0:
-        raise UserError(f"--poll {arguments.poll} must be above 0")
+    check(arguments, overrides)
     if arguments.make_reference is not None:
         _make_reference(arguments, overrides, world, announce)
         return
-    if arguments.source is None:
-        raise UserError("name a run, a checkpoint, exported weights or a set of images to evaluate")
+    assert arguments.source is not None
     if arguments.watch:
-        watch.wait_for_run(arguments.source, announce if world.is_main else lambda line: None, arguments.poll)
-    elif not export.is_export(arguments.source) and images.is_image_set(arguments.source):
-        config = sources.config_of(Source(""), overrides)
+        watch.wait_for_run(arguments.source, announce if world.is_main else lambda line: None, _poll(arguments))
+    elif _is_image_set(arguments):
+        config = sources.config_of(Source(""), overrides, _IMAGE_READS)
         distributed.init(world)
         measure_images(images.find(arguments.source), config, world, announce)
         return
     source = sources.find(arguments.source)
-    if arguments.out is not None and source.run_dir is not None:
-        raise UserError(f"--out {arguments.out}: evaluations of a run lie in its folder, leave --out away")
-    config = sources.config_of(source, overrides)
+    config = sources.config_of(source, overrides, _reads(arguments))
     distributed.init(world)
     _evaluate(arguments, source, config, world, announce)
+
+
+def _reads(arguments: Arguments) -> tuple[str, ...]:
+    if arguments.gallery is not None:
+        return (*_COMMON, "evaluation.extractor.", *_OF_GALLERY)
+    return tuple(key for key in READS if not arguments.search or key != "sampling.guidance_scale")
+
+
+_WATCH_SECONDS = 30.0
+
+
+def _poll(arguments: Arguments) -> float:
+    return _WATCH_SECONDS if arguments.poll is None else arguments.poll
+
+
+def _check_flags(arguments: Arguments) -> None:
+    """Raises UserError for flags of which one would do nothing."""
+    if arguments.poll is not None and not arguments.watch:
+        raise UserError(f"--poll {arguments.poll:g} is for --watch: leave it out, or add --watch")
+    if not 0 < _poll(arguments) < float("inf"):
+        raise UserError(f"--poll {arguments.poll} must be above 0")
+    if arguments.make_reference is not None:
+        if arguments.out is None or not arguments.out.endswith(".npz"):
+            raise UserError(f"--make-reference {arguments.make_reference} needs --out FILE.npz")
+        _refuse(arguments, "--make-reference draws no samples", "source", "guidance", "watch", "search", "gallery")
+    elif arguments.watch:
+        _refuse(arguments, "--watch measures checkpoints of a run", "search", "gallery", "out")
+    elif arguments.search:
+        _refuse(arguments, "--search chooses the guidance itself", "guidance", "gallery", "out")
+    elif arguments.gallery is not None:
+        _refuse(arguments, "--gallery draws at sampling.guidance_scale, into the run's folder", "guidance", "out")
+
+
+def _refuse(arguments: Arguments, why: str, *flags: str) -> None:
+    """Raises UserError where one of the flags is given."""
+    for flag in flags:
+        value = getattr(arguments, flag)
+        if value in (None, False) or (value == () and flag != "gallery"):  # () is a gallery of the run alone
+            continue
+        shown = value if isinstance(value, str) else "" if value is True else ",".join(map(str, value))
+        given = shown if flag == "source" else f"--{flag} {shown}".rstrip()
+        raise UserError(f"{given}: {why}; leave it out")
+
+
+def _check_guidance(arguments: Arguments, config: Config) -> None:
+    """Raises UserError for scales that no config of the run could have, before anything is read."""
+    scales = [*arguments.guidance]
+    if arguments.search:
+        limits = search.parse(arguments.search, config.evaluation.steps)
+        scales += [limits.low, limits.high]
+    for scale in scales:
+        configs.changed(config, {"sampling.guidance_scale": scale}, f"guidance {scale:g}")
 
 
 def _evaluate(arguments: Arguments, source: Source, config: Config, world: World, announce: Announce) -> None:
@@ -96,7 +195,7 @@ def _evaluate(arguments: Arguments, source: Source, config: Config, world: World
         return lambda: at_all_scales(evaluator)
 
     if arguments.watch:
-        watch.watch(config, world, prepare, announce, arguments.poll)
+        watch.watch(config, world, prepare, announce, _poll(arguments))
     elif arguments.search:
         _search(arguments, source.use_newest(world, loaded)[1], announce)
     elif arguments.gallery is not None:
@@ -150,10 +249,8 @@ def _write_search(arguments: Arguments, evaluator: Evaluator, optima: Sequence[s
 
 def _make_reference(arguments: Arguments, overrides: Sequence[str], world: World, announce: Announce) -> None:
     source = arguments.make_reference
-    assert source is not None
-    if arguments.out is None or not arguments.out.endswith(".npz"):
-        raise UserError(f"--make-reference {source} needs --out FILE.npz")
-    config = sources.config_of(Source(""), overrides)
+    assert source is not None and arguments.out is not None
+    config = sources.config_of(Source(""), overrides, _REFERENCE_READS)
     distributed.init(world)
     device = distributed.device(world)
     extractor = networks.open_extractor(config.evaluation.extractor, device)

@@ -32,9 +32,13 @@ class FlowMapMethodConfig(MethodConfig):
     DEFAULT_T_MAX: ClassVar[dict[str, float]] = {"ot_fm": 1.0, "vp_cosine": 1.0}
 
     flow_map: FlowMapConfig = field(default_factory=FlowMapConfig)
-    t_min: float = option(0.0, "Smallest time: 0 on latents, 0.006 on pixels.")
-    t_max: float | None = option(None, "Largest time; null: 0.994 on ot_fm and 0.996 on vp_cosine for imm, else 1.")
-    label_drop: float = option(0.1, "Share of samples trained without their label; guidance needs it above 0.")
+    t_min: float = option(0.0, "Smallest time: 0 on latents, 0.006 on pixels.", range="[0, 1)")
+    t_max: float | None = option(
+        None, "Largest time; null: 0.994 on ot_fm and 0.996 on vp_cosine for imm, else 1.", range="(0, 1]"
+    )
+    label_drop: float = option(
+        0.1, "Share of samples trained without their label; guidance needs it above 0.", range="[0, 1)"
+    )
 
     @property
     def has_second_time(self) -> bool:
@@ -64,8 +68,6 @@ class FlowMapMethodConfig(MethodConfig):
                 "method.t_max=1 is noise alone, from which parameterization=epsilon knows no data: use "
                 "method.t_max=0.994 on ot_fm, 0.996 on vp_cosine"
             )
-        if not 0.0 <= self.label_drop < 1.0:
-            raise UserError(f"method.label_drop={self.label_drop} must be in [0, 1)")
 
 
 class GroupLosses(NamedTuple):

@@ -39,7 +39,7 @@ class FlowMapConfig:
     second_time: Literal["s", "t_minus_s", "none"] = option(
         "s", "How the net is told where to land: s, t - s (best at XL with a = 2), or not at all (flow matching)."
     )
-    time_scale: float = option(1000.0, "Times are multiplied by this before they are embedded.")
+    time_scale: float = option(1000.0, "Times are multiplied by this before they are embedded.", range="(0, inf)")
     time_input: Literal["t", "ddpm_step"] = option(
         "t", "What is embedded of a time: itself, or the step (0 to 999) of DDPM's linear schedule as noisy (DiT)."
     )
@@ -47,8 +47,6 @@ class FlowMapConfig:
     def validate(self) -> None:
         """Raises UserError where the three do not fit together."""
         check(self.trajectory, self.parameterization, self.second_time)
-        if self.time_scale <= 0:
-            raise UserError(f"method.flow_map.time_scale={self.time_scale} must be above 0")
 
 
 class Coefficients(NamedTuple):

@@ -56,8 +56,11 @@ class ShortcutConfig(FlowMapMethodConfig):
     grid: int | None = option(
         128,
         "half: s and t lie on this grid, t - s being 2^-k, as the published net is told; null: as method.times says.",
+        range="[1, inf)",
     )
-    clip: float | None = option(None, "Targets are clipped to this size, in units of sigma_d; published: 4.")
+    clip: float | None = option(
+        None, "Targets are clipped to this size, in units of sigma_d; published: 4.", range="(0, inf)"
+    )
     times: TwoTimesConfig = field(default_factory=TwoTimesConfig)
 
     @property

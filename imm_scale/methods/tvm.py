@@ -49,8 +49,12 @@ class TvmConfig(FlowMapMethodConfig):
     WHY_NOT_BEYOND: ClassVar[str] = "its tangent calls each layer twice with gradient, and stage 3 counts on one call"
 
     name: str = option("tvm", "")
-    gap: list[float] = option([-0.8, 1.0], "Mean and standard deviation of the logit of t - s.")  # noqa: RUF009
-    s: list[float] = option([-0.4, 1.0], "The same of s, below 1 - (t - s), and of flow matching's time.")  # noqa: RUF009
+    gap: list[float] = option(  # noqa: RUF009 - copied for each instance
+        [-0.8, 1.0], "Mean and standard deviation of the logit of t - s.", length="[2, 2]"
+    )
+    s: list[float] = option(  # noqa: RUF009
+        [-0.4, 1.0], "The same of s, below 1 - (t - s), and of flow matching's time.", length="[2, 2]"
+    )
 
     @property
     def passes(self) -> Passes:

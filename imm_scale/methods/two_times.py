@@ -26,17 +26,21 @@ class TwoTimesConfig:
     """How s and t are drawn."""
 
     t: list[float] = option(  # noqa: RUF009 - copied for each instance
-        [-0.4, 1.0], "Mean and standard deviation of log(sigma / alpha) at t; on ot_fm that is the logit of t."
+        [-0.4, 1.0],
+        "Mean and standard deviation of log(sigma / alpha) at t; on ot_fm that is the logit of t.",
+        length="[2, 2]",
     )
     s: list[float] | None = option(  # noqa: RUF009
-        [-0.4, 1.0], "The same of s; null: s is method.t_min always, as in consistency training."
+        [-0.4, 1.0], "The same of s; null: s is method.t_min always, as in consistency training.", length="[2, 2]"
     )
     order: Literal["sort", "min"] = option("sort", "sort: t is the later of both draws; min: s is, at most, t.")
-    equal: float = option(0.75, "Share of groups with s = t, on which the loss is that of flow matching.")
-    equal_t: list[float] | None = option(  # noqa: RUF009
-        None, "The same of t where s = t; null: drawn as everywhere."
+    equal: float = option(
+        0.75, "Share of groups with s = t, on which the loss is that of flow matching.", range="[0, 1]"
     )
-    min_gap: float = option(0.0, "Least t - s where s is not t.")
+    equal_t: list[float] | None = option(  # noqa: RUF009
+        None, "The same of t where s = t; null: drawn as everywhere.", length="[2, 2]"
+    )
+    min_gap: float = option(0.0, "Least t - s where s is not t.", range="[0, 1)")
 
     def validate(self) -> None:
         """Raises UserError where a value is out of its range."""

@@ -35,13 +35,15 @@ class ModelConfig(BackboneConfig):
 
     name: str = option("dit", "")
     size: str = option("DiT-S/2", "Row of the size table: DiT-{S,B,L,XL}/{2,4,8}; the other keys override its numbers.")
-    width: int | None = option(None, "Channels of the transformer; null takes the size's.")
-    depth: int | None = option(None, "Number of blocks; null takes the size's.")
-    heads: int | None = option(None, "Attention heads, a divisor of the width; null takes the size's.")
-    patch_size: int | None = option(None, "Side of a patch in latent pixels; null takes the size's.")
-    mlp_ratio: float = option(4.0, "Hidden width of the MLP over the width.")
+    width: int | None = option(None, "Channels of the transformer; null takes the size's.", range="[4, inf)")
+    depth: int | None = option(None, "Number of blocks; null takes the size's.", range="[1, inf)")
+    heads: int | None = option(
+        None, "Attention heads, a divisor of the width; null takes the size's.", range="[1, inf)"
+    )
+    patch_size: int | None = option(None, "Side of a patch in latent pixels; null takes the size's.", range="[1, inf)")
+    mlp_ratio: float = option(4.0, "Hidden width of the MLP over the width.", range="(0, inf)")
     qk_norm: bool = option(False, "RMS-normalize queries and keys: steadier at high learning rates, not in the paper.")
-    dropout: float = option(0.0, "Dropout inside the blocks; both branches of IMM share the mask.")
+    dropout: float = option(0.0, "Dropout inside the blocks; both branches of IMM share the mask.", range="[0, 1)")
     attention: Literal["sdpa", "xformers"] = option(
         "sdpa", "Attention kernel: torch's, or xformers' where CUDA and the package are there."
     )
@@ -52,6 +54,16 @@ class ModelConfig(BackboneConfig):
     @property
     def title(self) -> str:
         return self.size
+
+    def validate(self) -> None:
+        side = self.patch_size or max(PATCH_SIZES)  # of samples it fits: what they are is not known here
+        size_config(self.size, **self.given, height=side, image_width=side, mlp_ratio=self.mlp_ratio)
+
+    @property
+    def given(self) -> dict[str, int]:
+        """The numbers that stand in place of the size's."""
+        numbers = {key: getattr(self, key) for key in ("width", "depth", "heads", "patch_size")}
+        return {key: value for key, value in numbers.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,11 @@ class DiTConfig(Architecture):
     MAY_DIFFER = frozenset({"dropout", "attention", "num_classes", "height", "image_width", "second_time"})
 
     def __post_init__(self) -> None:
+        for key in ("width", "depth", "heads", "patch_size"):
+            if getattr(self, key) < 1:
+                raise UserError(f"model.{key}={getattr(self, key)} must be at least 1")
+        if int(self.width * self.mlp_ratio) < 1:
+            raise UserError(f"model.mlp_ratio={self.mlp_ratio} leaves the MLP of width {self.width} nothing: raise it")
         if self.width % self.heads or self.width % 4:
             raise UserError(f"model.width={self.width} must be a multiple of model.heads={self.heads} and of 4")
         if self.height % self.patch_size or self.image_width % self.patch_size:
@@ -127,10 +144,9 @@ class DiT(Backbone):
         if len(space.shape) != 3:
             raise UserError(f"model.name=dit works on samples of (channels, height, width), not on {space.shape}")
         channels, height, width = space.shape
-        settings = {key: getattr(config, key) for key in ("width", "depth", "heads", "patch_size")}
         return size_config(
             config.size,
-            **{key: value for key, value in settings.items() if value is not None},
+            **config.given,
             channels=channels,
             height=height,
             image_width=width,

@@ -55,6 +55,9 @@ class SamplingPlan:
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
             raise UserError(f"sampler={self.sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
+        low, high = self.guidance_interval
+        if not 0.0 <= low < high <= 1.0:
+            raise UserError(f"guidance_interval={(low, high)} is no interval of times within 0 to 1, as in (0.1, 0.8)")
 
     @property
     def guidance(self) -> Guidance:

@@ -29,6 +29,7 @@ from imm_scale.sampling.source import Source
 
 Announce = Callable[[str], None]
 TELL_SECONDS = 60.0
+READS = ("plugins", "sampling.")  # keys of the config
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def run(source: Source, config: SamplingConfig, request: Request, world: World, 
     Raises:
         UserError: whatever the user can mend.
     """
+    storage.check_writable(request.out or source.run_dir or ".")
     guides.check_scales(config, request.guidance)
     device = distributed.device(world)
     source, model = source.use_newest(world, lambda newest: Model.load(newest, config, device))
@@ -120,11 +122,14 @@ def run(source: Source, config: SamplingConfig, request: Request, world: World, 
     for warning in export.warnings(source.weights_url, config.ema) if world.is_main else []:
         announce(f"warning: {warning}")
     shown = {"labels": f"labels-{config.labels}", "times": f"grid-{config.grid}", **_average(config)}
+    sets = []  # all of them before the first is drawn: what cannot be drawn is said at once
     for scale in request.guidance:
         for steps in config.steps:
             chosen = dataclasses.replace(config, guidance_scale=scale)
             plan = plan_of(chosen, model.spec, steps, config.num, config.seed)
-            _SetOfSamples(model, plan, request, source, world, announce, shown).finish()
+            sets.append(_SetOfSamples(model, plan, request, source, world, announce, shown))
+    for one in sets:
+        one.finish()
 
 
 def _average(config: SamplingConfig) -> dict[str, str]:

@@ -85,6 +85,8 @@ def find(url: str) -> Source:
         inside = storage.exists(storage.join(run_dir, "config.yaml")) and checkpoints.folder(run_dir, step) == url
         return Source(url, run_dir if inside else None, step)
     if export.is_export(url):
+        if not storage.exists(url):
+            raise UserError(f"{url} does not exist")
         return Source(url)
     if not storage.exists(storage.join(url, "config.yaml")):
         raise UserError(
@@ -93,8 +95,30 @@ def find(url: str) -> Source:
     return Source(url, url)
 
 
-def config_of(source: Source, overrides: Sequence[str]) -> Config:
-    """The config the weights were trained with (defaults for exports), changed by key=value overrides."""
+def config_of(source: Source, overrides: Sequence[str], reads: Sequence[str]) -> Config:
+    """The config the weights were trained with (defaults for exports), changed by key=value overrides.
+
+    Args:
+        reads: keys that the caller reads, and sections with a dot at the end.
+
+    Raises:
+        UserError: a config that cannot be read, what `config.load` refuses, or an override of what nobody reads.
+    """
+    config = _config_of(source, overrides)
+    for key in configs.settings_of(overrides):
+        if not any(key == read or (read.endswith(".") and key.startswith(read)) for read in reads):
+            leaf = key.rpartition(".")[2]
+            meant = [other for other in configs.flatten(config) if other in reads or other.startswith(tuple(reads))]
+            same = [other for other in meant if other.rpartition(".")[2] == leaf and other != "plugins"]
+            hint = f"; did you mean {same[0]}?" if same else ""
+            raise UserError(
+                f"{key} does nothing here: what is read is {', '.join(read.rstrip('.') for read in reads)}; all else "
+                f"is as in training, or of no use to this command. Leave it out{hint}"
+            )
+    return config
+
+
+def _config_of(source: Source, overrides: Sequence[str]) -> Config:
     if source.run_dir is not None:
         text = storage.read_text(storage.join(source.run_dir, "config.yaml"))
         overrides = [f"run.dir={source.run_dir}", *overrides]
@@ -103,3 +127,13 @@ def config_of(source: Source, overrides: Sequence[str]) -> Config:
     else:
         return configs.load([], overrides).config
     return configs.load_text(text, f"the config of {source.url}", overrides).config
+
+
+def check_start(config: Config) -> None:
+    """What a run starts from and where it goes to, before it works. Raises UserError, or OSError with a path."""
+    storage.check_writable(config.run_dir)
+    if config.train.init_from is not None and not checkpoints.committed_steps(config.run_dir):
+        try:
+            find(config.train.init_from)
+        except UserError as error:
+            raise UserError(f"train.init_from={config.train.init_from}: {error}") from error

@@ -1,6 +1,7 @@
 """Files on any fsspec URL, whole and by ranges."""
 
 from imm_scale.storage.files import (
+    check_writable,
     create_bytes,
     exists,
     is_temporary,
@@ -23,6 +24,7 @@ from imm_scale.storage.urls import is_local, join, local_path, name, parent, sho
 __all__ = [
     "OnRetry",
     "RetryPolicy",
+    "check_writable",
     "create_bytes",
     "exists",
     "is_local",

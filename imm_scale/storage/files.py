@@ -88,6 +88,19 @@ def make_folder(url: str) -> None:
         os.makedirs(local_path(url), exist_ok=True)
 
 
+def check_writable(folder: str) -> None:
+    """Raises OSError, with its path, where a local folder could not be made or written to; makes nothing."""
+    if not is_local(folder):
+        return
+    path = os.path.abspath(local_path(folder))
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    if not os.path.isdir(path):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+
 def remove(url: str) -> None:
     """Removes a file or a whole folder; what is not there is no error."""
     with contextlib.suppress(FileNotFoundError):

@@ -33,7 +33,7 @@ def _fails_with_2(phrases: list[str], *argv: str, size: int = 1) -> None:
         (["model.heads=3"], ["model.width=32", "model.heads=3"]),
         (["model.patch_size=3"], ["model.patch_size=3", "8 x 8"]),
         (["model.size=DiT-M/2"], ["DiT-M/2", "DiT-XL/2"]),
-        (["zero.stage=4"], ["zero.stage=4", "0, 1, 2 or 3"]),
+        (["zero.stage=4"], ["zero.stage=4", "[0, 3]"]),
         (["zero.offload=parameters", "zero.stage=1"], ["zero.offload=parameters", "zero.stage=3"]),
         (["zero.extra.gradient_clipping=1"], ["zero.extra.gradient_clipping", "train.grad_clip"]),
         (["zero.extra.zero_optimization.stage=2"], ["zero.extra.zero_optimization.stage", "zero.stage"]),

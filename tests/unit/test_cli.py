@@ -1,11 +1,16 @@
 """`imm-scale` as a whole: every command at hand at once, its help quick, its words completed."""
 
+import errno
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -89,6 +94,118 @@ def test_an_interrupted_command_says_what_to_do(monkeypatch, capsys):
     monkeypatch.setattr(pack, "pack", interrupted)
     assert pack.main(["--source", "digits", "--out", "nowhere"]) == 130
     assert capsys.readouterr().err == "imm-scale pack: interrupted; the same command goes on\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_interrupted_command_says_what_it_leaves(name, monkeypatch, capsys):
+    """In words of its own, as its table entry has them."""
+
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    said = COMMANDS[name].load().interrupted
+    monkeypatch.setattr(cli, "parse", lambda argv: SimpleNamespace(action=interrupted, command=name, interrupted=said))
+    assert cli.main([name]) == 130
+    assert capsys.readouterr().err == f"imm-scale {name}: interrupted; {said}\n"
+    goes_on = {"train", "sample", "evaluate", "pack", "encode", "sweep", "verify", "stats"}
+    assert name in goes_on or "goes on" not in said, "it starts over, or there is nothing to go on with"
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        *((getattr(errno, name), 2) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR")),
+        *((getattr(errno, name), 1) for name in ("EIO", "ESTALE", "ENFILE")),  # a launcher tries once more
+    ],
+)
+def test_errors_of_the_system_are_messages(number, code, monkeypatch, capsys):
+    from imm_scale.report import runs
+
+    def failing(*args):
+        raise OSError(number, os.strerror(number), "/some/file")
+
+    monkeypatch.setattr(runs, "write_report", failing)
+    assert cli.main(["report", "runs/x"]) == code
+    err = capsys.readouterr().err
+    assert err.startswith("imm-scale report: /some/file: ") and "; " in err and "Traceback" not in err
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    """As `head` does; this one is gone before the first line."""
+    script = "import sys; from imm_scale import cli; sys.exit(cli.main(['explain']))"
+    command = f'{sys.executable} -c "{script}" 2>{tmp_path}/err | true'
+    subprocess.run(["bash", "-c", command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    assert (tmp_path / "err").read_text() == ""
+
+
+@pytest.mark.parametrize("flag", ["--out", "--page"])
+def test_a_home_behind_an_equals_sign_is_found(flag, monkeypatch):
+    """The shell knows the home in `--out ~/x`, and not in `--out=~/x`."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    argv = {"--out": ["report", "runs/x", "--out=~/a b.html"], "--page": ["stats", "m.json", "--page=~/a b.html"]}[flag]
+    args = cli.parse(argv)
+    assert getattr(args, flag.removeprefix("--")) == "/home/ada/a b.html"
+
+
+@pytest.mark.parametrize("argv", [["sample", "RUN", "--out=/s/${USER}/x"], ["export", "/s/${USER}/run", "--out", "x"]])
+def test_a_variable_that_the_shell_did_not_replace_is_refused(argv, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(argv)
+    assert ended.value.code == 2 and "single quotes" in capsys.readouterr().err
+
+
+# --- full disks ---
+
+
+@contextmanager
+def _files_of_at_most(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("argv", "file"),
+    [
+        (["export", "RUN", "--out", "OUT/net.safetensors"], "net.safetensors"),
+        (["export", "RUN", "--out", "OUT/net", "--format", "diffusers"], ""),
+        (["sample", "RUN", "--steps", "1", "--num", "64", "--out", "OUT/samples"], "samples"),
+        (["report", "RUN", "--out", "OUT/page.html"], "page.html"),
+    ],
+)
+def test_where_no_file_may_grow_nothing_half_written_is_left(argv, file, trained, tmp_path, capsys):
+    """As of a full disk or a quota."""
+    places = {"RUN": trained}
+    with _files_of_at_most(2000):
+        code = cli.main([places.get(word, word).replace("OUT", str(tmp_path)) for word in argv])
+    err = capsys.readouterr().err
+    assert code == 2 and "no file may grow that large here" in err and file in err, err
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert all(path.stat().st_size < 2000 and not path.name.endswith((".tmp", ".safetensors")) for path in files), files
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["export", "RUN", "--out", "FILE/net.safetensors"],
+        ["sample", "RUN", "--out", "FILE/x"],
+        ["report", "RUN", "--out", "FILE/x"],
+        ["evaluate", "--make-reference", "RUN", "--out", "FILE/x.npz"],
+        ["train", "demo", "data.manifest=DIGITS", "run.dir=FILE/x", "--dry-run"],
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_places_that_cannot_be_written_to_are_refused(argv, trained, digits, tmp_path, capsys):
+    (tmp_path / "a-file").touch()
+    places = {"RUN": trained, "DIGITS": digits, "FILE": str(tmp_path / "a-file")}
+    for name, place in places.items():
+        argv = [word.replace(name, place) for word in argv]
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert f"{tmp_path}/a-file: a part of the path is a file" in err, err
 
 
 # --- names ---

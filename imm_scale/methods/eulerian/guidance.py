@@ -22,11 +22,15 @@ _FADE = 0.025  # SoFlow's rate
 class TrainingGuidanceConfig:
     """What the target velocity is guided by; omega = 1 and kappa = 0 is none."""
 
-    omega: float = option(1.0, "Weight of the path's velocity.")
-    kappa: float = option(0.0, "Weight of the net's own velocity with the label; the rest is that without it.")
-    low: float = option(0.0, "Guided from this time on.")
-    high: float = option(1.0, "Guided up to this time.")
-    fade: float | None = option(None, "Time above which guidance falls to none at 1, as SoFlow's; null: it does not.")
+    omega: float = option(1.0, "Weight of the path's velocity.", range="(0, inf)")
+    kappa: float = option(
+        0.0, "Weight of the net's own velocity with the label; the rest is that without it.", range="[0, 1)"
+    )
+    low: float = option(0.0, "Guided from this time on.", range="[0, 1)")
+    high: float = option(1.0, "Guided up to this time.", range="(0, 1]")
+    fade: float | None = option(
+        None, "Time above which guidance falls to none at 1, as SoFlow's; null: it does not.", range="(0, 1)"
+    )
 
     @property
     def is_on(self) -> bool:

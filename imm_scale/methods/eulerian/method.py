@@ -65,12 +65,16 @@ class EulerianConfig(FlowMapMethodConfig):
         "tangent", "D_t f by a tangent through the net, or by the difference to a second point r of the path."
     )
     tangent_mix: float = option(
-        0.0, "Share of the net's own velocity in the tangent: 0 the path's (MeanFlow), 1 the net's (improved MeanFlow)."
+        0.0,
+        "Share of the net's own velocity in the tangent: 0 the path's (MeanFlow), 1 the net's (improved MeanFlow).",
+        range="[0, 1]",
     )
     label_drop_at: Literal["any", "equal"] = option(
         "any", "Labels are dropped anywhere, or where s = t only, at the same share of all (MeanFlow)."
     )
-    schedule_images: int | None = option(None, "Images over which schedules run; they stay at their end afterwards.")
+    schedule_images: int | None = option(
+        None, "Images over which schedules run; they stay at their end afterwards.", range="[1, inf)"
+    )
     times: TwoTimesConfig = field(default_factory=TwoTimesConfig)
     step: StepConfig = field(default_factory=StepConfig)
     residual: ResidualConfig = field(default_factory=ResidualConfig)

@@ -25,13 +25,15 @@ class ResidualConfig:
         "adaptive: 1 / (||e||^2 + c)^p; normalize: e / (||e|| + c) as the gradient; l2: ||e||^2; "
         "ect: that of sqrt(||f_t - f_r||^2 + c^2) / (sigma_t - sigma_r).",
     )
-    p: float = option(1.0, "adaptive: the power; at 1 the loss reads about 1 whatever happens.")
-    c: float = option(0.01, "adaptive, normalize, ect: the constant c.")
+    p: float = option(1.0, "adaptive: the power; at 1 the loss reads about 1 whatever happens.", range="[0, inf)")
+    c: float = option(0.01, "adaptive, normalize, ect: the constant c.", range="[0, inf)")
     mean: bool = option(False, "Squares are averaged over elements instead of summed, where c is added to them.")
     of_difference: bool = option(False, "adaptive: of G less its target, which is a e, instead of e (alpha-Flow).")
     alpha: bool = option(False, "normalize: e is first multiplied by sigma_d alpha(t) / rate, which makes it sCT's.")
     inverse_eta: bool = option(False, "The loss is divided by sigma / alpha at t, sCT's prior weight.")
-    warmup: float = option(0.0, "normalize: share of the schedule over which the derivative's part grows from 0.")
+    warmup: float = option(
+        0.0, "normalize: share of the schedule over which the derivative's part grows from 0.", range="[0, 1]"
+    )
 
     def validate(self) -> None:
         """Raises UserError where a value is out of its range."""

@@ -26,13 +26,15 @@ class StepConfig:
         "share",
         "share: r = t - a (t - s); eta: a constant step in sigma / alpha, as IMM's; ect: easy consistency tuning's.",
     )
-    start: float = option(0.1, "share: a at the start, at most 1, which is flow matching with a target of one jump.")
-    end: float = option(0.002, "share: a at the end of the schedule; the same as start: no schedule.")
+    start: float = option(
+        0.1, "share: a at the start, at most 1, which is flow matching with a target of one jump.", range="(0, 1]"
+    )
+    end: float = option(0.002, "share: a at the end of the schedule; the same as start: no schedule.", range="(0, 1]")
     schedule: Literal["exponential", "sigmoid"] = option("exponential", "share: how a goes from start to end.")
-    steepness: float = option(25.0, "share: gamma of the sigmoid schedule.")
-    k: int = option(10, "eta: the step is the range of eta (160) / 2^k.")
-    base: float = option(2.0, "ect: q; the gap to r shrinks as q^-(stage + 1).")
-    stages: int = option(8, "ect: stages over the schedule.")
+    steepness: float = option(25.0, "share: gamma of the sigmoid schedule.", range="(0, inf)")
+    k: int = option(10, "eta: the step is the range of eta (160) / 2^k.", range="[0, 52]")
+    base: float = option(2.0, "ect: q; the gap to r shrinks as q^-(stage + 1).", range="(1, inf)")
+    stages: int = option(8, "ect: stages over the schedule.", range="[1, inf)")
 
     def validate(self) -> None:
         """Raises UserError where a value is out of its range."""

@@ -57,6 +57,55 @@ def test_evaluate_wants_a_run(capsys):
     _refused(capsys, ["runs/my_run"], "evaluate", "--cluster", "lab")
 
 
+@pytest.mark.parametrize(
+    ("argv", "phrases"),
+    [
+        (["encode", "--", "--imagez", "x"], ["imm-scale encode: error", "--imag"]),
+        (["encode", "--", "--images", "IMAGES", "--out", "o", "--codec", "vea"], ["--codec", "vea", "pixels"]),
+        (["encode", "--", "--images", "IMAGES", "--out", "o", "--codec", "vae"], ["--vae PATH"]),
+        (["encode", "--", "--images", "IMAGES", "--out", "o", "--codec", "pixels", "--vae", "v"], ["--vae v"]),
+        (
+            ["encode", "--", "--images", "IMAGES", "--out", "o", "--codec", "pixels", "--batch-size", "0"],
+            ["--batch-size"],
+        ),
+        (
+            ["encode", "--", "--images", "IMAGES", "--out", "o", "--codec", "pixels", "--task-index", "3"],
+            ["--num-tasks"],
+        ),
+        (["encode", "--", "--images", "nowhere", "--out", "o", "--codec", "pixels"], ["no pack.json in nowhere"]),
+        (["encode", "--", "--images", "IMAGES", "--out", "README.md/o", "--codec", "pixels"], ["README.md", "a file"]),
+        (["evaluate", "nowhere"], ["nowhere is not a run folder"]),
+        (["evaluate", "RUN", "--", "--stepz", "3"], ["imm-scale evaluate: error", "--stepz"]),
+        (["evaluate", "RUN", "--", "--steps", "0"], ["evaluation.steps=[0]", "[1, inf)"]),
+        (["evaluate", "RUN", "--", "--steps", "x"], ["evaluation.steps"]),
+        (["evaluate", "RUN", "optimizer.lr=1"], ["optimizer.lr does nothing here"]),
+        (["evaluate", "RUN", "sampling.sampler=huen"], ["huen"]),
+        (["evaluate", "RUN", "--", "--reference", "nowhere.npz"], ["evaluation.reference=nowhere.npz does not exist"]),
+        (["evaluate", "RUN", "--", "--search", "guidance=3:1"], ["guidance=3:1"]),
+        (["evaluate", "RUN", "--", "--guidance", "nan"], ["guidance_scale=nan"]),
+    ],
+)
+def test_what_a_job_would_refuse_after_hours_is_refused_at_once(argv, phrases, trained, digits, capsys):
+    words = [{"RUN": trained, "IMAGES": str(Path(digits).parents[1] / "images")}.get(word, word) for word in argv]
+    try:
+        code = submit.main([words[0], "--cluster", "lab", "--dry-run", *words[1:]])
+    except SystemExit as error:  # argparse
+        code = error.code
+    message = capsys.readouterr().err
+    assert code == 2 and all(phrase in message for phrase in phrases), message
+
+
+def test_what_another_job_makes_first_need_not_be_there(capsys):
+    later = ["--cluster", "lab", "--dry-run", "--dependency", "afterok:1"]
+    assert submit.main(["evaluate", *later, "nowhere", "--", "--steps", "1"]) == 0
+    assert submit.main(["encode", *later, "--", "--images", "nowhere", "--out", "o", "--codec", "pixels"]) == 0
+    assert capsys.readouterr().out.count("#SBATCH --dependency=afterok:1") == 2
+
+
+def test_weights_to_start_from_are_looked_for(tiny, capsys):
+    _refused(capsys, ["train.init_from=/nowhere"], "train", *tiny, "train.init_from=/nowhere", "--cluster", "lab")
+
+
 def test_it_runs_from_the_checkout_only(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _refused(capsys, [str(ROOT)], "train", *tiny)
@@ -77,11 +126,12 @@ def test_a_dry_run_prints_the_text_and_writes_nothing(tiny, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_flags_of_the_program_go_after_two_dashes(capsys):
-    args = ["--images", "a b", "--out", "o", "--codec", "pixels"]
+def test_flags_of_the_program_go_after_two_dashes(capsys, digits, tmp_path):
+    (tmp_path / "a b").symlink_to(Path(digits).parents[1] / "images")
+    args = ["--images", f"{tmp_path}/a b", "--out", "o", "--codec", "pixels"]
     assert submit.main(["encode", "--cluster", "lab", "--array", "0-3%2", "--dry-run", "--", *args]) == 0
     text = capsys.readouterr().out
-    assert "set -- --images 'a b' --out o --codec pixels" in text
+    assert f"set -- --images '{tmp_path}/a b' --out o --codec pixels" in text
     assert "#SBATCH --array=0-3%2" in text
 
 

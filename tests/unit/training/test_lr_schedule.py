@@ -38,5 +38,5 @@ def test_inverse_square_root_halves_at_four_times_its_reference():
 
 
 def test_a_reference_of_no_images_is_refused():
-    with pytest.raises(UserError, match=r"optimizer\.reference_images=0 must be above 0"):
+    with pytest.raises(UserError, match=r"optimizer\.reference_images=0 is out of range"):
         _rates([1], "optimizer.reference_images=0")

@@ -83,7 +83,7 @@ def test_without_a_job_it_says_so(caplog, monkeypatch):
         ("train.spike_factor=1", "above 1"),
         ("train.max_rewinds=-1", "0 or more"),
         ("train.profile_steps=[3]", "first and the last step"),
-        ("train.step_timeout=0", "above 0"),
+        ("train.step_timeout=0", "(0, inf)"),
         ("data.holdout=-0.1", "share below 1"),
         ("data.holdout=1.5", "whole number"),
     ],
