@@ -12,7 +12,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "imm_scale"
 SURFACE = ("api", "errors")
-LINKS = {"](docs/": "](", "](imm_scale/config/schema.py)": "](api/config.md)"}
+LINKS = {"](docs/": "](", "](CITATION.cff)": "](#cite)"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -14,7 +14,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", nargs="?", metavar="RUN | CHECKPOINT | FILE.safetensors | IMAGES")
     add_sampling_flags(parser, "evaluation")
     parser.add_argument("--repeats", type=int, help="sampling seeds; their spread is the error bar")
-    parser.add_argument("--reference", help=".npz to compare with; default the training data")
+    parser.add_argument("--reference", help=".npz or EDM2's .pkl to compare with; default the training data")
     parser.add_argument("--watch", action="store_true", help="measure checkpoints as they come, until the run ends")
     parser.add_argument("--poll", type=float, metavar="SECONDS", help="how often --watch looks; default 30")
     parser.add_argument("--search", nargs="+", metavar="guidance=LOW:HIGH", help="find the best guidance; steps=1,2,4")

@@ -299,6 +299,9 @@ class ExtractorConfig:
     sha256: str | None = option(None, "sha256 the network's file must have.")
     features: str = option("0", "Features among the outputs: a number, or a name of an ONNX output.")
     logits: str | None = option(None, "Class logits among the outputs, for the Inception score.")
+    spatial: str | None = option(
+        None, "Features with places (4 axes, in the order of layout) among the outputs, for spatial_frechet."
+    )
     arguments: dict[str, Any] = option({}, "Keyword arguments of the TorchScript network beside the images.")
     resize: int | None = option(
         None, "Side that images are resized to before the network; null leaves them.", range="[1, inf)"
@@ -330,7 +333,12 @@ class EvaluationConfig:
         ["frechet"], "What is measured, by name or as {name: NAME, key: value}; the first is frechet."
     )
     reference: str | None = option(
-        None, "Reference statistics (.npz of --make-reference, ADM or EDM); null: the training data.", is_path=True
+        None,
+        "Reference statistics (.npz of --make-reference, ADM or EDM; .pkl of EDM2); null: the training data.",
+        is_path=True,
+    )
+    reference_entry: str | None = option(
+        None, "Which statistics of a .pkl with several, as fd_dinov2; null takes fid with the Inception network."
     )
     compared: int = option(
         10_000, "Most samples, of either side, that kernel and neighbour metrics compare.", range="[1, inf)"

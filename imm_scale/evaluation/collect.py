@@ -1,6 +1,6 @@
 """What is kept of many samples' features: moments by random groups, class sums, and the vectors of a random subset."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,11 +36,13 @@ class Features:
         groups: moments of each random group.
         kept: (K, F) fp32 features of the chosen samples.
         classes: class sums of each random group, or none.
+        spatial_groups: moments of each random group's features with places, or none.
     """
 
     groups: list[Moments]
     kept: Tensor
     classes: list[ClassSums]
+    spatial_groups: list[Moments] = field(default_factory=list)
 
     @property
     def moments(self) -> Moments:
@@ -62,42 +64,54 @@ class Collector:
         self._chosen = chosen(num, most)
         self._groups: list[Moments] = []
         self._classes: list[ClassSums] = []
+        self._spatial: list[Moments] = []
         self._kept = torch.zeros(0, 0)
 
-    def _start(self, dim: int, classes: int) -> None:
+    def _start(self, dim: int, classes: int, spatial: int) -> None:
         self._groups = [Moments(dim) for _ in range(GROUPS)]
         self._classes = [ClassSums(classes) for _ in range(GROUPS if classes else 0)]
+        self._spatial = [Moments(spatial) for _ in range(GROUPS if spatial else 0)]
         self._kept = torch.zeros(len(self._chosen), dim)
 
     def add(self, index: Tensor, output: Output) -> None:
         """Takes samples (n,) and what the extractor says of them; features that are not finite raise UserError."""
-        finite = torch.isfinite(output.features).all(dim=1)
-        if not finite.all():
-            raise UserError(
-                f"features of {self._what} {int(index[~finite][0])} are not finite: look at that image, and at the "
-                "extractor's input range"
-            )
+        self._check_finite(index, output)
         if not self._groups:
-            self._start(output.features.shape[1], 0 if output.probabilities is None else output.probabilities.shape[1])
+            self._start(*(0 if part is None else part.shape[1] for part in _parts(output)))
         group = group_of(index)
-        for number in range(GROUPS):
-            self._groups[number].add(output.features[group == number])
-            if output.probabilities is not None:
-                self._classes[number].add(output.probabilities[group == number])
+        for sums, values in zip((self._groups, self._classes, self._spatial), _parts(output), strict=True):
+            for number in range(GROUPS if values is not None else 0):
+                sums[number].add(values[group == number])  # type: ignore[index]
         is_chosen = torch.isin(index, self._chosen)
         self._kept[torch.searchsorted(self._chosen, index[is_chosen])] = output.features[is_chosen].float()
 
+    def _check_finite(self, index: Tensor, output: Output) -> None:
+        for values in (output.features, output.spatial):
+            finite = torch.ones(1, dtype=torch.bool) if values is None else torch.isfinite(values).all(dim=1)
+            if not finite.all():
+                raise UserError(
+                    f"features of {self._what} {int(index[~finite][0])} are not finite: look at that image, and at the "
+                    "extractor's input range"
+                )
+
     def merge_ranks(self) -> Features:
         """Of all ranks, on every rank; some ranks may have had no samples."""
-        shape = torch.tensor([self._kept.shape[1], len(self._classes) and len(self._classes[0]._probability)])
-        dim, classes = _most(shape).tolist()
+        sizes = [len(groups[0].mean) if groups else 0 for groups in (self._groups, self._spatial)]
+        classes = len(self._classes[0]._probability) if self._classes else 0
+        dims = _most(torch.tensor([sizes[0], classes, sizes[1]])).tolist()
         if not self._groups:
-            self._start(dim, classes)
+            self._start(*dims)
         return Features(
             groups=[group.merge_ranks() for group in self._groups],
             kept=world.all_sum(self._kept),
             classes=[sums.merge_ranks() for sums in self._classes],
+            spatial_groups=[group.merge_ranks() for group in self._spatial],
         )
+
+
+def _parts(output: Output) -> tuple[Tensor | None, ...]:
+    """In the order of `Collector._start`."""
+    return output.features, output.probabilities, output.spatial
 
 
 def _most(values: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from imm_scale.checkpoint import export
 from imm_scale.config.schema import Config, SamplingConfig
 from imm_scale.data.manifest import Manifest
 from imm_scale.errors import UserError
-from imm_scale.evaluation import gallery, images, networks, reference, watch
+from imm_scale.evaluation import cost_quality, gallery, images, networks, reference, watch
 from imm_scale.evaluation import guidance_search as search
 from imm_scale.evaluation.evaluator import Evaluator
-from imm_scale.evaluation.records import FOLDER
+from imm_scale.evaluation.records import FOLDER, Conditions
 from imm_scale.evaluation.sets import measure_images
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
@@ -215,21 +215,26 @@ def _search(arguments: Arguments, evaluator: Evaluator, announce: Announce) -> N
     config = evaluator.config
     search_range = search.parse(arguments.search, config.evaluation.steps)
     optima = []
+    under: Conditions = {}
     for steps in search_range.steps:
         evaluation = dataclasses.replace(config.evaluation, steps=[steps])
 
         def measure(guidance: float, evaluation=evaluation) -> tuple[float, ...]:  # type: ignore[no-untyped-def]
             sampling = dataclasses.replace(config.sampling, guidance_scale=guidance)
-            return tuple(evaluator.evaluate(sampling, evaluation)["results"][0]["values"])
+            document = evaluator.evaluate(sampling, evaluation)
+            (result,) = document["results"]
+            under.update(cost_quality.setting(document, result))
+            return tuple(result["values"])
 
         optima.append(search.minimize(steps, measure, search_range.low, search_range.high, _TOLERANCE, _MOST_POINTS))
     lines = [best.describe() for best in optima]
+    lines.append(f"each of {under['repeats']} x {under['count']} samples, reference {under['reference']}")
     if evaluator.world.is_main:
         announce("\n".join(lines))
-        _write_search(arguments, evaluator, optima)
+        _write_search(arguments, evaluator, optima, under)
 
 
-def _write_search(arguments: Arguments, evaluator: Evaluator, optima: Sequence[search.Best]) -> None:
+def _write_search(arguments: Arguments, evaluator: Evaluator, optima: Sequence[search.Best], under: Conditions) -> None:
     """RUN/searches/step-NNNNNNNN-ID.json; the points themselves are ordinary evaluation files."""
     if evaluator.source.run_dir is None:
         return
@@ -239,8 +244,9 @@ def _write_search(arguments: Arguments, evaluator: Evaluator, optima: Sequence[s
         computed["guide"] = evaluator.model.guide.text
     key = hashlib.sha256(json.dumps([*arguments.search, computed, *map(str, optima)]).encode()).hexdigest()[:12]
     url = storage.join(evaluator.source.run_dir, "searches", f"step-{evaluator.source.step:08d}-{key}.json")
+    best = [one.as_dict() for one in optima]
     storage.write_text(
-        url, json.dumps({"asked": arguments.search, **computed, "best": [best.as_dict() for best in optima]}, indent=1)
+        url, json.dumps({"asked": arguments.search, **computed, "conditions": under, "best": best}, indent=1)
     )
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,17 @@ from imm_scale.errors import UserError
 from imm_scale.evaluation import extractors, measures, networks, reference
 from imm_scale.evaluation.collect import Collector, Features
 from imm_scale.evaluation.metrics import Measure
-from imm_scale.evaluation.records import FOLDER, SCHEMA_VERSION, arithmetic, evaluation_url, guidance, read_evaluations
+from imm_scale.evaluation.records import (
+    FOLDER,
+    SCHEMA_VERSION,
+    arithmetic,
+    error_of,
+    evaluation_url,
+    guidance,
+    read_evaluations,
+    samples,
+    with_error,
+)
 from imm_scale.evaluation.reference import Reference
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
@@ -43,7 +52,8 @@ class Distance:
 
     Attributes:
         metric: name of the Frechet distance, `FID` only for the standard network.
-        value, mean: over sampling seeds; error: of one evaluation, std over seeds or the jackknife of the one there is.
+        value, mean: over sampling seeds; std: over several seeds, None of one; error: of one evaluation, that std or
+            the jackknife of the one seed there is.
         count: samples per seed (also `num`); times: the grid itself.
         numerical_error: bound of what fp64 rounding has done.
         flops_per_image: two per multiply-add of the network and of its guide.
@@ -62,7 +72,7 @@ class Distance:
     seeds: tuple[int, ...]
     values: tuple[float, ...]
     mean: float
-    std: float
+    std: float | None
     value: float
     error: float
     error_kind: str
@@ -97,8 +107,14 @@ class Evaluator:
                 "there is nothing to compare with: set evaluation.reference (an .npz of --make-reference) or "
                 "data.manifest (the training data)"
             )
+        if config.evaluation.reference is None and config.evaluation.reference_entry is not None:
+            entry = config.evaluation.reference_entry
+            raise UserError(
+                f"evaluation.reference_entry={entry} chooses from an evaluation.reference, and there is none"
+            )
         self.device = distributed.device(world)
         self.extractor = networks.open_extractor(config.evaluation.extractor, self.device)
+        measures.check(config.evaluation, self.extractor)
 
     @cached_property
     def model(self) -> Model:
@@ -113,8 +129,9 @@ class Evaluator:
     @cached_property
     def reference(self) -> Reference:
         """As given, or of the training data; the latter is kept in the run folder's references/."""
-        url = self.config.evaluation.reference
-        result = Reference.load(url) if url is not None else self._of_training_data()
+        evaluation = self.config.evaluation
+        given = evaluation.reference is not None
+        result = reference.open_reference(evaluation, self.extractor) if given else self._of_training_data()
         result.check(self.extractor, self.model.spec.space.image_shape if self.extractor.takes == "images" else None)
         return result
 
@@ -198,7 +215,7 @@ class Evaluator:
             "training_data": meta.manifest_hash if meta else None,
             "source": None if meta else {"weights": self.model.weights_id},
             "reference_data": compared_with,
-            "reference_file": None if reference_url is None else hashlib.sha256(_read(reference_url)).hexdigest(),
+            "reference_file": None if reference_url is None else _identity(reference_url, evaluation.reference_entry),
             "extractor": extractors.describe(self.extractor),
             "seed": sampling.seed,
             "sampler": sampling.sampler,
@@ -249,6 +266,7 @@ class Evaluator:
 
     def _distance(self, sampling: SamplingConfig, evaluation: EvaluationConfig, steps: int) -> Distance:
         began = time.perf_counter()
+        measures.check_reference(evaluation.metrics, self.reference)
         num = evaluation.num or self.reference.count
         if num is None:
             raise UserError("the reference does not say how many images it is of: give --num (50,000 is the custom)")
@@ -299,7 +317,7 @@ class Evaluator:
             seeds=tuple(seeds),
             values=tuple(distance["values"]),
             mean=distance["value"],
-            std=distance["error"] if len(seeds) > 1 else 0.0,
+            std=distance["error"] if len(seeds) > 1 else None,
             value=distance["value"],
             error=distance["error"],
             error_kind=f"standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else "jackknife over samples",
@@ -341,6 +359,12 @@ def _read(url: str) -> bytes:
         ) from error
 
 
+def _identity(reference_url: str, entry: str | None) -> str:
+    """Hash of a reference's file, with the name of the statistics that were chosen there."""
+    sha256 = hashlib.sha256(_read(reference_url)).hexdigest()
+    return sha256 if entry is None else f"{sha256} {entry}"
+
+
 def evaluate(config: Config, world: World, announce: Announce, source: Source | None = None) -> dict[str, Any]:
     """Measures one checkpoint, the newest of the config's run if no source is given, and writes the result."""
     evaluator = Evaluator(source or Source(config.run_dir, config.run_dir), config, world, announce)
@@ -353,15 +377,11 @@ def describe(result: Mapping[str, Any]) -> str:
     guided = "" if result["guidance_scale"] == 1.0 else f", guidance {guidance(result)}"
     computed = f", {arithmetic(result)}" if arithmetic(result) else ""
     lines = [
-        f"{result['metric']}  {steps:>9}  {result['mean']:.4f} +- {_error(result):.4f}"
-        f"  ({len(result['seeds'])} x {result['num']} samples{guided}{computed})"
+        f"{result['metric']}  {steps:>9}  {with_error(result['mean'], error_of(result))}"
+        f"  ({samples(result)} samples{guided}{computed})"
     ]
     for name, one in result.get("measures", {}).items():
         if name != result["metric"]:
-            error = "" if math.isnan(one["error"]) else f" +- {one['error']:.2g}"
-            lines.append(f"  {name}  {one['value']:.4g}{error}")
+            error = error_of(one)
+            lines.append(f"  {name}  {one['value']:.4g}" + ("" if error is None else f" +- {error:.2g}"))
     return "\n".join(lines)
-
-
-def _error(result: Mapping[str, Any]) -> float:
-    return float(result.get("error", result["std"]))

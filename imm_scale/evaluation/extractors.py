@@ -22,10 +22,11 @@ from imm_scale.errors import UserError
 
 @dataclass(frozen=True)
 class Output:
-    """Of N samples: features (N, F) fp64, and class probabilities (N, K) fp64 where the network gives logits."""
+    """Of N samples, fp64: features (N, F), class probabilities (N, K) of a classifier, spatial features (N, S)."""
 
     features: Tensor
     probabilities: Tensor | None = None
+    spatial: Tensor | None = None
 
 
 class Extractor(Protocol):

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from imm_scale.errors import UserError
+from imm_scale.evaluation.records import with_error
 
 _GOLDEN = (3.0 - math.sqrt(5.0)) / 2.0
 
@@ -65,7 +66,7 @@ class Best:
 
     Attributes:
         guidance, value: the best point measured, and its mean distance over seeds.
-        error: standard error of that mean.
+        error: standard error of that mean, None of one seed.
         at_end: whether it is an end of the range, so that the best may lie outside.
         not_worse: least and greatest measured guidance that the seeds cannot tell from the best (paired difference
             below two standard errors).
@@ -75,21 +76,26 @@ class Best:
     steps: int
     guidance: float
     value: float
-    error: float
+    error: float | None
     at_end: bool
     not_worse: tuple[float, float]
     points: tuple[Point, ...]
 
     def describe(self) -> str:
         """The best scale in a line, with the scales that are as good within two errors."""
-        low, high = self.not_worse
         steps = f"{self.steps} step" + ("" if self.steps == 1 else "s")
-        doubt = "no other point measured comes within 2 errors" if low == high else f"{low:g} to {high:g} are as good"
         end = "; it is an end of the range: widen it" if self.at_end else ""
         return (
-            f"{steps:>9}  best guidance {self.guidance:.3g}  {self.value:.4f} +- {self.error:.4f}  "
-            f"({doubt} for {len(self.points[0].values)} seeds; {len(self.points)} points{end})"
+            f"{steps:>9}  best guidance {self.guidance:.3g}  {with_error(self.value, self.error)}  "
+            f"({self._doubt()}; {len(self.points)} points{end})"
         )
+
+    def _doubt(self) -> str:
+        seeds, (low, high) = len(self.points[0].values), self.not_worse
+        if seeds == 1:
+            return "one seed tells no two points apart: give --repeats"
+        doubt = "no other point measured comes within 2 errors" if low == high else f"{low:g} to {high:g} are as good"
+        return f"{doubt} for {seeds} seeds"
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
@@ -157,7 +163,7 @@ def _best(steps: int, points: Sequence[Point]) -> Best:
         steps=steps,
         guidance=best.guidance,
         value=best.mean,
-        error=_standard_error(best.values),
+        error=_standard_error(best.values) if len(best.values) > 1 else None,
         at_end=best in (points[0], points[-1]),
         not_worse=(min(as_good), max(as_good)),
         points=tuple(points),

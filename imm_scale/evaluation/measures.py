@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from imm_scale import config as configs
+from imm_scale.config.schema import EvaluationConfig
 from imm_scale.errors import UserError
 from imm_scale.evaluation.collect import Features
 from imm_scale.evaluation.extractors import Extractor, identity_hash
@@ -32,8 +33,11 @@ def compares_vectors(metrics: Sequence[Any]) -> bool:
 def named(metric: str, extractor: Extractor) -> str:
     """A value's name with its extractor's: FID, frechet_latents, class_score_NAME."""
     names = {known: name for cls in map(METRICS.get, METRICS.names()) for known, name in cls.standard_names.items()}  # type: ignore[attr-defined]
-    is_standard = identity_hash(extractor.identity) == STANDARD_ID
-    return names[metric] if is_standard and metric in names else f"{metric}_{extractor.name}"
+    return names[metric] if _is_standard(extractor) and metric in names else f"{metric}_{extractor.name}"
+
+
+def _is_standard(extractor: Extractor) -> bool:
+    return identity_hash(extractor.identity) == STANDARD_ID
 
 
 def measure(
@@ -49,6 +53,7 @@ def measure(
         UserError: a metric that needs what the reference or the extractor does not have.
     """
     _check_dim(len(features.moments.mean), reference, extractor)
+    check_reference(metrics, reference)
     results: dict[str, Measure] = {}
     for metric in chosen(metrics):
         _check_needs(metric, features, reference, extractor)
@@ -65,20 +70,60 @@ def _check_dim(dim: int, reference: Reference, extractor: Extractor) -> None:
         )
 
 
+def check(config: EvaluationConfig, extractor: Extractor) -> None:
+    """Before samples are drawn: metrics that need what this extractor, as it is configured, does not give.
+
+    Raises:
+        UserError: naming the metric, and the key that is missing.
+    """
+    for metric in chosen(config.metrics):
+        name = metric.config.name
+        has_logits = config.extractor.logits is not None or _is_standard(extractor)
+        if "logits" in metric.needs and (extractor.takes == "latents" or not has_logits):
+            raise UserError(f"{name} needs class logits, {extractor.name} gives none: see evaluation.extractor.logits")
+        if "spatial" in metric.needs and config.extractor.spatial is None:
+            raise UserError(
+                f"{name} needs features with places, {extractor.name} gives none: name an output of four axes in "
+                "evaluation.extractor.spatial"
+            )
+
+
+def check_reference(metrics: Sequence[Any], reference: Reference) -> None:
+    """Raises UserError for metrics that need what the reference does not have."""
+    for metric in chosen(metrics):
+        name = metric.config.name
+        if "vectors" in metric.needs and reference.kept is None:
+            raise UserError(
+                f"the reference holds moments only; {name} needs its features: write it again with "
+                "imm-scale evaluate --make-reference"
+            )
+        if "spatial" in metric.needs and reference.spatial is None:
+            raise UserError(
+                f"the reference has no moments of features with places (mu_s, sigma_s), which {name} needs: write it "
+                "again with imm-scale evaluate --make-reference and evaluation.extractor.spatial"
+            )
+
+
 def _check_needs(metric: Metric, features: Features, reference: Reference, extractor: Extractor) -> None:
     name = metric.config.name
     if "logits" in metric.needs and not features.classes:
         raise UserError(f"{name} needs class logits, {extractor.name} gives none: see evaluation.extractor.logits")
+    if "spatial" in metric.needs:
+        _check_spatial(name, features, reference, extractor)
     if "vectors" not in metric.needs:
         return
-    if reference.kept is None:
-        raise UserError(
-            f"the reference holds moments only; {name} needs its features: write it again with "
-            "imm-scale evaluate --make-reference"
-        )
+    assert reference.kept is not None
     if min(len(features.kept), len(reference.kept)) < _LEAST_COMPARED:
         ours, theirs = len(features.kept), len(reference.kept)
         raise UserError(f"{ours} samples and {theirs} of the reference are too few: at least 7 are needed")
+
+
+def _check_spatial(name: str, features: Features, reference: Reference, extractor: Extractor) -> None:
+    assert features.spatial_groups, "an extractor with evaluation.extractor.spatial gives them"
+    assert reference.spatial is not None
+    ours, theirs = len(features.spatial_groups[0].mean), len(reference.spatial.mean)
+    if ours != theirs:
+        raise UserError(f"{name}: the reference has {theirs} features with places, {extractor.name} gives {ours}")
 
 
 def warnings(count: int, dim: int, reference: Reference) -> list[str]:

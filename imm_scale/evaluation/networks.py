@@ -38,6 +38,9 @@ INCEPTION_IDENTITY = identity_of(
     _INCEPTION_INPUT, kind="torchscript", sha256=INCEPTION_SHA256, arguments=_INCEPTION_FEATURES
 )
 STANDARD_ID = identity_hash(INCEPTION_IDENTITY)  # of the one extractor whose Frechet distance is called FID
+# Channels of spatial features that sFID compares: 7 of 17 x 17 places are 2,023 numbers, about the 2,048 of FID
+# (Nash et al., arXiv 2103.03841; guided-diffusion's evaluations/evaluator.py takes the first 7 of mixed_6/conv).
+SPATIAL_CHANNELS = 7
 
 
 def open_extractor(config: ExtractorConfig, device: torch.device) -> Extractor:
@@ -47,6 +50,10 @@ def open_extractor(config: ExtractorConfig, device: torch.device) -> Extractor:
         UserError: a network without its file and sha256, a file with another one, or a package that is missing.
     """
     if config.kind in ("latents", "pixels"):
+        if config.spatial is not None:
+            raise UserError(
+                f"evaluation.extractor.spatial={config.spatial} names an output of a network; {config.kind} have none"
+            )
         return Flat("latents" if config.kind == "latents" else "pixels", config.max_dim)
     return _open_network(config, preprocessing(config), device)
 
@@ -67,8 +74,24 @@ def _open_network(config: ExtractorConfig, preprocess: Preprocessing, device: to
             f"evaluation.extractor.file={config.file} has sha256 {sha256}, not {config.sha256}: it is another network"
         )
     if config.kind == "torchscript" and sha256 == INCEPTION_SHA256:
+        if config.spatial is not None:
+            raise UserError(
+                f"evaluation.extractor.spatial={config.spatial}: {config.file} gives no features with places; take a "
+                "network that has mixed_6/conv of Inception as a second output"
+            )
         return Inception(data, config, device)
     return {"torchscript": TorchScript, "onnx": Onnx}[config.kind](data, config, preprocess, device)
+
+
+def identity(config: ExtractorConfig) -> dict[str, Any]:
+    """Of the extractor the config names, without its file."""
+    if config.kind in ("latents", "pixels"):
+        return {"kind": config.kind, "max_dim": config.max_dim}
+    if config.kind == "torchscript" and (config.sha256 or "").lower() == INCEPTION_SHA256:
+        return INCEPTION_IDENTITY
+    keys = ["kind", "sha256", "features", "logits", *(["spatial"] if config.spatial is not None else [])]
+    settings = {key: getattr(config, key) for key in keys}
+    return identity_of(preprocessing(config), arguments=dict(config.arguments), **settings)
 
 
 class Network(ABC):
@@ -78,16 +101,10 @@ class Network(ABC):
 
     def __init__(self, config: ExtractorConfig, preprocess: Preprocessing, device: torch.device):
         self._preprocess, self._device = preprocess, device
-        self._features, self._logits = config.features, config.logits
+        self._features, self._logits, self._spatial = config.features, config.logits, config.spatial
+        self._channel_axis = 1 if config.layout == "nchw" else 3
         self.name = os.path.basename(config.file or "").partition(".")[0]
-        self.identity = identity_of(
-            preprocess,
-            kind=config.kind,
-            sha256=config.sha256,
-            features=config.features,
-            logits=config.logits,
-            arguments=dict(config.arguments),
-        )
+        self.identity = identity(config)
 
     @abstractmethod
     def _run(self, images: Tensor) -> Any:
@@ -112,10 +129,17 @@ class Network(ABC):
     def __call__(self, samples: Tensor) -> Output:
         outputs = self._run(self._preprocess(samples))
         features = self._pick(outputs, self._features).flatten(1).double().cpu()
-        if self._logits is None:
-            return Output(features)
-        logits = self._pick(outputs, self._logits).double().cpu()
-        return Output(features, logits.softmax(dim=1))
+        logits = None if self._logits is None else self._pick(outputs, self._logits).double().cpu().softmax(dim=1)
+        return Output(features, logits, None if self._spatial is None else self._places(outputs, self._spatial))
+
+    def _places(self, outputs: Any, name: str) -> Tensor:
+        """(N, S) fp64: the first channels of an output with places, at all of them."""
+        places = self._pick(outputs, name)
+        if places.dim() != 4:
+            shape = "x".join(map(str, places.shape))
+            raise UserError(f"evaluation.extractor.spatial={name}: a {shape} output of {self.name} has no places")
+        few = places.narrow(self._channel_axis, 0, min(SPATIAL_CHANNELS, places.shape[self._channel_axis]))
+        return few.flatten(1).double().cpu()
 
 
 class TorchScript(Network):

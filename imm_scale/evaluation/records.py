@@ -8,6 +8,7 @@ and nothing is measured twice.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +47,9 @@ def read_evaluation(url: str) -> dict[str, Any]:
     document = _from_1(document) if document["schema_version"] == 1 else document
     # Before there was a choice the net was drawn from in fp32, not compiled, and guided by the null label.
     results = [{"precision": "fp32", "compile": False, "guide": None, **result} for result in document["results"]]
+    for result in results:
+        if len(result.get("seeds", (0, 0))) == 1:
+            result["std"] = None  # which files said to be 0
     return {**document, "results": results}
 
 
@@ -60,6 +64,81 @@ def guidance(result: Mapping[str, Any]) -> str:
     return f"{result['guidance_scale']:g}" + (f" by {result['guide']}" if result.get("guide") else "")
 
 
+# --- what a result may be held against ---
+
+Conditions = dict[str, str | None]
+
+
+def conditions(evaluation: Mapping[str, Any], result: Mapping[str, Any]) -> Conditions:
+    """What two results must share for their values to be compared, in words by name; None is what a file does not say.
+
+    How samples are drawn (sampler, grid, average) is no such condition: it belongs to what is measured.
+    """
+    extractor, count = evaluation.get("extractor") or {}, result.get("num")
+    network = extractor.get("id")
+    images = extractor.get("kind") not in ("latents", None)
+    return {
+        "metric": result.get("metric"),
+        "feature network": network and f"{extractor['name']} {network[:12]}",
+        "reference": _reference(evaluation),
+        "count": None if count is None else str(count),
+        "repeats": str(len(result["seeds"])) if "seeds" in result else None,
+        "guidance": _guidance(evaluation, result),
+        "labels": evaluation.get("labels"),
+        "precision": arithmetic(result) or "fp32",
+        "decoding precision": evaluation.get("vae_precision") if images else "nothing is decoded",
+    }
+
+
+def _reference(evaluation: Mapping[str, Any]) -> str | None:
+    """Its hash, or that of the data it was made of: moments made on other numbers of ranks differ by their rounding."""
+    reference = evaluation.get("reference") or {}
+    if reference.get("id") is None:
+        return None
+    if "manifest_hash" not in reference:
+        return str(reference["id"][:12])
+    made_of = [reference["manifest_hash"], reference.get("codec"), reference.get("image_size"), reference["count"]]
+    if (evaluation.get("codec") or {}).get("kind") != "pixels":
+        made_of.append(reference.get("posterior_seed"))  # the stored samples are distributions, drawn from with it
+    return "training data " + hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
+
+
+def _guidance(evaluation: Mapping[str, Any], result: Mapping[str, Any]) -> str | None:
+    scale, interval = result.get("guidance_scale"), evaluation.get("guidance_interval")
+    if scale is None or scale == 1.0:
+        return None if scale is None else "1"
+    if interval is None:
+        return None
+    return guidance(result) + ("" if list(interval) == [0.0, 1.0] else f" in {interval}")
+
+
+def differing(a: Conditions, b: Conditions) -> list[str]:
+    """Names of the conditions that two results do not share, or of which one of them does not say."""
+    return [name for name, value in a.items() if value is None or value != b.get(name)]
+
+
+def error_of(result: Mapping[str, Any]) -> float | None:
+    """A result's stored error; None where nothing is known of it, as of one seed in files of version 1."""
+    error = result.get("error")
+    return None if error is None or not math.isfinite(error) else float(error)
+
+
+def with_error(value: float, error: float | None) -> str:
+    """ "0.1234 +- 0.0056", or the value alone where its error is not known."""
+    if error is None or not math.isfinite(error):
+        return f"{value:.4f}"
+    return f"{value:.4f} +- " + (f"{error:.4f}" if error >= 5e-5 else f"{error:.1g}")
+
+
+def samples(result: Mapping[str, Any]) -> str:
+    """Repeats and samples of each, as "5 x 1797"."""
+    repeats = len(result["seeds"]) if "seeds" in result else "?"
+    return f"{repeats} x {result.get('num') or '?'}"
+
+
+# --- older versions ---
+
+
 def _from_1(document: dict[str, Any]) -> dict[str, Any]:
     """What a file of version 1 says, in version 2; what it does not say is None."""
     extractor = {"name": document["extractor"], "id": None}
@@ -70,16 +149,18 @@ def _from_1(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _result_from_1(result: dict[str, Any]) -> dict[str, Any]:
-    summary = {"value": result["mean"], "error": result["std"], "values": result["values"]}
+    count = len(result["values"])
+    error = result["std"] if count > 1 else None  # one seed has no spread
     return {
         **result,
         "value": result["mean"],
-        "error": result["std"],
-        "error_kind": f"standard deviation over {len(result['seeds'])} seeds",
+        "std": error,
+        "error": error,
+        "error_kind": f"standard deviation over {count} seeds" if count > 1 else None,
         "count": result["num"],
         "times": None,
         "numerical_error": None,
         "flops_per_image": None,
         "seconds": None,
-        "measures": {result["metric"]: summary},
+        "measures": {result["metric"]: {"value": result["mean"], "error": error, "values": result["values"]}},
     }

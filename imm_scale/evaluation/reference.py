@@ -1,17 +1,20 @@
 """What samples are compared with: moments of a reference set's features, and a random subset of them.
 
 The .npz file has the keys `mu` and `sigma` of the ADM and EDM evaluators, and reads in theirs; theirs read here. Its
-further keys say which extractor made it: `count`, `features` (K, F) fp32, and `imm_scale`, a JSON text.
+further keys say which extractor made it: `count`, `features` (K, F) fp32, and `imm_scale`, a JSON text. `mu_s` and
+`sigma_s` are ADM's too, of features with places. EDM2's .pkl files, {name: {mu, sigma}, num_images}, are read as data.
 """
 
 import hashlib
 import io
 import json
 import logging
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -19,6 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from imm_scale import storage
+from imm_scale.checkpoint.released import arrays as arrays_of
+from imm_scale.config.schema import EvaluationConfig
 from imm_scale.data.dataset import Dataset, read_indexed
 from imm_scale.data.spaces import SampleSpace
 from imm_scale.errors import UserError
@@ -26,7 +31,8 @@ from imm_scale.evaluation import extractors
 from imm_scale.evaluation.collect import Collector, Features
 from imm_scale.evaluation.extractors import Extractor
 from imm_scale.evaluation.images import CHUNK, ImageSet
-from imm_scale.evaluation.metrics.frechet import Root, square_root
+from imm_scale.evaluation.metrics.frechet import Given, Moments, Root, square_root
+from imm_scale.evaluation.networks import STANDARD_ID
 from imm_scale.parallel.world import World
 
 FORMAT_VERSION = 1
@@ -44,6 +50,7 @@ class Reference:
         kept: (K, F) fp32 features of a random subset, None where the file has none.
         extractor: name, id and identity of what made the features, None where the file does not say.
         source: what it was made from, and how.
+        spatial: moments of features with places, None where the file has none.
     """
 
     mean: Tensor
@@ -52,6 +59,7 @@ class Reference:
     kept: Tensor | None
     extractor: dict[str, Any] | None
     source: dict[str, Any]
+    spatial: Given | None = None
 
     @cached_property
     def id(self) -> str:
@@ -98,45 +106,100 @@ class Reference:
             arrays["count"] = np.int64(self.count)
         if self.kept is not None:
             arrays["features"] = self.kept.numpy()
+        if self.spatial is not None:
+            arrays |= {"mu_s": self.spatial.mean.numpy(), "sigma_s": self.spatial.covariance.numpy()}
         about = {"format_version": FORMAT_VERSION, "extractor": self.extractor, "source": self.source}
         stream = io.BytesIO()
         np.savez(stream, **arrays, imm_scale=np.array(json.dumps(about, sort_keys=True)))
         storage.write_bytes(url, stream.getvalue())
 
     @classmethod
-    def load(cls, url: str) -> "Reference":
-        """Reads a file of ours, of ADM's or of EDM's (keys mu and sigma).
+    def load(cls, url: str, entry: str | None = None) -> "Reference":
+        """Reads a file of ours, of ADM's or of EDM's (keys mu and sigma), or one of EDM2's.
+
+        Args:
+            entry: which of an EDM2 file's statistics.
 
         Raises:
-            UserError: no such file, no .npz, no mu and sigma, or a newer format.
+            UserError: no such file, neither .npz nor .pkl, no mu and sigma, no such entry, anything in a .pkl but
+                arrays (by its name), or a newer format.
         """
-        try:
-            with np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False) as file:
-                arrays = {
-                    name: file[name] for name in ("mu", "sigma", "count", "features", "imm_scale") if name in file
-                }
-        except FileNotFoundError as error:
-            raise UserError(
-                f"the reference {url} does not exist: write it with imm-scale evaluate --make-reference"
-            ) from error
-        except (ValueError, OSError) as error:
-            raise UserError(f"the reference {url} is no .npz file ({error})") from error
-        mean, covariance = arrays.get("mu"), arrays.get("sigma")
-        if mean is None or covariance is None or covariance.shape != (len(mean), len(mean)):
-            raise UserError(f"the reference {url} has no mu (F,) and sigma (F, F): write it with --make-reference")
+        arrays = _read(url, entry)
         about: dict[str, Any] = {"format_version": 0}
         if "imm_scale" in arrays:
             about = json.loads(str(arrays["imm_scale"]))
         if about["format_version"] > FORMAT_VERSION:
             raise UserError(f"{url} was written by a newer imm-scale (format {about['format_version']}); update it")
+        moments = _gaussian(arrays, "mu", "sigma", url)
         return cls(
-            torch.from_numpy(mean.astype(np.float64)),
-            torch.from_numpy(covariance.astype(np.float64)),
+            moments.mean,
+            moments.covariance,
             int(arrays["count"]) if "count" in arrays else None,
             torch.from_numpy(arrays["features"]).float() if "features" in arrays else None,
             about.get("extractor"),
-            about.get("source", {"file": storage.shown(url)}),
+            about.get("source", {"file": storage.shown(url), **({} if entry is None else {"entry": entry})}),
+            _gaussian(arrays, "mu_s", "sigma_s", url) if "mu_s" in arrays else None,
         )
+
+
+# --- files ---
+
+# What numpy and zipfile raise for damaged bytes.
+_DAMAGED = (ValueError, EOFError, KeyError, NotImplementedError, BadZipFile, zlib.error)
+_KEYS = ("mu", "sigma", "mu_s", "sigma_s", "count", "features", "imm_scale")
+
+
+def _read(url: str, entry: str | None) -> dict[str, Any]:
+    """{key: array} of a file's statistics."""
+    try:
+        data = storage.read_bytes(url)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"the reference {url} does not exist: write it with imm-scale evaluate --make-reference"
+        ) from error
+    if data[:1] == b"\x80":  # a pickle's first instruction: its protocol
+        return _entry(arrays_of.load_arrays(data, f"the reference {url}"), url, entry)
+    if entry is not None:
+        raise UserError(f"evaluation.reference_entry={entry}: {url} is no .pkl file, and holds one set of statistics")
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            return {name: file[name] for name in _KEYS if name in file}
+    except (*_DAMAGED, OSError) as error:
+        raise UserError(f"the reference {url} is no .npz file, and no .pkl file of arrays ({error})") from error
+
+
+def _entry(document: Any, url: str, entry: str | None) -> dict[str, Any]:
+    """One of EDM2's {name: {mu, sigma}}, with the count that stands beside them."""
+    entries = {}
+    if isinstance(document, dict):
+        entries = {str(name): value for name, value in document.items() if isinstance(value, dict)}
+    if entry is None or entry not in entries:
+        given = "" if entry is None else f"evaluation.reference_entry={entry}: "
+        has = ", ".join(sorted(entries)) or "none"
+        raise UserError(f"{given}the reference {url} has statistics by name ({has}): choose by reference_entry")
+    count = document.get("num_images")
+    counted = {"count": count} if isinstance(count, int | np.ndarray) and np.ndim(count) == 0 else {}
+    return {**{key: value for key, value in entries[entry].items() if isinstance(value, np.ndarray)}, **counted}
+
+
+def _gaussian(arrays: Mapping[str, Any], mean: str, covariance: str, url: str) -> Given:
+    mu, sigma = arrays.get(mean), arrays.get(covariance)
+    if mu is None or sigma is None or mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise UserError(
+            f"the reference {url} has no {mean} (F,) and {covariance} (F, F): write it with --make-reference"
+        )
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise UserError(f"the reference {url} has {mean} or {covariance} that is not finite: it is damaged")
+    return Given(torch.from_numpy(mu.astype(np.float64)), torch.from_numpy(sigma.astype(np.float64)))
+
+
+def open_reference(config: EvaluationConfig, extractor: Extractor) -> Reference:
+    """`evaluation.reference`; of an EDM2 file, the entry that is asked for, or `fid` for the network of FIDs."""
+    assert config.reference is not None
+    entry = config.reference_entry
+    if entry is None and storage.read_bytes(config.reference)[:1] == b"\x80":
+        entry = "fid" if extractors.identity_hash(extractor.identity) == STANDARD_ID else None
+    return Reference.load(config.reference, entry)
 
 
 def _identity(extractor: dict[str, Any]) -> str:
@@ -145,8 +208,15 @@ def _identity(extractor: dict[str, Any]) -> str:
 
 def _reference(features: Features, extractor: Extractor, source: dict[str, Any]) -> Reference:
     moments = features.moments
+    spatial = Moments.merged(features.spatial_groups) if features.spatial_groups else None
     return Reference(
-        moments.mean, moments.covariance, moments.count, features.kept, extractors.describe(extractor), source
+        moments.mean,
+        moments.covariance,
+        moments.count,
+        features.kept,
+        extractors.describe(extractor),
+        source,
+        None if spatial is None else Given(spatial.mean, spatial.covariance),
     )
 
 

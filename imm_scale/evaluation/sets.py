@@ -8,7 +8,8 @@ from imm_scale.errors import UserError
 from imm_scale.evaluation import measures, networks
 from imm_scale.evaluation.collect import Collector
 from imm_scale.evaluation.images import ImageSet
-from imm_scale.evaluation.reference import Reference, shown
+from imm_scale.evaluation.records import with_error
+from imm_scale.evaluation.reference import open_reference, shown
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
 
@@ -28,9 +29,11 @@ def measure_images(images: ImageSet, config: Config, world: World, announce: Cal
     extractor = networks.open_extractor(evaluation.extractor, distributed.device(world))
     if extractor.takes != "images":
         raise UserError(f"{images.url} holds images: set evaluation.extractor.kind=pixels, torchscript or onnx")
-    reference = Reference.load(evaluation.reference)
+    reference = open_reference(evaluation, extractor)
+    measures.check(evaluation, extractor)
     height, width = next(images.read())[1].shape[1:3]
     reference.check(extractor, (height, width))
+    measures.check_reference(evaluation.metrics, reference)
     collector = Collector(len(images), evaluation.compared, "image")
     for index, batch in shown(images.read(world.rank, world.size), len(images), world):
         collector.add(index, extractor(batch))
@@ -39,5 +42,5 @@ def measure_images(images: ImageSet, config: Config, world: World, announce: Cal
         for line in measures.warnings(len(images), len(reference.mean), reference):
             announce(f"warning: {line}")
         for name, one in results.items():
-            announce(f"{name}  {one.value:.4f} +- {one.error:.4f}  ({len(images)} images)")
+            announce(f"{name}  {with_error(one.value, one.error)}  ({len(images)} images)")
     return {name: one._asdict() for name, one in results.items()}

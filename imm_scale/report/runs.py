@@ -13,28 +13,30 @@ from imm_scale import storage
 from imm_scale.checkpoint import run_folder
 from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
-from imm_scale.evaluation import cost_quality, gallery
-from imm_scale.evaluation.records import arithmetic, guidance, read_evaluations
-from imm_scale.report.page import COLOURS, axes, image, page, svg
+from imm_scale.evaluation import gallery
+from imm_scale.evaluation.records import conditions, read_evaluations
+from imm_scale.report import comparison, distances
+from imm_scale.report.page import COLOURS, axes, image, items, page, svg
 
 _ABSENT = "\N{EM DASH}"  # a key that a run's method or model does not have
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds, read once."""
+    """What a run folder holds, read once.
+
+    Attributes:
+        evaluations: of the newest checkpoint that was measured.
+        distances: their results, each with its `run` and `method`, its training `step` and its `conditions`.
+    """
 
     dir: str
     config: Config
     records: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
     distances: list[dict[str, Any]]
     samples: dict[str, bytes]
-    warnings: list[str]
     environment: dict[str, Any]
-
-    def computed(self, how: str) -> list[dict[str, Any]]:
-        """The distances of samples drawn so (`evaluation.files.arithmetic`)."""
-        return [d for d in self.distances if arithmetic(d) == how]
 
     @property
     def name(self) -> str:
@@ -49,12 +51,24 @@ def read_run(run_dir: str) -> Run:
         raise UserError(f"{run_dir} is not a run folder: it has no config.yaml")
     evaluations = read_evaluations(run_dir)
     newest = max((e["step"] for e in evaluations), default=0)
+    last = [e for e in evaluations if e["step"] == newest]
+    config = configs.from_yaml(storage.read_text(url))
     return Run(
         dir=run_dir,
-        config=configs.from_yaml(storage.read_text(url)),
+        config=config,
         records=run_folder.read_metrics(run_dir),
-        distances=[{**result, "step": newest} for e in evaluations if e["step"] == newest for result in e["results"]],
-        warnings=sorted({line for e in evaluations if e["step"] == newest for line in e["warnings"]}),
+        evaluations=last,
+        distances=[
+            {
+                **result,
+                "run": run_dir,
+                "method": config.method.name,
+                "step": newest,
+                "conditions": conditions(e, result),
+            }
+            for e in last
+            for result in e["results"]
+        ],
         samples=_read_samples(storage.join(run_dir, "samples")),
         environment=evaluations[-1]["versions"] if evaluations else run_folder.versions(),
     )
@@ -75,72 +89,25 @@ def _by_steps(name: str) -> tuple[int, str]:
     return (int(digits) if digits.isdigit() else 0, name)
 
 
+def _few_and_many(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    few = [d for run in runs if run.config.method.name != "flow_matching" for d in run.distances]
+    return few, [d for run in runs if run.config.method.name == "flow_matching" for d in run.distances]
+
+
 def comparisons(runs: Sequence[Run]) -> list[str]:
-    """Each step count of an IMM run beside the flow-matching result with at least ten times as many."""
-    few = [d for run in runs if run.config.method.name == "imm" for d in run.distances]
-    many = [d for run in runs if run.config.method.name == "flow_matching" for d in run.distances]
-    lines = []
-    for ours in few:
-        alike = [d for d in many if d["metric"] == ours["metric"] and arithmetic(d) == arithmetic(ours)]
-        longer = [d for d in alike if d["steps"] >= 10 * ours["steps"]]
-        if longer:
-            theirs = min(longer, key=lambda d: d["steps"])
-            lines.append(
-                f"IMM with {ours['steps']} against flow matching with {theirs['steps']} steps: "
-                f"{ours['mean']:.4f} / {theirs['mean']:.4f} = {ours['mean'] / theirs['mean']:.2f}"
-            )
-    return lines
+    """Each step count of a few-step method beside what it may be held against (`comparison.lines`)."""
+    return comparison.lines(*_few_and_many(runs))
 
 
 def table(run_dirs: Sequence[str]) -> str:
     """The distances of runs as plain text."""
     runs = [read_run(run_dir) for run_dir in run_dirs]
-    lines = [f"{'run':<24} {'steps':>6} {'evaluations':>12} {'distance':>20}  metric"]
-    for run in runs:
-        for d in run.distances:
-            value = f"{d['mean']:.4f} +- {d['std']:.4f}"
-            lines.append(
-                f"{run.name:<24} {d['steps']:>6} {d['function_evaluations']:>12} {value:>20}  {d['metric']}"
-                + (f", {arithmetic(d)}" if arithmetic(d) else "")
-            )
-    return "\n".join([*lines, "", *comparisons(runs)]).rstrip()
+    return "\n".join(
+        [*distances.lines(runs), "", *comparisons(runs), *comparison.unlike(*_few_and_many(runs))]
+    ).rstrip()
 
 
 # --- figures ---
-
-
-def distance_figure(runs: Sequence[Run]) -> str:
-    """Distance against function evaluations of all runs, with its error bars, a line for each precision.
-
-    Where runs were measured in several ways, the first of them is shown; at each cost, the best guidance.
-    """
-    figure = Figure(figsize=(8, 4.5))
-    plot = axes(figure, 1, 1, 1)
-    metric = next(d["metric"] for run in runs for d in run.distances)
-    ticks: set[int] = set()
-    drawn = [(run, how) for run in runs for how in sorted({arithmetic(d) for d in run.distances})]
-    for colour, (run, how) in zip(COLOURS * len(drawn), drawn, strict=False):
-        points = cost_quality.curves([{"results": run.computed(how)}]).get(metric, [])
-        cost = [point.function_evaluations for point in points]
-        ticks |= set(cost)
-        if points:
-            plot.errorbar(
-                cost,
-                [point.value for point in points],
-                yerr=[point.error for point in points],
-                marker="o",
-                capsize=3,
-                color=colour,
-                label=run.name + (f", {how}" if how else ""),
-            )
-    plot.set_xscale("log")
-    plot.set_yscale("log")
-    plot.set_xticks(sorted(ticks), [str(tick) for tick in sorted(ticks)])
-    plot.minorticks_off()
-    plot.set_xlabel("function evaluations per image")
-    plot.set_ylabel(f"distance to the training images ({metric})")
-    plot.legend(frameon=False)
-    return image("image/svg+xml", svg(figure))
 
 
 def curve_figure(runs: Sequence[Run]) -> str:
@@ -159,25 +126,10 @@ def curve_figure(runs: Sequence[Run]) -> str:
 # --- page ---
 
 
-def _distance_table(runs: Sequence[Run]) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(run.name)}</td><td>{d['steps']}</td><td>{d['function_evaluations']}</td>"
-        f"<td>{d['mean']:.4f} &plusmn; {d['std']:.4f}</td><td>{len(d['seeds'])} &times; {d['num']}</td>"
-        f"<td>{d['grid']}</td><td>{html.escape(guidance(d))}</td><td>{arithmetic(d) or 'fp32'}</td>"
-        f"<td>{html.escape(d['metric'])}</td></tr>"
-        for run in runs
-        for d in run.distances
-    )
-    head = "<tr><th>run</th><th>steps</th><th>evaluations</th><th>distance</th><th>samples</th>"
-    head += "<th>grid</th><th>guidance</th><th>precision</th><th>metric</th></tr>"
-    return f'<div class="wide"><table>{head}{rows}</table></div>'
-
-
 def _warnings(runs: Sequence[Run]) -> str:
     """What the evaluations say a reader must know, such as an average that is still young."""
-    return "".join(
-        f'<p class="warning">{html.escape(run.name)}: {html.escape(line)}</p>' for run in runs for line in run.warnings
-    )
+    lines = sorted({(run.name, line) for run in runs for e in run.evaluations for line in e["warnings"]})
+    return "".join(f'<p class="warning">{html.escape(name)}: {html.escape(line)}</p>' for name, line in lines)
 
 
 def _sample_section(run: Run) -> str:
@@ -221,11 +173,11 @@ def write_report(run_dirs: Sequence[str], out: str) -> None:
     runs = [read_run(run_dir) for run_dir in run_dirs]
     lead = "".join(f"<li>{html.escape(line)}</li>" for line in comparisons(runs))
     lead_section = f'<p class="lead">Distances, few steps over many:</p><ul class="lead">{lead}</ul>' if lead else ""
+    unlike = comparison.unlike(*_few_and_many(runs))
+    lead_section += f'<div class="warning">{items(unlike)}</div>' if unlike else ""
     distance_section = sample_section = ""
     if any(run.distances for run in runs):
-        distance_section = (
-            f"<h2>Distance against steps</h2>{distance_figure(runs)}{_distance_table(runs)}{_warnings(runs)}"
-        )
+        distance_section = f"<h2>Distance against steps</h2>{distances.section(runs)}{_warnings(runs)}"
     if any(run.samples for run in runs):
         samples = "".join(_sample_section(run) for run in runs)
         sample_section = f"<h2>Samples</h2><p>A row a class; the same noise at every step count.</p>{samples}"

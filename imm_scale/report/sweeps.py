@@ -13,12 +13,13 @@ import numpy as np
 from imm_scale import config as configs
 from imm_scale import storage
 from imm_scale.errors import UserError
+from imm_scale.evaluation.records import with_error
 from imm_scale.report import sweep_figures as figures
 from imm_scale.report.page import image, items, page, table
 from imm_scale.sweeps import definition, results
 from imm_scale.sweeps.definition import Sweep
 from imm_scale.sweeps.results import Outcome
-from imm_scale.sweeps.study import Study, analyse, measured
+from imm_scale.sweeps.study import Study, analyse, measured, measured_under
 
 
 @dataclass(frozen=True)
@@ -111,14 +112,14 @@ def _row_name(findings: Findings, one: Outcome) -> str:
 
 def _cell_table(findings: Findings) -> str:
     steps = findings.study.steps
-    by_cell: dict[str, dict[int, float]] = {}
+    by_cell: dict[str, dict[int, str]] = {}
     for row in findings.usable:
-        by_cell.setdefault(row["cell"], {})[row["steps"]] = row["mean"]
+        by_cell.setdefault(row["cell"], {})[row["steps"]] = with_error(row["mean"], row["error"])
     head = ["cell", "state", "parameters", "images", "training FLOPs", *[f"{s} steps" for s in steps], "note"]
     rows = []
     for one in findings.outcomes:
         cell, distances = one.cell, by_cell.get(one.cell.name, {})
-        shown = [f"{distances[s]:.4f}" if s in distances else "" for s in steps]
+        shown = [distances.get(s, "") for s in steps]
         note = one.reason or ("held out" if cell.held_out else "")
         common = [cell.name, one.state, f"{cell.parameters:,}", f"{cell.images:,}", f"{cell.training_flops:.3g}"]
         rows.append([*common, *shown, note])
@@ -207,6 +208,7 @@ def _summary(findings: Findings) -> str:
     flops = sum(one.cell.training_flops for one in findings.outcomes if one.state == "finished")
     lines = [findings.sweep.description] if findings.sweep.description else []
     lines.append(f"{len(findings.outcomes)} cells: {states}. Training of the finished ones: {flops:.3g} FLOPs.")
+    lines.append(f"Distances: {measured_under(findings.usable)}.")
     lines.append(
         "FLOPs count a multiply-add once. Training takes 4 forward passes per image (3 for flow matching), "
         "inference one per step, two with guidance."
@@ -275,11 +277,11 @@ def write_report(path: str, out: str, figures_dir: str | None = None) -> list[st
     storage.write_text(out, page(findings.sweep.name, body))
     for name, data in drawn.items() if figures_dir else ():
         storage.write_bytes(storage.join(str(figures_dir), name), data)
-    return _lines(findings.study)
+    return _lines(findings.study, findings.usable)
 
 
-def _lines(study: Study) -> list[str]:
-    lines = [f"distances: {study.metric}"]
+def _lines(study: Study, usable: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [f"distances: {measured_under(usable)}"]
     for steps, law in study.joints.items():
         constants = ", ".join(f"{name} {value}" for name, value in law.intervals().items())
         lines.append(f"joint law, {steps} steps: {constants}")

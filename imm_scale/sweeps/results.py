@@ -3,14 +3,18 @@
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from imm_scale import storage
 from imm_scale.checkpoint import run_folder
+from imm_scale.checkpoint.export import RAW_WEIGHTS
+from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
-from imm_scale.evaluation.records import read_evaluations
+from imm_scale.evaluation import networks
+from imm_scale.evaluation.records import conditions, error_of, read_evaluations
+from imm_scale.parallel.ema import state_name
 from imm_scale.sweeps.definition import Cell, Sweep
 
 RESULTS = "results.parquet"
@@ -100,13 +104,41 @@ def outcomes(sweep: Sweep, activity: Callable[[Cell], str | None] = lambda cell:
 
 
 def _results(cell: Cell) -> Iterator[dict[str, Any]]:
-    """Of the last checkpoint, in the precision the sweep asks for: whoever measured it in others too, mixes nothing."""
-    arithmetic = cell.config.sampling.precision, cell.config.sampling.compile
+    """Of the last checkpoint, drawn and measured as the sweep asks for: what was measured otherwise is left out.
+
+    Each has its `conditions`, and the `ema` it was drawn from.
+    """
     for evaluation in read_evaluations(cell.run_dir):
-        if evaluation["step"] == cell.config.train.max_steps:
+        if evaluation["step"] == cell.config.train.max_steps and _is_as_asked(cell.config, evaluation):
             for result in evaluation["results"]:
-                if (result["precision"], result["compile"]) == arithmetic:
-                    yield {**result, "ema": evaluation.get("ema"), "evaluation_seconds": evaluation.get("seconds")}
+                if _is_drawn_as_asked(cell.config, result):
+                    said = {"ema": evaluation.get("ema"), "evaluation_seconds": evaluation.get("seconds")}
+                    yield {**result, **said, "conditions": conditions(evaluation, result)}
+
+
+def _is_as_asked(config: Config, evaluation: Mapping[str, Any]) -> bool:
+    """By what the file says; what an older one does not say was as it is by default."""
+    sampling, asked = config.sampling, config.evaluation
+    wanted = {key: getattr(sampling, key) for key in ("seed", "sampler", "grid", "labels", "guidance_interval")}
+    wanted |= {key: getattr(asked, key) for key in ("repeats", "num", "metrics", "compared")}
+    network, decay = networks.identity(asked.extractor), sampling.ema
+    decay = config.ema.decays[0] if decay is None else decay
+    wanted["ema"] = "weight" if decay == RAW_WEIGHTS else state_name(decay)
+    made_of = evaluation.get("extractor") or {}
+    return (
+        all(evaluation.get(key, value) == value for key, value in wanted.items())
+        and all(made_of.get(key, value) == value for key, value in network.items())
+        and (evaluation.get("reference_file") is None) == (asked.reference is None)
+        and (evaluation.get("guide") is not None) == (sampling.guide.is_set and sampling.guidance_scale != 1.0)
+    )
+
+
+def _is_drawn_as_asked(config: Config, result: Mapping[str, Any]) -> bool:
+    sampling = config.sampling
+    drawn = (result["precision"], result["compile"], result["guidance_scale"])
+    return drawn == (sampling.precision, sampling.compile, sampling.guidance_scale) and (
+        result["steps"] in config.evaluation.steps
+    )
 
 
 def divergence(records: Sequence[dict[str, Any]]) -> str:
@@ -168,15 +200,21 @@ def _train_seconds(records: Sequence[dict[str, Any]]) -> float | None:
 
 _DRAWN = ("steps", "function_evaluations", "sampler", "grid", "guidance_scale", "precision", "compile", "ema", "num")
 
+# {column: condition}: what else two results must share, by the words of `evaluation.records.conditions`.
+_CONDITIONS = {"reference": "reference", "feature_network": "feature network", "labels": "labels"}
+
 
 def _result_columns(cell: Cell, result: dict[str, Any] | None) -> dict[str, Any]:
     if result is None:
-        return dict.fromkeys(["metric", *_DRAWN, "repeats", "mean", "std", "inference_flops"])
+        return dict.fromkeys(["metric", *_DRAWN, "repeats", *_CONDITIONS, "mean", "std", "error", "inference_flops"])
+    under = result["conditions"]
     return {
         **{name: result[name] for name in ("metric", *_DRAWN)},
         "repeats": len(result["values"]),
+        **{column: under[name] for column, name in _CONDITIONS.items()},
         "mean": result["mean"],
         "std": result["std"],
+        "error": error_of(result),
         # Forward passes per image already count guidance twice, and Heun's second look; a guide has a cost of its own.
         "inference_flops": result["flops_per_image"]
         if result.get("guide")

@@ -107,6 +107,7 @@ def analyse(rows: Sequence[Row]) -> Study:
     if not usable:
         raise UserError("no cell of the sweep has a result: `imm-scale sweep status` says how far it is")
     study = Study(usable[0]["metric"], sorted({row["steps"] for row in usable}))
+    study.notes.extend(_unlike(usable))
     if "size" not in usable[0]:
         study.notes.append("the sweep has no sizes: no law is fitted")
         return study
@@ -121,6 +122,32 @@ def analyse(rows: Sequence[Row]) -> Study:
         _add_forecast(study, steps, usable)
     study.choices = cheapest(usable)
     return study
+
+
+_ALIKE = ("num", "repeats", "guidance_scale", "labels", "feature_network", "reference", "precision", "compile")
+
+
+def _unlike(rows: Sequence[Row]) -> list[str]:
+    """What cells were not measured alike in, where the sweep itself varies it: distances then have no common scale."""
+    seen = {key: dict.fromkeys(row.get(key) for row in rows) for key in _ALIKE}
+    return [
+        f"cells were measured with different {key.replace('_', ' ')} ({', '.join(map(str, values))}): "
+        "only those that share it can be compared"
+        for key, values in seen.items()
+        if len(values) > 1
+    ]
+
+
+def measured_under(rows: Sequence[Row]) -> str:
+    """Metric, samples, guidance and reference of the rows in words, every value there is."""
+
+    def values(text: Callable[[Row], str]) -> str:
+        return " or ".join(dict.fromkeys(map(text, rows)))
+
+    samples = values(lambda row: f"{row['repeats']} x {row['num']}")
+    guidance = values(lambda row: f"{row['guidance_scale']:g}")
+    reference = values(lambda row: row.get("reference") or "not recorded")
+    return f"{rows[0]['metric']} of {samples} samples, guidance {guidance}, reference {reference}"
 
 
 def _try(study: Study, what: str, action: Callable[[], None]) -> None:

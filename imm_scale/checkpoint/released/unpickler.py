@@ -14,9 +14,9 @@ import pickle
 import pickletools
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any, cast
+from typing import IO, Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -58,8 +58,16 @@ class Record:
     state: dict[str, Any] = field(default_factory=dict)
 
 
-class _Refused(Exception):  # noqa: N818 - a verdict on the file; `load` adds where it was and raises UserError
-    pass
+@runtime_checkable
+class HasState(Protocol):
+    """A value that a builder made and that takes its state from BUILD."""
+
+    def set_state(self, state: Any) -> None:
+        """Raises RefusedError for a state that does not fit."""
+
+
+class RefusedError(Exception):
+    """A verdict on the file; `load` adds where it was and raises UserError."""
 
 
 class _Storage:
@@ -71,7 +79,7 @@ class _Storage:
     def take(self) -> Tensor:
         flat, self._flat = self._flat, None
         if flat is None:
-            raise _Refused("lets two tensors share one storage")
+            raise RefusedError("lets two tensors share one storage")
         return flat
 
 
@@ -113,35 +121,36 @@ def _instructions(file: IO[bytes], limit: int) -> Iterator[tuple[str, Any, int]]
         except StopIteration:
             return
         except ValueError as error:
-            raise _Refused(f"is not a whole pickle ({str(error)[:200]})") from error
+            raise RefusedError(f"is not a whole pickle ({str(error)[:200]})") from error
         yield info.name, argument, position or 0
-    raise _Refused(f"has more than {limit} pickle instructions")
+    raise RefusedError(f"has more than {limit} pickle instructions")
 
 
 def _qualified(module: str, name: str) -> str:
     return ("builtins" if module == "__builtin__" else module) + "." + name
 
 
-def _is_known(name: str) -> bool:
-    return name in _BUILDERS or name in _CLASSES or name.startswith(_CLASS_PACKAGES)
+def _is_class(name: str) -> bool:
+    return name in _CLASSES or name.startswith(_CLASS_PACKAGES)
 
 
 def _arguments(args: tuple[Any, ...], *kinds: type) -> None:
-    """Raises _Refused unless the first arguments are of these kinds."""
+    """Raises RefusedError unless the first arguments are of these kinds."""
     if len(args) < len(kinds) or not all(isinstance(arg, kind) for arg, kind in zip(args, kinds, strict=False)):
-        raise _Refused("calls a constructor with arguments of the wrong kind")
+        raise RefusedError("calls a constructor with arguments of the wrong kind")
 
 
 def _keys(values: list[Any]) -> list[Any]:
     """Values fit to be hashed: hashing a tuple visits all that is nested in it."""
     if not all(isinstance(value, str | int) for value in values):
-        raise _Refused("has a dict key or a set element that is neither a string nor an integer")
+        raise RefusedError("has a dict key or a set element that is neither a string nor an integer")
     return values
 
 
-def _empty_dict(args: tuple[Any, ...]) -> dict[Any, Any]:
+def empty_dict(args: tuple[Any, ...]) -> dict[Any, Any]:
+    """What classes of dicts are made of: their entries come later."""
     if not all(isinstance(arg, Name) for arg in args):  # a defaultdict names its factory; here it has none
-        raise _Refused("builds a dict from arguments")
+        raise RefusedError("builds a dict from arguments")
     return {}
 
 
@@ -163,9 +172,9 @@ def _check_storage(data: bytes) -> None:
             if instruction in ("GLOBAL", "INST"):
                 name = str(argument).replace(" ", ".")
                 if not re.fullmatch(r"torch\.(storage\.)?\w+Storage|collections\.OrderedDict", name):
-                    raise _Refused(f"names {shown(name)} inside the bytes of a tensor")
+                    raise RefusedError(f"names {shown(name)} inside the bytes of a tensor")
             elif instruction == "STACK_GLOBAL" or instruction.startswith("EXT"):
-                raise _Refused(f"uses the pickle instruction {instruction} inside the bytes of a tensor")
+                raise RefusedError(f"uses the pickle instruction {instruction} inside the bytes of a tensor")
 
 
 def _storage(args: tuple[Any, ...]) -> _Storage:
@@ -175,9 +184,9 @@ def _storage(args: tuple[Any, ...]) -> _Storage:
         storage = torch.load(io.BytesIO(args[0]), map_location="cpu", weights_only=True)
     except DAMAGED as error:
         # The cause's own words advise to read the file with the checks off.
-        raise _Refused(f"holds a damaged tensor ({type(error).__name__})") from error
+        raise RefusedError(f"holds a damaged tensor ({type(error).__name__})") from error
     if not isinstance(storage, torch.storage.TypedStorage):
-        raise _Refused("holds a tensor without a type")
+        raise RefusedError("holds a tensor without a type")
     return _Storage(torch.empty(0, dtype=storage.dtype).set_(storage))
 
 
@@ -188,9 +197,9 @@ def _tensor(args: tuple[Any, ...]) -> Tensor:
     try:
         tensor = flat.as_strided(args[2], args[3], args[1])
     except (RuntimeError, TypeError) as error:
-        raise _Refused(f"holds a tensor that does not fit its storage ({str(error)[:200]})") from error
+        raise RefusedError(f"holds a tensor that does not fit its storage ({str(error)[:200]})") from error
     if tensor.numel() > flat.numel():
-        raise _Refused("holds a tensor larger than its storage")
+        raise RefusedError("holds a tensor larger than its storage")
     return tensor
 
 
@@ -204,15 +213,15 @@ def _persistent(args: tuple[Any, ...]) -> Record:
     _arguments(args, dict)
     name, state = args[0].get("class_name"), args[0].get("state")
     if not isinstance(name, str) or not isinstance(state, dict):
-        raise _Refused("holds a persistent object without class_name or state")
+        raise RefusedError("holds a persistent object without class_name or state")
     return Record(name, (), state)
 
 
 _BUILDERS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
     "builtins.set": _set,
-    "collections.OrderedDict": _empty_dict,
-    "collections.defaultdict": _empty_dict,
-    "dnnlib.util.EasyDict": _empty_dict,
+    "collections.OrderedDict": empty_dict,
+    "collections.defaultdict": empty_dict,
+    "dnnlib.util.EasyDict": empty_dict,
     "torch.Size": _size,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_tensor": _tensor,
@@ -222,11 +231,31 @@ _BUILDERS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a kind of file may hold.
+
+    Attributes:
+        builders: {global: what makes a value of its arguments}. A value with `set_state` gets what BUILD says of it.
+        is_class: whether a global without a builder may be named, and a record kept of its objects.
+        kind: of file, and remedy: what to do about one that is refused; both for messages.
+    """
+
+    builders: Mapping[str, Callable[[tuple[Any, ...]], Any]]
+    is_class: Callable[[str], bool]
+    kind: str
+    remedy: str
+
+
+CHECKPOINT = Vocabulary(_BUILDERS, _is_class, "released checkpoint", "use a checkpoint as its authors published it")
+
+
 class _Machine:
     """The stack machine of a pickle. `position` is where in the file it stands."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocabulary: Vocabulary) -> None:
         self.position = 0
+        self._vocabulary = vocabulary
         self._stack: list[Any] = []
         self._below: list[list[Any]] = []  # the stacks under each mark
         self._memo: dict[int, Any] = {}
@@ -236,19 +265,21 @@ class _Machine:
         for name, argument, position in instructions:
             self.position = position
             if not begun and name != "PROTO":
-                raise _Refused("is not a whole pickle (it does not begin as one of protocol 2 or later)")
+                raise RefusedError("is not a whole pickle (it does not begin as one of protocol 2 or later)")
             begun = True
             if name == "STOP":
                 return self.pop()
             if name not in _STEPS:
                 detail = "" if argument is None else " " + shown(str(argument).replace(" ", "."))
-                raise _Refused(f"uses the pickle instruction {name}{detail}, which no released checkpoint needs")
+                raise RefusedError(
+                    f"uses the pickle instruction {name}{detail}, which no {self._vocabulary.kind} needs"
+                )
             _STEPS[name](self, argument)
-        raise _Refused("is not a whole pickle (it has no end)")
+        raise RefusedError("is not a whole pickle (it has no end)")
 
     def pop(self, kind: type = object) -> Any:
         if not self._stack or not isinstance(self._stack[-1], kind):
-            raise _Refused(f"is not a sound pickle: its stack holds no {kind.__name__} where one is needed")
+            raise RefusedError(f"is not a sound pickle: its stack holds no {kind.__name__} where one is needed")
         return self._stack.pop()
 
     def top(self, kind: type) -> Any:
@@ -257,7 +288,7 @@ class _Machine:
 
     def push(self, value: Any) -> None:
         if isinstance(value, int) and value.bit_length() > 64:
-            raise _Refused("holds an integer of more than 64 bits")
+            raise RefusedError("holds an integer of more than 64 bits")
         self._stack.append(value)
 
     def mark(self) -> None:
@@ -266,18 +297,20 @@ class _Machine:
 
     def since_mark(self) -> list[Any]:
         if not self._below:
-            raise _Refused("is not a sound pickle: it has no mark where one is needed")
+            raise RefusedError("is not a sound pickle: it has no mark where one is needed")
         items, self._stack = self._stack, self._below.pop()
         return items
 
     def remember(self, index: int | None) -> None:
         value = self.top(object)
         # Bytes are storages, each used once: remembering them would keep the whole file in memory beside its tensors.
-        self._memo[len(self._memo) if index is None else index] = _FORGOTTEN if isinstance(value, bytes) else value
+        # (Single ones are not: Python has each of them once, so pickles recall them.)
+        is_storage = isinstance(value, bytes) and len(value) > 1
+        self._memo[len(self._memo) if index is None else index] = _FORGOTTEN if is_storage else value
 
     def recall(self, index: int) -> None:
         if self._memo.get(index, _FORGOTTEN) is _FORGOTTEN:
-            raise _Refused("is not a sound pickle: it recalls what it did not store, or uses bytes twice")
+            raise RefusedError("is not a sound pickle: it recalls what it did not store, or uses bytes twice")
         self.push(self._memo[index])
 
     def pack(self, count: int) -> None:
@@ -292,13 +325,14 @@ class _Machine:
 
     def set_items(self, items: list[Any]) -> None:
         if len(items) % 2:
-            raise _Refused("is not a sound pickle: a dict has a key without a value")
+            raise RefusedError("is not a sound pickle: a dict has a key without a value")
         self.top(dict).update(zip(_keys(items[::2]), items[1::2], strict=True))
 
     def name(self, module: str, name: str) -> None:
         qualified = _qualified(module, name)
-        if not _is_known(qualified) or not name.isidentifier():  # a dotted name would be looked up inside the module
-            raise _Refused(f"names {shown(qualified)}, which no released checkpoint needs")
+        known = qualified in self._vocabulary.builders or self._vocabulary.is_class(qualified)
+        if not known or not name.isidentifier():  # a dotted name would be looked up inside the module
+            raise RefusedError(f"names {shown(qualified)}, which no {self._vocabulary.kind} needs")
         self.push(Name(qualified))
 
     def name_from_stack(self) -> None:
@@ -308,13 +342,18 @@ class _Machine:
     def call(self) -> None:
         """REDUCE and NEWOBJ: one of our builders, or the record of an object."""
         args, callee = self.pop(tuple), self.pop(Name).value
-        self.push(_BUILDERS[callee](args) if callee in _BUILDERS else Record(callee, args))
+        builder = self._vocabulary.builders.get(callee)
+        self.push(builder(args) if builder else Record(callee, args))
 
     def build(self) -> None:
         """BUILD: the attributes of a record, which are data whatever they are called."""
+        if len(self._stack) > 1 and isinstance(self._stack[-2], HasState):
+            state, value = self.pop(), self.top(object)
+            value.set_state(state)
+            return
         state, record = self.pop(dict), self.top(Record)
         if record.state or not all(isinstance(key, str) for key in state):
-            raise _Refused(f"sets attributes of {shown(record)} twice, or attributes that have no name")
+            raise RefusedError(f"sets attributes of {shown(record)} twice, or attributes that have no name")
         record.state = state
 
 
@@ -328,6 +367,7 @@ _STEPS: dict[str, Callable[[_Machine, Any], object]] = {
     "MARK": lambda machine, _: machine.mark(),
     "POP": lambda machine, _: machine.pop(),
     "POP_MARK": lambda machine, _: machine.since_mark(),
+    "BYTEARRAY8": lambda machine, value: machine.push(bytes(value)),
     "MEMOIZE": lambda machine, _: machine.remember(None),
     "NONE": lambda machine, _: machine.push(None),
     "NEWTRUE": lambda machine, _: machine.push(True),
@@ -362,7 +402,7 @@ _STEPS: dict[str, Callable[[_Machine, Any], object]] = {
 }
 
 
-def load(file: IO[bytes], where: str) -> Any:
+def load(file: IO[bytes], where: str, vocabulary: Vocabulary = CHECKPOINT) -> Any:
     """The object in a pickle: tensors on CPU, plain containers, `Record`s for objects and `Name`s for globals.
 
     Args:
@@ -370,14 +410,14 @@ def load(file: IO[bytes], where: str) -> Any:
         where: how messages call it.
 
     Raises:
-        UserError: not a whole pickle, a global outside the allow-list (by its name), an instruction no checkpoint
+        UserError: not a whole pickle, a global outside the allow-list (by its name), an instruction no such file
             needs, or data that contradict each other. Nothing is run in any case.
     """
-    machine = _Machine()
+    machine = _Machine(vocabulary)
     try:
         return machine.run(_instructions(cast(IO[bytes], _Bounded(file)), _MAX_INSTRUCTIONS))
-    except _Refused as refusal:
+    except RefusedError as refusal:
         raise UserError(
             f"{where} {refusal} (at byte {machine.position}). It was refused and nothing in it was run: "
-            "use a checkpoint as its authors published it"
+            f"{vocabulary.remedy}"
         ) from refusal

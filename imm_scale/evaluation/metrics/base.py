@@ -7,10 +7,10 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 from torch import Tensor
 
 from imm_scale.choices import MetricConfig
-from imm_scale.evaluation.metrics.frechet import Moments, Root
+from imm_scale.evaluation.metrics.frechet import Gaussian, Moments, Root
 from imm_scale.evaluation.metrics.inception_score import ClassSums
 
-Need = Literal["moments", "vectors", "logits"]
+Need = Literal["moments", "vectors", "logits", "spatial"]
 
 
 class Measure(NamedTuple):
@@ -29,6 +29,7 @@ class Samples(Protocol):
         groups: moments of each random group.
         kept: (K, F) features of some samples.
         classes: class sums of each random group, or none.
+        spatial_groups: moments of each random group's features with places, or none.
     """
 
     @property
@@ -47,9 +48,13 @@ class Samples(Protocol):
     def moments(self) -> Moments:
         """Moments of all samples."""
 
+    @property
+    def spatial_groups(self) -> list[Moments]:
+        """As `groups`, of features with places; none for an extractor without them."""
+
 
 class Target(Protocol):
-    """Features that samples are compared with; `kept` is None where moments are all there is."""
+    """Features that samples are compared with; `kept` and `spatial` are None where there are none."""
 
     @property
     def mean(self) -> Tensor:
@@ -67,12 +72,16 @@ class Target(Protocol):
     def kept(self) -> Tensor | None:
         """Feature vectors, (n, F)."""
 
+    @property
+    def spatial(self) -> Gaussian | None:
+        """Moments of features with places."""
+
 
 class Metric(ABC):
     """One way to compare samples with a reference. Built from its own Config.
 
     Attributes:
-        needs: what of the features it looks at: their moments, the vectors themselves, or class logits.
+        needs: what of the features it looks at: their moments, the vectors themselves, class logits, or places.
         higher_is_better: the direction of all values it gives.
         standard_names: {value's name: its name} under the network of published numbers, where custom has one.
     """

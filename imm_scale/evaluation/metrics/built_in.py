@@ -7,7 +7,7 @@ from typing import ClassVar
 from imm_scale.choices import MetricConfig, option
 from imm_scale.evaluation.metrics.base import Measure, Metric, Samples, Target
 from imm_scale.evaluation.metrics.density_coverage import density_coverage
-from imm_scale.evaluation.metrics.frechet import frechet, jackknife
+from imm_scale.evaluation.metrics.frechet import Moments, frechet, jackknife, square_root
 from imm_scale.evaluation.metrics.inception_score import inception_score
 from imm_scale.evaluation.metrics.kid import kernel_distance
 from imm_scale.evaluation.metrics.precision_recall import precision_recall
@@ -32,6 +32,27 @@ class FrechetDistance(Metric):
         distance = frechet(samples.moments, reference, reference.root)
         error = jackknife(samples.groups, reference, reference.root) if with_error else math.nan
         return {"frechet": Measure(distance.value, error, distance.numerical_error)}
+
+
+@dataclass(frozen=True)
+class SpatialFrechetConfig(MetricConfig):
+    name: str = option("spatial_frechet", "")
+
+
+@register_metric("spatial_frechet")
+class SpatialFrechetDistance(Metric):
+    """The same between features that keep their places in the image (sFID of Nash et al., arXiv 2103.03841)."""
+
+    Config = SpatialFrechetConfig
+    needs = frozenset({"moments", "spatial"})
+    higher_is_better = False
+
+    def measure(self, samples: Samples, reference: Target, with_error: bool = True) -> dict[str, Measure]:
+        assert reference.spatial is not None
+        root = square_root(reference.spatial.covariance)
+        distance = frechet(Moments.merged(samples.spatial_groups), reference.spatial, root)
+        error = jackknife(samples.spatial_groups, reference.spatial, root) if with_error else math.nan
+        return {"spatial_frechet": Measure(distance.value, error, distance.numerical_error)}
 
 
 @dataclass(frozen=True)

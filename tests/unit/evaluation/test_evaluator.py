@@ -112,7 +112,7 @@ def test_the_report_is_one_file_with_everything(evaluated, trained, digits, tmp_
         "run.name=<b>flow</b>",
     ]
     ranks.train(1, *ANY_METHOD, f"data.manifest={digits}", f"run.dir={other}", "train.max_steps=2", *flow)
-    assert ranks.run(ranks.command, 1, "evaluate", other, "--steps", "10,20", "--repeats", "1", "--num", "64") == [0]
+    assert ranks.run(ranks.command, 1, "evaluate", other, "--steps", "10,20", "--repeats", "2", "--num", "100") == [0]
     assert ranks.run(ranks.command, 1, "sample", trained, "--steps", "1,2", "--num", "10") == [0]
     out = tmp_path / "report.html"
     code, output = ranks.run(ranks.command_and_output, 1, "report", trained, other, "--out", str(out))[0]

@@ -11,13 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from imm_scale import config as configs
 from imm_scale.checkpoint import export
 from imm_scale.cli import main
 from imm_scale.evaluation.records import read_evaluations
 from imm_scale.models.layers import Fp32Linear
 from imm_scale.parallel import world as distributed
-from imm_scale.report import runs
 from imm_scale.sampling.draw import Drawer, SamplingPlan, collect
 from tests import ranks
 
@@ -149,23 +147,6 @@ def test_evaluations_in_two_precisions_stand_beside_each_other(digits, tmp_path)
     assert len(list((tmp_path / "evaluations").iterdir())) == 2
     # The samples of one seed differ by their rounding alone, a hundredth of how the distance varies between seeds.
     assert 0 < abs(by_precision["bf16"]["value"] - by_precision["fp32"]["value"]) < by_precision["fp32"]["error"]
-
-
-def test_a_report_compares_equal_precisions_alone(trained):
-    run = runs.read_run(trained)
-
-    def of(objective: str, *results: tuple[int, float, str]) -> runs.Run:
-        config = configs.changed(run.config, {"method.name": objective}, "a test")
-        distances = [
-            {"steps": steps, "mean": mean, "metric": "frechet", "precision": precision, "compile": False}
-            for steps, mean, precision in results
-        ]
-        return dataclasses.replace(run, config=config, distances=distances)
-
-    imm = of("imm", (1, 1.0, "fp32"), (1, 3.0, "bf16"))
-    assert runs.comparisons([imm, of("flow_matching", (20, 2.0, "fp32"))]) == [
-        "IMM with 1 against flow matching with 20 steps: 1.0000 / 2.0000 = 0.50"
-    ]
 
 
 # --- mistakes ---

@@ -62,7 +62,7 @@ def _finish(sweep: Sweep, cell: definition.Cell, distance: float, code: str = "c
         }
         for steps in STEPS
     ]
-    evaluation = {"schema_version": 2, "step": last, "ema": "ema_0.99", "seconds": 1.0, "results": entries}
+    evaluation = {"schema_version": 2, "step": last, "seconds": 1.0, "results": entries}
     (run / "evaluations" / f"step-{last:08d}-x.json").write_text(json.dumps(evaluation))
     results.write_state(sweep.folder, cell.name, "finished", code=code)
 
@@ -118,6 +118,51 @@ def test_results_in_other_precisions_than_the_sweeps_are_not_its_rows(sweep):
     assert {(row["precision"], row["compile"]) for row in results.rows(sweep, [one])} == {("fp32", False)}
     file.unlink()
     assert results.outcome(sweep, cell).state == "interrupted", "it has yet to be measured in its own precision"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num": 90}, {"repeats": 1}, {"labels": "0-4"}, {"grid": "edm"}, {"ema": "weight"}, {"guidance_scale": 1.5},
+        {"reference_file": "ab" * 32}, {"extractor": {"kind": "pixels", "name": "pixels", "id": "ab" * 32}},
+        {"steps": 3}, {"guidance_interval": [0.2, 0.8]}, {"seed": 1000}, {"sampler": "restart"}, {"guide": "ab" * 32},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)  # fmt: skip
+def test_results_that_the_sweep_did_not_ask_for_are_not_its_rows(sweep, changes):
+    cell = sweep.cells[0]
+    _finish(sweep, cell, 2.0)
+    (file,) = (Path(cell.run_dir) / "evaluations").iterdir()
+    document = json.loads(file.read_text())
+    for result in document["results"]:
+        result |= {"mean": 0.001} | {key: value for key, value in changes.items() if key in result}
+    document |= {key: value for key, value in changes.items() if key not in document["results"][0]}
+    if "num" in changes:
+        document["num"] = changes["num"]
+    if "grid" in changes or "sampler" in changes:
+        document |= changes
+    (file.parent / f"{file.stem}-other.json").write_text(json.dumps(document))
+    assert [row["mean"] for row in results.rows(sweep, [results.outcome(sweep, cell)])] == [2.0, 1.0]
+
+
+def test_a_result_of_one_seed_has_no_spread(sweep):
+    cell = sweep.cells[0]
+    _finish(sweep, cell, 2.0)
+    (file,) = (Path(cell.run_dir) / "evaluations").iterdir()
+    document = json.loads(file.read_text())
+    for result in document["results"]:
+        result |= {"seeds": [0], "values": [1.0], "error": 0.25}
+    file.write_text(json.dumps(document))
+    first = results.rows(sweep, [results.outcome(sweep, cell)])[0]
+    assert (first["std"], first["error"], first["repeats"]) == (None, 0.25, 1)
+
+
+def test_a_study_says_what_its_cells_do_not_share(sweep):
+    rows = [{"num": n, "repeats": 2, "reference": "a"} for n in (100, 90, 100)]
+    rows = [{**row, "guidance_scale": 1.0, "metric": "frechet"} for row in rows]
+    assert study.measured_under(rows) == "frechet of 2 x 100 or 2 x 90 samples, guidance 1, reference a"
+    (note,) = study._unlike(rows)
+    assert "different num (100, 90)" in note
 
 
 def test_mixed_code_is_warned_of_with_both_commits(sweep, capsys):
