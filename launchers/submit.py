@@ -62,7 +62,7 @@ def _check_run(config: Config, job: Job, cluster: Cluster) -> None:
     from imm_scale.sampling import source
 
     source.check_start(config)
-    preflight.plan(config, checks.node_range(job.nodes)[1] * ranks_per_node(job, cluster))
+    preflight.prepare(config, checks.node_range(job.nodes)[1] * ranks_per_node(job, cluster))
 
 
 def _complete(config: Config) -> bool:

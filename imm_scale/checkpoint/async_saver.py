@@ -36,7 +36,7 @@ from imm_scale.parallel import world as distributed
 from imm_scale.parallel.deepspeed_engine import Engine
 from imm_scale.parallel.param_slice import ParamSlice
 from imm_scale.parallel.world import World
-from imm_scale.preflight import Plan
+from imm_scale.preflight import PreparedRun
 
 Ranges = Sequence[tuple[int, int]]
 
@@ -77,20 +77,20 @@ class Saver:
 
     def __init__(
         self,
-        plan: Plan,
+        prepared: PreparedRun,
         world: World,
         engine: Engine,
         slices: Sequence[ParamSlice],
         tally: SaveTally | None = None,
         lock: RunLock | None = None,
     ):
-        self._plan, self._world, self._engine, self._lock = plan, world, engine, lock
+        self._prepared, self._world, self._engine, self._lock = prepared, world, engine, lock
         self._tally = tally or SaveTally()
         # Made once: writing YAML and asking for versions takes longer than the copy of a small state.
-        self._fixed_meta = (configs.to_yaml(plan.config), plan.spec.to_json(), run_folder.versions())
+        self._fixed_meta = (configs.to_yaml(prepared.config), prepared.spec.to_json(), run_folder.versions())
         self._copy = HostCopy(slices)
         engine.before_update = self._copy.taken.wait
-        self._staging = staging_folder(plan.config, world.rank)
+        self._staging = staging_folder(prepared.config, world.rank)
         self._group = distributed.group_beside(SLOWEST_UPLOAD) if world.size > 1 else None
         self._under_way: Future[str] | None = None
         self._last_problem = ""
@@ -187,7 +187,7 @@ class Saver:
 
     def _write(self, meta: Meta, committed: Callable[[int], None]) -> str:
         """Copies, writes and commits. Returns what went wrong, the same on every rank, or ""."""
-        url, rank = checkpoints.folder(self._plan.config.run_dir, meta.step), self._world.rank
+        url, rank = checkpoints.folder(self._prepared.config.run_dir, meta.step), self._world.rank
         copied: list[ParamSlice[tuple[Tensor, ...]]] = []
         stages: Sequence[Callable[[], None]] = (
             lambda: copied.extend(self._copy.take()),
@@ -232,7 +232,7 @@ class Saver:
         return distributed.problems(problem, _HOST, self._group)
 
     def _tidy(self, meta: Meta, committed: Callable[[int], None]) -> None:
-        config = self._plan.config
+        config = self._prepared.config
         committed(meta.step)
         checkpoints.prune(config.run_dir, meta.step, config.train.keep_last, config.train.keep_every)
         run_folder.write_progress(config.run_dir, step=meta.step, images_seen=meta.images_seen)
@@ -245,9 +245,9 @@ class Saver:
             optimizer_steps=self._engine.optimizer_steps(),
             config=config,
             spec=spec,
-            manifest_hash=self._plan.manifest.hash,
+            manifest_hash=self._prepared.manifest.hash,
             world_size=self._world.size,
-            zero_stage=self._plan.config.zero.stage,
+            zero_stage=self._prepared.config.zero.stage,
             versions=versions,
             loss_scale=None if loss_scale is None else loss_scale.value,
             loss_scale_good_steps=0 if loss_scale is None else loss_scale.good_steps,

@@ -21,7 +21,7 @@ from imm_scale.parallel.ema import ShardedEma, state_name
 from imm_scale.parallel.loss_scale import LossScale
 from imm_scale.parallel.param_slice import MOMENTS
 from imm_scale.parallel.world import World
-from imm_scale.preflight import Plan
+from imm_scale.preflight import PreparedRun
 
 log = logging.getLogger("imm_scale")
 
@@ -29,13 +29,13 @@ log = logging.getLogger("imm_scale")
 # --- which one ---
 
 
-def check_run_folder(plan: Plan) -> None:
+def check_run_folder(prepared: PreparedRun) -> None:
     """Raises UserError where the run folder holds another run. One without checkpoints holds nothing to go on from."""
-    config, run_dir = plan.config, plan.config.run_dir
+    config, run_dir = prepared.config, prepared.config.run_dir
     config_url = storage.join(run_dir, "config.yaml")
     if storage.exists(config_url) and checkpoints.committed_steps(run_dir):
         old = configs.from_yaml(storage.read_text(config_url))
-        check_identity(config, plan.manifest.hash, old, _manifest_hash(run_dir) or plan.manifest.hash)
+        check_identity(config, prepared.manifest.hash, old, _manifest_hash(run_dir) or prepared.manifest.hash)
 
 
 def _manifest_hash(run_dir: str) -> str | None:

@@ -53,11 +53,11 @@ class Loop:
 
     def __init__(self, state: State, context: RunContext):
         self.state, self.context = state, context
-        self.config = config = state.plan.config
+        self.config = config = state.prepared.config
         train, run_dir, world = config.train, config.run_dir, state.world
         self.run_log = RunLog(config, state.step, world)
         statistics = OptimizerStatistics(state.ema, config.optimizer.betas[1], config.optimizer.eps)
-        utilization = Utilization(config, state.plan.spec, state.plan.layout, state.device)
+        utilization = Utilization(config, state.prepared.spec, state.prepared.layout, state.device)
         self.meter = Meter(state.device, train.global_batch_size, statistics, utilization)
         self.consensus = StepConsensus(state.device)
         self.skips = Skips(train.max_consecutive_skips, state.guards.get("skips", {}))
@@ -120,8 +120,8 @@ class Loop:
         self.watchdog.beat(number, "the forward and backward pass or the optimizer step")
         self.meter.before_step(logged=number % self.config.train.log_every == 0)
         self.profiler.before_step(number)
-        micro_batches = batch.micro_batches(state.plan.layout.accumulation)
-        lr = learning_rate(self.config, state.images_seen + state.plan.layout.global_batch_size)
+        micro_batches = batch.micro_batches(state.prepared.layout.accumulation)
+        lr = learning_rate(self.config, state.images_seen + state.prepared.layout.global_batch_size)
         result = state.engine.step(micro_batches, lr)
         if not result.skipped:
             state.update_averages()
@@ -147,7 +147,7 @@ class Loop:
         if not result.skipped:
             self.skips.good()
             return
-        state, particles = self.state, self.state.plan.layout.particles
+        state, particles = self.state, self.state.prepared.layout.particles
         self.watchdog.beat(state.step, "the passes of a skipped step once more")
         loss_G = torch.where(batch.weight.to(result.groups.loss_G.device) > 0, result.groups.loss_G, 0.0)
         group_G = batch.ordinal.view(-1, particles)[:, 0].to(loss_G.device) // particles
@@ -207,7 +207,7 @@ class Loop:
 
     def _epoch(self) -> float:
         """How often the training samples have been seen: images seen over their number, held-out samples left out."""
-        return self.state.images_seen / trained_samples(self.config, self.state.plan.manifest)
+        return self.state.images_seen / trained_samples(self.config, self.state.prepared.manifest)
 
     def _save(self) -> None:
         state = self.state
@@ -218,23 +218,25 @@ class Loop:
 
 
 def _held_out(state: State) -> HeldOut | None:
-    config = state.plan.config
+    config = state.prepared.config
     if config.data.holdout == 0:
         return None
-    return HeldOut(config, state.plan.dataset, state.plan.spec.space, state.plan.layout, state.world.rank, state.device)
+    return HeldOut(
+        config, state.prepared.dataset, state.prepared.spec.space, state.prepared.layout, state.world.rank, state.device
+    )
 
 
 def _loader(state: State) -> Loader:
-    config = state.plan.config
+    config = state.prepared.config
     return Loader(
-        state.plan.dataset,
-        state.plan.layout,
+        state.prepared.dataset,
+        state.prepared.layout,
         state.world.rank,
         config.seed,
         config.data.block_samples,
         state.images_seen,
         config.data.flip,
-        state.plan.spec.space,
+        state.prepared.spec.space,
         state.device,
         Reading(config.data.cache_dir, config.data.cache_bytes, config.data.on_bad_block),
         config.data.holdout,

@@ -12,7 +12,7 @@ from imm_scale.parallel import world as distributed
 from imm_scale.parallel.deepspeed_engine import Engine
 from imm_scale.parallel.ema import ShardedEma
 from imm_scale.parallel.world import World
-from imm_scale.preflight import Plan
+from imm_scale.preflight import PreparedRun
 from imm_scale.training import step_guard
 from imm_scale.training.run_log import RunLog
 
@@ -32,21 +32,21 @@ class State:
 
     def __init__(
         self,
-        plan: Plan,
+        prepared: PreparedRun,
         world: World,
         resumed: Checkpoint | None,
         saves: SaveTally | None = None,
         lock: RunLock | None = None,
     ):
-        self.plan, self.world = plan, world
-        config, layout = plan.config, plan.layout
+        self.prepared, self.world = prepared, world
+        config, layout = prepared.config, prepared.layout
         self.device = distributed.device(world)
-        net, method = build.net(plan.spec, config.seed), build.method(plan.spec)
+        net, method = build.net(prepared.spec, config.seed), build.method(prepared.spec)
         if resumed is None:
-            init_weights.load(net, plan)
+            init_weights.load(net, prepared)
         self.engine = Engine(config, net, method, layout)
         self.ema = ShardedEma(self.engine.master_slices(), config.ema.decays, config.ema_power)
-        self.saver = Saver(plan, world, self.engine, self.ema.saved_slices(), saves, lock)
+        self.saver = Saver(prepared, world, self.engine, self.ema.saved_slices(), saves, lock)
         self.step = self.images_seen = 0
         self.stepped_over: list[tuple[int, int]] = []
         self.guards: dict[str, Any] = {}
@@ -62,13 +62,13 @@ class State:
 
     def update_averages(self) -> None:
         """A step was taken, and the clock is about to advance over its batch."""
-        batch = self.plan.layout.global_batch_size
-        self.ema.update(batch / (self.images_seen + batch) if self.plan.config.ema.warmup else 0.0)
+        batch = self.prepared.layout.global_batch_size
+        self.ema.update(batch / (self.images_seen + batch) if self.prepared.config.ema.warmup else 0.0)
 
     def advance(self) -> None:
         """A batch has been consumed."""
         self.step += 1
-        self.images_seen += self.plan.layout.global_batch_size
+        self.images_seen += self.prepared.layout.global_batch_size
 
     def save(self, run_log: RunLog) -> None:
         self.saver.save(self.step, self.images_seen, self.stepped_over, run_log.commit, self.guards)

@@ -17,7 +17,7 @@ from imm_scale.errors import UserError
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.deepspeed_engine import check_device
 from imm_scale.parallel.world import World
-from imm_scale.preflight import Plan, plan
+from imm_scale.preflight import PreparedRun, prepare
 from imm_scale.training import stop_signals, watchdog
 from imm_scale.training.loop import Loop, Outcome, RunContext
 from imm_scale.training.run_log import check_wandb_key, log, set_up_logging
@@ -38,7 +38,7 @@ def train(config: Config, world: World | None = None) -> Outcome:
     """
     world = world or distributed.detect()
     check_device(config)
-    prepared = plan(config, world.size)
+    prepared = prepare(config, world.size)
     resume.check_run_folder(prepared)
     distributed.init(world, patience=watchdog.collective_patience(config.train.step_timeout))
     if _is_complete(config, world):
@@ -72,7 +72,7 @@ def _say(line: str) -> None:
 
 
 def _start(
-    prepared: Plan, world: World, lock: RunLock, signals: StopSignals, resume_point: resume.ResumePoint
+    prepared: PreparedRun, world: World, lock: RunLock, signals: StopSignals, resume_point: resume.ResumePoint
 ) -> Outcome:
     """Writes into the folder, which is this run's from here on; a failure is noted there."""
     config = prepared.config
@@ -94,7 +94,7 @@ def _start(
         raise
 
 
-def _train(prepared: Plan, world: World, context: RunContext, checkpoint: Checkpoint | None) -> Outcome:
+def _train(prepared: PreparedRun, world: World, context: RunContext, checkpoint: Checkpoint | None) -> Outcome:
     """Goes on from a checkpoint, and after each spike from the newest one, as if started again."""
     config = prepared.config
     rewinds, rewind, saves = Rewinds(config.train.max_rewinds), None, SaveTally()
@@ -118,7 +118,7 @@ def _train(prepared: Plan, world: World, context: RunContext, checkpoint: Checkp
         return outcome
 
 
-def _write_config(prepared: Plan, world: World) -> None:
+def _write_config(prepared: PreparedRun, world: World) -> None:
     run_dir = prepared.config.run_dir
 
     def write() -> None:
@@ -142,7 +142,7 @@ def _finish(loop: Loop, outcome: Outcome) -> None:
         if outcome == "preempted":
             reason = f"{signals.heard or 'a signal on another rank or the end of the job'} asked the run to stop"
         clock = {"step": state.step, "images_seen": state.images_seen}
-        run_folder.write_status(state.plan.config.run_dir, outcome, reason=reason, rank=0, **clock)
+        run_folder.write_status(state.prepared.config.run_dir, outcome, reason=reason, rank=0, **clock)
     loop.run_log.close()
     state.engine.close()
     distributed.barrier()
