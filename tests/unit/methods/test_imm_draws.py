@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imm_scale.errors import UserError
+from imm_scale.methods.base import concatenated
 from tests.unit.methods.small import BASE, Net, batch, clean, flow_map_of, losses, small_dit, varied
 
 # ---------------------------------------------------------------------------------------------------------------------
