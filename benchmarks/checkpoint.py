@@ -25,7 +25,7 @@ from imm_scale.checkpoint.async_saver import Saver
 from imm_scale.parallel import world
 from imm_scale.parallel.deepspeed_engine import Engine
 from imm_scale.parallel.ema import ShardedEma
-from imm_scale.preflight import plan
+from imm_scale.preflight import prepare
 from imm_scale.training.run_log import RunLog
 
 
@@ -59,7 +59,7 @@ class Run:
         overrides += [f"train.global_batch_size={batch}", "train.micro_batch_size=16", "wandb.mode=disabled"]
         overrides += [f"data.manifest={manifest}", f"run.dir={self.folder}/run", "train.keep_last=2"]
         self.config = configs.load([], overrides).config
-        prepared = plan(self.config, self.world.size)
+        prepared = prepare(self.config, self.world.size)
         flow_map = build.net(prepared.spec)
         self.engine = Engine(self.config, flow_map, build.method(prepared.spec), prepared.layout)
         self.ema = ShardedEma(self.engine.master_slices(), self.config.ema.decays)

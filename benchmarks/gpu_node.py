@@ -35,7 +35,7 @@ from imm_scale.data.manifest import unseen
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.deepspeed_engine import Engine
 from imm_scale.parallel.world import World
-from imm_scale.preflight import plan
+from imm_scale.preflight import prepare
 from imm_scale.training.trainer import train
 from launchers.records.history import History
 
@@ -93,7 +93,7 @@ def make_data(out: Path) -> None:
 def opened(bench: Bench, *overrides: str) -> Iterator[Callable[[], float]]:
     """A step on random latents of an engine, which gives this rank's share of the loss."""
     config = configs.load([], bench.overrides(*overrides)).config
-    prepared = plan(config, bench.world.size)
+    prepared = prepare(config, bench.world.size)
     layout, shape = prepared.layout, (1, 8, 8) if bench.small else (4, 32, 32)
     spec = build.model_spec(config, unseen(shape, 10 if bench.small else 1000))
     samples = layout.samples_per_micro_batch

@@ -20,7 +20,7 @@ from imm_scale.planner import flops
 
 
 @dataclass(frozen=True)
-class Plan:
+class PreparedRun:
     """Everything that follows from a config, a manifest and a world, before anything is started."""
 
     config: Config
@@ -34,7 +34,7 @@ class Plan:
         return self.dataset.manifest
 
 
-def plan(config: Config, world_size: int) -> Plan:
+def prepare(config: Config, world_size: int) -> PreparedRun:
     """Raises UserError for whatever can be known to be wrong before training."""
     if config.data.manifest is None:
         raise UserError("data.manifest is not set: give the manifest.json that imm-scale encode wrote")
@@ -54,7 +54,7 @@ def plan(config: Config, world_size: int) -> Plan:
     spec = build.model_spec(config, manifest)
     with torch.device("meta"):
         build.net(spec)  # a method says here what it cannot use
-    return Plan(config, dataset, layout, spec)
+    return PreparedRun(config, dataset, layout, spec)
 
 
 def trained_samples(config: Config, manifest: Manifest) -> int:
@@ -68,7 +68,7 @@ def _triple(shape: list[int]) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2]
 
 
-def describe(prepared: Plan) -> str:
+def describe(prepared: PreparedRun) -> str:
     """The resolved config, DeepSpeed's settings and what they mean on its ranks, as `--dry-run` prints it."""
     config, world_size = prepared.config, prepared.layout.world_size
     layout, net, samples = prepared.layout, prepared.spec.net, trained_samples(config, prepared.manifest)
@@ -102,7 +102,7 @@ def _spared(config: Config, passes: Passes) -> str:
     return f"; {least:.4g} where every rank's micro-batches are multiples of 4 groups"
 
 
-def _deepspeed_settings(prepared: Plan) -> dict[str, Any]:
+def _deepspeed_settings(prepared: PreparedRun) -> dict[str, Any]:
     layout = prepared.layout
     unit = flops.parameters(prepared.spec.net).block
     samples = layout.samples_per_micro_batch

@@ -78,9 +78,9 @@ def _evaluate(sweep: Sweep, cell: Cell) -> None:
 
 
 def _sample(sweep: Sweep, cell: Cell) -> None:
-    source = sources.find(cell.run_dir).at_newest()
+    source = sources.find(cell.run_dir)
     config = sources.config_of(source, [], ()).sampling
-    job.run(source, config, job.Request(job.folder_of(source), (config.guidance_scale,)), world.detect(), say)
+    job.run(source, config, job.Request(None, (config.guidance_scale,)), world.detect(), say)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -62,7 +62,7 @@ def _check_run(config: Config, job: Job, cluster: Cluster) -> None:
     from imm_scale.sampling import source
 
     source.check_start(config)
-    preflight.plan(config, checks.node_range(job.nodes)[1] * ranks_per_node(job, cluster))
+    preflight.prepare(config, checks.node_range(job.nodes)[1] * ranks_per_node(job, cluster))
 
 
 def _complete(config: Config) -> bool:
@@ -72,6 +72,9 @@ def _complete(config: Config) -> bool:
 
 
 def _refuse_second_job(run_dir: str) -> None:
+    from imm_scale.checkpoint import run_lock
+
+    run_lock.check_free(run_dir)
     job = submissions.last_job(run_dir)
     if job is not None and not submissions.is_over(submissions.state_of(job)):
         run = shlex.quote(run_dir)

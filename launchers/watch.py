@@ -16,12 +16,16 @@ def status(run_dir: str) -> str:
     """The job, the run and its starts in a few lines. Raises UserError."""
     from imm_scale.checkpoint.format import committed_steps
     from imm_scale.checkpoint.run_folder import read_metrics, read_status
+    from imm_scale.checkpoint.run_lock import owner_of
 
     job = submissions.job_of(run_dir)
     run, history, state = read_status(run_dir), History.load(run_dir, str(job)), submissions.state_of(job)
     lines = [f"job        {job}  {_job(state)}"]
     summary = "  ".join(str(run[key]) for key in ("state", "reason") if run.get(key))
     lines.append(f"run        {summary or 'not started yet'}")
+    owner = owner_of(run_dir)
+    if owner is not None and owner.process.state() != "dead":
+        lines.append(f"locked by  {owner}")
     lines.append(f"committed  step {max(committed_steps(run_dir), default=0)}")
     records = read_metrics(run_dir)
     if records:

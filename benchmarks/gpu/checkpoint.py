@@ -30,7 +30,7 @@ def run(context: Context, report: Report) -> None:
     samples = training.samples_of(context)
     settings = training.config(context, LARGEST, samples, f"train.compile={not why_not}".lower())
     with compilation(context), part(report, LARGEST), training.training_state(settings) as state:
-        batch = training.random_batch(state.plan.spec.net, samples, state.device)
+        batch = training.random_batch(state.prepared.spec.net, samples, state.device)
         _memory(report, state)
         (step,) = Stopwatch(context).medians(lambda: _step(state, batch))
         report.figure("a step, no save under way", 1e3 * step, "ms")
@@ -128,7 +128,7 @@ def _save(context: Context, report: Report, state: State, batch: Batch, step: fl
     if free < 2 * _size(state):
         report.skip("a save", f"{context.out} has {free / 1e9:.1f} GB free, a checkpoint and room beside it are more")
         return
-    log, held = RunLog(state.plan.config, state.step, state.world), Held(state)
+    log, held = RunLog(state.prepared.config, state.step, state.world), Held(state)
     wait(state.device)
     began = time.perf_counter()
     state.save(log)

@@ -21,7 +21,7 @@ from imm_scale.models.dit import DiT
 from imm_scale.parallel import deepspeed_engine as engines
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.deepspeed_engine import Engine
-from imm_scale.preflight import Plan, plan
+from imm_scale.preflight import PreparedRun, prepare
 from imm_scale.training import trainer
 
 _CHANNELS = 4
@@ -72,12 +72,12 @@ def allow_all_precisions(context: Context) -> None:
 
 
 @contextmanager
-def opened(*overrides: str) -> Iterator[tuple[Engine, Iterator[list[Batch]], Plan]]:
+def opened(*overrides: str) -> Iterator[tuple[Engine, Iterator[list[Batch]], PreparedRun]]:
     """An engine on one rank, its steps of micro-batches, and what the config came to."""
     world = distributed.detect()
     distributed.init(world)
     config = configs.load([], overrides).config
-    prepared = plan(config, world.size)
+    prepared = prepare(config, world.size)
     layout, seed = prepared.layout, config.seed
     engine = Engine(config, _flow_map(prepared), build.method(prepared.spec), layout)
     try:
@@ -89,7 +89,7 @@ def opened(*overrides: str) -> Iterator[tuple[Engine, Iterator[list[Batch]], Pla
         engine.close()
 
 
-def _flow_map(prepared: Plan) -> FlowMap:
+def _flow_map(prepared: PreparedRun) -> FlowMap:
     """The engine's alone, so that `close` ends it."""
     flow_map = build.net(prepared.spec, prepared.config.seed)
     assert isinstance(flow_map.model, DiT)

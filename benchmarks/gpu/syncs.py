@@ -42,7 +42,7 @@ def run(context: Context, report: Report) -> None:
             _count(context, report, step)
             _trace(context, report, step)
             (whole,) = Stopwatch(context, _ROUNDS).medians(step, times=2)
-        batch = training.random_batch(state.plan.spec.net, samples, state.device)
+        batch = training.random_batch(state.prepared.spec.net, samples, state.device)
         (engine,) = Stopwatch(context, _ROUNDS).medians(lambda: state.engine.step([batch], 1e-4), times=2)
         report.figure(f"{name}: step of the loop", 1e3 * whole, "ms")
         report.figure(f"{name}: step of the engine, optimizer included", 1e3 * engine, "ms")

@@ -21,7 +21,7 @@ from imm_scale.models.dit import DiTConfig
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.deepspeed_engine import Engine
 from imm_scale.parallel.world import World
-from imm_scale.preflight import plan
+from imm_scale.preflight import prepare
 from imm_scale.registry import METHODS
 from imm_scale.training import loop as loops
 from imm_scale.training import stop_signals, watchdog
@@ -71,7 +71,7 @@ def training_state(settings: Config) -> Iterator[State]:
     distributed.init(world)
     shutil.rmtree(settings.run_dir, ignore_errors=True)
     Path(settings.run_dir).mkdir(parents=True)
-    state = State(plan(settings, world.size), world, None)
+    state = State(prepare(settings, world.size), world, None)
     try:
         yield state
     finally:

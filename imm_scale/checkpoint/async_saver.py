@@ -29,13 +29,14 @@ from imm_scale.checkpoint import format as checkpoints
 from imm_scale.checkpoint import run_folder
 from imm_scale.checkpoint.format import Meta
 from imm_scale.checkpoint.host_copy import HostCopy
+from imm_scale.checkpoint.run_lock import LostLockError, RunLock
 from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.deepspeed_engine import Engine
 from imm_scale.parallel.param_slice import ParamSlice
 from imm_scale.parallel.world import World
-from imm_scale.preflight import Plan
+from imm_scale.preflight import PreparedRun
 
 Ranges = Sequence[tuple[int, int]]
 
@@ -68,21 +69,28 @@ class Saver:
     Args:
         slices: what this rank saves, live.
         tally: of the saves before these, to be counted on; None: there were none.
+        lock: of the run folder, asked before anything is removed, written or committed; None: nobody else is there.
 
     Raises:
         UserError: on every rank, where one has no memory for the copy.
     """
 
     def __init__(
-        self, plan: Plan, world: World, engine: Engine, slices: Sequence[ParamSlice], tally: SaveTally | None = None
+        self,
+        prepared: PreparedRun,
+        world: World,
+        engine: Engine,
+        slices: Sequence[ParamSlice],
+        tally: SaveTally | None = None,
+        lock: RunLock | None = None,
     ):
-        self._plan, self._world, self._engine = plan, world, engine
+        self._prepared, self._world, self._engine, self._lock = prepared, world, engine, lock
         self._tally = tally or SaveTally()
         # Made once: writing YAML and asking for versions takes longer than the copy of a small state.
-        self._fixed_meta = (configs.to_yaml(plan.config), plan.spec.to_json(), run_folder.versions())
+        self._fixed_meta = (configs.to_yaml(prepared.config), prepared.spec.to_json(), run_folder.versions())
         self._copy = HostCopy(slices)
         engine.before_update = self._copy.taken.wait
-        self._staging = staging_folder(plan.config, world.rank)
+        self._staging = staging_folder(prepared.config, world.rank)
         self._group = distributed.group_beside(SLOWEST_UPLOAD) if world.size > 1 else None
         self._under_way: Future[str] | None = None
         self._last_problem = ""
@@ -145,9 +153,11 @@ class Saver:
 
         Raises:
             UserError: the last save failed: what was learned since the one before would be lost.
+            LostLockError: it failed because another start has the folder.
         """
         self.wait()
         if self._last_problem:
+            self._still_ours()
             raise UserError(f"{self._last_problem}; the last committed checkpoint is intact: make room and start again")
 
     def __enter__(self) -> "Saver":
@@ -177,14 +187,14 @@ class Saver:
 
     def _write(self, meta: Meta, committed: Callable[[int], None]) -> str:
         """Copies, writes and commits. Returns what went wrong, the same on every rank, or ""."""
-        url, rank = checkpoints.folder(self._plan.config.run_dir, meta.step), self._world.rank
+        url, rank = checkpoints.folder(self._prepared.config.run_dir, meta.step), self._world.rank
         copied: list[ParamSlice[tuple[Tensor, ...]]] = []
         stages: Sequence[Callable[[], None]] = (
             lambda: copied.extend(self._copy.take()),
             # A damaged checkpoint that the run went back behind may still be there.
-            lambda: checkpoints.remove(url) if rank == 0 else None,
+            lambda: self._discard(url) if rank == 0 else None,
             lambda: checkpoints.write_rank(url, rank, copied, self._staging),
-            lambda: checkpoints.commit(url, meta) if rank == 0 else None,
+            lambda: self._commit(url, meta) if rank == 0 else None,
         )
         problem = self._in_step(stages)
         if problem:
@@ -192,10 +202,23 @@ class Saver:
             problem = f"cannot write checkpoint {storage.shown(url)}: {problem}"
             log.warning("%s; training goes on, the checkpoint before is intact", problem)
         if rank == 0:
-            left = _attempt(lambda: checkpoints.remove(url) if problem else self._tidy(meta, committed))
+            left = _attempt(lambda: self._discard(url) if problem else self._tidy(meta, committed))
             if left:
                 log.warning("after the save of step %d: %s", meta.step, left)
         return problem
+
+    def _still_ours(self) -> None:
+        """Raises LostLockError where another start has the folder."""
+        if self._lock is not None:
+            self._lock.verify()
+
+    def _discard(self, url: str) -> None:
+        self._still_ours()
+        checkpoints.remove(url)
+
+    def _commit(self, url: str, meta: Meta) -> None:
+        self._still_ours()
+        checkpoints.commit(url, meta)
 
     def _in_step(self, stages: Iterable[Callable[[], None]]) -> str:
         """Does one after the other on all ranks, each once the one before has worked on all; what kept one from it."""
@@ -209,7 +232,7 @@ class Saver:
         return distributed.problems(problem, _HOST, self._group)
 
     def _tidy(self, meta: Meta, committed: Callable[[int], None]) -> None:
-        config = self._plan.config
+        config = self._prepared.config
         committed(meta.step)
         checkpoints.prune(config.run_dir, meta.step, config.train.keep_last, config.train.keep_every)
         run_folder.write_progress(config.run_dir, step=meta.step, images_seen=meta.images_seen)
@@ -222,9 +245,9 @@ class Saver:
             optimizer_steps=self._engine.optimizer_steps(),
             config=config,
             spec=spec,
-            manifest_hash=self._plan.manifest.hash,
+            manifest_hash=self._prepared.manifest.hash,
             world_size=self._world.size,
-            zero_stage=self._plan.config.zero.stage,
+            zero_stage=self._prepared.config.zero.stage,
             versions=versions,
             loss_scale=None if loss_scale is None else loss_scale.value,
             loss_scale_good_steps=0 if loss_scale is None else loss_scale.good_steps,
@@ -241,6 +264,8 @@ def _attempt(action: Callable[[], None]) -> str:
     """
     try:
         return distributed.error_of(action)
+    except LostLockError as error:
+        return str(error)
     except Exception as error:
         log.exception("a save did not expect this")
         return f"{type(error).__name__}: {error}"

@@ -10,8 +10,9 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -19,14 +20,14 @@ from torch import Tensor
 
 from imm_scale import build, storage
 from imm_scale.build import ModelSpec
-from imm_scale.checkpoint import pipeline_folder
-from imm_scale.checkpoint.format import COMMITTED, Checkpoint, committed_steps
+from imm_scale.checkpoint import averages, pipeline_folder
+from imm_scale.checkpoint.format import COMMITTED, Checkpoint, committed_steps, use_newest
 from imm_scale.checkpoint.origin import Origin
 from imm_scale.config.load import from_yaml
 from imm_scale.errors import UserError
 from imm_scale.methods.flow_map import FlowMap
-from imm_scale.parallel.ema import state_name
 
+Result = TypeVar("Result")
 RAW_WEIGHTS = 0.0
 FORMATS = ("safetensors", "diffusers")
 _FOREIGN = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
@@ -68,12 +69,31 @@ def ema_state(checkpoint: Checkpoint, ema: float | None) -> str:
     if ema is None and not config.ema.decays:
         raise UserError(f"{checkpoint.url} has no moving average (ema.decays=[]): take the raw weights, with ema=0")
     decay = config.ema.decays[0] if ema is None else ema
-    if state_name(decay) not in checkpoint.states:
-        decays = ", ".join(state.removeprefix("ema-") for state in checkpoint.states if state.startswith("ema-"))
-        raise UserError(
-            f"{checkpoint.url} holds no moving average of decay {decay:g}; it has {decays} (0: raw weights)"
-        )
-    return state_name(decay)
+    state = averages.state_of(checkpoint, decay)
+    if state is None:
+        held = ", ".join(repr(other) for other in config.ema.decays if averages.state_of(checkpoint, other))
+        raise UserError(f"{checkpoint.url} holds no moving average of decay {decay!r}; it has {held} (0: raw weights)")
+    return state
+
+
+def warnings(source: str, ema: float | None = None, step: int | None = None) -> list[str]:
+    """What a user of these weights must know, one sentence each: an average that is young. Takes what `read` takes."""
+    if is_export(source):
+        return []
+    warning = _use_checkpoint(source, step, lambda checkpoint: averages.warning(checkpoint, ema))
+    return [warning] if warning else []
+
+
+def _use_checkpoint(source: str, step: int | None, use: Callable[[Checkpoint], Result]) -> Result:
+    """What `use` makes of a checkpoint: the one whose folder it is, or a run's, of a step or the newest."""
+    if source.endswith(_FOREIGN):
+        raise UserError(f"{source} was not written by imm-scale: make a .safetensors of it by `imm-scale import`")
+    if is_checkpoint(source):
+        return use(Checkpoint(source))
+    steps = committed_steps(source)
+    if step is not None and steps and step not in steps:
+        raise UserError(f"{source} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+    return use_newest(source, use) if step is None else use(Checkpoint.of_step(source, step))
 
 
 def read(source: str, ema: float | None = None, step: int | None = None) -> tuple[ModelSpec, dict[str, Tensor]]:
@@ -95,10 +115,13 @@ def _read(source: str, ema: float | None, step: int | None) -> tuple[ModelSpec, 
         spec, origin, weights_url = _of_folder(source)
         weights = read_tensors(weights_url)[1]
     else:
-        checkpoint = _checkpoint(source, step)
-        spec, origin, weights = *_of_checkpoint(checkpoint, ema), checkpoint.weights(ema_state(checkpoint, ema))
+        spec, origin, weights = _use_checkpoint(source, step, lambda checkpoint: _read_checkpoint(checkpoint, ema))
     origin.check(source, ema, step)
     return spec, weights, origin
+
+
+def _read_checkpoint(checkpoint: Checkpoint, ema: float | None) -> tuple[ModelSpec, Origin, dict[str, Tensor]]:
+    return *_of_checkpoint(checkpoint, ema), checkpoint.weights(ema_state(checkpoint, ema))
 
 
 def _of_checkpoint(checkpoint: Checkpoint, ema: float | None) -> tuple[ModelSpec, Origin]:
@@ -118,22 +141,11 @@ def read_spec(source: str, ema: float | None = None, step: int | None = None) ->
         spec, origin = _of_file(source, _header(source)) if is_file(source) else _of_folder(source)[:2]
         origin.check(source, ema, step)
         return spec, source
-    checkpoint = _checkpoint(source, step)
+    checkpoint = _use_checkpoint(source, step, lambda checkpoint: checkpoint)
     state = ema_state(checkpoint, ema)
     spec, origin = _of_checkpoint(checkpoint, ema)
     origin.check(source, ema, step)
     return spec, f"{checkpoint.url} ({state})"
-
-
-def _checkpoint(source: str, step: int | None) -> Checkpoint:
-    if source.endswith(_FOREIGN):
-        raise UserError(f"{source} was not written by imm-scale: make a .safetensors of it by `imm-scale import`")
-    if is_checkpoint(source):
-        return Checkpoint(source)
-    steps = committed_steps(source)
-    if step is not None and steps and step not in steps:
-        raise UserError(f"{source} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
-    return Checkpoint.latest(source) if step is None else Checkpoint.of_step(source, step)
 
 
 def _of_file(source: str, metadata: dict[str, str]) -> tuple[ModelSpec, Origin]:
@@ -313,5 +325,4 @@ def _write_tensors(weights: dict[str, Tensor], url: str, metadata: dict[str, str
         except SafetensorError as error:  # its words of an OSError, as "No space left on device (os error 28)"
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]) if number else None, str(error), url) from error
-        with open(path, "rb") as file:
-            storage.write_bytes(url, file.read())
+        storage.write_file(url, path)

@@ -10,10 +10,10 @@ step-00001000/
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from imm_scale import devices, storage
 from imm_scale.errors import UserError
 from imm_scale.parallel.param_slice import ParamSlice
 
+Result = TypeVar("Result")
 FORMAT_VERSION = 1
 COMMITTED = "COMMITTED"
 INDEX = "index.json"
@@ -96,7 +97,8 @@ def committed_steps(run_dir: str) -> list[int]:
 
 def _steps(run_dir: str) -> list[int]:
     names = storage.list_names(storage.join(run_dir, _FOLDER))
-    return sorted(int(name.removeprefix(_PREFIX)) for name in names if name.startswith(_PREFIX))
+    numbers = [name.removeprefix(_PREFIX) for name in names if name.startswith(_PREFIX)]
+    return sorted(int(number) for number in numbers if number.isdecimal())  # a person may have left a copy there
 
 
 def checksum(name: str, offset: int, flat: Tensor) -> Tensor:
@@ -214,6 +216,9 @@ def uncommitted_steps(run_dir: str) -> list[int]:
 class Checkpoint:
     """A committed checkpoint, open for reading.
 
+    Attributes:
+        digest: sha256 of its commit, and so of everything in it.
+
     Raises:
         DamagedCheckpointError: a description that is missing or whose hash is wrong.
         UserError: written by a newer version.
@@ -221,7 +226,9 @@ class Checkpoint:
 
     def __init__(self, url: str):
         self.url = url
-        committed = self._read_json(COMMITTED)
+        data = self._read(COMMITTED)
+        self.digest = hashlib.sha256(data).hexdigest()
+        committed = json.loads(data)
         if committed["format_version"] > FORMAT_VERSION:
             raise UserError(f"{url} was written by a newer imm-scale (format {committed['format_version']}); update it")
         for name, expected in committed["sha256"].items():
@@ -248,10 +255,7 @@ class Checkpoint:
     @classmethod
     def latest(cls, run_dir: str) -> "Checkpoint":
         """The newest one. Raises UserError where there is none."""
-        steps = committed_steps(run_dir)
-        if not steps:
-            raise UserError(f"{run_dir} holds no committed checkpoint: train it first, or check the path")
-        return cls.of_step(run_dir, steps[-1])
+        return use_newest(run_dir, lambda checkpoint: checkpoint)
 
     def _read(self, name: str) -> bytes:
         try:
@@ -331,6 +335,23 @@ class Checkpoint:
         if state not in self.states:
             raise UserError(f"{self.url} holds no {state!r}; it has {', '.join(self.states)}")
         return {name: self.read(state, name).view(shape) for name, shape in self.shapes.items()}
+
+
+def use_newest(run_dir: str, use: Callable[[Checkpoint], Result]) -> Result:
+    """What `use` makes of the newest checkpoint; of the newest of then, should the run remove it meanwhile.
+
+    Raises:
+        UserError: there is none.
+    """
+    while True:
+        steps = committed_steps(run_dir)
+        if not steps:
+            raise UserError(f"{run_dir} holds no committed checkpoint: train it first, or check the path")
+        try:
+            return use(Checkpoint.of_step(run_dir, steps[-1]))
+        except (DamagedCheckpointError, FileNotFoundError):
+            if steps[-1] in committed_steps(run_dir):
+                raise
 
 
 def _tensor_places(url: str) -> dict[str, int]:

@@ -15,7 +15,7 @@ from imm_scale.config.schema import TrainConfig
 from imm_scale.errors import UserError
 from imm_scale.methods.flow_map import FlowMap
 from imm_scale.models.base import Architecture, Backbone
-from imm_scale.preflight import Plan
+from imm_scale.preflight import PreparedRun
 
 log = logging.getLogger("imm_scale")
 
@@ -24,14 +24,14 @@ _OF_THE_DATA = ("data.codec", "data.space.name")  # no setting can bring them
 Differences = dict[str, tuple[Any, Any]]  # {config key: (there, here)}
 
 
-def check(plan: Plan) -> None:
+def check(prepared: PreparedRun) -> None:
     """Whether the weights of `train.init_from`, if it is set, fit a run and mean what it trains; none of them is read.
 
     Raises:
         UserError: nothing there, weights that do not fit, or that mean something else where `train.init_allow_change`
             does not say so.
     """
-    train = plan.config.train
+    train = prepared.config.train
     if train.init_from is None:
         return
     if export.is_export(train.init_from) and (train.init_ema is not None or train.init_step is not None):
@@ -41,21 +41,21 @@ def check(plan: Plan) -> None:
         )
     source, _ = export.read_spec(train.init_from, train.init_ema, train.init_step)
     with torch.device("meta"):
-        weights, net = source.net.build().state_dict(), plan.spec.net.build()
-    _adapted(net, weights, source, plan)
+        weights, net = source.net.build().state_dict(), prepared.spec.net.build()
+    _adapted(net, weights, source, prepared)
 
 
-def load(flow_map: FlowMap, plan: Plan) -> None:
+def load(flow_map: FlowMap, prepared: PreparedRun) -> None:
     """Puts the weights of `train.init_from`, if it is set, into a fresh net, and logs what is new in it.
 
     Raises:
         UserError: as `check`.
     """
-    train = plan.config.train
+    train = prepared.config.train
     if train.init_from is None:
         return
     source, weights = export.read(train.init_from, train.init_ema, train.init_step)
-    weights, notes = _adapted(flow_map.model, weights, source, plan)
+    weights, notes = _adapted(flow_map.model, weights, source, prepared)
     export.put(flow_map, weights, train.init_from)
     log.info("starts from the weights of %s", export.read_spec(train.init_from, train.init_ema, train.init_step)[1])
     for note in notes:
@@ -63,10 +63,10 @@ def load(flow_map: FlowMap, plan: Plan) -> None:
 
 
 def _adapted(
-    net: Backbone, weights: dict[str, Tensor], source: ModelSpec, plan: Plan
+    net: Backbone, weights: dict[str, Tensor], source: ModelSpec, prepared: PreparedRun
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The weights as the net takes them, and sentences on what is new. Raises UserError."""
-    here, train = plan.spec, plan.config.train
+    here, train = prepared.spec, prepared.config.train
     if type(source.net) is not type(here.net):
         raise UserError(
             f"train.init_from={train.init_from} holds another net: {type(source.net).__name__} there, "
@@ -74,7 +74,7 @@ def _adapted(
         )
     null_is_trained = getattr(source.method, "label_drop", 1.0) > 0
     made, notes = net.adapted(weights, source.net, here.space.classes_of(source.space), null_is_trained)
-    _check_shapes(net, made, source, plan)
+    _check_shapes(net, made, source, prepared)
     differing = _differences(source, here)
     allowed = set(_allowed(differing, train))
     refused = {key: pair for key, pair in differing.items() if key not in allowed}
@@ -85,14 +85,14 @@ def _adapted(
     return made, [*notes, *normalization, *changed]
 
 
-def _check_shapes(net: Backbone, weights: dict[str, Tensor], source: ModelSpec, plan: Plan) -> None:
+def _check_shapes(net: Backbone, weights: dict[str, Tensor], source: ModelSpec, prepared: PreparedRun) -> None:
     needed = {name: list(value.shape) for name, value in net.state_dict().items()}
     held = {name: list(value.shape) for name, value in weights.items()}
     for name in sorted(needed.keys() | held.keys()):
         if needed.get(name) != held.get(name):
-            keys = ", ".join(f"{key} {there} there, {here} here" for key, (there, here) in _nets(source, plan.spec))
+            keys = ", ".join(f"{key} {there} there, {here} here" for key, (there, here) in _nets(source, prepared.spec))
             raise UserError(
-                f"train.init_from={plan.config.train.init_from} holds another net: {name} is "
+                f"train.init_from={prepared.config.train.init_from} holds another net: {name} is "
                 f"{held.get(name, 'missing')} there and {needed.get(name, 'missing')} here "
                 f"({keys or 'other weights'}). Take these from there"
             )

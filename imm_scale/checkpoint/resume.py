@@ -9,6 +9,7 @@ import torch
 from imm_scale import config as configs
 from imm_scale import storage
 from imm_scale.build import ModelSpec
+from imm_scale.checkpoint import averages as saved_averages
 from imm_scale.checkpoint import format as checkpoints
 from imm_scale.checkpoint.format import Checkpoint, DamagedCheckpointError
 from imm_scale.checkpoint.identity import check_identity
@@ -20,7 +21,7 @@ from imm_scale.parallel.ema import ShardedEma, state_name
 from imm_scale.parallel.loss_scale import LossScale
 from imm_scale.parallel.param_slice import MOMENTS
 from imm_scale.parallel.world import World
-from imm_scale.preflight import Plan
+from imm_scale.preflight import PreparedRun
 
 log = logging.getLogger("imm_scale")
 
@@ -28,13 +29,13 @@ log = logging.getLogger("imm_scale")
 # --- which one ---
 
 
-def check_run_folder(plan: Plan) -> None:
+def check_run_folder(prepared: PreparedRun) -> None:
     """Raises UserError where the run folder holds another run. One without checkpoints holds nothing to go on from."""
-    config, run_dir = plan.config, plan.config.run_dir
+    config, run_dir = prepared.config, prepared.config.run_dir
     config_url = storage.join(run_dir, "config.yaml")
     if storage.exists(config_url) and checkpoints.committed_steps(run_dir):
         old = configs.from_yaml(storage.read_text(config_url))
-        check_identity(config, plan.manifest.hash, old, _manifest_hash(run_dir) or plan.manifest.hash)
+        check_identity(config, prepared.manifest.hash, old, _manifest_hash(run_dir) or prepared.manifest.hash)
 
 
 def _manifest_hash(run_dir: str) -> str | None:
@@ -111,11 +112,12 @@ def restore(checkpoint: Checkpoint, engine: Engine, ema: ShardedEma) -> None:
         engine.loss_scale = LossScale(meta.loss_scale, meta.loss_scale_good_steps)
     ema.restart()
     for decay, averages in ema.averages.items():
-        if state_name(decay) not in checkpoint.states:
-            log.warning("the checkpoint has no average of decay %g: it starts at the current weights", decay)
+        state = saved_averages.state_of(checkpoint, decay)
+        if state is None:
+            log.warning("the checkpoint has no average of decay %r: it starts at the current weights", decay)
             continue
         pairs = zip(ema.slices, averages, strict=True)
-        checkpoints.load_into([(state_name(decay), s.name, s.offset, average) for s, average in pairs], checkpoint)
+        checkpoints.load_into([(state, s.name, s.offset, average) for s, average in pairs], checkpoint)
     _prove(checkpoint, engine, ema)
     log.info("resumed from %s at step %d (%d images seen)", checkpoint.url, meta.step, meta.images_seen)
 
@@ -140,6 +142,10 @@ def check_net(checkpoint: Checkpoint, spec: ModelSpec) -> None:
 def _prove(checkpoint: Checkpoint, engine: Engine, ema: ShardedEma) -> None:
     """Compares what the engine will step with, read back from it, with what was saved. Raises UserError."""
     expected, steps = checkpoint.checksums, checkpoint.meta.optimizer_steps
+    for decay in ema.averages:
+        state = saved_averages.state_of(checkpoint, decay)
+        if state in expected:
+            expected[state_name(decay)] = expected.pop(state)
     remedy = f"remove {checkpoint.url} to go on from the checkpoint before it"
     for state, (checksum, elements) in _read_back(engine, ema).items():
         if state in expected and checksum != expected[state]:

@@ -39,8 +39,16 @@ def write_failure(run_dir: str, reason: str, **details: Any) -> None:
 
 def read_status(run_dir: str) -> Record:
     """The last status, or {} for a folder that has none."""
-    url = storage.join(run_dir, STATUS)
-    return json.loads(storage.read_text(url)) if storage.exists(url) else {}
+    text = _text(storage.join(run_dir, STATUS))
+    return json.loads(text) if text else {}
+
+
+def _text(url: str) -> str:
+    """A file's text, "" where there is none, or none any more."""
+    try:
+        return storage.read_text(url)
+    except FileNotFoundError:
+        return ""
 
 
 def _parse(text: str) -> list[Record]:
@@ -60,12 +68,12 @@ def read_metrics(run_dir: str) -> list[Record]:
     """All records of a run, in order of steps."""
     url = storage.join(run_dir, METRICS)
     if storage.is_local(run_dir):
-        return _parse(storage.read_text(url)) if storage.exists(url) else []
+        return _parse(_text(url))
     segments = storage.join(run_dir, _SEGMENTS)
     return [
         record
         for name in storage.list_names(segments)
-        for record in _parse(storage.read_text(storage.join(segments, name)))
+        for record in _parse(_text(storage.join(segments, name)))  # a resumed run takes back what was past its commit
     ]
 
 

@@ -27,10 +27,10 @@ def _run(args: argparse.Namespace) -> int:
 
     source.check_start(loaded.config)
     if args.dry_run:
-        plan = preflight.plan(loaded.config, args.world_size or world.detect().size)
-        if not committed_steps(plan.config.run_dir):  # else it goes on from there, and its source may be gone
-            init_weights.check(plan)
-        print(preflight.describe(plan))
+        prepared = preflight.prepare(loaded.config, args.world_size or world.detect().size)
+        if not committed_steps(prepared.config.run_dir):  # else it goes on from there, and its source may be gone
+            init_weights.check(prepared)
+        print(preflight.describe(prepared))
         return 0
     outcome = trainer.train(loaded.config)
     world.shutdown()

@@ -31,6 +31,8 @@ def _export(args: argparse.Namespace) -> int:
     from imm_scale.checkpoint import export
 
     export.export(args.run, args.out, args.ema, args.step, args.format, args.vae)
+    for warning in export.warnings(args.run, args.ema, args.step):
+        print(f"warning: {warning}")
     print(args.out)
     return 0
 

@@ -67,6 +67,12 @@ def _run(config: Config) -> None:
             raise UserError(f"run.allow_change={config.run.allow_change}: {key!r} is neither a key nor a section")
 
 
+def _averages(config: Config) -> None:
+    decays = config.ema.decays
+    if len(set(decays)) < len(decays):
+        raise UserError(f"ema.decays={decays} names an average twice: leave one of them out")
+
+
 def _choices(config: Config) -> None:
     for choice in (config.method, config.model, config.data.space):
         choice.validate()
@@ -151,6 +157,7 @@ def validate(config: Config) -> None:
     _going_on(config)
     _initial_weights(config)
     _choices(config)
+    _averages(config)
     _offload(config)
     _sampling(config)
     for metric in metric_configs(config.evaluation.metrics):

@@ -182,6 +182,9 @@ class EmaConfig:
         "Images the decays hold for, in place of a step: averages as long at any train.global_batch_size.",
         range="[1, inf)",
     )
+    warmup: bool = option(
+        False, "Averages start short: each reaches back a tenth of the images seen so far until its decay is longer."
+    )
 
 
 @dataclass(frozen=True)

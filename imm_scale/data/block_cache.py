@@ -6,11 +6,13 @@ So a killed process leaves at most a temporary file, which the next change by an
 
 import contextlib
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 
 from imm_scale.errors import UserError
 
+log = logging.getLogger("imm_scale")
 _SUFFIX = ".block"
 _FULL_SHARE = 0.9  # eviction makes this much room at once, so that few writes pay for it
 
@@ -28,6 +30,7 @@ class BlockCache:
         if max_bytes <= 0:
             raise UserError(f"data.cache_bytes is {max_bytes}: it must be above 0")
         self._folder, self._max_bytes = folder, max_bytes
+        self._refused = False
         self._lock_path, self._total_path = os.path.join(folder, "lock"), os.path.join(folder, "total")
         try:
             os.makedirs(folder, exist_ok=True)
@@ -50,9 +53,23 @@ class BlockCache:
         return data
 
     def put(self, key: str, data: bytes | memoryview) -> None:
-        """Keeps the bytes, at the cost of others; what is larger than the whole cache is not kept."""
-        if len(data) > self._max_bytes:
+        """Keeps the bytes, at the cost of others; what is larger than the whole cache is not kept.
+
+        Nor is anything more once the disk takes none, being full, say: that is logged, and reading goes on without.
+        """
+        if len(data) > self._max_bytes or self._refused:
             return
+        try:
+            self._put(key, data)
+        except OSError as error:
+            self._refused = True
+            log.warning(
+                "data.cache_dir=%s takes no more blocks (%s): what is not in it is read from the store from now on",
+                self._folder,
+                error,
+            )
+
+    def _put(self, key: str, data: bytes | memoryview) -> None:
         with self._locked():
             path = self._path(key)
             if os.path.exists(path):

@@ -183,22 +183,26 @@ def _evaluate(arguments: Arguments, source: Source, config: Config, world: World
             sampling = dataclasses.replace(config.sampling, guidance_scale=scale)
             evaluator.evaluate(sampling, config.evaluation)
 
+    def loaded(newest: Source) -> Evaluator:
+        evaluator = Evaluator(newest, config, world, announce, arguments.out or FOLDER)
+        assert evaluator.model is not None  # read now, before the run removes it
+        return evaluator
+
     def prepare(step_source: Source) -> Callable[[], object]:
-        evaluator = Evaluator(step_source, config, world, announce)
+        evaluator = loaded(step_source)
         if world.is_main:
             announce(f"step {step_source.step}")
-        assert evaluator.model is not None  # read now, before the run removes it
         return lambda: at_all_scales(evaluator)
 
     if arguments.watch:
         watch.watch(config, world, prepare, announce, _poll(arguments))
     elif arguments.search:
-        _search(arguments, Evaluator(source, config, world, announce), announce)
+        _search(arguments, source.use_newest(world, loaded)[1], announce)
     elif arguments.gallery is not None:
         others = [sources.find(url) for url in arguments.gallery]
         gallery.write(source, others, config, world, announce)
     else:
-        at_all_scales(Evaluator(source, config, world, announce, arguments.out or FOLDER))
+        at_all_scales(source.use_newest(world, loaded)[1])
 
 
 # --- search ---

@@ -166,7 +166,7 @@ class Evaluator:
 
     def _evaluate(self, sampling: SamplingConfig, evaluation: EvaluationConfig, steps: int) -> dict[str, Any]:
         settings = self._settings(sampling, evaluation, steps)
-        url = evaluation_url(self.folder, self.source.step, settings)
+        url = distributed.from_main(lambda: self._url(settings), self.world)
         is_measured = distributed.all_sum(_flag(self.world.is_main and storage.exists(url)))
         if is_measured:
             document: dict[str, Any] = json.loads(storage.read_text(url))
@@ -185,6 +185,18 @@ class Evaluator:
         if self.world.is_main:
             storage.write_text(url, json.dumps(written, indent=1))
         return written
+
+    def _url(self, settings: dict[str, Any]) -> str:
+        """Where the evaluation lies: beside one of another checkpoint of this step, should the run have begun anew."""
+        url, checkpoint = evaluation_url(self.folder, self.source.step, settings), self._committed
+        if storage.exists(url) and json.loads(storage.read_text(url)).get("checkpoint", checkpoint) != checkpoint:
+            return evaluation_url(self.folder, self.source.step, {**settings, "checkpoint": checkpoint})
+        return url
+
+    @property
+    def _committed(self) -> str | None:
+        """What tells a checkpoint from another one of the same step; None for exports."""
+        return self.checkpoint.digest if self.checkpoint else None
 
     def _settings(self, sampling: SamplingConfig, evaluation: EvaluationConfig, steps: int) -> dict[str, Any]:
         """What makes two evaluations the same, known before anything is loaded."""
@@ -227,6 +239,7 @@ class Evaluator:
         """What else a reader needs in order to get the numbers again."""
         return {
             "run": self.config.run.name,
+            "checkpoint": self._committed,
             "weights": self.model.weights_id,
             "reference": {"id": self.reference.id, "count": self.reference.count, **self.reference.source},
             "codec": self.model.spec.space.provenance,
@@ -244,6 +257,7 @@ class Evaluator:
                 "the reference is made of decoded latents, so the autoencoder's own error does not count: for numbers "
                 "like published ones make a reference of the images themselves (--make-reference)"
             )
+        messages += export.warnings(self.source.weights_url, self.config.sampling.ema)
         for line in messages:
             self._announce(f"warning: {line}")
         return messages

@@ -83,6 +83,7 @@ def write(
 
 
 def _save(folder: str, strips: dict[str, list[Strip]], summary: str) -> None:
+    storage.remove(storage.join(folder, "gallery.json"))  # should this be interrupted, there is none
     document: dict[str, Any] = {"words": summary}
     for kind, group in strips.items():
         document[kind] = [{"caption": s.caption, "file": f"{kind}-{i:03d}.png"} for i, s in enumerate(group)]

@@ -15,6 +15,7 @@ from torch import Tensor
 from imm_scale import storage
 from imm_scale.data import tar
 from imm_scale.errors import UserError
+from imm_scale.sampling import set_record
 
 CHUNK = 64  # images read at once
 _EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "ppm", "tif", "tiff")
@@ -37,7 +38,8 @@ class ImageSet(Protocol):
 
 
 def find(url: str) -> ImageSet:
-    """Raises UserError for what holds no images."""
+    """Raises UserError for what holds no images, or samples that are not all there."""
+    set_record.check_finished(url)
     if url.endswith(".npz"):
         return NpzImages(url)
     names = storage.list_names(url)

@@ -11,7 +11,7 @@ from imm_scale.checkpoint import run_folder
 from imm_scale.config.schema import Config
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
-from imm_scale.sampling.source import Source
+from imm_scale.sampling.source import Source, unless_removed
 
 ENDED = ("completed", "failed")  # a preempted run goes on
 
@@ -50,7 +50,7 @@ def watch(
             pause(poll)
             continue
         step = waiting[0]
-        measure = _prepared(prepare, Source(run_dir, run_dir, step), step)
+        measure = unless_removed(Source(run_dir, run_dir, step), prepare)
         if distributed.all_agree(measure is not None, distributed.device(world)):
             assert measure is not None
             measure()
@@ -59,19 +59,6 @@ def watch(
             passed.add(step)
             if world.is_main:
                 announce(f"step {step} was removed by the run before it was measured: train.keep_last keeps too few")
-
-
-def _prepared(
-    prepare: Callable[[Source], Callable[[], object]], source: Source, step: int
-) -> Callable[[], object] | None:
-    """None for a checkpoint that is gone by now."""
-    try:
-        return prepare(source)
-    except (checkpoints.DamagedCheckpointError, FileNotFoundError):
-        assert source.run_dir is not None
-        if step in checkpoints.committed_steps(source.run_dir):
-            raise
-        return None
 
 
 def _look(run_dir: str, world: World) -> tuple[str, list[int]]:

@@ -18,12 +18,14 @@ class StepSummary:
         stop: how many ranks want to stop.
         loss: the loss of the step, the mean over its groups.
         grad_norm: its gradient norm (rank 0's word, so that no two ranks can differ by a bit).
+        lost: how many ranks know that the run folder is another start's.
     """
 
     step: int
     stop: int
     loss: float
     grad_norm: float
+    lost: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,11 @@ class StepConsensus:
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if self._on_gpu else None
-        self._host = torch.zeros(3, dtype=torch.float64, pin_memory=self._on_gpu)
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self._host = torch.zeros(4, dtype=torch.float64, pin_memory=self._on_gpu)
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
         self._pending: _Pending | None = None
 
-    def submit(self, step: int, stop: bool, loss: Tensor, grad_norm: float) -> StepSummary | None:
+    def submit(self, step: int, stop: bool, loss: Tensor, grad_norm: float, lost: bool = False) -> StepSummary | None:
         """Starts this step's exchange, and returns the summary of the one before: None at first.
 
         Args:
@@ -63,6 +65,7 @@ class StepConsensus:
         before = self.settle()
         self._host[0] = float(stop)
         self._host[2] = grad_norm if dist.get_rank() == 0 else 0.0
+        self._host[3] = float(lost)
         with self._beside_the_passes():
             self._sums.copy_(self._host, non_blocking=True)
             self._sums[1].copy_(loss)
@@ -85,8 +88,8 @@ class StepConsensus:
         else:
             pending.done.wait()
             self._host.copy_(self._sums)
-        stop, loss, grad_norm = self._host.tolist()
-        return StepSummary(pending.step, int(stop), loss, grad_norm)
+        stop, loss, grad_norm, lost = self._host.tolist()
+        return StepSummary(pending.step, int(stop), loss, grad_norm, int(lost))
 
     def _beside_the_passes(self) -> AbstractContextManager[Any]:
         """The exchange's own stream, which starts once what is queued so far, and with it the loss, is done."""

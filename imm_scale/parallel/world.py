@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from imm_scale import devices
 from imm_scale.errors import UserError
 from imm_scale.parallel import network
 
+Result = TypeVar("Result")
 PATIENCE_SECONDS = 1800.0  # of a collective outside of training
 SAVER_GROUP = "saver"  # description of the process group over which ranks agree on checkpoints, beside training
 _FLIGHT_RECORDER = "TORCH_FR_BUFFER_SIZE"  # collectives torch remembers, for the watchdog to name the last one
@@ -143,6 +144,20 @@ def gather_objects(mine: Any, world: World) -> list[Any]:
     if world.size > 1:
         dist.all_gather_object(everyone, mine)
     return everyone
+
+
+def from_main(action: Callable[[], Result], world: World) -> Result:
+    """What an action of rank 0 returns, on every rank: a small Python value. The other ranks do not act.
+
+    Raises:
+        UserError: on every rank, where rank 0's action raised it or an OSError.
+    """
+    answer: list[Result] = []
+    problem = error_of(lambda: answer.append(action())) if world.is_main else ""
+    answer, problem = gather_objects((answer, problem), world)[0]
+    if problem:
+        raise UserError(problem)
+    return answer[0]
 
 
 def all_agree(here: bool, where: torch.device) -> bool:

@@ -89,7 +89,7 @@ def _memory(estimate: Estimate) -> Iterator[str]:
     yield _row("gradients", _bytes(m.gradients))
     yield _row("optimizer", _bytes(m.optimizer), "moments, and the fp32 copy that ZeRO steps")
     for decay, size in m.ema:
-        yield _row(f"ema {decay:g}", _bytes(size))
+        yield _row(f"ema {decay!r}", _bytes(size))
     yield _row("activations", _bytes(m.activations))
     yield _row("buffers", _bytes(m.buffers), "branch without gradient, 16-bit weights, workspace")
     yield _row("communication", _bytes(m.communication), "reduce buckets, gathered weights")

@@ -140,6 +140,12 @@ def curve_figure(runs: Sequence[Run]) -> str:
 # --- page ---
 
 
+def _warnings(runs: Sequence[Run]) -> str:
+    """What the evaluations say a reader must know, such as an average that is still young."""
+    lines = sorted({(run.name, line) for run in runs for e in run.evaluations for line in e["warnings"]})
+    return "".join(f'<p class="warning">{html.escape(name)}: {html.escape(line)}</p>' for name, line in lines)
+
+
 def _sample_section(run: Run) -> str:
     if not run.samples:
         return ""
@@ -151,10 +157,9 @@ def _sample_section(run: Run) -> str:
 
 
 def _caption(name: str) -> str:
-    parts = name.removesuffix(".png").removeprefix("steps-").split("-")
-    plural = "" if parts[0] == "1" else "s"
-    guided = f", guidance {parts[2]}" if len(parts) > 2 else ""
-    return f"{parts[0]} step{plural}{guided}" + (f" by weights {parts[4]}" if len(parts) > 4 else "")
+    steps, _, rest = name.removesuffix(".png").removeprefix("steps-").partition("-")
+    words = rest.replace("-", " ").replace(" guide ", " by weights ")
+    return f"{steps} step" + ("" if steps == "1" else "s") + (f", {words}" if words else "")
 
 
 def _config_section(runs: Sequence[Run]) -> str:
@@ -206,7 +211,7 @@ def _body(runs: Sequence[Run]) -> str:
     lead_section += f'<div class="warning">{items(unlike)}</div>' if unlike else ""
     distance_section = sample_section = ""
     if any(run.distances for run in runs):
-        distance_section = f"<h2>Distance against steps</h2>{distances.section(runs)}"
+        distance_section = f"<h2>Distance against steps</h2>{distances.section(runs)}{_warnings(runs)}"
     if any(run.samples for run in runs):
         samples = "".join(_sample_section(run) for run in runs)
         sample_section = f"<h2>Samples</h2><p>A row a class; the same noise at every step count.</p>{samples}"

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +21,13 @@ from imm_scale.errors import UserError
 from imm_scale.methods.flow_map import FlowMap
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
-from imm_scale.sampling import guides, outputs
+from imm_scale.sampling import guides, outputs, set_record
 from imm_scale.sampling.draw import SAMPLES_PER_CALL, Drawer, SamplingPlan, check_machine, plan_of
 from imm_scale.sampling.guides import Guide
 from imm_scale.sampling.parts import Parts
 from imm_scale.sampling.source import Source
 
 Announce = Callable[[str], None]
-FORMAT_VERSION = 1
 TELL_SECONDS = 60.0
 READS = ("plugins", "sampling.")  # keys of the config
 
@@ -38,13 +37,13 @@ class Request:
     """What is asked for beside the samples themselves.
 
     Attributes:
-        out: folder to write to.
+        out: folder to write to; None: `folder_of` what is drawn from.
         formats: of `outputs.FORMATS`.
         latents: whether the normalized latents are kept in npz and WebDataset.
         guidance: scales, each with all step counts.
     """
 
-    out: str
+    out: str | None
     guidance: tuple[float, ...]
     formats: tuple[str, ...] = ("grid", "npz")
     latents: bool = False
@@ -115,17 +114,29 @@ def run(source: Source, config: SamplingConfig, request: Request, world: World, 
     Raises:
         UserError: whatever the user can mend.
     """
-    storage.check_writable(request.out)
+    storage.check_writable(request.out or source.run_dir or ".")
     guides.check_scales(config, request.guidance)
-    model = Model.load(source.at_newest(), config, distributed.device(world))
+    device = distributed.device(world)
+    source, model = source.use_newest(world, lambda newest: Model.load(newest, config, device))
+    announce = announce if world.is_main else _silent
+    for warning in export.warnings(source.weights_url, config.ema) if world.is_main else []:
+        announce(f"warning: {warning}")
+    shown = {"labels": f"labels-{config.labels}", "times": f"grid-{config.grid}", **_average(config)}
     sets = []  # all of them before the first is drawn: what cannot be drawn is said at once
     for scale in request.guidance:
         for steps in config.steps:
             chosen = dataclasses.replace(config, guidance_scale=scale)
             plan = plan_of(chosen, model.spec, steps, config.num, config.seed)
-            sets.append(_SetOfSamples(model, plan, request, source, world, announce if world.is_main else _silent))
+            sets.append(_SetOfSamples(model, plan, request, source, world, announce, shown))
     for one in sets:
         one.finish()
+
+
+def _average(config: SamplingConfig) -> dict[str, str]:
+    """What stands for the weights in the name of a set, where the user chose among a run's averages."""
+    if config.ema is None:
+        return {}
+    return {"weights": f"ema-{config.ema!r}" if config.ema != export.RAW_WEIGHTS else "raw-weights"}
 
 
 def _silent(line: str) -> None:
@@ -142,15 +153,27 @@ class _SetOfSamples:
     """All samples of one plan."""
 
     def __init__(
-        self, model: Model, plan: SamplingPlan, request: Request, source: Source, world: World, announce: Announce
+        self,
+        model: Model,
+        plan: SamplingPlan,
+        request: Request,
+        source: Source,
+        world: World,
+        announce: Announce,
+        shown: Mapping[str, str],
     ):
         self.model, self.plan, self.request, self.world = model, plan, request, world
         self.source, self.announce = source, announce
         self.drawer = Drawer(model.flow_map, model.spec, plan)
         self.settings = self._settings()
-        self.identity = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
-        self.name = stem(plan, model.guide_of(plan))
-        self.stem = storage.join(request.out, self.name)
+        self.identity = set_record.identity(self.settings)
+        self.folder, base = request.out or folder_of(source), stem(plan, model.guide_of(plan))
+        self.name = distributed.from_main(
+            lambda: set_record.begin(self.folder, base, self.settings, plan.num, shown), world
+        )
+        if self.name != base:
+            announce(f"{storage.join(self.folder, base)} holds other samples: these go to {self.name}")
+        self.stem = storage.join(self.folder, self.name)
         self.parts = Parts(f"{self.stem}.shards", self.identity, plan.batches)
 
     def _settings(self) -> dict[str, Any]:
@@ -200,7 +223,7 @@ class _SetOfSamples:
     def _missing(self) -> list[int]:
         """Parts yet to be drawn, the same list on every rank; ranks share the checking."""
         if self.world.is_main:
-            storage.remove(f"{self.stem}.json")  # it speaks of whole outputs
+            self._write_record(set_record.unfinished(self.settings, self.plan.num))
             self.parts.clear()
         distributed.barrier()
         missing = torch.zeros(len(self.parts.ranges), dtype=torch.int64)
@@ -228,15 +251,14 @@ class _SetOfSamples:
 
     # --- outputs ---
 
-    @property
-    def _record_url(self) -> str:
-        return f"{self.stem}.json"
+    def _write_record(self, record: Mapping[str, Any]) -> None:
+        storage.write_text(set_record.url(self.folder, self.name), json.dumps(record, indent=1))
 
     def _is_finished(self) -> bool:
         """Whether an earlier job wrote all outputs of these samples; rank 0 looks. Shards are checked one by one."""
         finished = False
-        if self.world.is_main and storage.exists(self._record_url) and "webdataset" not in self.request.formats:
-            record = json.loads(storage.read_text(self._record_url))
+        record = set_record.read(self.folder, self.name) if self.world.is_main else None
+        if record is not None and record.get("finished", True) and "webdataset" not in self.request.formats:
             finished = record["identity"] == self.identity and record["num"] == self.plan.num
             finished = finished and set(self.request.formats) <= set(record["formats"])
             finished = finished and all(storage.exists(self._output(name)) for name in self.request.formats)
@@ -260,21 +282,19 @@ class _SetOfSamples:
         """The record of the whole, last of all; then the parts go, unless they are wanted as they are."""
         guide = self.model.guide_of(self.plan)
         record = {
-            "format_version": FORMAT_VERSION,
-            "identity": self.identity,
-            "num": self.plan.num,
+            **set_record.unfinished(self.settings, self.plan.num),
+            "finished": True,
             "formats": list(self.request.formats),
             "outputs": written,
             "source": storage.shown(self.source.url),
             "guide": None if guide is None else guide.text,
             "function_evaluations": self.plan.function_evaluations(self.drawer.times),
-            "settings": self.settings,
             "ranks": self.world.size,
             "versions": run_folder.versions(),
             **speed,
         }
         if self.world.is_main:
-            storage.write_text(self._record_url, json.dumps(record, indent=1))
+            self._write_record(record)
             if "webdataset" not in self.request.formats:
                 storage.remove(self.parts.folder)
         distributed.barrier()

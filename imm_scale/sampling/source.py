@@ -1,7 +1,8 @@
 """What `sample` and `evaluate` are pointed at: a run, one of its checkpoints, or exported weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from imm_scale import config as configs
 from imm_scale import storage
@@ -10,6 +11,10 @@ from imm_scale.checkpoint import format as checkpoints
 from imm_scale.checkpoint.format import Checkpoint
 from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
+from imm_scale.parallel import world as distributed
+from imm_scale.parallel.world import World
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,44 @@ class Source:
             return self
         return Source(self.url, self.run_dir, Checkpoint.latest(self.run_dir).meta.step)
 
+    def use_newest(self, world: World, use: "Callable[[Source], Result]") -> "tuple[Source, Result]":
+        """`use` of the newest checkpoint, the same one on every rank; of the next, should the run remove it meanwhile.
+
+        Args:
+            use: reads a source; no collective.
+
+        Returns:
+            The source that was read, and what `use` returned.
+
+        Raises:
+            UserError: there is no checkpoint, or the one that was named is gone.
+        """
+        while True:
+            source = distributed.from_main(self.at_newest, world)
+            result = [] if (loaded := unless_removed(source, use)) is None else [loaded]
+            if distributed.all_agree(bool(result), distributed.device(world)):
+                return source, result[0]
+            if self.step is not None:
+                raise UserError(
+                    f"the run has removed {source.weights_url}: name a later one; train.keep_last keeps more"
+                )
+
     @property
     def weights_url(self) -> str:
         """What `export.load_flow_map` reads: a checkpoint's folder or an export."""
         if self.run_dir is None or self.step is None:
             return self.url
         return checkpoints.folder(self.run_dir, self.step)
+
+
+def unless_removed(source: Source, use: Callable[[Source], Result]) -> Result | None:
+    """What `use` returns; None where the run has removed the checkpoint meanwhile, so that it failed."""
+    try:
+        return use(source)
+    except (UserError, FileNotFoundError):
+        if source.run_dir is None or source.step in checkpoints.committed_steps(source.run_dir):
+            raise
+        return None
 
 
 def find(url: str) -> Source:

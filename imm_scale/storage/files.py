@@ -109,7 +109,13 @@ def remove(url: str) -> None:
 
 def read_bytes(url: str) -> bytes:
     """The whole file. Raises FileNotFoundError."""
-    return bytes(_call(url, "cat_file"))
+    try:
+        return bytes(_call(url, "cat_file"))
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+        # Replaced on another machine between NFS's look-up and its read: a second look-up finds the new file.
+        return bytes(_call(url, "cat_file"))
 
 
 def read_text(url: str) -> str:

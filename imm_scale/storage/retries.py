@@ -47,6 +47,7 @@ class RetryPolicy:
 POLICY = RetryPolicy()
 _FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 _FINAL_ERRNO = (errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG)
+_UNKNOWN_TO_THE_STORE = ("NotImplemented", "501")
 _DAMAGED_ON_THE_WAY = ("BadDigest", "IncompleteBody", "InvalidDigest", "XAmzContentSHA256Mismatch")
 
 
@@ -114,6 +115,11 @@ def error_code(error: BaseException) -> str:
     return str(response.get("Error", {}).get("Code", ""))
 
 
+def is_unknown_to_store(error: BaseException) -> bool:
+    """Whether the store says that it has no such kind of request, as some have no conditional writes."""
+    return error_code(error) in _UNKNOWN_TO_THE_STORE
+
+
 def _may_pass(url: str, error: BaseException) -> bool:
     """Whether another try may succeed."""
     return isinstance(error, network_errors()) and _users_mistake(url, error) is None and not _is_final(error)
@@ -140,7 +146,7 @@ def _users_mistake(url: str, error: BaseException) -> UserError | None:
 
 
 def _is_final(error: BaseException) -> bool:
-    if isinstance(error, _FINAL):
+    if isinstance(error, _FINAL) or is_unknown_to_store(error):
         return True
     number = error.errno if isinstance(error, OSError) else None
     return number in _FINAL_ERRNO and error_code(error) not in _DAMAGED_ON_THE_WAY

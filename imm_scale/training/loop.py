@@ -8,9 +8,11 @@ from typing import Any, Literal
 import torch
 
 from imm_scale.checkpoint.async_saver import SLOWEST_UPLOAD
+from imm_scale.checkpoint.run_lock import RunLock
 from imm_scale.data.loader import Batch, Loader, Reading
 from imm_scale.parallel.consensus import StepConsensus, StepSummary
 from imm_scale.parallel.deepspeed_engine import StepResult
+from imm_scale.preflight import trained_samples
 from imm_scale.training import replay, step_guard
 from imm_scale.training.lr_schedule import learning_rate
 from imm_scale.training.optimizer_statistics import OptimizerStatistics
@@ -36,12 +38,14 @@ class RunContext:
         call: an id all ranks of this start share.
         signals: what this rank was asked.
         deadline: the end of the job.
+        lock: of the run folder; None: nobody else can be there.
     """
 
     hosts: Sequence[str]
     call: str
     signals: StopSignals
     deadline: Deadline
+    lock: RunLock | None = None
 
 
 class Loop:
@@ -49,17 +53,17 @@ class Loop:
 
     def __init__(self, state: State, context: RunContext):
         self.state, self.context = state, context
-        self.config = config = state.plan.config
+        self.config = config = state.prepared.config
         train, run_dir, world = config.train, config.run_dir, state.world
         self.run_log = RunLog(config, state.step, world)
         statistics = OptimizerStatistics(state.ema, config.optimizer.betas[1], config.optimizer.eps)
-        utilization = Utilization(config, state.plan.spec, state.plan.layout, state.device)
+        utilization = Utilization(config, state.prepared.spec, state.prepared.layout, state.device)
         self.meter = Meter(state.device, train.global_batch_size, statistics, utilization)
         self.consensus = StepConsensus(state.device)
         self.skips = Skips(train.max_consecutive_skips, state.guards.get("skips", {}))
         self.spikes = SpikeGuard(train.spike_factor, state.guards.get("recent", {}))
         self.profiler = Profiler(run_dir, train.profile_steps, world)
-        self.watchdog = Watchdog(run_dir, world, train.step_timeout, context.hosts, context.call)
+        self.watchdog = Watchdog(run_dir, world, train.step_timeout, context.hosts, context.call, context.lock)
         self.held_out = _held_out(state)
         self.stopping = False
         self._holdout_loss: float | None = None
@@ -116,11 +120,11 @@ class Loop:
         self.watchdog.beat(number, "the forward and backward pass or the optimizer step")
         self.meter.before_step(logged=number % self.config.train.log_every == 0)
         self.profiler.before_step(number)
-        micro_batches = batch.micro_batches(state.plan.layout.accumulation)
-        lr = learning_rate(self.config, state.images_seen + state.plan.layout.global_batch_size)
+        micro_batches = batch.micro_batches(state.prepared.layout.accumulation)
+        lr = learning_rate(self.config, state.images_seen + state.prepared.layout.global_batch_size)
         result = state.engine.step(micro_batches, lr)
         if not result.skipped:
-            state.ema.update()
+            state.update_averages()
         state.advance()
         self.profiler.after_step(number)
         self._note_skip(result, batch, micro_batches)
@@ -131,13 +135,19 @@ class Loop:
         wants_to_stop = self.context.signals.heard is not None or self.context.deadline.is_near(
             state.saver.longest_seconds
         )
-        self._act_on(self.consensus.submit(number, wants_to_stop, result.loss, result.grad_norm))
+        lost = self._lost_the_folder()
+        self._act_on(self.consensus.submit(number, wants_to_stop, result.loss, result.grad_norm, lost))
+
+    def _lost_the_folder(self) -> bool:
+        """Rank 0 keeps the lock, and says so for all."""
+        lock = self.context.lock
+        return lock is not None and self.state.world.is_main and lock.is_lost()
 
     def _note_skip(self, result: StepResult, batch: Batch, micro_batches: Sequence[Batch]) -> None:
         if not result.skipped:
             self.skips.good()
             return
-        state, particles = self.state, self.state.plan.layout.particles
+        state, particles = self.state, self.state.prepared.layout.particles
         self.watchdog.beat(state.step, "the passes of a skipped step once more")
         loss_G = torch.where(batch.weight.to(result.groups.loss_G.device) > 0, result.groups.loss_G, 0.0)
         group_G = batch.ordinal.view(-1, particles)[:, 0].to(loss_G.device) // particles
@@ -154,6 +164,10 @@ class Loop:
         """Acts on what all ranks know of a step."""
         if summary is None:
             return
+        if summary.lost:
+            assert self.context.lock is not None
+            self.context.lock.verify()
+            raise self.context.lock.lost()
         if summary.stop and not self.stopping:
             log.info("asked to stop (by %d ranks): committing step %d and leaving", summary.stop, self.state.step)
             self.stopping = True
@@ -177,7 +191,7 @@ class Loop:
         if self.meter.is_empty:  # every batch since the last record was stepped over
             return
         self.watchdog.beat(state.step, "the sums of a record")
-        record: dict[str, Any] = {"step": state.step, "images_seen": state.images_seen}
+        record: dict[str, Any] = {"step": state.step, "images_seen": state.images_seen, "epoch": self._epoch()}
         record |= self.meter.record(state.engine.optimizer_steps(), loader.data_seconds, loader.counters)
         record["lr"] = learning_rate(self.config, state.images_seen)
         record["skipped_steps"] = sum(self.skips.counts.values())
@@ -188,7 +202,12 @@ class Loop:
         record["failed_checkpoints"] = state.saver.failed_checkpoints
         if self._holdout_loss is not None:
             record["holdout_loss"], self._holdout_loss = self._holdout_loss, None
-        self.run_log.write({**record, "time": time.time()})
+        if not self._lost_the_folder():
+            self.run_log.write({**record, "time": time.time()})
+
+    def _epoch(self) -> float:
+        """How often the training samples have been seen: images seen over their number, held-out samples left out."""
+        return self.state.images_seen / trained_samples(self.config, self.state.prepared.manifest)
 
     def _save(self) -> None:
         state = self.state
@@ -199,23 +218,25 @@ class Loop:
 
 
 def _held_out(state: State) -> HeldOut | None:
-    config = state.plan.config
+    config = state.prepared.config
     if config.data.holdout == 0:
         return None
-    return HeldOut(config, state.plan.dataset, state.plan.spec.space, state.plan.layout, state.world.rank, state.device)
+    return HeldOut(
+        config, state.prepared.dataset, state.prepared.spec.space, state.prepared.layout, state.world.rank, state.device
+    )
 
 
 def _loader(state: State) -> Loader:
-    config = state.plan.config
+    config = state.prepared.config
     return Loader(
-        state.plan.dataset,
-        state.plan.layout,
+        state.prepared.dataset,
+        state.prepared.layout,
         state.world.rank,
         config.seed,
         config.data.block_samples,
         state.images_seen,
         config.data.flip,
-        state.plan.spec.space,
+        state.prepared.spec.space,
         state.device,
         Reading(config.data.cache_dir, config.data.cache_bytes, config.data.on_bad_block),
         config.data.holdout,

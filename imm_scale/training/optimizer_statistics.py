@@ -85,7 +85,7 @@ class OptimizerStatistics:
         update, weights, elements, small, second = sums[:_FIXED]
         weight_norm = math.sqrt(weights)
         distances = {
-            f"ema_distance_{decay:g}": math.sqrt(square) / max(weight_norm, 1e-30)
+            f"ema_distance_{decay!r}": math.sqrt(square) / max(weight_norm, 1e-30)
             for decay, square in zip(self._ema.averages, sums[_FIXED:], strict=True)
         }
         return {

@@ -7,11 +7,12 @@ from imm_scale import build
 from imm_scale.checkpoint import init_weights, resume
 from imm_scale.checkpoint.async_saver import Saver, SaveTally
 from imm_scale.checkpoint.format import Checkpoint
+from imm_scale.checkpoint.run_lock import RunLock
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.deepspeed_engine import Engine
 from imm_scale.parallel.ema import ShardedEma
 from imm_scale.parallel.world import World
-from imm_scale.preflight import Plan
+from imm_scale.preflight import PreparedRun
 from imm_scale.training import step_guard
 from imm_scale.training.run_log import RunLog
 
@@ -21,6 +22,7 @@ class State:
 
     Args:
         saves: of this start so far, before a rewind.
+        lock: of the run folder; None: nobody else can be there.
 
     Attributes:
         step, images_seen: the clock; steps that were skipped or stepped over count.
@@ -28,16 +30,23 @@ class State:
         guards: what the guards remember.
     """
 
-    def __init__(self, plan: Plan, world: World, resumed: Checkpoint | None, saves: SaveTally | None = None):
-        self.plan, self.world = plan, world
-        config, layout = plan.config, plan.layout
+    def __init__(
+        self,
+        prepared: PreparedRun,
+        world: World,
+        resumed: Checkpoint | None,
+        saves: SaveTally | None = None,
+        lock: RunLock | None = None,
+    ):
+        self.prepared, self.world = prepared, world
+        config, layout = prepared.config, prepared.layout
         self.device = distributed.device(world)
-        net, method = build.net(plan.spec, config.seed), build.method(plan.spec)
+        net, method = build.net(prepared.spec, config.seed), build.method(prepared.spec)
         if resumed is None:
-            init_weights.load(net, plan)
+            init_weights.load(net, prepared)
         self.engine = Engine(config, net, method, layout)
         self.ema = ShardedEma(self.engine.master_slices(), config.ema.decays, config.ema_power)
-        self.saver = Saver(plan, world, self.engine, self.ema.saved_slices(), saves)
+        self.saver = Saver(prepared, world, self.engine, self.ema.saved_slices(), saves, lock)
         self.step = self.images_seen = 0
         self.stepped_over: list[tuple[int, int]] = []
         self.guards: dict[str, Any] = {}
@@ -51,10 +60,15 @@ class State:
         """Leaves out these batches too, when the clock comes to them."""
         self.stepped_over = step_guard.union(self.stepped_over, ranges)
 
+    def update_averages(self) -> None:
+        """A step was taken, and the clock is about to advance over its batch."""
+        batch = self.prepared.layout.global_batch_size
+        self.ema.update(batch / (self.images_seen + batch) if self.prepared.config.ema.warmup else 0.0)
+
     def advance(self) -> None:
         """A batch has been consumed."""
         self.step += 1
-        self.images_seen += self.plan.layout.global_batch_size
+        self.images_seen += self.prepared.layout.global_batch_size
 
     def save(self, run_log: RunLog) -> None:
         self.saver.save(self.step, self.images_seen, self.stepped_over, run_log.commit, self.guards)

@@ -22,6 +22,7 @@ import torch
 
 from imm_scale import devices, storage
 from imm_scale.checkpoint import run_folder
+from imm_scale.checkpoint.run_lock import RunLock
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
 
@@ -97,13 +98,23 @@ class Watchdog:
         timeout: seconds a step may take; None: 20 times the median step, at least 600 and at most what the first may.
         hosts: host name of each rank.
         call: an id all ranks of this start share, so that an earlier start's answers are not read.
+        lock: of the run folder, asked before anything is said there; None: nobody else can be there.
 
     Attributes:
         limit: seconds the step under way may take.
         fired: the deadline has passed, and the process is about to end.
     """
 
-    def __init__(self, run_dir: str, world: World, timeout: float | None, hosts: Sequence[str], call: str):
+    def __init__(
+        self,
+        run_dir: str,
+        world: World,
+        timeout: float | None,
+        hosts: Sequence[str],
+        call: str,
+        lock: RunLock | None = None,
+    ):
+        self._lock = lock
         self._run_dir, self._world, self._hosts, self._timeout = run_dir, world, hosts, timeout
         self._folder = storage.join(run_dir, _FOLDER, call)
         self._durations: deque[float] = deque(maxlen=101)
@@ -183,6 +194,8 @@ class Watchdog:
         reason = blame(answers, self._hosts)
         log.error("%s", reason)
         if min(one.rank for one in answers) == world.rank:
+            if self._lock is not None:
+                self._lock.verify()
             run_folder.write_failure(self._run_dir, reason, step=self._step, rank=world.rank)
         else:
             time.sleep(2.0)  # launchers kill all at the first exit: let the status be written

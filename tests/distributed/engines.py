@@ -9,7 +9,7 @@ from imm_scale.config.schema import Config
 from imm_scale.data.loader import Batch, Loader
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.deepspeed_engine import Engine
-from imm_scale.preflight import plan
+from imm_scale.preflight import prepare
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def opened(*argv: str) -> Iterator[tuple[Config, Engine, Iterator[list[Batch]]]]
     world = distributed.detect()
     distributed.init(world)
     config = configs.load([], argv).config
-    prepared = plan(config, world.size)
+    prepared = prepare(config, world.size)
     layout, objective = prepared.layout, build.method(prepared.spec)
     # The net is the engine's alone, so that `close` ends it.
     engine = Engine(config, build.net(prepared.spec, config.seed), objective, layout)

@@ -10,8 +10,10 @@ import torch
 
 from imm_scale import build
 from imm_scale import config as configs
+from imm_scale.checkpoint.averages import initial_share
 from imm_scale.checkpoint.format import Checkpoint, folder
 from imm_scale.data.manifest import Manifest
+from imm_scale.parallel.ema import WARMUP_WIDTH, power_function_exponent
 from tests import ranks
 from tests.conftest import TINY, losses
 
@@ -123,3 +125,17 @@ def test_averages_equal_those_of_a_single_process_at_every_stage_and_after_resum
                 torch.testing.assert_close(saved[name].double(), average[name], rtol=1e-6, atol=1e-6)
     moved = max(float((plain[0.9][name] - plain[0.99][name]).abs().max()) for name in plain[0.9])
     assert moved > 1e-3, "averages that do not differ would prove nothing"
+
+
+def test_averages_that_start_short_follow_the_clock_on_any_ranks_and_over_restarts(digits, tmp_path):
+    """ema.warmup: after n steps, step i weighs (i/n)^p - ((i-1)/n)^p, and the initial weights nothing."""
+    run_dir, p = tmp_path / "run", power_function_exponent(WARMUP_WIDTH) + 1.0
+    for steps, world in ((2, (1, 0)), (4, (2, 1))):
+        more = ["train.checkpoint_every=1", "train.keep_last=100", "ema.warmup=true"]
+        ranks.train_each(world[0], [[*_argv(digits, run_dir, world, steps), *more]])
+    taken = [Checkpoint(folder(str(run_dir), step)) for step in (1, 2, 3, 4)]
+    for name, average in taken[-1].weights("ema-0.99").items():
+        expected = sum(((i / 4) ** p - ((i - 1) / 4) ** p) * c.weights()[name].double() for i, c in enumerate(taken, 1))
+        # Four fp32 lerps of values below 1, each off by 6e-8 at most.
+        torch.testing.assert_close(average.double(), expected, rtol=1e-6, atol=1e-6)
+    assert initial_share(taken[-1], 0.99) == 0.0

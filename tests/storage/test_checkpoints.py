@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 
 from imm_scale import config as configs
+from imm_scale import storage
+from imm_scale.checkpoint import run_lock
 from imm_scale.checkpoint.format import Checkpoint, committed_steps
 from imm_scale.checkpoint.run_folder import read_metrics
+from imm_scale.errors import UserError
+from imm_scale.parallel import world
 from imm_scale.storage import retries
 from tests import ranks
 from tests.conftest import TINY
@@ -75,3 +79,28 @@ def test_a_store_that_takes_nothing_costs_its_checkpoint_and_no_more(
         assert Checkpoint.of_step(run_dir, step).checksums == Checkpoint.of_step(local, step).checksums
     assert Checkpoint.of_step(run_dir, 2).damaged_files() == []
     assert [record["step"] for record in read_metrics(run_dir)] == list(range(1, STEPS[-1] + 1))
+
+
+def _take(env: dict[str, str], run_dir: str) -> str:
+    os.environ.update(env)
+    world.init(world.detect())
+    try:
+        run_lock.take(run_dir, lambda line: None)
+        return "taken"
+    except UserError as error:
+        return str(error)
+    finally:
+        world.barrier()  # whoever has it lives until all have asked
+
+
+def test_of_several_starts_one_gets_the_run_folder(bucket: str, server: Server) -> None:
+    """Each is a process of its own, so that all clients are strangers; the next one finds the owner dead."""
+    run_dir = f"{bucket}/run"
+    words = ranks.run(_take, 4, server.env(), run_dir)
+    assert words.count("taken") == 1, words
+    first = run_lock.owner_of(run_dir)
+    assert first is not None and sum("is in use by process" in line for line in words) == 3
+    assert ranks.run(_take, 1, server.env(), run_dir) == ["taken"], "the owner's process is gone by now"
+    second = run_lock.owner_of(run_dir)
+    assert second is not None and second.token != first.token
+    assert storage.list_names(f"{run_dir}/lock") == ["00000002.json"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -139,3 +140,39 @@ def test_a_checksum_does_not_depend_on_the_cut_and_sees_every_change(cuts):
     changed = values.clone()
     changed[5] = torch.nextafter(changed[5], torch.tensor(9.0))
     assert len({total(values), total(changed), total(values.roll(1)), total(values, "b")}) == 4
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read_is_followed_by_the_next(tmp_path):
+    run_dir = str(tmp_path)
+    for step in (1, 2):
+        _write(run_dir, step, 1)
+        checkpoints.commit(folder(run_dir, step), _meta(step, 1))
+    read_at: list[int] = []
+
+    def use(checkpoint: Checkpoint) -> int:
+        read_at.append(checkpoint.meta.step)
+        if checkpoint.meta.step == 2:  # the run commits another and removes this one
+            _write(run_dir, 3, 1)
+            checkpoints.commit(folder(run_dir, 3), _meta(3, 1))
+            checkpoints.remove(folder(run_dir, 2))
+        checkpoint.weights()
+        return checkpoint.meta.step
+
+    assert checkpoints.use_newest(run_dir, use) == 3
+    assert read_at == [2, 3]
+
+
+def test_a_damaged_checkpoint_that_is_still_there_is_an_error_all_the_same(tmp_path):
+    _write(str(tmp_path), 1, 1)
+    checkpoints.commit(folder(str(tmp_path), 1), _meta(1, 1))
+    (Path(folder(str(tmp_path), 1)) / "rank-00000.safetensors").unlink()
+    with pytest.raises(FileNotFoundError):
+        checkpoints.use_newest(str(tmp_path), lambda checkpoint: checkpoint.weights())
+
+
+@pytest.mark.parametrize("name", ["step-00000001 (copy)", "step-00000001.bak", "step-last", "step-", "notes.txt"])
+def test_what_people_leave_among_checkpoints_is_none(name, tmp_path):
+    _write(str(tmp_path), 1, 1)
+    checkpoints.commit(folder(str(tmp_path), 1), _meta(1, 1))
+    shutil.copytree(folder(str(tmp_path), 1), tmp_path / "checkpoints" / name)
+    assert committed_steps(str(tmp_path)) == [1]

@@ -50,10 +50,10 @@ def _source(spec: ModelSpec, tmp_path: Any) -> tuple[str, FlowMap]:
 
 def _started(spec: ModelSpec, url: str, **train: Any) -> FlowMap:
     """A fresh net of a run that starts from a file."""
-    plan: Any = SimpleNamespace(config=SimpleNamespace(train=TrainConfig(init_from=url, **train)), spec=spec)
+    prepared: Any = SimpleNamespace(config=SimpleNamespace(train=TrainConfig(init_from=url, **train)), spec=spec)
     flow_map = build.net(spec, seed=7)
-    init_weights.check(plan)
-    init_weights.load(flow_map, plan)
+    init_weights.check(prepared)
+    init_weights.load(flow_map, prepared)
     return flow_map.requires_grad_(False).eval().double()
 
 

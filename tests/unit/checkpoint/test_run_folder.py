@@ -4,6 +4,7 @@ import json
 import logging
 import resource
 import signal
+import threading
 import uuid
 
 import pytest
@@ -95,3 +96,33 @@ def test_a_commit_does_not_hide_that_another_rank_has_failed(tmp_path):
     write_progress(str(tmp_path), step=10)
     status = read_status(str(tmp_path))
     assert (status["state"], status["reason"]) == ("failed", "rank 1 died")
+
+
+@pytest.mark.parametrize("root", ["disk", "memory"])
+def test_readers_and_a_writer_at_once(root, tmp_path):
+    """Status and records are read as they were at some moment, also while a run goes back to its commit."""
+    run_dir = str(tmp_path) if root == "disk" else f"memory://{uuid.uuid4().hex}"
+    ended, problems = threading.Event(), []
+
+    def read() -> None:
+        while not ended.is_set():
+            try:
+                steps = _steps(run_dir)
+                assert steps == list(range(1, len(steps) + 1))
+                assert read_status(run_dir).get("state", "running") == "running"
+            except Exception as error:  # noqa: BLE001 - whatever it is, a reader must not meet it
+                problems.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for start in range(0, 40, 2):
+        log = MetricsLog(run_dir, start)
+        for step in range(start + 1, start + 5):
+            log.append({"step": step, "filling": "x" * 5000})
+            log.commit(step)
+            write_status(run_dir, "running", step=step)
+    ended.set()
+    for reader in readers:
+        reader.join()
+    assert problems == []

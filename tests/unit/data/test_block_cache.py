@@ -1,6 +1,8 @@
+import errno
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import time
 from pathlib import Path
@@ -77,3 +79,35 @@ def test_concurrent_writers_and_kills_leave_whole_entries_within_the_bound(tmp_p
     assert int((tmp_path / "total").read_text()) == _bytes(tmp_path)
     cache.put("after", _content("after"))
     assert cache.get("after") == _content("after")
+
+
+def _fill_without_room(folder: str) -> list[bytes | None]:
+    """What is kept by a process whose files may grow to 4 KiB only, as under a quota."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    cache = BlockCache(folder, 1 << 20)
+    for key, size in (("small", 1000), ("large", 10_000), ("next", 1000)):
+        cache.put(key, bytes([len(key)]) * size)
+    return [cache.get(key) for key in ("small", "large", "next")]
+
+
+def test_a_disk_without_room_ends_caching_and_not_training(tmp_path: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        kept = pool.apply(_fill_without_room, (str(tmp_path),))
+    assert kept == [b"\x05" * 1000, None, None], "nothing half-written is taken for a block"
+    again = BlockCache(str(tmp_path), 1 << 20)
+    again.put("large", b"x" * 10_000)
+    assert again.get("large") == b"x" * 10_000
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_that_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    cache = BlockCache(str(tmp_path), 1 << 20)
+
+    def full(source: str, target: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target)
+
+    monkeypatch.setattr(os, "replace", full)
+    for key in "ab":
+        cache.put(key, b"x")
+    assert caplog.text.count("takes no more blocks") == 1 and "No space left" in caplog.text

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -85,6 +86,22 @@ class _Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+
+
+def test_an_evaluation_of_other_weights_at_this_step_neither_counts_nor_goes(evaluated, trained, tmp_path):
+    """As where a run began anew in its folder: the file says of which checkpoint it is."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained, run_dir)
+    argv = ["evaluate", str(run_dir), "--steps", "1", "--repeats", "2", "--num", "100"]
+    (old,) = [f for f in (run_dir / "evaluations").iterdir() if json.loads(f.read_text())["results"][0]["steps"] == 1]
+    others = {**json.loads(old.read_text()), "checkpoint": "0" * 64}
+    old.write_text(json.dumps(others))
+    before = set((run_dir / "evaluations").iterdir())
+    for _ in range(2):
+        assert ranks.run(ranks.command, 1, *argv) == [0]
+        assert json.loads(old.read_text()) == others
+        (new,) = set((run_dir / "evaluations").iterdir()) - before
+    assert json.loads(new.read_text())["results"][0]["values"] == pytest.approx(evaluated[0]["values"], rel=1e-9)
 
 
 def test_the_report_is_one_file_with_everything(evaluated, trained, digits, tmp_path):

@@ -197,7 +197,7 @@ def table_losses(dim, k, m, a, groups, net=None):
     x, label, ordinal = batch(objective, groups, shape=shape, dtype=torch.float32)
     f = flow_map_of(Net(zero=True) if net is None else net)
     with torch.no_grad():
-        loss, t = losses(objective, f, x, label, ordinal, seed=0)
+        loss, t, _ = losses(objective, f, x, label, ordinal, seed=0)
     s, _, _ = objective.draw_times(f, ordinal[::m] // m, seed=0)
     return loss.numpy(), t.numpy(), s.numpy()
 
@@ -253,7 +253,7 @@ def test_one_particle_and_the_energy_kernel_is_consistency_training(kind, parame
     net = Net()
     f = flow_map_of(net, parameterization=parameterization)
     x, label, ordinal = batch(objective, 20)
-    loss, t = losses(objective, f, x, label, ordinal, seed=0)
+    loss, t, _ = losses(objective, f, x, label, ordinal, seed=0)
     s, r, _ = objective.draw_times(f, ordinal, seed=0)
     (in_r, *_), (in_t, *_) = net.calls
     if kind is ConsistencyTraining:
@@ -292,7 +292,7 @@ def test_the_moment_matching_objective_compares_one_jump_from_noise_with_the_dat
     f = flow_map_of(net, interp, "simple_edm")
     objective = gmmn(particles=4, t_min=0.0, t_max=1.0, kernel="energy", label_drop=0.0)
     x, label, ordinal = batch(objective, 6)
-    loss, t = losses(objective, f, x, label, ordinal, seed=0)
+    loss, t, _ = losses(objective, f, x, label, ordinal, seed=0)
     assert (t == 1.0).all()
     eps = SIGMA_D * net.calls[1][0]  # c_in = 1 / sigma_d at t = 1
     jumped = -SIGMA_D * net(net.calls[1][0], 1000 * t, 0 * t, label)  # c_skip = 0, c_out = -sigma_d

@@ -16,14 +16,20 @@ def _three_steps() -> list[StepSummary | None]:
     world.init(world.detect())
     rank, consensus = dist.get_rank(), StepConsensus(torch.device("cpu"))
     seen = [
-        consensus.submit(step, rank == 1 and step == 2, torch.tensor(0.25 * (rank + step)).double(), 10.0 * step + rank)
+        consensus.submit(
+            step,
+            rank == 1 and step == 2,
+            torch.tensor(0.25 * (rank + step)).double(),
+            10.0 * step + rank,
+            lost=rank == 0 and step == 3,
+        )
         for step in (1, 2, 3)
     ]
     return [*seen, consensus.settle(), consensus.settle()]
 
 
 def test_all_ranks_learn_the_same_a_step_later():
-    summaries = [StepSummary(1, 0, 0.75, 10.0), StepSummary(2, 1, 1.25, 20.0), StepSummary(3, 0, 1.75, 30.0)]
+    summaries = [StepSummary(1, 0, 0.75, 10.0), StepSummary(2, 1, 1.25, 20.0), StepSummary(3, 0, 1.75, 30.0, 1)]
     assert ranks.run(_three_steps, 2) == [[None, *summaries, None]] * 2
 
 
@@ -103,4 +109,4 @@ def test_on_a_gpu_host_memory_is_pinned_and_no_copy_waits(monkeypatch):
     StepConsensus(torch.device("cuda", 0)).submit(1, False, torch.tensor(0.5).double(), 2.0)
     assert gpu.memory == [("host", True), ("cuda:0", False)]
     # To the device, the loss inside the device, and back.
-    assert gpu.copies == [("own", 3, True), ("own", 1, False), ("own", 3, True)]
+    assert gpu.copies == [("own", 4, True), ("own", 1, False), ("own", 4, True)]

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from imm_scale.report import runs
 from tests import ranks
 from tests.browser import Browser
@@ -24,7 +26,21 @@ def test_the_page_is_whole_and_readable(trained, tmp_path):
             assert seen["least_text"] >= 12
             assert json.loads((Path(trained) / "status.json").read_text())["state"] == "completed"
             assert "frechet_latents" in seen["text"]
+            assert "the average of decay 0.99 is still 98% initial weights at step 2" in seen["text"]
         assert browser.complaints == []
+
+
+@pytest.mark.parametrize(
+    ("name", "caption"),
+    [
+        ("steps-1.png", "1 step"),
+        ("steps-2-guidance-1.5.png", "2 steps, guidance 1.5"),
+        ("steps-2-seed-5.png", "2 steps, seed 5"),
+        ("steps-4-guidance-2-ema-0.99.png", "4 steps, guidance 2 ema 0.99"),
+    ],
+)
+def test_a_sheet_is_called_by_what_it_shows(name, caption):
+    assert runs._caption(name) == caption
 
 
 def test_a_broken_page_is_seen(tmp_path):

@@ -116,7 +116,7 @@ def test_many_kills_end_in_the_same_bytes(trained, tmp_path):
         killed += 1
     records = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.shards/*.json")]
     intact = sum(record["stop"] - record["start"] for record in records) - 64
-    damaged = tmp_path / "out" / "steps-8.shards" / "samples-000000.tar"
+    damaged = sorted((tmp_path / "out" / "steps-8.shards").glob("*.json"))[0].with_suffix(".tar")
     damaged.write_bytes(damaged.read_bytes()[:-700])
     (code, output), _ = ranks.run(ranks.command_and_output, 2, *argv)
     assert code == 0, output
@@ -140,10 +140,6 @@ def test_what_is_finished_is_not_drawn_again(trained, tmp_path):
     assert code == 0
     assert output.count("is there already") == 2
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
-    # Another seed is another set of samples.
-    images = np.load(tmp_path / "steps-1.npz")["arr_0"]
-    assert ranks.run(ranks.command, 1, *argv, "--seed", "5") == [0]
-    assert not np.array_equal(np.load(tmp_path / "steps-1.npz")["arr_0"], images)
 
 
 def test_given_class_counts(trained, tmp_path):
@@ -169,6 +165,29 @@ def here() -> Iterator[None]:
     """For commands run in this process."""
     yield
     world.shutdown()
+
+
+@pytest.mark.usefixtures("here")
+def test_samples_of_another_seed_average_or_label_list_never_overwrite_a_set(trained, tmp_path, capsys):
+    """Each has a name of its own, finds it again, and draws what it draws into an empty folder."""
+    out = tmp_path / "out"
+    assert main(_argv(trained, out, 12, *FORMATS)) == 0
+    before = _outputs(out)
+    for name, more in (
+        ("steps-1-seed-5", ["--seed", "5"]),
+        ("steps-1-raw-weights", ["--ema", "0"]),
+        ("steps-1-labels-3_1-2", ["--labels", "3,1-2"]),
+        ("steps-1-num-5", ["--num", "5"]),
+    ):
+        assert main([*_argv(trained, out, 12, *FORMATS), *more]) == 0
+        assert f"steps-1 holds other samples: these go to {name}" in capsys.readouterr().out
+        assert main([*_argv(trained, tmp_path / name, 12, *FORMATS), *more]) == 0
+        ours = _outputs(out)
+        assert {key: ours[key] for key in before} == before
+        alone = {key.replace(name, "steps-1"): data for key, data in ours.items() if name in key}
+        assert alone == _outputs(tmp_path / name)
+        assert main([*_argv(trained, out, 12, *FORMATS), *more]) == 0
+        assert _outputs(out) == ours
 
 
 @pytest.mark.usefixtures("here")

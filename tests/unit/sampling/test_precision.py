@@ -113,16 +113,18 @@ def _sample(out: Path, *more: str) -> tuple[int, str]:
     return ranks.run(ranks.command_and_output, 1, *argv, *more)[0]
 
 
-def test_a_set_of_another_precision_is_drawn_again_whole(tmp_path):
+def test_a_set_of_another_precision_is_drawn_whole_beside_the_one_that_is_there(tmp_path):
     half_done = tmp_path / "out"
     assert _sample(half_done, "--format", "webdataset")[0] == 0
     (half_done / "steps-1.json").unlink()  # as if stopped before its end
     (half_done / "steps-1.shards" / "samples-000002.json").unlink()
     code, output = _sample(half_done, "--format", "npz,webdataset", "--precision", "bf16")
     assert code == 0
-    assert "200 samples in" in output, "none of fp32's parts was kept"
+    assert "200 samples in" in output, "none of fp32's parts was taken"
+    assert len(list((half_done / "steps-1.shards").glob("*.tar"))) == 4, "and all of them are there"
+    (drawn,) = half_done.glob("steps-1-*.npz")
     assert _sample(tmp_path / "undisturbed", "--format", "npz,webdataset", "--precision", "bf16")[0] == 0
-    ours, theirs = (np.load(folder / "steps-1.npz") for folder in (half_done, tmp_path / "undisturbed"))
+    ours, theirs = (np.load(file) for file in (drawn, tmp_path / "undisturbed" / "steps-1.npz"))
     assert np.array_equal(ours["latents"], theirs["latents"])
     settings = json.loads(str(ours["settings"]))
     assert settings["precision"] == "bf16"
