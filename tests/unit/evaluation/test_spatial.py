@@ -191,9 +191,9 @@ def test_the_command_reads_one_of_its_statistics(network, edm2, tmp_path):
     (line,) = [line for line in output.splitlines() if line.startswith("frechet_net")]
     theirs, mine = (x.reshape(len(x), -1, 3).mean(1) for x in (array, samples))
     assert float(line.split()[1]) == pytest.approx(_frechet(mine, theirs), rel=1e-5, abs=6e-5)
-    for word, phrase in ((argv[-1].replace("fd_dinov2", "kid"), "fd_dinov2, fid"), ("evaluation.compared=1000", "fd_dinov2, fid")):
+    for word in (argv[-1].replace("fd_dinov2", "kid"), "evaluation.compared=1000"):  # another entry, and none
         code, output = ranks.run(ranks.command_and_output, 1, *argv[:-1], word)[0]
-        assert (code, phrase in output) == (2, True), output
+        assert (code, "fd_dinov2, fid" in output) == (2, True), output
 
 
 def test_the_network_of_fids_takes_fid(edm2, network, monkeypatch):
