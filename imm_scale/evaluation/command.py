@@ -30,7 +30,10 @@ _SAMPLING = (*(f"sampling.{item.name}" for item in dataclasses.fields(SamplingCo
 _OF_SAMPLES = tuple(key for key in _SAMPLING if key not in ("sampling.steps", "sampling.num"))
 _OF_GALLERY = tuple(key for key in _SAMPLING if key not in ("sampling.num", "sampling.grid", "sampling.batch_size"))
 _COMMON = ("plugins", "seed", "data.manifest")
-_IMAGE_READS = ("plugins", *(f"evaluation.{name}" for name in ("metrics", "reference", "compared", "extractor.")))
+_IMAGE_READS = (
+    *("plugins", "evaluation.metrics", "evaluation.reference", "evaluation.reference_entry"),
+    *("evaluation.compared", "evaluation.extractor."),
+)
 _REFERENCE_READS = (
     *("plugins", "seed", "data.space.", "evaluation.compared", "evaluation.extractor."),
     *("sampling.vae", "sampling.vae_precision"),

@@ -117,7 +117,7 @@ def test_it_is_measured_shown_and_reported(run_dir: str, tmp_path: Path) -> None
         _commands,
         1,
         evaluate,
-        [*evaluate, "sampling.steps=[1]", "--gallery"],
+        ["evaluate", run_dir, "sampling.steps=[1]", "--gallery", extractor[0]],
         ["report", run_dir, "--out", str(page)],
         ["evaluate", "--make-reference", str(turned), "--out", f"{tmp_path}/turned.npz", extractor[0]],
         [*evaluate, f"evaluation.reference={tmp_path}/turned.npz"],

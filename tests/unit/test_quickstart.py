@@ -61,7 +61,7 @@ def test_a_newcomers_ten_minutes(tmp_path):
         r"^frechet_latents +([124]) steps? +\d+\.\d+ \+- \d+\.\d+ +\(3 x 65 samples\)", done.stdout, re.M
     )
     assert numbers == ["1", "2", "4"]
-    assert "warning" not in done.stdout, "65 samples are enough for 64 numbers, as 500 are"
+    assert "features: their cov" not in done.stdout, "65 samples are enough for 64 numbers, as 500 are"
     page = (tmp_path / "mine.html").read_text()
     assert page.count("data:image/png;base64,") >= 3
     assert "frechet_latents" in page

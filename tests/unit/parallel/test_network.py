@@ -85,6 +85,7 @@ def test_ranks_start_gloo_over_it(hosts, expected, node, monkeypatch):
     """The first node, whose MASTER_ADDR is its loopback, learns of the others from the launcher's HOSTS."""
     monkeypatch.setattr(world.os, "environ", {})
     seen = []
+    monkeypatch.setattr(world.dist, "is_initialized", lambda: False)  # whatever ran in this process before
     monkeypatch.setattr(
         world.dist,
         "init_process_group",

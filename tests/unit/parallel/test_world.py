@@ -59,6 +59,7 @@ def started(monkeypatch):
     """Calls of init_process_group, in an environment of their own."""
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda **options: calls.append(options))
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: False)  # whatever ran in this process before
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     for name in ("LOCAL_RANK", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", "GLOO_SOCKET_IFNAME"):

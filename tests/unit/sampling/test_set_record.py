@@ -5,6 +5,7 @@ import threading
 import uuid
 from pathlib import Path
 
+import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -79,6 +80,7 @@ _settings = st.fixed_dictionaries(
 )
 
 
+@hypothesis.settings(deadline=None)  # it writes files
 @given(st.lists(st.tuples(_settings, st.integers(1, 3)), max_size=8))
 def test_no_sequence_of_sets_ever_takes_a_name_of_others(sets):
     """Whatever is drawn after whatever, a name belongs to one identity for good, and its count never falls."""
