@@ -133,11 +133,13 @@ class Backbone(nn.Module):
                 dx has samples.
             live: let the derivative carry a gradient too.
         """
+        n, g = len(dx), len(dc_noise)
+        key = None if dropout_key is None else dropout_key[:n]
         with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(live and torch.is_grad_enabled()), dual_level():
             duals = (
-                make_dual(x, dx),
-                make_dual(c_noise, dc_noise),
-                None if second is None else make_dual(second, dsecond),
+                make_dual(x[:n], dx),
+                make_dual(c_noise[:g], dc_noise),
+                None if second is None else make_dual(second[:g], dsecond),
             )
-            out, derivative = unpack_dual(self(*duals, label, dropout_key))
-        return (out if live else self(x, c_noise, second, label, dropout_key)), derivative
+            derivative = unpack_dual(self(*duals, label[:n], key)).tangent
+        return self(x, c_noise, second, label, dropout_key), derivative

@@ -83,6 +83,20 @@ def test_the_tangent_is_that_of_forward_mode_and_the_value_is_forwards_to_the_bi
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_a_tangent_of_the_first_samples_alone_is_theirs(variant):
+    """Of two of four samples, which are the first of two groups; forward mode takes them apart as well."""
+    net = random_net(**variant)
+    x, dx, c_noise, dc_noise, second, dsecond, label = given(net, second=variant.get("second_time", True))
+    key = torch.arange(N) if net.has_dropout else None
+    few = (x, dx[:2], c_noise, dc_noise[:1], second, None if dsecond is None else dsecond[:1], label)
+    for method in (DiT.with_tangent, Backbone.with_tangent):
+        _, whole = method(net, x, dx, c_noise, dc_noise, second, dsecond, label, key)
+        out, first = method(net, *few, key)
+        assert torch.equal(out, net(x, c_noise, second, label, key)) and len(first) == 2
+        assert relative(first, whole[:2]) < 1e-6  # fp32
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_the_tangent_is_the_limit_of_a_difference(variant):
     net = random_net(torch.float64, **variant)
     x, dx, c_noise, dc_noise, second, dsecond, label = given(net, torch.float64, variant.get("second_time", True))
