@@ -21,7 +21,9 @@ class OneTimeConfig(FlowMapMethodConfig):
     """What methods share that draw t by itself."""
 
     logit_normal: list[float] = option(  # noqa: RUF009 - copied for each instance
-        [], "Mean and standard deviation of the logit of t, as [0, 1] of Stable Diffusion 3; [] draws t uniformly."
+        [],
+        "Mean and standard deviation of the logit of t, as [0, 1] of Stable Diffusion 3; [] draws t uniformly.",
+        length="[0, 2]",
     )
 
     def validate(self) -> None:

@@ -16,6 +16,7 @@ from imm_scale.errors import UserError
 # Any finite number is meant: ends and means of a network's input, of latents, and of the logits of times.
 WITHOUT_BOUND = {"evaluation.extractor.range", "evaluation.extractor.mean", "data.space.mean"}
 WITHOUT_BOUND |= {"method.times.t", "method.times.s", "method.times.equal_t", "method.gap", "method.s"}
+WITHOUT_BOUND |= {"method.logit_normal"}
 
 
 @cache
