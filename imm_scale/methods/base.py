@@ -91,13 +91,6 @@ def concatenated(parts: Sequence[GroupLosses]) -> GroupLosses:
     return GroupLosses(torch.cat([p.loss_G for p in parts]), torch.cat([p.t_G for p in parts]), monitors)
 
 
-def in_order(losses: GroupLosses, order: Tensor) -> GroupLosses:
-    """Of groups that were taken in `order` (G,), those of the batch as it stood."""
-    back = torch.argsort(order)
-    monitors = {name: values[back] for name, values in losses.monitors.items()}
-    return GroupLosses(losses.loss_G[back], losses.t_G[back], monitors)
-
-
 class Steps(NamedTuple):
     """How samples are to be drawn.
 

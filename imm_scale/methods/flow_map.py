@@ -124,8 +124,7 @@ def derivatives(
         dc_out = -sigma_data * (ddeterminant * alpha - determinant * dalpha) / alpha**2
         return -interp.alpha(s) * dalpha / alpha**2, dc_out
     if parameterization == "simple_edm":
-        norm = interp.norm(t)
-        stretch = (alpha * dalpha + sigma * dsigma) / norm**2  # of the norm, relative
+        norm, stretch = interp.norm(t), interp.dlog_norm_dt(t)
         c_skip = (interp.alpha(s) * alpha + interp.sigma(s) * sigma) / norm**2
         dc_skip = (interp.alpha(s) * dalpha + interp.sigma(s) * dsigma) / norm**2 - 2.0 * stretch * c_skip
         return dc_skip, -sigma_data * (ddeterminant - stretch * determinant) / norm
@@ -214,6 +213,11 @@ class FlowMap(nn.Module):
     def coefficients(self, s: Tensor, t: Tensor) -> Coefficients:
         """c_in, c_skip and c_out of this map (app C.5) for times (G,)."""
         return coefficients(self.interp, self.parameterization, s, t, self.sigma_data)
+
+    @property
+    def sign_of_c_out(self) -> float:
+        """The same at all times."""
+        return 1.0 if self.parameterization == "identity" else -1.0
 
     def _c_noise(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.time_input == "ddpm_step":
@@ -348,14 +352,13 @@ class FlowMap(nn.Module):
     def velocity_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(a, b) of v = a x_t + b G at s = t, each (G,): the derivatives of c_skip and c_out by s there."""
         path = self.interp
-        alpha, sigma, norm = path.alpha(t), path.sigma(t), path.norm(t)
+        alpha, sigma = path.alpha(t), path.sigma(t)
         if self.parameterization in VELOCITIES:
             return torch.zeros_like(t), torch.full_like(t, self.sigma_data)
         if self.parameterization == "epsilon":
             return path.dalpha(t) / alpha, self.sigma_data * path.rate / alpha
         if self.parameterization == "simple_edm":
-            of_x = (path.dalpha(t) * alpha + path.dsigma(t) * sigma) / norm**2
-            return of_x, self.sigma_data * path.rate / norm
+            return path.dlog_norm_dt(t), self.sigma_data * path.rate / path.norm(t)
         of_x = path.dsigma(t) / sigma
         return of_x, path.dalpha(t) - alpha * of_x
 
@@ -389,8 +392,7 @@ class FlowMap(nn.Module):
         c_noise, second = self._c_noise(s, t)
         n, g = len(w), len(w) * len(t) // len(x_t)
         t, c_in = t[:g], c.c_in[:g]
-        stretch = (path.alpha(t) * path.dalpha(t) + path.sigma(t) * path.dsigma(t)) / path.norm(t) ** 2
-        dc_in = torch.zeros_like(c_in) if self.parameterization == "velocity" else -c_in * stretch
+        dc_in = torch.zeros_like(c_in) if self.parameterization == "velocity" else -c_in * path.dlog_norm_dt(t)
         dscaled = per_sample(c_in.to(w.dtype), w) * w + per_sample(dc_in.to(w.dtype), w) * x_t[:n]
         dc_noise = torch.full_like(t, self.time_scale)
         dsecond = {"s": torch.zeros_like(t), "t_minus_s": dc_noise, "none": None}[self.second_time]
@@ -431,7 +433,7 @@ class FlowMap(nn.Module):
         """
         c = self.coefficients(s, t)
         dc_skip, dc_out = derivatives(self.interp, self.parameterization, s, t, self.sigma_data)
-        sign = 1.0 if self.parameterization == "identity" else -1.0  # of c_out
+        sign = self.sign_of_c_out
         skip, dskip, scale, dscale = (
             per_sample((sign / self.sigma_data * part).to(x_t.dtype), x_t)
             for part in (c.c_skip, dc_skip, c.c_out, dc_out)

@@ -67,6 +67,10 @@ class Interpolant(ABC):
         """sqrt(alpha^2 + sigma^2): the standard deviation of x_t over sigma_d for unit-scaled data."""
         return torch.hypot(self.alpha(t), self.sigma(t))
 
+    def dlog_norm_dt(self, t: Tensor) -> Tensor:
+        """d log(norm) / dt."""
+        return (self.alpha(t) * self.dalpha(t) + self.sigma(t) * self.dsigma(t)) / self.norm(t) ** 2
+
 
 class OTFlowMatching(Interpolant):
     """Straight lines: alpha = 1 - t, sigma = t."""
@@ -164,6 +168,11 @@ def ddpm_step(interp: Interpolant, t: Tensor) -> Tensor:
 def diffuse(interp: Interpolant, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """x_t = alpha_t x + sigma_t eps, (N, C, H, W). `t` broadcasts against x; the result has the dtype of x."""
     return interp.alpha(t).to(x.dtype) * x + interp.sigma(t).to(x.dtype) * eps
+
+
+def velocity(interp: Interpolant, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """dx_t/dt = alpha'_t x + sigma'_t eps, (N, C, H, W), of one sample's path. Arguments as in `diffuse`."""
+    return interp.dalpha(t).to(x.dtype) * x + interp.dsigma(t).to(x.dtype) * eps
 
 
 def ddim(interp: Interpolant, x_t: Tensor, x: Tensor, s: Tensor, t: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ The two jumps are targets, without gradient. Half-way points on a grid of powers
 Legend: N samples, each a group of its own; times are (N,) fp64.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,22 +16,13 @@ from torch import Tensor
 
 from imm_scale import rng
 from imm_scale.choices import Passes, option
-from imm_scale.data.batch import Batch
 from imm_scale.errors import UserError
 from imm_scale.fusion import fused
 from imm_scale.methods import two_times
-from imm_scale.methods.base import (
-    FlowMapMethod,
-    FlowMapMethodConfig,
-    GroupLosses,
-    in_order,
-    prior_noise,
-    regression,
-    zero_filled,
-)
+from imm_scale.methods.base import GroupLosses, prior_noise, regression, zero_filled
 from imm_scale.methods.flow_map import VELOCITIES, FlowMap, per_sample
-from imm_scale.methods.probability_path import diffuse
-from imm_scale.methods.two_times import TwoTimes, TwoTimesConfig
+from imm_scale.methods.probability_path import diffuse, velocity
+from imm_scale.methods.two_times import TwoTimes, TwoTimesMethod, TwoTimesMethodConfig
 from imm_scale.registry import register_method
 
 
@@ -48,7 +39,7 @@ class Draws(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ShortcutConfig(FlowMapMethodConfig):
+class ShortcutConfig(TwoTimesMethodConfig):
     """Where m lies and how t and s are drawn."""
 
     name: str = option("shortcut", "")
@@ -61,20 +52,12 @@ class ShortcutConfig(FlowMapMethodConfig):
     clip: float | None = option(
         None, "Targets are clipped to this size, in units of sigma_d; published: 4.", range="(0, inf)"
     )
-    times: TwoTimesConfig = field(default_factory=TwoTimesConfig)
 
-    @property
-    def passes(self) -> Passes:
-        return Passes(grad=1, no_grad=2)
-
-    def passes_at(self, alignment: int) -> Passes:
-        return Passes(
-            grad=1, no_grad=2 * (1.0 - self.times.equal if two_times.splits(self.times.equal, alignment) else 1.0)
-        )
+    def passes_of(self, apart: float) -> Passes:
+        return Passes(grad=1, no_grad=2 * apart)
 
     def validate(self) -> None:
         super().validate()
-        self.times.validate()
         if self.flow_map.parameterization not in VELOCITIES:
             raise UserError(
                 "method.name=shortcut adds mean velocities: it needs method.flow_map.parameterization=euler_fm"
@@ -86,21 +69,18 @@ class ShortcutConfig(FlowMapMethodConfig):
 
 
 @register_method("shortcut")
-class Shortcut(FlowMapMethod):
+class Shortcut(TwoTimesMethod):
     """Shortcut models and SplitMeanFlow: one jump lands where two do."""
 
     Config = ShortcutConfig
 
-    def loss(self, net: FlowMap, batch: Batch, seed: int) -> GroupLosses:
-        order, apart = two_times.order(self.config.times.equal, self.group(batch.ordinal), seed, batch.alignment)
-        x, label, ordinal = (
-            part if order is None else part[order] for part in (batch.x, batch.condition, batch.ordinal)
-        )
+    def ordered_loss(
+        self, net: FlowMap, x: Tensor, label: Tensor, ordinal: Tensor, apart: int, seed: int
+    ) -> GroupLosses:
         draws = self.draw(net, x, label, ordinal, seed)
         target = zero_filled(self.two_jumps(net, draws, apart), draws.x_t)
         out = net.average(draws.x_t, draws.s, draws.t, draws.label, draws.dropout_key)
-        losses = self._compared(net, out, target, draws)
-        return losses if order is None else in_order(losses, order)
+        return self._compared(net, out, target, draws)
 
     @torch.no_grad()
     def two_jumps(self, net: FlowMap, d: Draws, count: int) -> Tensor:
@@ -122,9 +102,9 @@ class Shortcut(FlowMapMethod):
         near = torch.full_like(t, 0.5) if self.config.split == "half" else rng.uniform(seed, "split", group)[:, 0]
         eps = prior_noise(flow_map, x, ordinal, seed)
         t_N = per_sample(t, x)
-        v = path.dalpha(t_N).to(x.dtype) * x + path.dsigma(t_N).to(x.dtype) * eps
+        x_t, v = diffuse(path, x, eps, t_N), velocity(path, x, eps, t_N)
         label = self.drop_labels(flow_map, label, ordinal, seed)
-        return Draws(diffuse(path, x, eps, t_N), v, s, t, near, label, self.dropout_key(flow_map, ordinal, seed))
+        return Draws(x_t, v, s, t, near, label, self.dropout_key(flow_map, ordinal, seed))
 
     def draw_times(self, flow_map: FlowMap, group: Tensor, seed: int) -> TwoTimes:
         """s and t of each group, on the grid where there is one."""

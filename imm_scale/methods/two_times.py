@@ -6,15 +6,19 @@ times, and the log-normal noise levels of EDM and consistency models, are one fa
 Legend: G groups. Times are fp64. Every draw is keyed by the group's number alone.
 """
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from imm_scale import rng
-from imm_scale.choices import option
+from imm_scale.choices import Passes, option
+from imm_scale.data.batch import Batch
 from imm_scale.errors import UserError
+from imm_scale.methods.base import FlowMapMethod, FlowMapMethodConfig, GroupLosses
+from imm_scale.methods.flow_map import FlowMap
 from imm_scale.methods.probability_path import Interpolant
 
 STRATUM = 4  # neighbouring groups among which a share in quarters is exact
@@ -48,10 +52,6 @@ class TwoTimesConfig:
             value = getattr(self, name)
             if value is not None and (len(value) != 2 or value[1] < 0.0):
                 raise UserError(f"method.times.{name}={value} must be [mean, standard deviation >= 0]")
-        if not 0.0 <= self.equal <= 1.0:
-            raise UserError(f"method.times.equal={self.equal} must be in [0, 1]")
-        if not 0.0 <= self.min_gap < 1.0:
-            raise UserError(f"method.times.min_gap={self.min_gap} must be in [0, 1)")
 
 
 class TwoTimes(NamedTuple):
@@ -133,3 +133,47 @@ def _at(interp: Interpolant, normal: list[float], u: Tensor, t_min: float, t_max
 def standard_normal(u: Tensor) -> Tensor:
     """Standard normals, finite, from uniforms in [0, 1) of any shape, by the inverse of their distribution."""
     return torch.special.ndtri(u.clamp(_LEAST, _MOST))
+
+
+@dataclass(frozen=True)
+class TwoTimesMethodConfig(FlowMapMethodConfig):
+    """What methods share whose samples with s = t need fewer passes than the others."""
+
+    times: TwoTimesConfig = field(default_factory=TwoTimesConfig)
+
+    @property
+    def passes(self) -> Passes:
+        return self.passes_of(1.0)
+
+    def passes_at(self, alignment: int) -> Passes:
+        return self.passes_of(1.0 - self.times.equal if splits(self.times.equal, alignment) else 1.0)
+
+    @abstractmethod
+    def passes_of(self, apart: float) -> Passes:
+        """Where this share of samples is taken for such with s before t."""
+
+    def validate(self) -> None:
+        super().validate()
+        self.times.validate()
+
+
+class TwoTimesMethod(FlowMapMethod):
+    """A method of samples, each a group of its own, that takes those with s before t first where it can tell them."""
+
+    config: Any
+
+    def loss(self, net: FlowMap, batch: Batch, seed: int) -> GroupLosses:
+        places, apart = order(self.config.times.equal, self.group(batch.ordinal), seed, batch.alignment)
+        x, label, ordinal = batch.x, batch.condition, batch.ordinal
+        if places is None:
+            return self.ordered_loss(net, x, label, ordinal, apart, seed)
+        losses = self.ordered_loss(net, x[places], label[places], ordinal[places], apart, seed)
+        back = torch.argsort(places)
+        monitors = {name: values[back] for name, values in losses.monitors.items()}
+        return GroupLosses(losses.loss_G[back], losses.t_G[back], monitors)
+
+    @abstractmethod
+    def ordered_loss(
+        self, net: FlowMap, x: Tensor, label: Tensor, ordinal: Tensor, apart: int, seed: int
+    ) -> GroupLosses:
+        """Of x (N, ...), label and ordinal (N,), of which all but the first `apart` samples have s = t."""

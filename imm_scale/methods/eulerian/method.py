@@ -15,26 +15,17 @@ import torch
 from torch import Tensor
 
 from imm_scale.choices import Passes, option
-from imm_scale.data.batch import Batch
 from imm_scale.errors import UserError
 from imm_scale.fusion import fused
 from imm_scale.methods import two_times
-from imm_scale.methods.base import (
-    FlowMapMethod,
-    FlowMapMethodConfig,
-    GroupLosses,
-    in_order,
-    prior_noise,
-    regression,
-    zero_filled,
-)
+from imm_scale.methods.base import GroupLosses, prior_noise, regression, zero_filled
 from imm_scale.methods.eulerian import residuals, steps
 from imm_scale.methods.eulerian.guidance import TrainingGuidanceConfig, guided
 from imm_scale.methods.eulerian.residuals import ResidualConfig
 from imm_scale.methods.eulerian.steps import StepConfig
 from imm_scale.methods.flow_map import Coefficients, FlowMap, per_sample
-from imm_scale.methods.probability_path import diffuse
-from imm_scale.methods.two_times import TwoTimesConfig
+from imm_scale.methods.probability_path import diffuse, velocity
+from imm_scale.methods.two_times import TwoTimesMethod, TwoTimesMethodConfig
 from imm_scale.registry import register_method
 
 # D_t G, in forward passes: the affine layers once and five products of attention instead of two.
@@ -43,7 +34,7 @@ _LEAST = 1e-12  # of a t - s that is divided by
 
 
 class Draws(NamedTuple):
-    """A micro-batch on its path; v is the velocity eps, x stand for, both (N, ...); times (N,) fp64."""
+    """A micro-batch on its path, with the velocity v there, all (N, ...); times (N,) fp64. A tangent has r = t."""
 
     x_t: Tensor
     x_r: Tensor
@@ -57,7 +48,7 @@ class Draws(NamedTuple):
 
 
 @dataclass(frozen=True)
-class EulerianConfig(FlowMapMethodConfig):
+class EulerianConfig(TwoTimesMethodConfig):
     """One loss and its switches; defaults are MeanFlow's."""
 
     name: str = option("eulerian", "")
@@ -75,20 +66,11 @@ class EulerianConfig(FlowMapMethodConfig):
     schedule_images: int | None = option(
         None, "Images over which schedules run; they stay at their end afterwards.", range="[1, inf)"
     )
-    times: TwoTimesConfig = field(default_factory=TwoTimesConfig)
     step: StepConfig = field(default_factory=StepConfig)
     residual: ResidualConfig = field(default_factory=ResidualConfig)
     guidance: TrainingGuidanceConfig = field(default_factory=TrainingGuidanceConfig)
 
-    @property
-    def passes(self) -> Passes:
-        return self._passes(1.0)
-
-    def passes_at(self, alignment: int) -> Passes:
-        return self._passes(1.0 - self.times.equal if two_times.splits(self.times.equal, alignment) else 1.0)
-
-    def _passes(self, apart: float) -> Passes:
-        """`apart`: the share of samples that are taken for such with s before t."""
+    def passes_of(self, apart: float) -> Passes:
         guiding = self.guidance.passes if self.guidance.is_on else 0
         if self.derivative == "difference":
             return Passes(grad=1, no_grad=guiding + apart)
@@ -96,14 +78,10 @@ class EulerianConfig(FlowMapMethodConfig):
 
     def validate(self) -> None:
         super().validate()
-        self.times.validate()
         self.step.validate()
-        self.residual.validate()
         self.guidance.validate()
         if self.guidance.is_on and self.label_drop == 0.0:
             raise UserError("method.guidance mixes in the net without a label: set method.label_drop above 0, as 0.1")
-        if not 0.0 <= self.tangent_mix <= 1.0:
-            raise UserError(f"method.tangent_mix={self.tangent_mix} must be in [0, 1]")
         if self.tangent_mix and self.derivative == "difference":
             raise UserError("method.tangent_mix has no meaning for method.derivative=difference: leave it at 0")
         if self.label_drop_at == "equal" and self.label_drop > self.times.equal:
@@ -141,23 +119,20 @@ class EulerianConfig(FlowMapMethodConfig):
 
 
 @register_method("eulerian")
-class Eulerian(FlowMapMethod):
+class Eulerian(TwoTimesMethod):
     """The Eulerian identity of a flow map: MeanFlow and its kin, consistency training; configs/method has presets."""
 
     Config = EulerianConfig
 
-    def loss(self, net: FlowMap, batch: Batch, seed: int) -> GroupLosses:
-        order, apart = two_times.order(self.config.times.equal, self.group(batch.ordinal), seed, batch.alignment)
-        x, label, ordinal = (
-            part if order is None else part[order] for part in (batch.x, batch.condition, batch.ordinal)
-        )
+    def ordered_loss(
+        self, net: FlowMap, x: Tensor, label: Tensor, ordinal: Tensor, apart: int, seed: int
+    ) -> GroupLosses:
         draws = self.draw(net, x, label, ordinal, seed)
         if self.config.guidance.is_on:
             draws = self._guided(net, draws)
         by = self._by_tangent if self.config.derivative == "tangent" else self._by_difference
         out, residual, derivative = by(net, draws, apart)
-        weighted = self._weighted(net, out, residual, derivative, draws)
-        return weighted if order is None else in_order(weighted, order)
+        return self._weighted(net, out, residual, derivative, draws)
 
     def progress(self, ordinal: Tensor) -> Tensor:
         """(G,) fp64 of schedules, from 0 to 1: a function of the clock alone."""
@@ -172,11 +147,13 @@ class Eulerian(FlowMapMethod):
         c, path = self.config, flow_map.interp
         s, t, equal = two_times.draw(path, c.times, self.group(ordinal), seed, c.t_min, c.t_max)
         progress = self.progress(ordinal)
-        r = torch.where(equal, t, steps.next_time(path, c.step, s, t, progress, flow_map.sigma_data))
         eps = prior_noise(flow_map, x, ordinal, seed)
         t_N = per_sample(t, x)
-        v = path.dalpha(t_N).to(x.dtype) * x + path.dsigma(t_N).to(x.dtype) * eps
-        x_t, x_r = diffuse(path, x, eps, t_N), diffuse(path, x, eps, per_sample(r, x))
+        x_t, v = diffuse(path, x, eps, t_N), velocity(path, x, eps, t_N)
+        r, x_r = t, x_t
+        if c.derivative == "difference":
+            r = torch.where(equal, t, steps.next_time(path, c.step, s, t, progress, flow_map.sigma_data))
+            x_r = diffuse(path, x, eps, per_sample(r, x))
         label = self._drop(flow_map, label, ordinal, equal, seed)
         return Draws(x_t, x_r, v, s, r, t, label, self.dropout_key(flow_map, ordinal, seed), progress)
 
@@ -224,8 +201,7 @@ class Eulerian(FlowMapMethod):
         # In fp64: two points that hardly differ.
         moved = c_t.c_skip * d.x_t.double() - c_r.c_skip * d.x_r.double()
         moved = moved + c_t.c_out * out.double() - c_r.c_out * out_r.double()
-        sign = 1.0 if net.parameterization == "identity" else -1.0
-        quotient = (sign / net.sigma_data * moved / gap).to(out.dtype)
+        quotient = (net.sign_of_c_out / net.sigma_data * moved / gap).to(out.dtype)
         local = net.residual(d.x_t, d.v, out, torch.zeros_like(out), d.s, d.t)
         residual = torch.where(per_sample(apart, out), quotient, local)
         return residual, residual - local

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from imm_scale.choices import option
-from imm_scale.errors import UserError
 from imm_scale.methods.probability_path import Interpolant
 
 _TINY = 1e-12  # of a residual that is 0 where a weight divides by it
@@ -34,13 +33,6 @@ class ResidualConfig:
     warmup: float = option(
         0.0, "normalize: share of the schedule over which the derivative's part grows from 0.", range="[0, 1]"
     )
-
-    def validate(self) -> None:
-        """Raises UserError where a value is out of its range."""
-        if self.p < 0.0 or self.c < 0.0 or not 0.0 <= self.warmup <= 1.0:
-            raise UserError(
-                f"method.residual needs p={self.p} and c={self.c} of at least 0 and warmup={self.warmup} in [0, 1]"
-            )
 
 
 def weights(
