@@ -2,13 +2,10 @@
 
 import errno
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +14,7 @@ import pytest
 from imm_scale import cli, shipped
 from imm_scale.commands import completion, table
 from imm_scale.commands.table import COMMANDS
+from tests.full_disk import file_size_limit
 
 ROOT = Path(__file__).parents[2]
 RATIO = 6.0  # of the time of `python -c pass`, which is what the interpreter itself takes
@@ -157,16 +155,6 @@ def test_a_variable_that_the_shell_did_not_replace_is_refused(argv, capsys):
 # --- full disks ---
 
 
-@contextmanager
-def _files_of_at_most(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize(
     ("argv", "file"),
     [
@@ -179,7 +167,7 @@ def _files_of_at_most(size: int) -> Iterator[None]:
 def test_where_no_file_may_grow_nothing_half_written_is_left(argv, file, trained, tmp_path, capsys):
     """As of a full disk or a quota."""
     places = {"RUN": trained}
-    with _files_of_at_most(2000):
+    with file_size_limit(2000):
         code = cli.main([places.get(word, word).replace("OUT", str(tmp_path)) for word in argv])
     err = capsys.readouterr().err
     assert code == 2 and "no file may grow that large here" in err and file in err, err

@@ -1,17 +1,29 @@
 """The metrics that come with the package, registered by name."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+from torch import Tensor
 
 from imm_scale.choices import MetricConfig, option
 from imm_scale.evaluation.metrics.base import Measure, Metric, Samples, Target
 from imm_scale.evaluation.metrics.density_coverage import density_coverage
-from imm_scale.evaluation.metrics.frechet import Moments, frechet, jackknife, square_root
+from imm_scale.evaluation.metrics.frechet import Gaussian, Moments, Root, frechet, jackknife, square_root
 from imm_scale.evaluation.metrics.inception_score import inception_score
 from imm_scale.evaluation.metrics.kid import kernel_distance
 from imm_scale.evaluation.metrics.precision_recall import precision_recall
 from imm_scale.registry import register_metric
+
+
+def _gaussian_distance(
+    moments: Moments, groups: Sequence[Moments], reference: Gaussian, root: Root, with_error: bool
+) -> Measure:
+    """Of the samples' moments, with an error from those of their groups."""
+    distance = frechet(moments, reference, root)
+    error = jackknife(groups, reference, root) if with_error else math.nan
+    return Measure(distance.value, error, distance.numerical_error)
 
 
 @dataclass(frozen=True)
@@ -29,9 +41,7 @@ class FrechetDistance(Metric):
     standard_names: ClassVar[dict[str, str]] = {"frechet": "FID"}
 
     def measure(self, samples: Samples, reference: Target, with_error: bool = True) -> dict[str, Measure]:
-        distance = frechet(samples.moments, reference, reference.root)
-        error = jackknife(samples.groups, reference, reference.root) if with_error else math.nan
-        return {"frechet": Measure(distance.value, error, distance.numerical_error)}
+        return {"frechet": _gaussian_distance(samples.moments, samples.groups, reference, reference.root, with_error)}
 
 
 @dataclass(frozen=True)
@@ -49,10 +59,10 @@ class SpatialFrechetDistance(Metric):
 
     def measure(self, samples: Samples, reference: Target, with_error: bool = True) -> dict[str, Measure]:
         assert reference.spatial is not None
-        root = square_root(reference.spatial.covariance)
-        distance = frechet(Moments.merged(samples.spatial_groups), reference.spatial, root)
-        error = jackknife(samples.spatial_groups, reference.spatial, root) if with_error else math.nan
-        return {"spatial_frechet": Measure(distance.value, error, distance.numerical_error)}
+        groups, root = samples.spatial_groups, square_root(reference.spatial.covariance)
+        return {
+            "spatial_frechet": _gaussian_distance(Moments.merged(groups), groups, reference.spatial, root, with_error)
+        }
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,15 @@ class KernelDistance(Metric):
         return {"kernel": Measure(estimate.value, estimate.error)}
 
 
+def _by_neighbours(
+    shares: Callable[[Tensor, Tensor], dict[str, tuple[float, float]]], samples: Samples, reference: Target
+) -> dict[str, Measure]:
+    """Shares and their errors by name, from the vectors (N, D) of both sets."""
+    assert reference.kept is not None
+    values = shares(samples.kept.double(), reference.kept.double())
+    return {name: Measure(*pair, higher_is_better=True) for name, pair in values.items()}
+
+
 @dataclass(frozen=True)
 class PrecisionRecallConfig(MetricConfig):
     name: str = option("precision_recall", "")
@@ -88,9 +107,7 @@ class PrecisionRecall(Metric):
     higher_is_better = True
 
     def measure(self, samples: Samples, reference: Target, with_error: bool = True) -> dict[str, Measure]:
-        assert reference.kept is not None
-        values = precision_recall(samples.kept.double(), reference.kept.double())
-        return {name: Measure(*pair, higher_is_better=True) for name, pair in values.items()}
+        return _by_neighbours(precision_recall, samples, reference)
 
 
 @dataclass(frozen=True)
@@ -107,9 +124,7 @@ class DensityCoverage(Metric):
     higher_is_better = True
 
     def measure(self, samples: Samples, reference: Target, with_error: bool = True) -> dict[str, Measure]:
-        assert reference.kept is not None
-        values = density_coverage(samples.kept.double(), reference.kept.double())
-        return {name: Measure(*pair, higher_is_better=True) for name, pair in values.items()}
+        return _by_neighbours(density_coverage, samples, reference)
 
 
 @dataclass(frozen=True)
