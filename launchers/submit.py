@@ -101,7 +101,7 @@ def _evaluate(args: argparse.Namespace, cluster: Cluster) -> int:
 
 def _other(args: argparse.Namespace, cluster: Cluster, kind: Kind) -> int:
     file = f"{kind}-%A_%a.out" if args.array else f"{kind}-%j.out"
-    _check_words(args, kind)
+    _check_arguments(args, kind)
     job = _job(args, kind, kind, os.path.join(_pattern(snapshot.job_folders()[0]), "logs", file))
     checks.check(job, cluster, ask=slurm.available())
     text = script(job, cluster, *snapshot.job_folders())
@@ -113,12 +113,12 @@ def _other(args: argparse.Namespace, cluster: Cluster, kind: Kind) -> int:
     return 0
 
 
-def _check_words(args: argparse.Namespace, kind: Kind) -> None:
+def _check_arguments(args: argparse.Namespace, kind: Kind) -> None:
     """What the job's program will be told, by its own parser and checks: now, and not after hours in a queue."""
-    words = cli.parse([kind, *args.positionals])
-    words.may_come = args.dependency is not None  # what the job before makes
-    if words.check is not None:
-        words.check(words)
+    job_args = cli.parse([kind, *args.positionals])
+    job_args.may_come = args.dependency is not None  # what the job before makes
+    if job_args.check is not None:
+        job_args.check(job_args)
 
 
 def _job(args: argparse.Namespace, kind: Kind, name: str, output: str) -> Job:

@@ -73,5 +73,5 @@ def check_same(out: str, existing: Pack, arguments: dict[str, Any], moved: bool)
         )
 
 
-def _said(key: str, existing: Any, asked: Any) -> str:
-    return _MEANINGS.get(key, f"{key} {existing!r} (asked for: {asked!r})")
+def _said(key: str, existing: Any, requested: Any) -> str:
+    return _MEANINGS.get(key, f"{key} {existing!r} (asked for: {requested!r})")

@@ -30,27 +30,27 @@ def find(located: Located, label_map: list[str] | None, image_column: str, label
         return BUILT_IN[located.given[0]]()
     known = [label_files.folder_name(name) for name in label_map or ()]
     if located.tree is not None:
-        found = classify(located.tree, known)
+        samples = classify(located.tree, known)
     elif located.kind == "zip":
-        found = _together([(path, zip_archive.tree_of(path)) for path in located.files], known)
+        samples = _together([(path, zip_archive.tree_of(path)) for path in located.files], known)
     elif located.kind == "tar":
-        found = _tars(located.files, known, label_column)
+        samples = _tars(located.files, known, label_column)
     else:
-        found = parquet.labelled(located.files, image_column, label_column)
-    if not found.images:
-        bad = f": {len(found.bad)} unusable, the first {': '.join(found.bad[0])}" if found.bad else ""
+        samples = parquet.labelled(located.files, image_column, label_column)
+    if not samples.images:
+        bad = f": {len(samples.bad)} unusable, the first {': '.join(samples.bad[0])}" if samples.bad else ""
         raise UserError(f"no images in {located.where}{bad}; it must be a folder or an archive with a folder per class")
-    return number(found, label_map, located.where)
+    return number(samples, label_map, located.where)
 
 
 def _tars(files: list[str], known: list[str], label_column: str) -> Labelled:
     entries = {path: tar_archive.entries_of(path) for path in files}
     if not any(map(webdataset.is_shard, entries.values())):
         return _together([(path, _tree_of(path, one)) for path, one in entries.items()], known)
-    found = Labelled()
+    samples = Labelled()
     for path, one in entries.items():
-        found.extend(webdataset.labelled(path, one, label_column))
-    return found
+        samples.extend(webdataset.labelled(path, one, label_column))
+    return samples
 
 
 def _tree_of(path: str, entries: Entries) -> Tree:
@@ -65,10 +65,10 @@ def _tree_of(path: str, entries: Entries) -> Tree:
 
 def _together(trees: list[tuple[str, Tree]], known: list[str]) -> Labelled:
     """The classes of several archives. Of several, one whose images lie in no folder is a class, as ImageNet's are."""
-    found = Labelled()
+    samples = Labelled()
     for path, tree in trees:
         stem = os.path.basename(path).split(".")[0] if len(trees) > 1 else None
         part = classify(tree, known, stem)
         part.keeps += tree.keeps
-        found.extend(part)
-    return found
+        samples.extend(part)
+    return samples

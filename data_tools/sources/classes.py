@@ -32,14 +32,14 @@ def classify(tree: Tree, known: Collection[str] = (), flat_class: str | None = N
         UserError: classes named like splits of a data set, images without class folders, or a broken dataset.json.
     """
     images = _images(tree)
-    found = label_files.from_dataset_json(tree, images)
-    if found is None:
+    samples = label_files.from_dataset_json(tree, images)
+    if samples is None:
         root = class_root(images)
         if not any(is_inside(path, root) for path in images):
             return _flat(tree, images, flat_class)
-        found = _by_folder(tree, images, root, known)
-    found.left_out.merge(tree.left_out)
-    return found
+        samples = _by_folder(tree, images, root, known)
+    samples.left_out.merge(tree.left_out)
+    return samples
 
 
 def _images(tree: Tree) -> list[str]:
@@ -93,33 +93,33 @@ def is_inside(path: str, root: str) -> bool:
 
 
 def _flat(tree: Tree, images: list[str], flat_class: str | None) -> Labelled:
-    found = Labelled(left_out=tree.left_out)
+    samples = Labelled(left_out=tree.left_out)
     if images and flat_class is None:
         raise UserError(
             f"{names.printable(tree.name(images[0]))} lies in no class folder: one folder of images per class is needed"
         )
     for path in images:
         assert flat_class is not None
-        found.add(tree.name(path), flat_class, tree.files[path].image)
-        found.folders.add(flat_class)
-    return found
+        samples.add(tree.name(path), flat_class, tree.files[path].image)
+        samples.folders.add(flat_class)
+    return samples
 
 
 def _by_folder(tree: Tree, images: list[str], root: str, known: Collection[str]) -> Labelled:
-    found = Labelled()
+    samples = Labelled()
     classes: dict[str, list[str]] = {}
     for path in images:
         if is_inside(path, root):
             classes.setdefault(path[len(root) :].split("/", 1)[0], []).append(path)
     _check_splits(tree, root, classes, known)
-    _leave_out(tree, images, root, classes, found.left_out)
+    _leave_out(tree, images, root, classes, samples.left_out)
     for name in names.in_order(classes):
         for path in classes[name]:
             file = tree.files[path]
-            found.add(tree.name(path), name, file.image)
-    found.folders = set(classes) | _empty_folders(tree, root)
-    found.titles = label_files.titles(tree, found.folders)
-    return found
+            samples.add(tree.name(path), name, file.image)
+    samples.folders = set(classes) | _empty_folders(tree, root)
+    samples.titles = label_files.titles(tree, samples.folders)
+    return samples
 
 
 def _leave_out(tree: Tree, images: list[str], root: str, classes: Collection[str], left_out: LeftOut) -> None:

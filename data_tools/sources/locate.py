@@ -124,18 +124,18 @@ def _expand(text: str) -> list[str]:
 
 
 def _check_splits(files: list[str], base: str, text: str) -> None:
-    found: dict[str, str] = {}
+    by_split: dict[str, str] = {}
     for path in files:
         split = names.file_split(os.path.relpath(path, base) if base else path)
         if split:
-            found.setdefault(split, path)
-    if len(found) > 1:
-        found = {split: found[split] for split in names.SPLITS if split in found}
-        examples = ", ".join(names.printable(os.path.basename(path)) for path in found.values())
+            by_split.setdefault(split, path)
+    if len(by_split) > 1:
+        by_split = {split: by_split[split] for split in names.SPLITS if split in by_split}
+        examples = ", ".join(names.printable(os.path.basename(path)) for path in by_split.values())
         raise UserError(
-            f"--source {text} has files of the splits {', '.join(found)} ({examples}): choose by a pattern, as in "
-            f"--source '{_pattern(next(iter(found.values())))}', or give several files or patterns, which are packed "
-            "together"
+            f"--source {text} has files of the splits {', '.join(by_split)} ({examples}): choose by a pattern, as in "
+            f"--source '{_pattern(next(iter(by_split.values())))}', or give several files or patterns, which are "
+            "packed together"
         )
 
 

@@ -27,20 +27,20 @@ def labelled(path: str, entries: Entries, label_key: str) -> Labelled:
     Args:
         label_key: where the label stands in KEY.json.
     """
-    found = Labelled(left_out=entries.left_out, keeps=list(entries.keeps))
+    result = Labelled(left_out=entries.left_out, keeps=list(entries.keeps))
     for key, files in _samples(entries).items():
         image, where = _image(files), f"{path}:{key}"
         if image is None:
             if "cls" in files:
-                found.bad.append((where, f"it has {', '.join(files)}, but no image"))
+                result.bad.append((where, f"it has {', '.join(files)}, but no image"))
             else:
-                found.left_out.add("files that are no images", where, len(files))
+                result.left_out.add("files that are no images", where, len(files))
             continue
         try:
-            found.add(where, _label(files, label_key), image)
+            result.add(where, _label(files, label_key), image)
         except ValueError as error:
-            found.bad.append((where, str(error)))
-    return found
+            result.bad.append((where, str(error)))
+    return result
 
 
 def _samples(entries: Entries) -> dict[str, dict[str, Slice]]:

@@ -164,10 +164,10 @@ def _truth(text: str) -> bool:
 
 def expanded(path: str) -> str:
     """With the home that a leading ~ stands for. Raises ValueError."""
-    found = os.path.expanduser(path)
-    if found.startswith("~"):
-        raise ValueError(f"{found.partition('/')[0]} is no user's home here; a folder of that name is ./{path}")
-    return found
+    resolved = os.path.expanduser(path)
+    if resolved.startswith("~"):
+        raise ValueError(f"{resolved.partition('/')[0]} is no user's home here; a folder of that name is ./{path}")
+    return resolved
 
 
 def _without_null(hint: Any) -> tuple[Any, bool]:

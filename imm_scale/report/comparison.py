@@ -59,12 +59,12 @@ def _ratio(ours: _Result, theirs: _Result) -> str:
     values = f"{ours['mean']:.4f} / {theirs['mean']:.4f}"
     ratio = f" = {ours['mean'] / theirs['mean']:.2f}" if theirs["mean"] > 0 else ""  # rounding can take it to 0
     shared = ours["conditions"]
-    words = [f"{samples(ours)} samples"]
-    words += [f"guidance {shared['guidance']}"] if shared["guidance"] != "1" else []
-    words += [str(shared["precision"])] if shared["precision"] != "fp32" else []
+    notes = [f"{samples(ours)} samples"]
+    notes += [f"guidance {shared['guidance']}"] if shared["guidance"] != "1" else []
+    notes += [str(shared["precision"])] if shared["precision"] != "fp32" else []
     return (
         f"{_method(ours)} with {ours['steps']} against flow matching with {theirs['steps']} steps: {values}{ratio}"
-        f"  ({', '.join([*words, str(shared['metric'])])})"
+        f"  ({', '.join([*notes, str(shared['metric'])])})"
     )
 
 

@@ -158,8 +158,8 @@ def _sample_section(run: Run) -> str:
 
 def _caption(name: str) -> str:
     steps, _, rest = name.removesuffix(".png").removeprefix("steps-").partition("-")
-    words = rest.replace("-", " ").replace(" guide ", " by weights ")
-    return f"{steps} step" + ("" if steps == "1" else "s") + (f", {words}" if words else "")
+    qualifiers = rest.replace("-", " ").replace(" guide ", " by weights ")
+    return f"{steps} step" + ("" if steps == "1" else "s") + (f", {qualifiers}" if qualifiers else "")
 
 
 def _config_section(runs: Sequence[Run]) -> str:

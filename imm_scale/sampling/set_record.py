@@ -96,11 +96,11 @@ def _is_free(folder: str, name: str, wanted: str) -> bool:
 def _names(folder: str, name: str, settings: Settings, num: int, shown: Mapping[str, str]) -> Iterator[str]:
     yield name
     record = read(folder, name)
-    words = _differences((record or {}).get("settings", {}), settings, shown)
-    if record is not None and not words:
-        words = [f"num-{num}"]
-    yield "-".join([name, *words, *([] if words else [identity(settings)[:8]])])
-    yield "-".join([name, *words, identity(settings)[:8], f"num-{num}"])
+    suffixes = _differences((record or {}).get("settings", {}), settings, shown)
+    if record is not None and not suffixes:
+        suffixes = [f"num-{num}"]
+    yield "-".join([name, *suffixes, *([] if suffixes else [identity(settings)[:8]])])
+    yield "-".join([name, *suffixes, identity(settings)[:8], f"num-{num}"])
 
 
 def _differences(other: Settings, settings: Settings, shown: Mapping[str, str]) -> list[str]:

@@ -109,26 +109,26 @@ def _results(cell: Cell) -> Iterator[dict[str, Any]]:
     Each has its `conditions`, and the `ema` it was drawn from.
     """
     for evaluation in read_evaluations(cell.run_dir):
-        if evaluation["step"] == cell.config.train.max_steps and _is_as_asked(cell.config, evaluation):
+        if evaluation["step"] == cell.config.train.max_steps and _is_as_configured(cell.config, evaluation):
             for result in evaluation["results"]:
                 if _is_drawn_as_asked(cell.config, result):
                     said = {"ema": evaluation.get("ema"), "evaluation_seconds": evaluation.get("seconds")}
                     yield {**result, **said, "conditions": conditions(evaluation, result)}
 
 
-def _is_as_asked(config: Config, evaluation: Mapping[str, Any]) -> bool:
+def _is_as_configured(config: Config, evaluation: Mapping[str, Any]) -> bool:
     """By what the file says; what an older one does not say was as it is by default."""
-    sampling, asked = config.sampling, config.evaluation
+    sampling, evaluated = config.sampling, config.evaluation
     wanted = {key: getattr(sampling, key) for key in ("seed", "sampler", "grid", "labels", "guidance_interval")}
-    wanted |= {key: getattr(asked, key) for key in ("repeats", "num", "metrics", "compared")}
-    network, decay = networks.identity(asked.extractor), sampling.ema
+    wanted |= {key: getattr(evaluated, key) for key in ("repeats", "num", "metrics", "compared")}
+    network, decay = networks.identity(evaluated.extractor), sampling.ema
     decay = config.ema.decays[0] if decay is None else decay
     wanted["ema"] = "weight" if decay == RAW_WEIGHTS else state_name(decay)
     made_of = evaluation.get("extractor") or {}
     return (
         all(evaluation.get(key, value) == value for key, value in wanted.items())
         and all(made_of.get(key, value) == value for key, value in network.items())
-        and (evaluation.get("reference_file") is None) == (asked.reference is None)
+        and (evaluation.get("reference_file") is None) == (evaluated.reference is None)
         and (evaluation.get("guide") is not None) == (sampling.guide.is_set and sampling.guidance_scale != 1.0)
     )
 

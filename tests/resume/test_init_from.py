@@ -42,9 +42,9 @@ def test_what_is_refused_leaves_nothing_and_mended_it_starts(trained, tiny, tmp_
         "has no checkpoint of step 1; it has 2": ["train.init_step=1"],
         "holds no moving average of decay 0.5": ["train.init_ema=0.5"],
     }
-    for words, changes in refused.items():
+    for phrase, changes in refused.items():
         ((code, output),) = ranks.run(ranks.command_and_output, 1, "train", *settings, *changes)
-        assert code == 2 and words in output and "Traceback" not in output
+        assert code == 2 and phrase in output and "Traceback" not in output
         assert not (run_dir / "config.yaml").exists() and not (run_dir / "checkpoints").exists()
     # Of a start that ended before its first checkpoint there is a config, and nothing to contradict.
     run_dir.mkdir(exist_ok=True)  # the lock lies there

@@ -24,10 +24,10 @@ def test_the_second_start_is_refused_on_all_ranks_and_the_next_after_a_kill_goes
     first = ranks.start(ranks.command, 2, *_settings(digits, run_dir))
     try:
         _wait_for_step(run_dir, 6)
-        for code, words in ranks.run(ranks.command_and_output, 2, *_settings(digits, run_dir)):
-            assert code == 2 and "Traceback" not in words
-            assert f"{run_dir} is in use by process {first[0][0].pid} on " in words
-            assert "choose another run.dir" in words
+        for code, output in ranks.run(ranks.command_and_output, 2, *_settings(digits, run_dir)):
+            assert code == 2 and "Traceback" not in output
+            assert f"{run_dir} is in use by process {first[0][0].pid} on " in output
+            assert "choose another run.dir" in output
         assert "in use" not in (run_dir / "logs" / "rank-00000.log").read_text(), "the second wrote nothing"
         assert read_status(str(run_dir))["state"] == "running"
     finally:
@@ -52,8 +52,8 @@ def test_a_run_that_has_lost_its_folder_stops_and_writes_nothing_more(digits, tm
     started = ranks.start(_with_quick_heartbeats, 2, *_settings(digits, run_dir))
     _wait_for_step(run_dir, 6)
     other = _write(str(run_dir), number=2)  # as a start elsewhere would, that waited in vain for a sign of life
-    for code, words in ranks.join(started):
-        assert code == 1 and "Traceback" not in words
-        assert "was taken over by process 4242 on node7" in words
+    for code, output in ranks.join(started):
+        assert code == 1 and "Traceback" not in output
+        assert "was taken over by process 4242 on node7" in output
     assert read_status(str(run_dir))["state"] == "running", "what the other start says stays"
     assert run_lock.owner_of(str(run_dir)) == other

@@ -96,10 +96,10 @@ def _take(env: dict[str, str], run_dir: str) -> str:
 def test_of_several_starts_one_gets_the_run_folder(bucket: str, server: Server) -> None:
     """Each is a process of its own, so that all clients are strangers; the next one finds the owner dead."""
     run_dir = f"{bucket}/run"
-    words = ranks.run(_take, 4, server.env(), run_dir)
-    assert words.count("taken") == 1, words
+    outputs = ranks.run(_take, 4, server.env(), run_dir)
+    assert outputs.count("taken") == 1, outputs
     first = run_lock.owner_of(run_dir)
-    assert first is not None and sum("is in use by process" in line for line in words) == 3
+    assert first is not None and sum("is in use by process" in line for line in outputs) == 3
     assert ranks.run(_take, 1, server.env(), run_dir) == ["taken"], "the owner's process is gone by now"
     second = run_lock.owner_of(run_dir)
     assert second is not None and second.token != first.token

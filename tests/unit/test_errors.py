@@ -12,7 +12,7 @@ from tests.full_disk import file_size_limit
 
 
 @pytest.mark.parametrize(
-    ("number", "words"),
+    ("number", "phrase"),
     [
         (errno.ENOSPC, "the disk is full"),
         (errno.EDQUOT, "quota"),
@@ -21,9 +21,9 @@ from tests.full_disk import file_size_limit
         (errno.EIO, os.strerror(errno.EIO)),
     ],
 )
-def test_the_file_what_is_wrong_and_what_to_do(number, words):
+def test_the_file_what_is_wrong_and_what_to_do(number, phrase):
     message = str(explain_os_error(OSError(number, os.strerror(number), "/data/out/a.tar")))
-    assert message.startswith("/data/out/a.tar: ") and words in message and "; " in message
+    assert message.startswith("/data/out/a.tar: ") and phrase in message and "; " in message
 
 
 def test_rights_of_file_systems_that_set_no_number():

@@ -34,8 +34,8 @@ def demo(tmp_path):
         # As a terminal starts it: no make above it, and a process group of its own.
         environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
         environment |= {"LOG": str(tmp_path / "log"), "TRAINS": str(trains), "CODE": str(code)}
-        words = ["make", "demo", f"VENV={tmp_path}/venv", f"DIGITS={tmp_path}/digits"]
-        made = subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+        argv = ["make", "demo", f"VENV={tmp_path}/venv", f"DIGITS={tmp_path}/digits"]
+        made = subprocess.Popen(argv, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
         started.append(made)
         return made
 
@@ -77,15 +77,15 @@ def _all_gone(folder: Path) -> bool:
 def test_both_runs_go_on_side_by_side_under_a_page_that_ends_with_them(demo, tmp_path):
     made = demo(trains=0.5)
     _wait_for_calls(tmp_path, 3)
-    first = [words for _, words in _calls(tmp_path)]
-    assert sorted(words[0] for words in first) == ["report", "train", "train"]
-    page = next(words for words in first if words[0] == "report")
+    first = [argv for _, argv in _calls(tmp_path)]
+    assert sorted(argv[0] for argv in first) == ["report", "train", "train"]
+    page = next(argv for argv in first if argv[0] == "report")
     assert page[1:3] == ["runs/demo/imm", "runs/demo/flow_matching"]
     assert {"--watch", "--draw"} < set(page)
     assert made.wait(20) == 0
-    rest = [words for _, words in _calls(tmp_path)][3:]
+    rest = [argv for _, argv in _calls(tmp_path)][3:]
     for run in ("runs/demo/imm", "runs/demo/flow_matching"):
-        assert [words[0] for words in rest if words[1] == run] == ["sample", "evaluate"]
+        assert [argv[0] for argv in rest if argv[1] == run] == ["sample", "evaluate"]
     assert _all_gone(tmp_path)
 
 
@@ -101,5 +101,5 @@ def test_nothing_goes_on_when_it_is_interrupted(demo, tmp_path, sent):
 def test_a_run_that_fails_ends_the_demo_and_its_page(demo, tmp_path):
     made = demo(trains=0.1, code=2)
     assert made.wait(20) != 0
-    assert "evaluate" not in {words[0] for _, words in _calls(tmp_path)}
+    assert "evaluate" not in {argv[0] for _, argv in _calls(tmp_path)}
     assert _all_gone(tmp_path)

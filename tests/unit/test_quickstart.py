@@ -20,9 +20,9 @@ SMALLER = {
 def _commands() -> str:
     page = (ROOT / "docs" / "quickstart.md").read_text()
     (block,) = re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    for words, fewer in SMALLER.items():
-        assert words in block
-        block = block.replace(words, fewer)
+    for typed, fewer in SMALLER.items():
+        assert typed in block
+        block = block.replace(typed, fewer)
     return block
 
 

@@ -16,12 +16,12 @@ from imm_scale.parallel.param_slice import ParamSlice
 CLOSE = [0.99999861, 0.99999931]  # alike to six digits
 
 
-def _checkpoint(run_dir: Path, states: list[str], *words: str, step: int = 1) -> Checkpoint:
+def _checkpoint(run_dir: Path, states: list[str], *overrides: str, step: int = 1) -> Checkpoint:
     """A checkpoint of one parameter, whose state number i is full of i."""
     url = checkpoints.folder(str(run_dir), step)
     tensors = {state: [torch.full((4,), float(i))] for i, state in enumerate(states)}
     checkpoints.write_rank(url, 0, [ParamSlice("a", (4,), 0, tensors)], str(run_dir))
-    text = configs.to_yaml(configs.load([], words).config)
+    text = configs.to_yaml(configs.load([], overrides).config)
     checkpoints.commit(url, Meta(step, step * 4096, step, text, "", "hash", 1, 0, {}))
     return Checkpoint(url)
 
@@ -46,7 +46,7 @@ def test_a_name_of_version_0_1_that_stands_for_two_decays_is_none_of_them(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("words", "step", "share"),
+    ("overrides", "step", "share"),
     [
         ((), 100, 0.9**100),
         (("ema.images=4096",), 100, 0.9**100),  # a batch of 4,096 by default
@@ -54,18 +54,18 @@ def test_a_name_of_version_0_1_that_stands_for_two_decays_is_none_of_them(tmp_pa
         (("ema.warmup=true",), 1, 0.0),
     ],
 )
-def test_what_is_left_of_the_initial_weights(words, step, share, tmp_path):
-    read = _checkpoint(tmp_path, ["ema-0.9"], "ema.decays=[0.9]", *words, step=step)
+def test_what_is_left_of_the_initial_weights(overrides, step, share, tmp_path):
+    read = _checkpoint(tmp_path, ["ema-0.9"], "ema.decays=[0.9]", *overrides, step=step)
     assert averages.initial_share(read, 0.9) == pytest.approx(share, rel=1e-9)
 
 
 def test_a_young_average_is_warned_of_and_no_other(tmp_path):
-    words = "ema.decays=[0.9999,0.99]"
-    young = _checkpoint(tmp_path, ["ema-0.9999", "ema-0.99"], words, step=1000)  # 0.9999^1000 = 0.905
+    overrides = "ema.decays=[0.9999,0.99]"
+    young = _checkpoint(tmp_path, ["ema-0.9999", "ema-0.99"], overrides, step=1000)  # 0.9999^1000 = 0.905
     assert "the average of decay 0.9999 is still 90% initial weights at step 1000" in averages.warning(young, None)
     assert averages.warning(young, 0.99) == averages.warning(young, 0.0) == ""  # 0.99^1000 = 4e-5
     assert export.warnings(str(tmp_path)) == [averages.warning(young, None)]
-    old = _checkpoint(tmp_path, ["ema-0.9999", "ema-0.99"], words, step=23_027)  # 0.9999^23027 = 0.09999
+    old = _checkpoint(tmp_path, ["ema-0.9999", "ema-0.99"], overrides, step=23_027)  # 0.9999^23027 = 0.09999
     assert averages.warning(old, None) == ""
 
 

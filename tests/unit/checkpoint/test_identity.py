@@ -13,21 +13,22 @@ def _check(before: list[str], now: list[str]) -> None:
 
 def test_the_end_of_a_cosine_stays_and_that_of_other_schedules_moves():
     for schedule in ("constant", "inverse_sqrt"):
-        words = [f"optimizer.schedule={schedule}"]
-        _check([*words, "train.max_steps=20"], [*words, "train.max_steps=40"])
-    words = ["optimizer.schedule=cosine"]
-    _check([*words, "train.max_steps=20"], [*words, "train.max_steps=20", "train.log_every=7"])
+        settings = [f"optimizer.schedule={schedule}"]
+        _check([*settings, "train.max_steps=20"], [*settings, "train.max_steps=40"])
+    settings = ["optimizer.schedule=cosine"]
+    _check([*settings, "train.max_steps=20"], [*settings, "train.max_steps=20", "train.log_every=7"])
     for steps in ("40", "10"):
         with pytest.raises(UserError, match=rf"train\.max_steps: 20 -> {steps}\n.*learning rate jumps"):
-            _check([*words, "train.max_steps=20"], [*words, f"train.max_steps={steps}"])
+            _check([*settings, "train.max_steps=20"], [*settings, f"train.max_steps={steps}"])
         _check(
-            [*words, "train.max_steps=20"], [*words, f"train.max_steps={steps}", "run.allow_change=[train.max_steps]"]
+            [*settings, "train.max_steps=20"],
+            [*settings, f"train.max_steps={steps}", "run.allow_change=[train.max_steps]"],
         )
 
 
 def test_another_precision_goes_on_with_a_method_that_has_no_gap():
-    words = ["method.name=flow_matching"]
-    _check(words, [*words, "precision=bf16"])
+    settings = ["method.name=flow_matching"]
+    _check(settings, [*settings, "precision=bf16"])
 
 
 @pytest.mark.parametrize("key", ["train.max_step", "optimiser", "method.kk"])

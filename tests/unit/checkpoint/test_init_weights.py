@@ -277,19 +277,19 @@ def _named(*names: str) -> ModelSpec:
 
 
 @pytest.mark.parametrize(
-    ("names", "rows", "words"),
+    ("names", "rows", "phrase"),
     [
         (("d", "b"), [3, 1, 4], "of 2 classes 2 start at rows of the source's 4"),
         (("a", "b", "c", "d"), [0, 1, 2, 3, 4], ""),
         (("x", "c", "y", "a", "z"), [4, 2, 4, 0, 4, 4], "of 5 classes 2 start at rows of the source's 4, 3 are new"),
     ],
 )
-def test_classes_keep_the_rows_of_their_names(names, rows, words, tmp_path, caplog):
+def test_classes_keep_the_rows_of_their_names(names, rows, phrase, tmp_path, caplog):
     url, source = _source(_named("a", "b", "c", "d"), tmp_path)
     caplog.set_level("INFO")
     flow_map = _started(_named(*names), url)
     assert torch.equal(_rows(flow_map), _rows(source)[rows])
-    assert words in caplog.text and ("rows of the source" in caplog.text) == bool(words)
+    assert phrase in caplog.text and ("rows of the source" in caplog.text) == bool(phrase)
 
 
 @pytest.mark.parametrize(("classes", "rows"), [(6, [0, 1, 2, 3, 4, 4, 4]), (2, [0, 1, 4])])

@@ -125,10 +125,10 @@ def _unlike() -> dict[str, tuple[Any, str]]:
 
 @pytest.mark.parametrize("case", _unlike())
 def test_an_unlike_net_is_refused_by_name(case, tmp_path):
-    document, words = _unlike()[case]
+    document, text = _unlike()[case]
     with pytest.raises(UserError) as caught:
         state_dicts.read(_written(tmp_path / "net.pt", document), "sit", heads=2)
-    assert words in str(caught.value) and "net.pt" in str(caught.value)
+    assert text in str(caught.value) and "net.pt" in str(caught.value)
 
 
 class _Hostile:
@@ -160,15 +160,15 @@ def test_the_command_writes_a_model_that_works(tmp_path):
     weights = published.state_dict()
     source = _written(tmp_path / "sit.pt", published.checkpoint(weights, path_type="Linear", prediction="velocity"))
     out = str(tmp_path / "sit.safetensors")
-    code, words = ranks.command_and_output("import", source, "--from", "sit", "--heads", "2", "--out", out)
-    assert code == 0 and "its 'ema' is taken" in words and "--vae" in words
+    code, text = ranks.command_and_output("import", source, "--from", "sit", "--heads", "2", "--out", out)
+    assert code == 0 and "its 'ema' is taken" in text and "--vae" in text
     flow_map, x = export.load_flow_map(out)[1].double(), _image()
     expected = x + 0.5 * published.Net(weights)(x, 0.3, 2)[: published.CHANNELS]
     np.testing.assert_allclose(_moved(flow_map, x, 0.2, 0.7, 2), expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"),
+    ("argv", "text"),
     [
         (["net.pt"], "give --from sit or --from dit"),
         (["net.safetensors"], "give --from sit or --from dit"),
@@ -180,10 +180,10 @@ def test_the_command_writes_a_model_that_works(tmp_path):
         ([".", "--from", "sit"], "cannot be loaded"),
     ],
 )
-def test_the_command_refuses(argv, words, tmp_path):
+def test_the_command_refuses(argv, text, tmp_path):
     torch.save(published.state_dict(), tmp_path / "net.pt")
     source, *flags = argv
     out = ["--out", f"{tmp_path}/x.safetensors"]
     code, printed = ranks.command_and_output("import", str(tmp_path / source), *flags, *out)
-    assert code == 2 and words in printed and "Traceback" not in printed
+    assert code == 2 and text in printed and "Traceback" not in printed
     assert not (tmp_path / "x.safetensors").exists()

@@ -127,9 +127,9 @@ def test_another_method_replaces_the_keys_of_the_file_below(tmp_path):
 def test_a_key_that_the_chosen_method_has_not_is_refused_where_it_is_typed(word, tmp_path):
     """However the method was chosen; a file below, or one of version 0.1, may have it."""
     path = _write(tmp_path / "a.yaml", "method:\n  name: flow_matching\n")
-    for files, words in (([path], [word]), ([], ["method.name=flow_matching", word])):
+    for files, overrides in (([path], [word]), ([], ["method.name=flow_matching", word])):
         with pytest.raises(UserError, match=r"command line: method\.(k|min_gap) is a key of the method imm"):
-            configs.load(files, words)
+            configs.load(files, overrides)
     above = _write(tmp_path / "b.yaml", "method:\n  k: 3\n")
     with pytest.raises(UserError, match=r"b\.yaml:2: method\.k is a key of the method imm"):
         configs.load([path, above])

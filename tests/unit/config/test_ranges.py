@@ -115,7 +115,7 @@ def test_intervals_are_read_as_people_write_them(text, inside, outside):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("overrides", "said"),
     [
         (["model.patch_size=0"], "model.patch_size=0"),
         (["model.width=36", "model.heads=5"], "multiple of model.heads=5"),
@@ -131,9 +131,9 @@ def test_intervals_are_read_as_people_write_them(text, inside, outside):
         (["run.name=a/../b"], "run.name"),
     ],
 )
-def test_values_that_do_not_fit_each_other_are_refused(words, said):
+def test_values_that_do_not_fit_each_other_are_refused(overrides, said):
     with pytest.raises(UserError) as caught:
-        configs.load([], words)
+        configs.load([], overrides)
     assert said in str(caught.value)
 
 
@@ -151,7 +151,7 @@ def test_an_interval_of_guidance_that_is_empty_or_outside_is_refused(interval):
 @pytest.mark.parametrize("scale", ["1.5", "0", "0.5"])
 def test_guidance_of_a_net_that_always_sees_labels_is_refused(scale):
     for name in ("imm", "flow_matching"):
-        words = [f"method.name={name}", "method.label_drop=0"]
-        assert configs.load([], words).config.method.label_drop == 0
+        overrides = [f"method.name={name}", "method.label_drop=0"]
+        assert configs.load([], overrides).config.method.label_drop == 0
         with pytest.raises(UserError, match=r"sampling\.guidance_scale=.*method\.label_drop above 0"):
-            configs.load([], [*words, f"sampling.guidance_scale={scale}"])
+            configs.load([], [*overrides, f"sampling.guidance_scale={scale}"])

@@ -76,9 +76,9 @@ def test_every_key_of_a_place_expands_a_home(monkeypatch, tmp_path):
 
 def test_every_text_whose_sentence_names_a_folder_or_a_file_is_a_path():
     """A key added later is not forgotten."""
-    words = ("Folder ", "File ", "Local folder", "manifest.json", "Weights to start from", "Reference statistics")
+    starts = ("Folder ", "File ", "Local folder", "manifest.json", "Weights to start from", "Reference statistics")
     for key, entry in configs.entries(configs.Config()).items():
-        if entry.type.startswith("str") and entry.help.startswith(words):
+        if entry.type.startswith("str") and entry.help.startswith(starts):
             assert entry.is_path, key
 
 

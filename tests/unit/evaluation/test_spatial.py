@@ -151,14 +151,14 @@ def test_what_cannot_be_is_said(network, tmp_path):
 def test_what_is_missing_is_said_before_samples_are_drawn(trained, network, tmp_path):
     flags = _flags(_config(network))
     metrics = "evaluation.metrics=[frechet,spatial_frechet]"
-    for words, phrase in (
+    for overrides, phrase in (
         ([metrics], "needs features with places, latents gives none"),
         (["evaluation.metrics=[inception_score]"], "needs class logits, latents gives none"),
         (["evaluation.extractor.spatial=1"], "names an output of a network; latents have none"),
         (["evaluation.reference_entry=fid"], "reference_entry=fid chooses from an evaluation.reference"),
         ([*flags[:3], "evaluation.metrics=[inception_score]"], "needs class logits, net gives none"),
     ):
-        code, output = ranks.run(ranks.command_and_output, 1, "evaluate", trained, "--num", "100000000", *words)[0]
+        code, output = ranks.run(ranks.command_and_output, 1, "evaluate", trained, "--num", "100000000", *overrides)[0]
         assert (code, phrase in output) == (2, True), output
     moments = tmp_path / "moments.npz"
     np.savez(moments, mu=np.zeros(64), sigma=np.eye(64))

@@ -38,7 +38,7 @@ def test_ranks_learn_of_all_hosts_and_choose_for_themselves_what_differs_between
 
 # The CPUs of a rank and of all ranks that one task starts: 8 ranks of 3 CPUs, whatever sbatch was asked for.
 @pytest.mark.parametrize(("launch", "cpus"), [("srun", "3"), ("torchrun", "24"), ("deepspeed", "24")])
-@pytest.mark.parametrize("asked", ["1", "3", "24", "64", None])
+@pytest.mark.parametrize("requested", ["1", "3", "24", "64", None])
 @pytest.mark.parametrize(
     ("tres", "left"),
     [
@@ -46,12 +46,12 @@ def test_ranks_learn_of_all_hosts_and_choose_for_themselves_what_differs_between
         ("gres/gpu=1,cpu={}", "gres/gpu=1,cpu={}"), ("gres/gpu=1", "gres/gpu=1"), (None, None),
     ],
 )  # fmt: skip
-def test_srun_finds_one_number_of_cpus(sourced, launch, cpus, asked, tres, left):
+def test_srun_finds_one_number_of_cpus(sourced, launch, cpus, requested, tres, left):
     before = {"LAUNCH": launch, "RANKS_PER_NODE": "8", "CPUS_PER_RANK": "3"}
-    if asked is not None:
-        before["SLURM_CPUS_PER_TASK"] = asked
+    if requested is not None:
+        before["SLURM_CPUS_PER_TASK"] = requested
     if tres is not None:
-        before["SLURM_TRES_PER_TASK"] = tres.format(asked or "7")
+        before["SLURM_TRES_PER_TASK"] = tres.format(requested or "7")
     env = sourced(**before)
     assert env["SRUN_CPUS_PER_TASK"] == env["SLURM_CPUS_PER_TASK"] == cpus
     assert env.get("SLURM_TRES_PER_TASK") == (None if left is None else left.format(cpus))

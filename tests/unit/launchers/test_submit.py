@@ -86,9 +86,9 @@ def test_evaluate_wants_a_run(capsys):
     ],
 )
 def test_what_a_job_would_refuse_after_hours_is_refused_at_once(argv, phrases, trained, digits, capsys):
-    words = [{"RUN": trained, "IMAGES": str(Path(digits).parents[1] / "images")}.get(word, word) for word in argv]
+    args = [{"RUN": trained, "IMAGES": str(Path(digits).parents[1] / "images")}.get(word, word) for word in argv]
     try:
-        code = submit.main([words[0], "--cluster", "lab", "--dry-run", *words[1:]])
+        code = submit.main([args[0], "--cluster", "lab", "--dry-run", *args[1:]])
     except SystemExit as error:  # argparse
         code = error.code
     message = capsys.readouterr().err

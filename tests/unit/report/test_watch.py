@@ -158,7 +158,7 @@ def test_the_address_comes_first_and_the_table_last(run, tmp_path, capsys, monke
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "phrase"),
     [
         (["--draw"], "--draw is for --watch"),
         (["--until", "trained"], "--until is for --watch"),
@@ -167,9 +167,9 @@ def test_the_address_comes_first_and_the_table_last(run, tmp_path, capsys, monke
         (["--watch", "--poll", "nan"], "--poll nan: give seconds above 0"),
     ],
 )
-def test_flags_that_would_do_nothing_are_refused(trained, tmp_path, capsys, flags, words):
+def test_flags_that_would_do_nothing_are_refused(trained, tmp_path, capsys, flags, phrase):
     assert cli.main(["report", trained, "--out", str(tmp_path / "page.html"), *flags]) == 2
-    assert words in capsys.readouterr().err
+    assert phrase in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
 
 

@@ -116,8 +116,8 @@ def test_a_run_without_averages_says_that_its_raw_weights_can_be_had(digits, tmp
     from tests import ranks
     from tests.conftest import TINY
 
-    words = [*TINY, f"data.manifest={digits}", f"run.dir={tmp_path}/run", "train.max_steps=1", "ema.decays=[]"]
-    ranks.train(1, *words)
+    overrides = [*TINY, f"data.manifest={digits}", f"run.dir={tmp_path}/run", "train.max_steps=1", "ema.decays=[]"]
+    ranks.train(1, *overrides)
     with pytest.raises(errors.UserError, match=r"no moving average \(ema\.decays=\[\]\).*ema=0"):
         export.read(f"{tmp_path}/run")
     assert export.read(f"{tmp_path}/run", ema=export.RAW_WEIGHTS)[1]

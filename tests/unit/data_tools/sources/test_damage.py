@@ -174,12 +174,12 @@ def test_links_and_newer_files_of_one_name_are_as_unpacked(tmp_path):
             archive.addfile(info, io.BytesIO(content))
     with tarfile.open(tmp_path / "a.tar") as archive:
         archive.extractall(tmp_path / "unpacked", filter="tar")
-    found = _find(tmp_path / "a.tar")
+    damaged = _find(tmp_path / "a.tar")
     unpacked = _find(tmp_path / "unpacked")
     readable = [i for i, name in enumerate(unpacked.names) if not name.endswith("gone.png")]
-    assert [sources.read(image) for image in found.images] == [sources.read(unpacked.images[i]) for i in readable]
-    assert found.labels == [unpacked.labels[i] for i in readable]
-    assert set(found.left_out.reasons) == {
+    assert [sources.read(image) for image in damaged.images] == [sources.read(unpacked.images[i]) for i in readable]
+    assert damaged.labels == [unpacked.labels[i] for i in readable]
+    assert set(damaged.left_out.reasons) == {
         "links to what is no file of the archive",
         "older files of the same name",
         "pipes, sockets and devices",
@@ -204,7 +204,7 @@ def test_samples_with_labels_beside_them(tmp_path, samples, labels, bad):
     assert {name.split(":")[1]: label for name, label in zip(source.names, source.labels, strict=True)} == labels
     assert all(sources.read(image) == b"x" for image in source.images)
     assert len(source.bad) == len(bad)
-    assert all(words in reason for words, (_, reason) in zip(bad, source.bad, strict=True))
+    assert all(phrase in reason for phrase, (_, reason) in zip(bad, source.bad, strict=True))
 
 
 def test_labels_of_two_kinds_are_refused_by_the_odd_one(tmp_path):

@@ -29,8 +29,8 @@ def test_labels_of_edm(tmp_path, make, wrapper):
     files = {wrapper + name: data for name, data in _dataset(labels).items()}
     target = tmp_path / {trees.as_folder: "set", trees.as_zip: "set.zip", trees.as_tar: "set.tar"}[make]
     source = _find(make(target, files))
-    found = {sources.read(image): label for image, label in zip(source.images, source.labels, strict=True)}
-    assert found == dict(zip(IMAGES.values(), [5, 3, 1, 0], strict=True))
+    labels = {sources.read(image): label for image, label in zip(source.images, source.labels, strict=True)}
+    assert labels == dict(zip(IMAGES.values(), [5, 3, 1, 0], strict=True))
     assert source.class_names == [str(i) for i in range(6)]
 
 

@@ -80,10 +80,10 @@ def test_any_tree_in_any_form(made):  # type: ignore[no-untyped-def]
         orders = []
         for form in forms:
             source = _find(form)
-            found = {name: Counter() for name in contents}
+            packed = {name: Counter() for name in contents}
             for label, image in zip(source.labels, source.images, strict=True):
-                found[order[label]][sources.read(image)] += 1  # type: ignore[arg-type]
-            assert found == contents, form
+                packed[order[label]][sources.read(image)] += 1  # type: ignore[arg-type]
+            assert packed == contents, form
             assert source.class_names == [names.printable(os.fsdecode(name)) for name in order], form
             orders.append([sources.read(image) for image in source.images])  # type: ignore[arg-type]
         assert all(order == orders[0] for order in orders), "in one order, so that the shards are the same"
