@@ -14,6 +14,7 @@ from tests.conftest import TINY
 ROOT = Path(__file__).parents[2]
 FILES_ONLY = {  # threads that read and write files, or decode images, in NumPy's memory
     "imm_scale/checkpoint/format.py: commit",
+    "imm_scale/checkpoint/run_lock.py: keep",
     "imm_scale/data/dataset.py: __init__",
     "imm_scale/data/block_window.py: __init__",
     "data_tools/encode.py: _finished",
