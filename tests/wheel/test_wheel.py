@@ -138,9 +138,9 @@ def test_a_submitted_job_trains_with_the_installed_code(environment: Path, work:
 
 def test_encoding_on_a_site_that_comes_along(environment: Path, work: Path) -> None:
     command = str(environment / "bin" / "imm-scale")
-    text = _run(
-        environment, work, command, "submit", "encode", "--cluster", "pyxis", "--dry-run", "--", "--images", "a b"
-    )
-    assert "set -- --images 'a b'" in text and "--container-image" in text
+    _run(environment, work, command, "pack", "--source", "digits", "--out", "a b")
+    encode = ("--images", "a b", "--out", "latents", "--codec", "pixels")
+    text = _run(environment, work, command, "submit", "encode", "--cluster", "pyxis", "--dry-run", "--", *encode)
+    assert "set -- --images 'a b' --out latents --codec pixels" in text and "--container-image" in text
     source = next(line for line in text.splitlines() if line.startswith("source ") and line.endswith(".sbatch"))
     assert Path(source.removeprefix("source ")).is_relative_to(environment)
