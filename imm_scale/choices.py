@@ -5,6 +5,7 @@ Each registered class has a `Config`, a frozen dataclass derived from one of the
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -114,6 +115,9 @@ class MethodConfig(Choice):
     def passes_at(self, alignment: int) -> Passes:
         """The same where micro-batches start and end at multiples of so many groups, which may spare some passes."""
         return self.passes
+
+    def check_sampler(self, sampler: str, steps: Sequence[int]) -> None:
+        """Raises UserError, naming the remedy, where one of the step counts asks the net for jumps it never learns."""
 
     @property
     def has_second_time(self) -> bool:

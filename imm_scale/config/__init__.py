@@ -14,6 +14,7 @@ from imm_scale.config.load import (
     settings_of,
     split_args,
     to_yaml,
+    unfinished,
 )
 from imm_scale.config.moved import renamed
 from imm_scale.config.schema import Config
@@ -38,5 +39,6 @@ __all__ = [
     "settings_of",
     "split_args",
     "to_yaml",
+    "unfinished",
     "validate",
 ]

@@ -44,6 +44,19 @@ class FlowMapMethodConfig(MethodConfig):
     def has_second_time(self) -> bool:
         return self.flow_map.second_time != "none"
 
+    @property
+    def jumps_to_data_only(self) -> bool:
+        """Whether s = t_min in all that is learned, as by a consistency model."""
+        return False
+
+    def check_sampler(self, sampler: str, steps: Sequence[int]) -> None:
+        if self.jumps_to_data_only and sampler != "restart" and max(steps, default=1) > 1:
+            raise UserError(
+                f"sampling.sampler={sampler} in {max(steps)} steps lands between noise and data, where a net trained "
+                f"by method.name={self.name} with s = {self.t_min:g} alone was never sent: use "
+                "sampling.sampler=restart, or one step"
+            )
+
     def resolved(self, precision: str) -> Self:
         t_max = self.DEFAULT_T_MAX[self.flow_map.trajectory] if self.t_max is None else self.t_max
         return replace(self, t_max=t_max)

@@ -1,5 +1,6 @@
 """Two methods that IMM contains: only the times differ."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,10 @@ _CONSISTENCY_KERNELS = ("energy", "pseudo_huber")
 class ConsistencyConfig(ImmConfig):
     name: str = option("consistency", "")
 
+    @property
+    def jumps_to_data_only(self) -> bool:
+        return True
+
     def validate(self) -> None:
         super().validate()
         if self.particles != 1 or self.kernel not in _CONSISTENCY_KERNELS:
@@ -31,6 +36,13 @@ class ConsistencyConfig(ImmConfig):
 @dataclass(frozen=True)
 class GmmnConfig(ImmConfig):
     name: str = option("gmmn", "")
+
+    def check_sampler(self, sampler: str, steps: Sequence[int]) -> None:
+        if max(steps, default=1) > 1:
+            raise UserError(
+                f"{max(steps)} steps of a net trained by method.name=gmmn: it learns the jump from noise alone; take 1 "
+                "step (sampling.steps=[1] and evaluation.steps=[1])"
+            )
 
     def validate(self) -> None:
         super().validate()

@@ -93,12 +93,14 @@ def times_of(spec: ModelSpec, plan: SamplingPlan) -> Tensor:
 def plan_of(config: SamplingConfig, spec: ModelSpec, steps: int, num: int, seed: int) -> SamplingPlan:
     """The `sampling` section of a config, resolved for a model and a step count.
 
-    Given class counts fix the number of samples, whatever `num` says. Raises UserError for bad labels.
+    Given class counts fix the number of samples, whatever `num` says. Raises UserError for bad labels, and for jumps
+    that the model never learned.
     """
-    labels = parse_labels(config.labels, spec.space.num_classes)
+    labels, method = parse_labels(config.labels, spec.space.num_classes), build.method(spec)
+    method.config.check_sampler(config.sampler, [steps])
     return SamplingPlan(
         steps=steps,
-        grid=build.method(spec).default_grid(steps) if config.grid == "auto" else config.grid,
+        grid=method.default_grid(steps) if config.grid == "auto" else config.grid,
         labels=labels,
         num=len(labels) if has_counts(config.labels) else num,
         seed=seed,

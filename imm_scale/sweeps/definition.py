@@ -16,7 +16,9 @@ import yaml
 
 from imm_scale import build, shipped, storage
 from imm_scale import config as configs
+from imm_scale.choices import Passes
 from imm_scale.config.schema import Config, DataConfig
+from imm_scale.data.sample_order import Layout
 from imm_scale.errors import UserError
 from imm_scale.models.base import Architecture
 from imm_scale.planner import flops
@@ -24,6 +26,7 @@ from imm_scale.planner.estimate import Data, describe_data, planned_net
 
 DESCRIPTION = "sweep.json"
 _BUDGET_UNITS = ("flops", "images")
+_INCLUDE = "include"  # of a variant, which is no config key
 _PLACE = ("run.dir", "run.name", "wandb.group")  # where a run lives, which does not make it another run
 
 
@@ -40,7 +43,8 @@ class SweepFile:
         sizes: {name of a size: config keys it sets}.
         budgets: {"flops": [...]} (training multiply-adds, as in the papers) or {"images": [...]}; steps follow.
         grid: {config key: its values}; cells are the product over all keys.
-        variants: {name: config keys it sets}: an axis given as a list, for keys that change together.
+        variants: {name: config keys it sets}: an axis given as a list, for keys that change together. With
+            `include: [files]`, relative to the sweep file, it starts from `configs` with these laid over them.
         seeds: values of `seed`.
         hold_out: {"budgets": n, "sizes": n}: the n largest are kept out of fits and predicted instead.
     """
@@ -133,8 +137,7 @@ def load(path: str) -> Sweep:
     if not path.endswith((".yaml", ".yml")):
         return _from_folder(path)
     written = read_file(path)
-    base = [os.path.normpath(os.path.join(os.path.dirname(path), name)) for name in written.configs]
-    return expand(written, base, path)
+    return expand(written, path)
 
 
 def read_file(path: str) -> SweepFile:
@@ -176,9 +179,17 @@ def _check_shapes(written: SweepFile, path: str) -> None:
                 raise UserError(f"{path}: {axis}.{key}={values!r} must be a {_TYPE_NAMES[expected]}")
             if values == []:
                 raise UserError(f"{path}: {axis}.{key} is empty: give it at least one value or leave it out")
+    _check_files(written, path)
     if not written.seeds:
         raise UserError(f"{path}: seeds is empty: give at least one seed or leave it out")
     _check_budgets(written, path)
+
+
+def _check_files(written: SweepFile, path: str) -> None:
+    for name, settings in written.variants.items():
+        files = settings.get(_INCLUDE, [])
+        if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+            raise UserError(f"{path}: variants.{name}.{_INCLUDE}={files!r} must be a list of config files")
 
 
 _TYPE_NAMES: dict[Any, str] = {dict: "mapping", list: "list", str: "text"}
@@ -208,19 +219,29 @@ def _levels(written: SweepFile, axis: str) -> list[Any]:
 # --- cells ---
 
 
-def expand(written: SweepFile, base: Sequence[str], source: str) -> Sweep:
-    """All cells of a sweep file. Raises UserError as `load`."""
+def expand(written: SweepFile, source: str) -> Sweep:
+    """All cells of a sweep file, files being relative to `source`. Raises UserError as `load`."""
     folder = written.folder or f"sweeps/{written.name}"
-    try:
-        start = configs.load(base).config  # first, for it may name plugins
-    except UserError as error:
-        raise UserError(f"{source}: configs: {error}") from error
+    start = _start(written.configs, source, "configs")  # first, for it may name plugins
+    starts = {
+        name: _start([*written.configs, *settings[_INCLUDE]], source, f"variants.{name}.{_INCLUDE}")
+        for name, settings in written.variants.items()
+        if _INCLUDE in settings
+    }
     common = _flat(written.settings)
     choices = [_Choice(c.factors, {**common, **c.settings}) for c in _choices(written, source)]
-    cells = [_cell(written, folder, choice, start, source) for choice in choices]
+    cells = [_cell(written, folder, c, starts.get(c.factors.get("variant", ""), start), source) for c in choices]
     cells = _hold_out(written, cells)
     _refuse_duplicates(cells, source)
     return Sweep(written.name, written.description, folder, tuple(cells), tuple(cells[0].factors))
+
+
+def _start(files: Sequence[str], source: str, where: str) -> Config:
+    """The config that files mean. Raises UserError that says where the sweep file names them."""
+    try:
+        return configs.unfinished([os.path.normpath(os.path.join(os.path.dirname(source), name)) for name in files])
+    except UserError as error:
+        raise UserError(f"{source}: {where}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -240,11 +261,15 @@ def _choices(written: SweepFile, source: str) -> Iterator[_Choice]:
     for key, values in written.grid.items():
         axes.append([_Choice({key: v}, _flat({key: v})) for v in values])
     if written.variants:
-        axes.append([_Choice({"variant": n}, _flat(s)) for n, s in written.variants.items()])
+        axes.append([_Choice({"variant": n}, _flat(_without_files(s))) for n, s in written.variants.items()])
     axes.append([_Choice({"seed": seed}, {"seed": seed}) for seed in written.seeds])
     for chosen in itertools.product(*axes):
         factors = {key: value for choice in chosen for key, value in choice.factors.items()}
         yield _Choice(factors, {key: value for choice in chosen for key, value in choice.settings.items()})
+
+
+def _without_files(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key != _INCLUDE}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -276,9 +301,20 @@ def _cell(written: SweepFile, folder: str, choice: _Choice, base: Config, source
 
 
 def _priced(name: str, factors: dict[str, Any], config: Config, net: Architecture, held_out: bool = False) -> Cell:
-    step = flops.training_multiply_adds(net, config.method.passes, config.train.global_batch_size)
+    step = _step_multiply_adds(config, net)
     forward = flops.forward_multiply_adds(net)
     return Cell(name, factors, held_out, config, net, forward, step * config.train.max_steps)
+
+
+def step_passes(config: Config) -> Passes:
+    """What a step costs as one rank takes it: a sweep means the same cells on any machine."""
+    train = config.train
+    layout = Layout(train.global_batch_size, config.method.group_size, 1, train.micro_batch_size)
+    return config.method.passes_at(layout.alignment)
+
+
+def _step_multiply_adds(config: Config, net: Architecture) -> int:
+    return flops.training_multiply_adds(net, step_passes(config), config.train.global_batch_size)
 
 
 def _name_part(key: str, value: Any) -> str:
@@ -296,7 +332,7 @@ def _name_part(key: str, value: Any) -> str:
 
 def _steps(config: Config, net: Architecture, unit: str, budget: float) -> int:
     batch = config.train.global_batch_size
-    per_step = flops.training_multiply_adds(net, config.method.passes, batch) if unit == "flops" else batch
+    per_step = _step_multiply_adds(config, net) if unit == "flops" else batch
     steps = round(budget / per_step)
     if steps < 1:
         raise UserError(f"budgets.{unit}={budget:g} is less than one step of {per_step:g}: raise it or shrink the size")

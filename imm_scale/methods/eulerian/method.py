@@ -70,6 +70,10 @@ class EulerianConfig(TwoTimesMethodConfig):
     residual: ResidualConfig = field(default_factory=ResidualConfig)
     guidance: TrainingGuidanceConfig = field(default_factory=TrainingGuidanceConfig)
 
+    @property
+    def jumps_to_data_only(self) -> bool:
+        return self.times.s is None
+
     def passes_of(self, apart: float) -> Passes:
         guiding = self.guidance.passes if self.guidance.is_on else 0
         if self.derivative == "difference":

@@ -56,6 +56,36 @@ def test_cells_are_the_product_of_all_axes(write):
     assert cell.config.wandb.group == "study"
 
 
+_METHODS = ROOT / "configs/method"
+
+
+def test_a_variant_may_be_a_file(write):
+    presets = {name: {"include": [str(_METHODS / f"{name}.yaml")]} for name in ("meanflow", "soflow")}
+    presets["soflow"]["method.schedule_images"] = 640  # which the file leaves open
+    sweep = definition.load(write(variants={"imm": {"method.k": 11}, **presets}, budgets={"flops": [1e8]}))
+    imm, meanflow, soflow = (cell.config for cell in sweep.cells)
+    assert (imm.method.name, imm.method.k) == ("imm", 11)
+    assert (meanflow.method.derivative, meanflow.method.times.equal) == ("tangent", 0.75)
+    assert (soflow.method.derivative, soflow.method.schedule_images) == ("difference", 640)
+    assert meanflow.model == imm.model and meanflow.train.global_batch_size == 64
+    # In forward passes an image: 3 + 1; 3 + 1.1 and 3 + 1 on the quarter of samples with s before t, as the micro-batch
+    # of 64 is whole strata.
+    steps = [config.train.max_steps for config in (imm, meanflow, soflow)]
+    forward = sweep.cells[0].forward_flops * 64
+    assert steps == [round(1e8 / (forward * units)) for units in (4.0, 3.275, 3.25)]
+
+
+@pytest.mark.parametrize("files", ["meanflow.yaml", [1]])
+def test_files_of_a_variant_are_a_list(write, files):
+    with pytest.raises(UserError, match=r"variants\.a\.include=.* must be a list of config files"):
+        definition.load(write(variants={"a": {"include": files}}))
+
+
+def test_a_file_of_a_variant_that_is_not_there(write):
+    with pytest.raises(UserError, match=r"variants\.a\.include: .*nowhere\.yaml"):
+        definition.load(write(variants={"a": {"include": ["nowhere.yaml"]}}))
+
+
 def test_steps_follow_from_a_budget(write):
     # 4 forward passes per image: two of each branch's, and a backward pass that counts as two.
     net = DiTConfig(width=32, depth=2, heads=2, patch_size=2, channels=1, height=8, image_width=8, num_classes=10)
