@@ -128,6 +128,15 @@ class MethodConfig(Choice):
         """With nothing left open that follows from other settings. What is resolved travels with the weights."""
         return self
 
+    @property
+    def takes_tangents(self) -> bool:
+        """Whether the net is differentiated along a tangent of its inputs."""
+        return False
+
+    def cautions(self, images: int) -> list[str]:
+        """What is allowed and seldom meant in a training of so many images, a sentence each."""
+        return []
+
     def unlike(self, source: "MethodConfig") -> dict[str, tuple[Any, Any]]:
         """What a net trained with `source` takes or answers otherwise than here: {key below `method`: (there, here)}.
 
@@ -144,6 +153,10 @@ class BackboneConfig(Choice):
     def title(self) -> str:
         """What people call the net, for pages and plans."""
         return self.name
+
+    def cautions(self, takes_tangents: bool) -> list[str]:
+        """What is allowed and seldom meant under a method that does, or does not, take tangents of the net."""
+        return []
 
 
 @dataclass(frozen=True)

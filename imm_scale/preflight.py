@@ -33,6 +33,13 @@ class PreparedRun:
         """The data set's description."""
         return self.dataset.manifest
 
+    @property
+    def cautions(self) -> list[str]:
+        """What is allowed and seldom meant, a sentence each."""
+        config = self.config
+        images = config.train.max_steps * config.train.global_batch_size
+        return config.method.cautions(images) + config.model.cautions(config.method.takes_tangents)
+
 
 def prepare(config: Config, world_size: int) -> PreparedRun:
     """Raises UserError for whatever can be known to be wrong before training."""
@@ -89,6 +96,7 @@ def describe(prepared: PreparedRun) -> str:
         f"{config.train.max_steps * layout.global_batch_size / samples:.4g} epochs in all"
         + (f"; {prepared.manifest.num_samples - samples:,} images held out" if config.data.holdout else ""),
         f"run folder         {config.run_dir}",
+        *(f"note               {caution}" for caution in prepared.cautions),
     ]
     settings = yaml.safe_dump({"deepspeed": _deepspeed_settings(prepared)}, sort_keys=False)
     return configs.to_yaml(config) + "\n" + settings + "\n" + "\n".join(lines)

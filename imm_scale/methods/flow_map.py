@@ -22,6 +22,7 @@ PARAMETERIZATIONS = ("identity", "simple_edm", "euler_fm", "velocity", "epsilon"
 VELOCITIES = ("euler_fm", "velocity")  # sigma_d G is the mean velocity from t to s
 SECOND_TIMES = ("s", "t_minus_s", "none")
 TIME_INPUTS = ("t", "ddpm_step")
+_LARGEST_SLOW_SCALE = 10.0  # of times whose embeddings change slowly from s to t
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,15 @@ class FlowMapConfig:
     time_input: Literal["t", "ddpm_step"] = option(
         "t", "What is embedded of a time: itself, or the step (0 to 999) of DDPM's linear schedule as noisy (DiT)."
     )
+
+    def cautions(self) -> list[str]:
+        """For methods that follow how the net changes with its times."""
+        if self.time_scale <= _LARGEST_SLOW_SCALE:
+            return []
+        return [
+            f"method.flow_map.time_scale={self.time_scale:g} multiplies every derivative by time, and their noise: all "
+            "published code of this method has 1"
+        ]
 
     def validate(self) -> None:
         """Raises UserError where the three do not fit together."""

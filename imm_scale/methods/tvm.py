@@ -57,6 +57,13 @@ class TvmConfig(FlowMapMethodConfig):
     )
 
     @property
+    def takes_tangents(self) -> bool:
+        return True
+
+    def cautions(self, images: int) -> list[str]:
+        return [*super().cautions(images), *self.flow_map.cautions()]
+
+    @property
     def passes(self) -> Passes:
         # A tangent that carries a gradient is a second pass to go back through; the velocity where it lands; and flow
         # matching, a pass of its own.

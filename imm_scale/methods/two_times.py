@@ -145,6 +145,9 @@ class TwoTimesMethodConfig(FlowMapMethodConfig):
     def passes(self) -> Passes:
         return self.passes_of(1.0)
 
+    def cautions(self, images: int) -> list[str]:
+        return [*super().cautions(images), *self.flow_map.cautions()]
+
     def passes_at(self, alignment: int) -> Passes:
         return self.passes_of(1.0 - self.times.equal if splits(self.times.equal, alignment) else 1.0)
 

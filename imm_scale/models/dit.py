@@ -55,6 +55,14 @@ class ModelConfig(BackboneConfig):
     def title(self) -> str:
         return self.size
 
+    def cautions(self, takes_tangents: bool) -> list[str]:
+        if not takes_tangents or self.attention != "xformers":
+            return []
+        return [
+            "model.attention=xformers computes attention's value alone: its tangent takes torch's matrix products, "
+            "with the scores of all pairs of tokens in memory for one block at a time, under either choice"
+        ]
+
     def validate(self) -> None:
         side = self.patch_size or max(PATCH_SIZES)  # of samples it fits: what they are is not known here
         size_config(self.size, **self.given, height=side, image_width=side, mlp_ratio=self.mlp_ratio)

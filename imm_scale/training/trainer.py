@@ -78,7 +78,7 @@ def _start(
     config = prepared.config
     _write_config(prepared, world)
     set_up_logging(config.run_dir, world.rank)
-    for problem in resume_point.passed_over:
+    for problem in (*resume_point.passed_over, *(prepared.cautions if world.is_main else ())):
         log.warning(problem)
     try:
         remove_leftovers(config, world)

@@ -7,7 +7,7 @@ from imm_scale import config as configs
 from imm_scale.errors import UserError
 from imm_scale.parallel.zero_config import check_settings
 from tests import ranks
-from tests.conftest import TINY
+from tests.conftest import ANY_METHOD, TINY
 
 
 def _settings(capsys, digits: str, *argv: str) -> dict:
@@ -28,6 +28,13 @@ def test_dry_run_prints_deepspeeds_settings(capsys, digits):
     block = 18 * 32**2 + (4 + 5 + 6) * 32
     assert zero["stage3_max_reuse_distance"] == block and zero["stage3_max_live_parameters"] == 2 * block
     assert zero["stage"] == 3 and zero["reduce_bucket_size"] == 1000000 and settings["wall_clock_breakdown"] is True
+
+
+def test_dry_run_says_what_is_seldom_meant(capsys, digits):
+    argv = ("method.name=eulerian", "method.flow_map.second_time=t_minus_s", "method.flow_map.time_scale=1000")
+    assert ranks.command("train", *ANY_METHOD, f"data.manifest={digits}", "--dry-run", *argv) == 0
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note ")]
+    assert "time_scale=1000 multiplies every derivative by time" in note
 
 
 def test_clipping_is_off_unless_asked_for(capsys, digits):

@@ -8,8 +8,8 @@ regression of G on G - e, which is not differentiated. The presets in configs/me
 Legend: N samples, each a group of its own; times are (N,) fp64.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -74,6 +74,33 @@ class EulerianConfig(TwoTimesMethodConfig):
     def jumps_to_data_only(self) -> bool:
         return self.times.s is None
 
+    @property
+    def takes_tangents(self) -> bool:
+        return self.derivative == "tangent"
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether the loss depends on how far training is."""
+        return bool(self.residual.warmup) or (self.derivative == "difference" and self.step.is_scheduled)
+
+    def cautions(self, images: int) -> list[str]:
+        cautions = super().cautions(images)
+        if self.is_scheduled and self.schedule_images != images:
+            assert self.schedule_images is not None, "validated"
+            ends = (
+                f"ends at {self.schedule_images / images:.0%} of it and stays as it is then"
+                if self.schedule_images < images
+                else f"is {images / self.schedule_images:.0%} through at its end"
+            )
+            cautions.append(
+                f"method.schedule_images={self.schedule_images:,} is not the {images:,} images of this run "
+                f"(train.max_steps x train.global_batch_size): the schedule {ends}"
+            )
+        return cautions
+
+    def resolved(self, precision: str) -> Self:
+        return replace(super().resolved(precision), step=self.step.resolved(precision))
+
     def passes_of(self, apart: float) -> Passes:
         guiding = self.guidance.passes if self.guidance.is_on else 0
         if self.derivative == "difference":
@@ -94,8 +121,7 @@ class EulerianConfig(TwoTimesMethodConfig):
                 f"{self.times.equal}"
             )
         self._check_unused()
-        scheduled = self.derivative == "difference" and self.step.is_scheduled
-        if (scheduled or self.residual.warmup) and self.schedule_images is None:
+        if self.is_scheduled and self.schedule_images is None:
             raise UserError(
                 "method.schedule_images must say over how many images method.step and method.residual.warmup run: "
                 "train.max_steps x train.global_batch_size, as a rule"

@@ -3,8 +3,8 @@
 Times are fp64 and of one shape (G,); progress is (G,) in [0, 1].
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from imm_scale.methods.probability_path import Interpolant
 
 # Below and above these shares alpha-Flow's schedule is at its ends (arXiv 2510.20771).
 _SNAP = 0.005
+# Below these t - r a difference of two passes has lost a fifth or more to rounding (one-sided, time_scale 1); SoFlow's
+# code has 1e-4 as well.
+_LEAST_SHARE = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 5e-3, "bf16": 2e-2}
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,24 @@ class StepConfig:
     k: int = option(10, "eta: the step is the range of eta (160) / 2^k.", range="[0, 52]")
     base: float = option(2.0, "ect: q; the gap to r shrinks as q^-(stage + 1).", range="(1, inf)")
     stages: int = option(8, "ect: stages over the schedule.", range="[1, inf)")
+
+    min_gap: float | None = option(
+        None,
+        "Least t - r; null takes what the precision can tell: for share 1e-4 in fp32, 5e-3 in tf32 and fp16, 2e-2 in "
+        "bf16; else 0, and 1e-4 in fp16 and bf16.",
+        range="[0, 1)",
+    )
+
+    def resolved(self, precision: str) -> Self:
+        """With the least gap. Raises UserError for one below which a difference is all rounding."""
+        least = _LEAST_SHARE[precision] if self.kind == "share" else imm_times.default_min_gap(precision)
+        gap = least if self.min_gap is None else self.min_gap
+        if gap < least:
+            raise UserError(
+                f"method.step.min_gap={gap:g} is less than precision={precision} can tell apart: at least {least:g}, "
+                "or null; or method.derivative=tangent, which takes no difference"
+            )
+        return replace(self, min_gap=gap)
 
     def validate(self) -> None:
         """Raises UserError for a step that would grow."""
@@ -61,7 +82,15 @@ def share(config: StepConfig, progress: Tensor) -> Tensor:
 def next_time(
     interp: Interpolant, config: StepConfig, s: Tensor, t: Tensor, progress: Tensor, sigma_data: float
 ) -> Tensor:
-    """r in [s, t]."""
+    """r in [s, t], nowhere nearer to t than `min_gap` but at s."""
+    return torch.minimum(_next_time(interp, config, s, t, progress, sigma_data), t - (config.min_gap or 0.0)).clamp_min(
+        s
+    )
+
+
+def _next_time(
+    interp: Interpolant, config: StepConfig, s: Tensor, t: Tensor, progress: Tensor, sigma_data: float
+) -> Tensor:
     if config.kind == "share":
         return t - share(config, progress) * (t - s)
     if config.kind == "eta":
