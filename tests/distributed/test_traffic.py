@@ -59,3 +59,13 @@ def test_the_loss_of_imm_sends_nothing(digits, both_branches_at_once):
     print("flow matching:", flow_matching)
     assert both_branches_at_once["other"] == pytest.approx(flow_matching["other"], rel=0.01)
     assert sum(both_branches_at_once.values()) <= 1.02 * sum(flow_matching.values())
+
+
+def test_a_tangent_comes_with_the_gathers_of_its_value(digits, both_branches_at_once):
+    """MeanFlow's whole step sends what IMM's does: a block's weights serve value and tangent in one call."""
+    words = ["method.name=eulerian", "method.flow_map.second_time=t_minus_s", "method.flow_map.time_scale=1"]
+    for share in ("0.75", "0"):  # the tangent of a quarter of the samples, and of all
+        meanflow = ranks.run(_traffic, 2, digits, False, [*words, f"method.times.equal={share}"])[0]
+        print(f"MeanFlow, {share} at s = t:", meanflow)
+        assert meanflow["scatter"] == pytest.approx(both_branches_at_once["scatter"], rel=0.01)
+        assert meanflow["gather"] == pytest.approx(both_branches_at_once["gather"], rel=0.02), meanflow
