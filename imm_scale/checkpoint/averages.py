@@ -1,5 +1,8 @@
 """The moving averages a checkpoint holds: under which name each lies, and how much of it is still initial weights."""
 
+from collections import Counter
+from collections.abc import Sequence
+
 from imm_scale.checkpoint.format import Checkpoint
 from imm_scale.config.load import from_yaml
 from imm_scale.parallel import ema
@@ -8,18 +11,24 @@ YOUNG = 0.1  # share of the initial weights above which an average is said to be
 
 
 def state_of(checkpoint: Checkpoint, decay: float) -> str | None:
-    """The checkpoint's state of a decay; None where its run kept no such average.
+    """The checkpoint's state of a decay; None where its run kept no such average."""
+    return states(checkpoint, from_yaml(checkpoint.meta.config).ema.decays).get(decay)
+
+
+def states(checkpoint: Checkpoint, decays: Sequence[float]) -> dict[float, str]:
+    """{decay: state} of the averages that are there, of the decays of the checkpoint's config.
 
     Runs up to version 0.1 wrote six digits of a decay, so a name alone does not say which it is: the config does.
     """
-    decays = from_yaml(checkpoint.meta.config).ema.decays
-    older = [other for other in decays if ema.older_state_name(other) == ema.older_state_name(decay)]
-    if decay not in decays:
-        return None
-    if ema.state_name(decay) in checkpoint.states:
-        return ema.state_name(decay)
-    name = ema.older_state_name(decay)
-    return name if older == [decay] and name in checkpoint.states else None
+    held, older = set(checkpoint.states), Counter(map(ema.older_state_name, decays))
+    found = {}
+    for decay in decays:
+        name = ema.older_state_name(decay)
+        if ema.state_name(decay) in held:
+            found[decay] = ema.state_name(decay)
+        elif name in held and older[name] == 1:
+            found[decay] = name
+    return found
 
 
 def initial_share(checkpoint: Checkpoint, decay: float) -> float:

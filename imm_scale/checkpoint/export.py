@@ -276,7 +276,7 @@ def write(
         UserError: an unknown format, a name that does not fit it, or a model that `pipeline_folder.check` refuses.
     """
     check_out(out, format, vae)
-    said = asdict(origin or Origin())
+    said = {key: value for key, value in asdict(origin or Origin()).items() if value is not None}
     if format == "safetensors":
         _write_tensors(weights, out, {_SPEC_KEY: spec.to_json(), _ORIGIN_KEY: json.dumps(said)})
         return

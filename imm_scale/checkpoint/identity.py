@@ -35,8 +35,8 @@ def identity(config: Config) -> dict[str, Any]:
     }
 
 
-def check_identity(config: Config, manifest_hash: str, old: Config, old_manifest_hash: str) -> None:
-    """Raises UserError, with the keys, where a run folder was started with something else."""
+def differences(config: Config, manifest_hash: str, old: Config, old_manifest_hash: str) -> dict[str, tuple[Any, Any]]:
+    """{key: (before, now)} of what makes a run another one, but for what the new `run.allow_change` allows."""
     before = {**identity(old), "data.manifest (contents)": old_manifest_hash}
     now = {**identity(config), "data.manifest (contents)": manifest_hash}
     allowed = [configs.renamed(key) for key in config.run.allow_change]
@@ -46,9 +46,14 @@ def check_identity(config: Config, manifest_hash: str, old: Config, old_manifest
 
     # The keys of another class are not there: its name tells it all.
     shared = [key for key in before if key in now]
-    differing = [key for key in shared if before[key] != now[key] and not is_allowed(key)]
+    return {key: (before[key], now[key]) for key in shared if before[key] != now[key] and not is_allowed(key)}
+
+
+def check_identity(config: Config, manifest_hash: str, old: Config, old_manifest_hash: str) -> None:
+    """Raises UserError, with the keys, where a run folder was started with something else."""
+    differing = differences(config, manifest_hash, old, old_manifest_hash)
     if differing:
-        lines = "\n".join(f"  {key}: {before[key]} -> {now[key]}" for key in differing)
+        lines = "\n".join(f"  {key}: {before} -> {now}" for key, (before, now) in differing.items())
         if _OF_COSINE in differing:
             lines += "\n  (a cosine reaches 0 at train.max_steps: with another, the learning rate jumps here)"
         keys = ",".join(key.split(" ")[0] for key in differing)

@@ -22,14 +22,26 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN | FILE.safetensors | FOLDER")
     parser.add_argument("--ema", type=float, help="decay of the average; default the first, 0 for the raw weights")
+    parser.add_argument(
+        "--width",
+        type=float,
+        help="in place of --ema, an average of this relative width, such as 0.08, made of all that the run's "
+        "checkpoints up to --step hold",
+    )
     parser.add_argument("--step", type=int, help="of the run's checkpoint; default the newest")
     parser.add_argument("--vae", help="folder of the AutoencoderKL of its latents, to put into a diffusers folder")
     _add_out(parser)
 
 
 def _export(args: argparse.Namespace) -> int:
-    from imm_scale.checkpoint import export
+    from imm_scale.checkpoint import export, post_hoc_ema
 
+    if args.width is not None:
+        if args.ema is not None:
+            raise UserError(f"--ema {args.ema:g} is kept by the run, --width {args.width:g} is made: give one of them")
+        print(post_hoc_ema.write(args.run, args.out, args.width, args.step, args.format, args.vae))
+        print(args.out)
+        return 0
     export.export(args.run, args.out, args.ema, args.step, args.format, args.vae)
     for warning in export.warnings(args.run, args.ema, args.step):
         print(f"warning: {warning}")
@@ -80,6 +92,7 @@ EXPORT = Command(
     _export,
     """examples:
   imm-scale export runs/demo/imm --out digits.safetensors --ema 0.995
+  imm-scale export runs/demo/imm --out wide.safetensors --width 0.15
   imm-scale export digits.safetensors --out digits --format diffusers
   imm-scale export runs/xl --step 200000 --out xl --format diffusers --vae /models/sd-vae-ft-mse""",
     interrupted="nothing is half-written, the same command starts over",

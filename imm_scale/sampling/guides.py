@@ -56,7 +56,7 @@ def load(source: Source, config: SamplingConfig) -> Guide | None:
 def read(url: str, ema: float | None = None, step: int | None = None) -> Guide:
     """A guide from a run, a checkpoint or an export, as `export.load` reads it."""
     spec, flow_map, origin = export.load(url, ema, step)
-    known = [("step", origin.step), ("ema", origin.ema)]
+    known = [("step", origin.step), ("ema", origin.ema), ("width", origin.width)]
     parts = [f"{name} {value!r}" for name, value in known if value is not None]
     text = ", ".join([storage.name(url.rstrip("/")), *parts])
     return Guide(spec, flow_map, export.identity(spec, flow_map), text)
