@@ -97,6 +97,7 @@ class MethodConfig(Choice):
     Attributes:
         MAX_ZERO_STAGE: the last ZeRO stage it can be trained at.
         WHY_NOT_BEYOND: what keeps it from the next.
+        tangents_are_live: derivatives carry a gradient, and flow matching is a pass of its own beside them.
     """
 
     MAX_ZERO_STAGE: ClassVar[int] = 3
@@ -128,10 +129,16 @@ class MethodConfig(Choice):
         """With nothing left open that follows from other settings. What is resolved travels with the weights."""
         return self
 
+    tangents_are_live: ClassVar[bool] = False
+
     @property
     def takes_tangents(self) -> bool:
         """Whether the net is differentiated along a tangent of its inputs."""
         return False
+
+    def tangent_share(self, alignment: int) -> float:
+        """Of the samples of a micro-batch, at such an alignment, that which a derivative is taken of."""
+        return float(self.takes_tangents)
 
     def cautions(self, images: int) -> list[str]:
         """What is allowed and seldom meant in a training of so many images, a sentence each."""

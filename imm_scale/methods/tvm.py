@@ -56,6 +56,8 @@ class TvmConfig(FlowMapMethodConfig):
         [-0.4, 1.0], "The same of s, below 1 - (t - s), and of flow matching's time.", length="[2, 2]"
     )
 
+    tangents_are_live: ClassVar[bool] = True
+
     @property
     def takes_tangents(self) -> bool:
         return True

@@ -149,7 +149,14 @@ class TwoTimesMethodConfig(FlowMapMethodConfig):
         return [*super().cautions(images), *self.flow_map.cautions()]
 
     def passes_at(self, alignment: int) -> Passes:
-        return self.passes_of(1.0 - self.times.equal if splits(self.times.equal, alignment) else 1.0)
+        return self.passes_of(self._apart(alignment))
+
+    def tangent_share(self, alignment: int) -> float:
+        return self._apart(alignment) if self.takes_tangents else 0.0
+
+    def _apart(self, alignment: int) -> float:
+        """Share of samples taken for such with s before t."""
+        return 1.0 - self.times.equal if splits(self.times.equal, alignment) else 1.0
 
     @abstractmethod
     def passes_of(self, apart: float) -> Passes:

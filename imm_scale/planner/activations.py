@@ -3,12 +3,12 @@
 Legend: T tokens, D width, r mlp_ratio, u = T D elements of the residual stream of a sample.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from imm_scale.choices import Passes
 from imm_scale.models.base import Architecture
 from imm_scale.models.dit import DiTConfig
-from imm_scale.planner.counting import elements, footprint
+from imm_scale.planner.counting import elements, footprint, tangent_footprint
 from imm_scale.planner.flops import parameters
 
 _FP32, _HALF = 4, 2
@@ -43,6 +43,30 @@ def activations(net: Architecture, half: bool) -> Activations:
     return Activations(
         counts.kept_by_block, counts.block_input, counts.kept_around, counts.widest, counts.workspace, elements(net)
     )
+
+
+@dataclass(frozen=True)
+class TangentActivations:
+    """Bytes of one sample whose derivative along a tangent is computed beside its value.
+
+    Attributes:
+        held: most that a tangent without gradient holds beside what the value keeps.
+        block: what autograd keeps of one block where the tangent carries a gradient too, value included.
+        around: what it keeps outside the blocks then.
+        workspace: of that backward pass.
+    """
+
+    held: float
+    block: float
+    around: float
+    workspace: float
+
+
+def tangent_activations(net: Architecture, half: bool) -> TangentActivations:
+    """Counted for every net, a DiT's on one of its blocks, which are alike."""
+    one = replace(net, depth=1) if isinstance(net, DiTConfig) else net
+    counts = tangent_footprint(one, half)
+    return TangentActivations(counts.held, counts.kept_by_block, counts.kept_around, counts.workspace)
 
 
 def _of_dit(net: DiTConfig, size: int) -> Activations:

@@ -196,6 +196,61 @@ def _footprint(net: Architecture, half: bool, samples: int) -> Footprint:
     )
 
 
+@dataclass(frozen=True)
+class TangentFootprint:
+    """What a pass with a tangent keeps and holds of one sample, in bytes.
+
+    Attributes:
+        held: most that is alive at once beside what the value keeps, of a tangent without gradient.
+        kept_by_block, kept_around: for the backward pass, of value and tangent where both carry a gradient.
+        workspace: most that is alive at once beside that, in this pass or on its way back.
+    """
+
+    held: float
+    kept_by_block: float
+    kept_around: float
+    workspace: float
+
+
+@cache
+def tangent_footprint(net: Architecture, half: bool) -> TangentFootprint:
+    """As `footprint`, of `Backbone.with_tangent`, without and with gradient of the tangent.
+
+    Raises:
+        UserError: the net's tangent does not run on tensors without data.
+    """
+    few, many = (vars(_tangent_footprint(net, half, samples)) for samples in (_SAMPLES, 2 * _SAMPLES))
+    return TangentFootprint(**{name: (many[name] - few[name]) / _SAMPLES for name in few})
+
+
+def _tangent_footprint(net: Architecture, half: bool, samples: int) -> TangentFootprint:
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        model = net.build()
+        x, c_noise, second, label = net.example(samples)
+        moves = None if second is None else torch.ones_like(second)
+        inputs = (x, torch.ones_like(x), c_noise, torch.ones_like(c_noise), second, moves, label)
+        blocks = list(model.blocks)
+        weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
+        with _explained(type(model)), _Watch(blocks) as still:
+            model.with_tangent(*inputs)
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        with _Watch(blocks) as live:
+            value, derivative = model.with_tangent(*inputs, live=True)
+            loss = (value + derivative).sum()
+            del value, derivative
+            loss.backward()
+    inside = {k: n for k, n in live.inside.items() if k not in weights}
+    around = {k: n for k, n in live.around.items() if k not in weights and k not in inside}
+    kept = {k: n for k, n in (still.inside | still.around).items() if k not in weights}
+    return TangentFootprint(
+        held=still.peak - sum(kept.values()),
+        kept_by_block=sum(inside.values()) / len(blocks),
+        kept_around=sum(around.values()),
+        workspace=live.peak - sum(inside.values()) - sum(around.values()),
+    )
+
+
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 

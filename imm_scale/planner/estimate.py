@@ -188,6 +188,8 @@ def setting(config: Config, net: Architecture, layout: Layout) -> Setting:
         half=config.precision in ("bf16", "fp16"),
         half_gradients=halves_gradients(config),
         two_branches=config.method.passes.no_grad + config.method.passes.tangent > 0,
+        tangent_samples=round(config.method.tangent_share(layout.alignment) * layout.samples_per_micro_batch),
+        live_tangent=config.method.tangents_are_live,
         checkpointing=config.train.activation_checkpointing,
         offload=config.zero.offload == "optimizer",
         bucket=_reduce_bucket(config),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from imm_scale.models.base import Architecture
-from imm_scale.planner.activations import activations
+from imm_scale.planner.activations import activations, tangent_activations
 from imm_scale.planner.flops import Parameters
 
 _FP32, _HALF, _FP64 = 4, 2, 8
@@ -31,6 +31,8 @@ class Setting:
         half: 16-bit autocast.
         half_gradients: its layers' gradients are summed over ranks in 16 bits too.
         two_branches: IMM and its special cases; flow matching has one.
+        tangent_samples: of a micro-batch, how many a derivative along a tangent is taken of.
+        live_tangent: it carries a gradient, and flow matching has a pass of its own beside it.
         bucket: elements of DeepSpeed's reduce bucket.
         overlap: gradients are reduced beside the backward pass.
         decays: of the moving averages.
@@ -45,6 +47,8 @@ class Setting:
     half: bool
     half_gradients: bool
     two_branches: bool
+    tangent_samples: int
+    live_tangent: bool
     checkpointing: bool
     offload: bool
     bucket: int
@@ -172,17 +176,52 @@ def _casts(s: Setting, p: Parameters) -> float:
 # --- moments ---
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """Bytes of a micro-batch's passes.
+
+    Attributes:
+        block: kept by a block whose backward pass comes.
+        saved: kept by a block until its backward pass comes.
+        around: kept outside the blocks.
+        beside: held by branches and tangents without gradient, inside a block.
+        workspace: of a backward pass through a block.
+    """
+
+    block: float
+    saved: float
+    around: float
+    beside: float
+    workspace: float
+
+
+def _kept(s: Setting, depth: int) -> _Kept:
+    """Of the passes whose graphs a step goes back through."""
+    sample = activations(s.net, s.half)
+    block, around, entry, workspace = sample.block, sample.around, sample.block_input, sample.workspace
+    beside = s.samples * sample.widest if s.two_branches else 0.0
+    if s.tangent_samples:
+        tangent = tangent_activations(s.net, s.half)
+        beside = max(beside, s.tangent_samples * tangent.held)
+        if s.live_tangent:
+            # A value and its tangent, and flow matching's value, enter each block. The graph of the latter is made last
+            # and so goes first: it makes room for what the way back through the tangent holds, if it is there.
+            around, entry = around + tangent.around, 3 * entry
+            room = 0.0 if s.checkpointing else depth * block
+            workspace = max(workspace, tangent.workspace - room)
+            block = tangent.block if s.checkpointing else tangent.block + block
+    saved = entry if s.checkpointing else block
+    return _Kept(s.samples * block, s.samples * saved, s.samples * around, beside, s.samples * workspace)
+
+
 def moments(s: Setting, p: Parameters) -> Iterator[Memory]:
     """What a rank holds at the points of a step where it may hold most, in their order."""
     states = _model_states(s, p)
     before, gathered = _gradients_before(s, p), _gathered_weights(s, p)
     lasting = 0.0 if s.stage == 3 else _buckets(s, p)  # `states` has those of stage 3
     depth = p.blocks
-    sample = activations(s.net, s.half)
-    block, workspace = s.samples * sample.block, s.samples * sample.workspace
-    saved = s.samples * sample.block_input if s.checkpointing else block
-    pairs = _pairs(s, sample.elements)
-    still = s.samples * sample.widest if s.two_branches else 0.0
+    kept = _kept(s, depth)
+    pairs = _pairs(s, activations(s.net, s.half).elements)
 
     def at(when: str, gradients: float, activations: float, buffers: float, communication: float) -> Memory:
         return replace(
@@ -196,17 +235,18 @@ def moments(s: Setting, p: Parameters) -> Iterator[Memory]:
 
     # Buckets live from the first gradient of a step (stage 1) or of a micro-batch (stage 2) on.
     already = lasting if s.stage == 1 and s.accumulation > 1 else 0.0
-    yield at("forward", before, depth * saved, still + _casts(s, p), already + gathered)
+    yield at("forward", before, depth * kept.saved, kept.beside + _casts(s, p), already + gathered)
     graph_casts = 0.0 if s.checkpointing else _casts(s, p)
-    head = depth * saved + s.samples * sample.around + pairs
+    head = depth * kept.saved + kept.around + pairs
     yield at("loss", before, head, pairs + graph_casts, already + gathered)
-    rerun = block if s.checkpointing else 0.0
+    rerun = kept.block if s.checkpointing else 0.0
     one_cast = _casts(s, p) / depth if s.checkpointing else 0.0
-    buffers = workspace + rerun + graph_casts + one_cast
-    yield at("backward, last block", before, depth * saved, buffers, lasting + gathered)
-    buffers = workspace + rerun + one_cast
+    buffers = kept.workspace + rerun + graph_casts + one_cast
+    already_there = max(before, _gradients_after(s, p)) if s.live_tangent else before  # flow matching's
+    yield at("backward, last block", already_there, depth * kept.saved, buffers, lasting + gathered)
+    buffers = kept.workspace + rerun + one_cast
     others = _gradients_after(s, p) * (1 - p.block / p.total)  # the block's own come as its activations go
-    yield at("backward, first block", others, saved, buffers, lasting + gathered)
+    yield at("backward, first block", others, kept.saved, buffers, lasting + gathered)
     yield at(
         "reducing gradients",
         _gradients_after(s, p),

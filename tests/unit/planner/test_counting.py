@@ -86,7 +86,8 @@ def test_what_a_plain_net_keeps_and_moves_by_hand():
 def test_a_net_that_is_no_dit_is_planned():
     net = StackConfig()
     s = memory.Setting(
-        net, 8, 4, 1, 1, 0, half=False, half_gradients=False, two_branches=True, checkpointing=False, offload=False,
+        net, 8, 4, 1, 1, 0, half=False, half_gradients=False, two_branches=True,
+        tangent_samples=0, live_tangent=False, checkpointing=False, offload=False,
         bucket=0, overlap=False, decays=(),
     )  # fmt: skip
     most = memory.peak(s, flops.parameters(net))
