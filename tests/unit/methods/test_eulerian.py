@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from imm_scale.methods.eulerian.steps import StepConfig, next_time, share
 from imm_scale.methods.flow_map import FlowMap, FlowMapConfig
 from imm_scale.methods.probability_path import OTFlowMatching, VPCosine, diffuse
 from imm_scale.methods.two_times import TwoTimesConfig
+from imm_scale.models.base import Backbone
 from imm_scale.models.dit import DiT, DiTConfig
 
 from .gaussian import STD, batch, exact_map, gradient, labels, marginal_velocity, on_path, random_map, variance
@@ -356,6 +358,12 @@ def test_a_step_costs_the_forward_units_that_are_counted(settings, units):
         claimed = method.config.passes_at(alignment).forwards
         assert step / forward == pytest.approx(claimed, abs=0.06)  # attention's share, the first layer without dx
     assert step / forward <= units
+    if method.config.derivative == "tangent" and not method.config.tangent_mix:
+        # Forward mode multiplies a layer's input by its weight's zero tangent as well: 3 passes beside the value's 3.
+        flow_map.model.with_tangent = partial(Backbone.with_tangent, flow_map.model)
+        batch_ = Batch(0, x, ordinal % 3, ordinal, torch.ones(n), 1)
+        step = counted(lambda: method.loss(flow_map, batch_, 0).loss_G.sum().backward())
+        assert 5.0 < step / forward < 6.1
 
 
 def test_the_tangents_part_grows_with_the_schedule():
