@@ -17,12 +17,12 @@ from imm_scale.training import replay, step_guard
 from imm_scale.training.lr_schedule import learning_rate
 from imm_scale.training.optimizer_statistics import OptimizerStatistics
 from imm_scale.training.profiling import Profiler
+from imm_scale.training.residual_trend import ResidualTrend
 from imm_scale.training.run_log import RunLog, log
 from imm_scale.training.state import State
 from imm_scale.training.step_guard import Rewind, Skips, SpikeGuard
-from imm_scale.training.step_metrics import Meter
+from imm_scale.training.step_metrics import Meter, Utilization
 from imm_scale.training.stop_signals import Deadline, StopSignals
-from imm_scale.training.utilization import Utilization
 from imm_scale.training.validation import HeldOut
 from imm_scale.training.watchdog import START_SECONDS, Watchdog
 
@@ -59,6 +59,7 @@ class Loop:
         statistics = OptimizerStatistics(state.ema, config.optimizer.betas[1], config.optimizer.eps)
         utilization = Utilization(config, state.prepared.spec, state.prepared.layout, state.device)
         self.meter = Meter(state.device, train.global_batch_size, statistics, utilization)
+        self.residual_trend = ResidualTrend()
         self.consensus = StepConsensus(state.device)
         self.skips = Skips(train.max_consecutive_skips, state.guards.get("skips", {}))
         self.spikes = SpikeGuard(train.spike_factor, state.guards.get("recent", {}))
@@ -202,6 +203,9 @@ class Loop:
         record["failed_checkpoints"] = state.saver.failed_checkpoints
         if self._holdout_loss is not None:
             record["holdout_loss"], self._holdout_loss = self._holdout_loss, None
+        trend = self.residual_trend.warning(record)
+        if trend is not None and state.world.is_main:
+            log.warning(trend)
         if not self._lost_the_folder():
             self.run_log.write({**record, "time": time.time()})
 

@@ -19,8 +19,7 @@ from imm_scale.data.dataset import Dataset
 from imm_scale.methods.base import GroupLosses
 from imm_scale.parallel.deepspeed_engine import StepResult
 from imm_scale.planner import flops as cost
-from imm_scale.training.step_metrics import Meter
-from imm_scale.training.utilization import measured_peak
+from imm_scale.training.step_metrics import Meter, measured_peak
 from tests import ranks
 from tests.conftest import TINY
 from tests.transfers import Transfers
