@@ -136,6 +136,11 @@ class MethodConfig(Choice):
         """Whether the net is differentiated along a tangent of its inputs."""
         return False
 
+    @property
+    def teacher_decay(self) -> float | None:
+        """Which of `ema.decays` a net that sets the target is an average by; None: there is no such net."""
+        return None
+
     def tangent_share(self, alignment: int) -> float:
         """Of the samples of a micro-batch, at such an alignment, that which a derivative is taken of."""
         return float(self.takes_tangents)

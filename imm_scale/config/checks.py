@@ -72,6 +72,12 @@ def _averages(config: Config) -> None:
     decays = config.ema.decays
     if len(set(decays)) < len(decays):
         raise UserError(f"ema.decays={decays} names an average twice: leave one of them out")
+    teacher = config.method.teacher_decay
+    if teacher is not None and teacher not in decays:
+        raise UserError(
+            f"method.teacher_decay={teacher} is none of the averages that are kept, ema.decays={decays}: set "
+            f"ema.decays={[*decays, teacher]}"
+        )
 
 
 def _choices(config: Config) -> None:

@@ -128,9 +128,12 @@ class Method(ABC):
     Attributes:
         group_size: samples that must stay together on one rank, neighbours in a batch.
         passes: forward passes of a step.
+        teacher: where `config.teacher_decay` names an average, a net as `wrap` gave it with those weights. Who trains
+            the method sets it and keeps its weights up to date.
     """
 
     Config: ClassVar[type[MethodConfig]]
+    teacher: Any = None
 
     def __init__(self, config: Any):
         self.config = config

@@ -195,6 +195,7 @@ def setting(config: Config, net: Architecture, layout: Layout) -> Setting:
         bucket=_reduce_bucket(config),
         overlap=overlaps(config, layout.world_size),
         decays=tuple(config.ema.decays),
+        teacher=config.method.teacher_decay is not None,
     )
 
 
@@ -262,7 +263,9 @@ def _estimate(
 
 
 def _traffic(s: Setting, p: Parameters) -> tuple[Traffic, ...]:
-    return cost.wire(p, s.stage, s.half, s.half_gradients, s.overlap, s.accumulation, s.world_size)
+    sent = cost.wire(p, s.stage, s.half, s.half_gradients, s.overlap, s.accumulation, s.world_size)
+    teacher = Traffic("all_reduce", "weights of the teacher", 4.0 * p.total, overlaps=False)
+    return (*sent, teacher) if s.teacher and s.world_size > 1 else sent
 
 
 def _hidden_seconds(

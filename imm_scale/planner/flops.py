@@ -69,7 +69,7 @@ class Traffic:
 
     Attributes:
         collective: all_reduce, all_gather or reduce_scatter.
-        what: gradients or weights.
+        what: gradients, weights, or a teacher's.
         payload: bytes of the whole tensors, summed over the step.
         overlaps: whether it runs beside the computation or after it.
     """

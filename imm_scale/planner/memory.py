@@ -36,6 +36,7 @@ class Setting:
         bucket: elements of DeepSpeed's reduce bucket.
         overlap: gradients are reduced beside the backward pass.
         decays: of the moving averages.
+        teacher: one of them is kept whole beside the net, for the loss.
     """
 
     net: Architecture
@@ -54,6 +55,7 @@ class Setting:
     bucket: int
     overlap: bool
     decays: tuple[float, ...]
+    teacher: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def _model_states(s: Setting, p: Parameters) -> Memory:
     """Weights, optimizer and averages, the same all the time; gradients only where they are never freed (stage 3)."""
     size = _FP32 * p.total
     part = size / s.world_size
-    weights = part if s.stage == 3 else size
+    weights = (part if s.stage == 3 else size) + size * s.teacher
     optimizer = 2 * size if s.stage == 0 else 3 * part
     gradients = part if s.stage == 3 else 0.0
     averages = tuple((decay, part) for decay in s.decays)

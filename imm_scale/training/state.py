@@ -8,9 +8,11 @@ from imm_scale.checkpoint import init_weights, resume
 from imm_scale.checkpoint.async_saver import Saver, SaveTally
 from imm_scale.checkpoint.format import Checkpoint
 from imm_scale.checkpoint.run_lock import RunLock
+from imm_scale.methods.base import Method
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.deepspeed_engine import Engine
 from imm_scale.parallel.ema import ShardedEma
+from imm_scale.parallel.teacher import Teacher
 from imm_scale.parallel.world import World
 from imm_scale.preflight import PreparedRun
 from imm_scale.training import step_guard
@@ -55,6 +57,16 @@ class State:
             meta = resumed.meta
             self.step, self.images_seen = meta.step, meta.images_seen
             self.stepped_over, self.guards = list(meta.skipped), dict(meta.guards)
+        self._teacher = self._make_teacher(method)
+
+    def _make_teacher(self, method: Method) -> Teacher | None:
+        """Of the average that the method's target is taken from, if it names one."""
+        decay = self.prepared.spec.method.teacher_decay
+        if decay is None:
+            return None
+        teacher = Teacher(build.net(self.prepared.spec).to(self.engine.device), self.ema, decay)
+        method.teacher = teacher.net
+        return teacher
 
     def step_over(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Leaves out these batches too, when the clock comes to them."""
@@ -64,6 +76,8 @@ class State:
         """A step was taken, and the clock is about to advance over its batch."""
         batch = self.prepared.layout.global_batch_size
         self.ema.update(batch / (self.images_seen + batch) if self.prepared.config.ema.warmup else 0.0)
+        if self._teacher is not None:
+            self._teacher.refresh()
 
     def advance(self) -> None:
         """A batch has been consumed."""

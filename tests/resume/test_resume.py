@@ -65,9 +65,9 @@ def test_sigkill_and_restart_end_in_the_same_bits(digits, tmp_path, undisturbed)
     assert losses(run_dir) == losses(undisturbed)
 
 
-@pytest.mark.parametrize("method", ["meanflow", "soflow"])
+@pytest.mark.parametrize("method", ["meanflow", "soflow", "tvm"])
 def test_other_methods_are_killed_and_restarted_to_the_same_bits(method, digits, tmp_path):
-    """A tangent that only some samples have, and a step that shrinks with the clock."""
+    """A tangent that only some samples have, a step that shrinks with the clock, an average that sets the target."""
 
     def settings(name: str) -> list[str]:
         schedule = [f"method.schedule_images={64 * STEPS}"] if method == "soflow" else []

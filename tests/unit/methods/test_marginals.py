@@ -7,44 +7,20 @@ import copy
 import math
 
 import torch
-from torch import nn
 
 from imm_scale import rng
 from imm_scale.methods.flow_map import FlowMap
 from imm_scale.methods.probability_path import OTFlowMatching
 from imm_scale.methods.samplers import pushforward
-from imm_scale.models.base import Backbone
+from tests.unit.methods.mlp import Mlp
 from tests.unit.methods.small import imm, losses, starting_noise
 
 BATCH = 256
 
 
-class Mlp(Backbone):
-    """A small net of (x, t, s); times arrive as 1000 t, per group."""
-
-    def __init__(self, width: int = 64):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(2 + 4 * 2, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-        )
-        self.out = nn.Linear(width, 2)
-        nn.init.zeros_(self.out.weight)
-
-    def forward(self, x, c_noise, second, label, dropout_key=None):
-        powers = 2.0 ** torch.arange(2)
-        angles = torch.cat([u.float()[:, None] / 1000 * powers for u in (c_noise, second)], dim=1)
-        features = torch.cat([angles.sin(), angles.cos()], dim=1).repeat_interleave(len(x) // len(c_noise), dim=0)
-        return self.out(self.layers(torch.cat([x, features], dim=1)))
-
-
 def _train(data, steps: int, k: int) -> FlowMap:
     torch.manual_seed(0)
-    flow_map = FlowMap(Mlp(), OTFlowMatching(), "euler_fm", "s", 0.5)
+    flow_map = FlowMap(Mlp(1000.0), OTFlowMatching(), "euler_fm", "s", 0.5)
     objective = imm(particles=4, t_min=0.0, t_max=0.994, k=k, label_drop=0.0)
     optimizer = torch.optim.Adam(flow_map.parameters(), lr=2e-3)
     average = copy.deepcopy(flow_map)

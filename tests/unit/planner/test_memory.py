@@ -95,7 +95,7 @@ def test_the_peak_of_a_step_is_predicted(objective, checkpointing, precision):
         ("meanflow", ("method.times.equal=0", "method.label_drop=0")),
         ("imf", ()),
         ("soflow", ("method.schedule_images=8",)),
-        ("tvm", ()),
+        ("tvm", ("ema.decays=[0.99]",)),
     ],
 )
 def test_the_peak_of_a_step_with_tangents_is_predicted(preset, words, checkpointing, precision):
