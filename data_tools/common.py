@@ -30,7 +30,7 @@ def read_json(url: str) -> dict[str, Any]:
     """A JSON object. Raises FileNotFoundError, and UserError if the file holds something else."""
     try:
         document = json.loads(storage.read_text(url))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{url} is not JSON ({error}): remove it and run the tool that wrote it again") from error
     if not isinstance(document, dict):
         raise UserError(f"{url} holds no JSON object: remove it and run the tool that wrote it again")

@@ -29,6 +29,7 @@ PNG JPEG MPO GIF WEBP BMP DIB PPM TIFF AVIF JPEG2000 ICO CUR ICNS TGA PCX DCX DD
 Image.init()
 FORMATS = [name for name in _FORMATS.split() if name in Image.OPEN]
 _IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+_LONGEST_NAME = 255  # bytes, in file systems; archives hold longer ones
 _TYPES = mimetypes.MimeTypes()  # Python's own list: that of the machine would make sets depend on it
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training", "trainval"), "train"),
@@ -100,8 +101,8 @@ def _raw_letter(c: str) -> bytes:
 
 
 def is_number(name: str) -> bool:
-    """Whether a name has decimal digits alone."""
-    return name.isascii() and name.isdecimal()
+    """Whether a name has decimal digits alone, no more than a file's name can have (Python reads at most 4,300)."""
+    return name.isascii() and name.isdecimal() and len(name) <= _LONGEST_NAME
 
 
 def in_order(classes: Iterable[str]) -> list[str]:

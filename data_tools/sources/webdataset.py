@@ -36,9 +36,12 @@ def labelled(path: str, entries: Entries, label_key: str) -> Labelled:
             else:
                 result.left_out.add("files that are no images", where, len(files))
             continue
+        others = sum(map(_is_image, files)) - 1
+        if others:
+            result.left_out.add("further images of samples that have several", where, others)
         try:
             result.add(where, _label(files, label_key), image)
-        except ValueError as error:
+        except (OSError, ValueError, RecursionError) as error:
             result.bad.append((where, str(error)))
     return result
 
@@ -54,8 +57,13 @@ def _samples(entries: Entries) -> dict[str, dict[str, Slice]]:
     return samples
 
 
+def _is_image(extension: str) -> bool:
+    return names.is_image(f"x.{extension}")
+
+
 def _image(files: Mapping[str, Slice]) -> Slice | None:
-    images = [extension for extension in files if names.is_image(f"x.{extension}")]
+    """The image with the shortest extension, as KEY.png beside KEY.seg.png; of two such the first in the tar."""
+    images = [extension for extension in files if _is_image(extension)]
     return files[min(images, key=lambda extension: extension.count("."))] if images else None
 
 

@@ -196,6 +196,17 @@ def test_links_and_newer_files_of_one_name_are_as_unpacked(tmp_path):
         ({b"a.jpg": b"x", b"a.json": b'{"label": 2}', b"b.jpg": b"x", b"b.json": b"{}"}, {"a": 2}, ["no key 'label'"]),
         ({b"x/a.jpg": b"x", b"x/a.cls": b"4", b"x/a.txt": b"a cat"}, {"x/a": 4}, []),
         ({b"a.seg.png": b"s", b"a.png": b"x", b"a.cls": b"0"}, {"a": 0}, []),
+        (
+            {b"a.jpg": b"x", b"a.cls": b"version https://git-lfs.github.com", b"b.jpg": b"x", b"b.cls": b"1"},
+            {"b": 1},
+            ["a Git LFS pointer"],
+        ),
+        ({b"a.jpg": b"x", b"a.json": b"[" * 100_000, b"b.jpg": b"x", b"b.json": b'{"label": 0}'}, {"b": 0}, ["depth"]),
+        (
+            {b"a.jpg": b"x", b"a.json": b'{"label": ' + b"9" * 5000 + b"}", b"b.jpg": b"x", b"b.json": b'{"label": 0}'},
+            {"b": 0},
+            ["4300"],
+        ),
     ],
 )
 def test_samples_with_labels_beside_them(tmp_path, samples, labels, bad):
@@ -205,6 +216,23 @@ def test_samples_with_labels_beside_them(tmp_path, samples, labels, bad):
     assert all(sources.read(image) == b"x" for image in source.images)
     assert len(source.bad) == len(bad)
     assert all(phrase in reason for phrase, (_, reason) in zip(bad, source.bad, strict=True))
+
+
+def test_images_beside_the_one_of_a_sample_are_counted(tmp_path):
+    """Masks and the like: of two with equally short extensions, the first in the tar is taken."""
+    samples = {b"a.png": b"x", b"a.jpg": b"m", b"a.seg.png": b"s", b"a.cls": b"0", b"b.jpg": b"x", b"b.cls": b"1"}
+    source = _find(trees.as_tar(tmp_path / "a.tar", samples))
+    assert [sources.read(image) for image in source.images] == [b"x", b"x"]
+    assert source.left_out.reasons == {
+        "further images of samples that have several": (2, f"{tmp_path}/a.tar:a"),
+    }
+
+
+def test_classes_named_by_more_digits_than_python_reads(tmp_path):
+    files = {b"7" * 5000 + b"/1.png": trees.png(0), b"12/1.png": trees.png(1), b"9/1.png": trees.png(2)}
+    for path in (trees.as_zip(tmp_path / "a.zip", files), trees.as_tar(tmp_path / "a.tar", files)):
+        assert pack.main(["--source", str(path), "--out", str(tmp_path / f"{path.suffix}-out")]) == 0
+        assert _find(path).class_names == ["12", "7" * 5000, "9"], "in the order of names, as one is no number"
 
 
 def test_labels_of_two_kinds_are_refused_by_the_odd_one(tmp_path):
