@@ -53,6 +53,8 @@ def pack(args: argparse.Namespace) -> None:
     _check_folder(args.out)
     if located.splits:
         print(f"files of several splits are packed together: {', '.join(located.splits)}")
+    if located.folders:
+        print(f"files of several folders are packed together: {printable(', '.join(located.folders[:5]))}")
     source = sources.find(located, label_map, args.image_column, args.label_column)
     writer = _writer(args.out, arguments, source, args.source_moved)
     try:
@@ -230,6 +232,7 @@ def _finish(out: str, source: Source, writer: ShardWriter) -> None:
     )
     quarantine = storage.join(out, QUARANTINE_NAME)
     lines = closing.table(source.class_names, writer.counts) + closing.left_out(source.left_out, writer.bad, quarantine)
+    lines += [f"note: {note}" for note in source.notes + closing.alike(source.class_names)]
     print("\n".join([*lines, f"see what went in: {storage.join(out, sheets[0])}, 8 images of each class"]))
 
 

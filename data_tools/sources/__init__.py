@@ -2,7 +2,7 @@
 
 import os
 
-from data_tools.sources import label_files, parquet, tar_archive, webdataset, zip_archive
+from data_tools.sources import label_files, names, parquet, tar_archive, webdataset, zip_archive
 from data_tools.sources.base import Image, Labelled, LeftOut, Slice, Source, ZipMember, read
 from data_tools.sources.built_in import BUILT_IN
 from data_tools.sources.classes import classify
@@ -38,9 +38,19 @@ def find(located: Located, label_map: list[str] | None, image_column: str, label
     else:
         samples = parquet.labelled(located.files, image_column, label_column)
     if not samples.images:
-        bad = f": {len(samples.bad)} unusable, the first {': '.join(samples.bad[0])}" if samples.bad else ""
-        raise UserError(f"no images in {located.where}{bad}; it must be a folder or an archive with a folder per class")
+        raise UserError(_nothing(samples, located.where))
     return number(samples, label_map, located.where)
+
+
+def _nothing(samples: Labelled, where: str) -> str:
+    said = [f"{len(samples.bad)} unusable, the first {': '.join(samples.bad[0])}"] if samples.bad else []
+    reasons = sorted(samples.left_out.reasons.items(), key=lambda item: -item[1][0])
+    said += [f"{count} {reason}, as {example}" for reason, (count, example) in reasons[:3]]
+    found = f" ({names.printable('; '.join(said))})" if said else ""
+    return (
+        f"no images in {where}{found}; it must be a folder or an archive with a folder per class, and of archives "
+        "inside it only tars in tars are read"
+    )
 
 
 def _tars(files: list[str], known: list[str], label_column: str) -> Labelled:
@@ -59,6 +69,7 @@ def _tree_of(path: str, entries: Entries) -> Tree:
         tree.add(name, place, place.size)
     for name in entries.folders:
         tree.add_folder(name)
+    tree.add_links(entries.links)
     tree.keeps += entries.keeps
     return tree
 

@@ -61,6 +61,7 @@ class Labelled:
         folders: names of classes that have a folder, with or without images.
         titles: what stands for a class beside its name: {"n01440764": "tench, Tinca tinca"}.
         bad: images that cannot be used, with the reason.
+        notes: what looks as if something else was meant, as sentences.
         keeps: what must live as long as the images.
     """
 
@@ -72,6 +73,7 @@ class Labelled:
     titles: dict[str, str] = field(default_factory=dict)
     bad: list[tuple[str, str]] = field(default_factory=list)
     left_out: LeftOut = field(default_factory=LeftOut)
+    notes: list[str] = field(default_factory=list)
     keeps: list[Any] = field(default_factory=list)
 
     def add(self, name: str, label: int | str, image: Image) -> None:
@@ -89,6 +91,7 @@ class Labelled:
         self.titles |= other.titles
         self.bad += other.bad
         self.left_out.merge(other.left_out)
+        self.notes += other.notes
         self.keeps += other.keeps
 
 
@@ -105,6 +108,7 @@ class Source:
     images: Sequence[Image]
     bad: list[tuple[str, str]] = field(default_factory=list)
     left_out: LeftOut = field(default_factory=LeftOut)
+    notes: list[str] = field(default_factory=list)
     keeps: Any = field(default=None, compare=False)
 
 

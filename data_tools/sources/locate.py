@@ -47,6 +47,7 @@ class Located:
         files: of the three last kinds.
         tree: of a folder.
         splits: those that files given one by one are of.
+        folders: those below the one given in which files were found, if they are several.
     """
 
     given: list[str]
@@ -54,6 +55,7 @@ class Located:
     files: list[str] = field(default_factory=list)
     tree: Tree | None = None
     splits: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
 
     @property
     def where(self) -> str:
@@ -164,7 +166,8 @@ def _in_folder(path: str, given: list[str]) -> Located:
             f"--source '{os.path.dirname(files[0])}/*{names.suffix(files[0])}', or for the images move the others away"
         )
     _check_splits(files, path, path)
-    return Located(given, _kind_of(files), files)
+    folders = sorted({os.path.relpath(os.path.dirname(file), path) for file in files}, key=names.raw)
+    return Located(given, _kind_of(files), files, folders=folders if len(folders) > 1 else [])
 
 
 def _kind_by_name(name: str) -> str | None:

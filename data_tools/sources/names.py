@@ -16,12 +16,15 @@ _SYSTEM_FOLDERS = {
     "@recycle",
     "@recently-snapshot",
     "#snapshot",
+    "~snapshot",
     "$recycle.bin",
     "recycler",
     "system volume information",
     "lost+found",
 }
 _SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"}
+# What editors keep beside a file, and programs that download or copy call it until it is whole.
+_UNFINISHED = {".bak", ".old", ".orig", ".swp", ".tmp", ".temp", ".part", ".partial", ".crdownload", ".download"}
 # Formats of pixels that Pillow opens; not PostScript, which runs another program.
 _FORMATS = """
 PNG JPEG MPO GIF WEBP BMP DIB PPM TIFF AVIF JPEG2000 ICO CUR ICNS TGA PCX DCX DDS QOI SGI SUN PSD MSP XBM XPM BLP FTEX
@@ -45,9 +48,11 @@ _SPLIT_IN_FILE = re.compile(rf"(?<![a-z])({_SPLIT})(?![a-z])", re.IGNORECASE)
 
 
 def is_system(name: str, folder: bool) -> bool:
-    """Whether a file or folder is hidden or left by the system: .thumbs, @eaDir, Thumbs.db, backups such as x.png~."""
+    """Whether a file or folder is hidden or left by the system: .thumbs, @eaDir, Thumbs.db, x.png~, x.png.part."""
     known = _SYSTEM_FOLDERS if folder else _SYSTEM_FILES
-    return name.startswith(".") or name.lower() in known or (not folder and name.endswith("~"))
+    if name.startswith(".") or name.lower() in known:
+        return True
+    return not folder and (name.endswith("~") or suffix(name) in _UNFINISHED)
 
 
 def suffix(name: str) -> str:

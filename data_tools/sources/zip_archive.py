@@ -33,7 +33,7 @@ def _listed(path: str, infos: list[zipfile.ZipInfo]) -> Tree:
         raise UserError(f"--source {path} is protected by a password: unpack it, and give the folder")
     tree = Tree(path, synsets=synsets_above(path))
     has_slashes = any("/" in info.filename for info in files)
-    links: list[tuple[str, zipfile.ZipInfo]] = []
+    links: dict[str, str] = {}
     for info in infos:
         name = _name(info)
         # Some archivers of Windows write backslashes, against the specification of ZIP.
@@ -41,25 +41,20 @@ def _listed(path: str, infos: list[zipfile.ZipInfo]) -> Tree:
         if name.endswith("/"):
             tree.add_folder(name)
         elif stat.S_ISLNK(info.external_attr >> 16):
-            links.append((name, info))
+            links[name] = _target(path, name, info)
         else:
             tree.add(name, ZipMember(path, info.filename), info.file_size)
-    _follow_links(path, tree, links)
+    tree.add_links(links)
     return tree
 
 
-def _follow_links(path: str, tree: Tree, links: list[tuple[str, zipfile.ZipInfo]]) -> None:
-    """Links to files of the archive; the content of a link's entry is where it leads."""
-    for name, info in links:
-        try:
-            target = read(ZipMember(path, info.filename), _LONGEST_LINK).decode("utf-8", "surrogateescape")
-        except (RuntimeError, zipfile.BadZipFile, zlib.error, EOFError):
-            target = "?"  # one damaged entry among others
-        file = tree.files.get(posixpath.normpath(posixpath.join(posixpath.dirname(name), target)))
-        if file is None:
-            tree.left_out.add("links to what is no file of the archive", f"{tree.name(name)} (to {target})")
-        else:
-            tree.add(name, file.image, file.size)
+def _target(path: str, name: str, info: zipfile.ZipInfo) -> str:
+    """Where a link leads: the content of its entry."""
+    try:
+        target = read(ZipMember(path, info.filename), _LONGEST_LINK).decode("utf-8", "surrogateescape")
+    except (RuntimeError, zipfile.BadZipFile, zlib.error, EOFError):
+        return "?"  # one damaged entry among others
+    return posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
 
 
 def _name(info: zipfile.ZipInfo) -> str:

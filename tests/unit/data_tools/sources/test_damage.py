@@ -168,6 +168,59 @@ def _members() -> Iterator[tuple[tarfile.TarInfo, bytes]]:
     yield member("b/pipe.png", type=tarfile.FIFOTYPE)
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_links_to_links_whatever_their_order(tmp_path, backwards):
+    """As tar files of snapshots have them; and a loop, and links to folders that are there and that are not."""
+    targets = {f"a/{i}.png": f"{i + 1}.png" for i in range(30)} | {"a/30.png": "../b/0.png", "a/x.png": "y.png"}
+    targets |= {"a/y.png": "x.png", "c": "b", "b/d": "e"}
+    links = sorted(targets.items(), reverse=backwards)
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, target in links:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, target
+            archive.addfile(info)
+        info = tarfile.TarInfo("b/0.png")
+        info.size = len(FILES[b"c0/0.png"])
+        archive.addfile(info, io.BytesIO(FILES[b"c0/0.png"]))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name, target in links:
+            entry = zipfile.ZipInfo(name)
+            entry.create_system, entry.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+            archive.writestr(entry, target)
+        archive.writestr("b/0.png", FILES[b"c0/0.png"])
+    for name in ("a.tar", "a.zip"):
+        source = _find(tmp_path / name)
+        assert source.class_names == ["a", "b"] and source.labels == [0] * 31 + [1]
+        assert {sources.read(image) for image in source.images} == {FILES[b"c0/0.png"]}
+        assert {reason: count for reason, (count, _) in source.left_out.reasons.items()} == {
+            "links that lead nowhere": 3,
+            "links to folders that are packed already": 1,
+        }
+
+
+def test_a_class_that_is_a_link_out_of_the_archive_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, content in FILES.items():
+            info = tarfile.TarInfo(name.decode())
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        info = tarfile.TarInfo("b")
+        info.type, info.linkname = tarfile.SYMTYPE, "/data/b"
+        archive.addfile(info)
+    with pytest.raises(UserError, match=r"a\.tar:b, beside .* leads nowhere \(to /data/b\)"):
+        _find(tmp_path / "a.tar")
+
+
+def test_archives_in_archives_are_named(tmp_path):
+    inner = trees.as_zip(tmp_path / "in.zip", FILES).read_bytes()
+    for outer in (
+        trees.as_zip(tmp_path / "a.zip", {b"x.zip": inner}),
+        trees.as_tar(tmp_path / "a.tar", {b"x.zip": inner}),
+    ):
+        with pytest.raises(UserError, match=r"1 files that are no images \(\.zip\), as .*x\.zip.*only tars in tars"):
+            _find(outer)
+
+
 def test_links_and_newer_files_of_one_name_are_as_unpacked(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for info, content in _members():
@@ -180,7 +233,7 @@ def test_links_and_newer_files_of_one_name_are_as_unpacked(tmp_path):
     assert [sources.read(image) for image in damaged.images] == [sources.read(unpacked.images[i]) for i in readable]
     assert damaged.labels == [unpacked.labels[i] for i in readable]
     assert set(damaged.left_out.reasons) == {
-        "links to what is no file of the archive",
+        "links that lead nowhere",
         "older files of the same name",
         "pipes, sockets and devices",
     }
@@ -287,7 +340,7 @@ def test_links_in_a_zip_lead_to_files_of_it(tmp_path):
     source = _find(tmp_path / "a.zip")
     assert source.class_names == ["a", "b"] and source.labels == [0, 1]
     assert [sources.read(image) for image in source.images] == [FILES[b"c0/0.png"]] * 2
-    assert source.left_out.reasons["links to what is no file of the archive"][0] == 1
+    assert source.left_out.reasons["links that lead nowhere"][0] == 1
 
 
 def test_no_place_for_temporary_files(archives, tmp_path, monkeypatch):
