@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from data_tools import images, sources
-from data_tools.common import LABELS_NAME, PACK_NAME, Pack, load_pack, paths_are_the_users, write_json
+from data_tools.common import LABELS_NAME, PACK_NAME, Pack, check_named, load_pack, paths_are_the_users, write_json
 from data_tools.images import Rendered, Unreadable
 from data_tools.packing import closing, contact_sheet, identity, shard_writer
 from data_tools.packing.shard_writer import Bad, ShardWriter
@@ -44,8 +44,10 @@ _OURS = re.compile(rf"({'|'.join(_FILES)})(\.[0-9a-f]{{8}}\.tmp)?")
 def pack(args: argparse.Namespace) -> None:
     """Does what the command line asks. Raises UserError."""
     _check_arguments(args)
+    label_map = None if args.labels is None else read_map(os.path.expanduser(args.labels))
     located = sources.locate(args.source)
-    label_map = _label_map(args.labels, located)
+    if label_map is not None and located.kind == "built_in":
+        raise UserError(f"--labels is for sources of your own: {located.where} has its labels")
     _check_outside(args.out, located)
     arguments = identity.of(args, located, label_map)
     if _finished(args.out, arguments, args.source_moved):
@@ -70,7 +72,13 @@ def _check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if isinstance(value, int) and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
+    height, width = [args.size] * 2 if isinstance(args.size, int) else args.size or (1, 1)
+    if height * width > images.MOST_PIXELS:
+        raise UserError(f"--size {height}x{width}: at most {images.MOST_PIXELS} pixels are made of an image")
     identity.background(args.background)
+    check_named("--out", args.out)
+    if not storage.exists(storage.join(args.out, PACK_NAME)):
+        storage.check_writable(args.out)
 
 
 def _check_outside(out: str, located: Located) -> None:
@@ -80,14 +88,6 @@ def _check_outside(out: str, located: Located) -> None:
     folder, target = os.path.realpath(located.given[0]), os.path.realpath(storage.local_path(out))
     if os.path.commonpath([folder, target]) == folder:
         raise UserError(f"--out {out} lies inside --source {located.where}: choose a folder outside of it")
-
-
-def _label_map(path: str | None, located: Located) -> list[str] | None:
-    if path is None:
-        return None
-    if located.kind == "built_in":
-        raise UserError(f"--labels is for sources of your own: {located.where} has its labels")
-    return read_map(os.path.expanduser(path))
 
 
 def _finished(out: str, arguments: dict[str, Any], moved: bool) -> bool:

@@ -20,9 +20,12 @@ _MEANINGS = {
 def background(text: str) -> tuple[int, int, int]:
     """RGB of a colour by its name or as #rrggbb. Raises UserError."""
     try:
-        return ImageColor.getrgb(text)[:3]
+        colour = ImageColor.getrgb(text)[:3]
+        if max(colour) > 255:
+            raise ValueError("a channel has 0 to 255")
     except ValueError as error:
         raise UserError(f"--background {text}: a name such as white, or #rrggbb, is needed") from error
+    return colour
 
 
 def of(args: argparse.Namespace, located: Located, label_map: list[str] | None) -> dict[str, Any]:

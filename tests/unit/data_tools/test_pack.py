@@ -216,6 +216,32 @@ def test_a_terminal_that_cannot_show_a_name(tmp_path: Path, monkeypatch: pytest.
     assert "  käfer\n".encode("iso-8859-1") in said and b"\\u732b" in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", ""], "--out is empty"),
+        (["--size", "200000"], "--size 200000x200000: at most"),
+        (["--size", "20000x10000"], "--size 20000x10000: at most"),
+        (["--background", "rgb(300, 0, 0)"], "--background rgb(300, 0, 0): a name"),
+        (["--labels", "nowhere.json"], "--labels nowhere.json"),
+        (["--out", "/dev/null/x"], "choose"),
+    ],
+)
+def test_arguments_are_checked_before_the_source_is_read(tmp_path, capsys, arguments, message):
+    given = ["--source", tmp_path / "nowhere", "--out", tmp_path / "out", *arguments]
+    assert _pack(*given) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_rights_is_named_before_the_source_is_read(tmp_path, source, capsys, monkeypatch):
+    assert _pack("--source", source, "--out", tmp_path / "out") == 0
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert _pack("--source", tmp_path / "nowhere", "--out", tmp_path / "other") == 2
+    assert f"{tmp_path}: permission denied" in capsys.readouterr().err
+    assert _pack("--source", source, "--out", tmp_path / "out") == 0, "nothing is written where all is there"
+
+
 @pytest.mark.parametrize("inside", ["out", "cat/out", "../source/out"])
 def test_output_inside_the_source_is_refused(
     tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], inside: str
