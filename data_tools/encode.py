@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -81,7 +82,14 @@ def _device(name: str) -> str:
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         count = torch.cuda.device_count()
         raise UserError(f"--device {name}: torch sees {count} GPUs here; use another or --device cpu")
-    return str(world.device(world.detect())) if name == "cuda" else name
+    if device.type == "cuda":
+        return str(world.device(world.detect())) if name == "cuda" else name
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(f"--device {name} cannot be used here ({reason}): use another or --device cpu") from error
+    return name
 
 
 def _set_precision(codec: ImageCodec, name: str) -> None:
@@ -242,7 +250,7 @@ def read_batches(images: str, pack: Pack, todo: Sequence[int], batch_size: int) 
             for start in range(0, len(samples), batch_size):
                 part = samples[start : start + batch_size]
                 pngs = [_content(data, files["png"]) for _, files in part]
-                decoded = pool.map(lambda png: _decode(png, pack.image_shape), pngs)
+                decoded = pool.map(partial(_decode, shape=pack.image_shape, url=url), pngs)
                 yield _Images(
                     shard=i,
                     keys=[key for key, _ in part],
@@ -268,9 +276,13 @@ def _content(data: bytes, member: tar.Member) -> bytes:
     return data[member.offset : member.offset + member.size]
 
 
-def _decode(png: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+def _decode(png: bytes, shape: tuple[int, int, int], url: str) -> NDArray[np.uint8]:
     with Image.open(io.BytesIO(png)) as picture:
-        return np.array(picture).reshape(shape)
+        values = np.array(picture)
+    values = values[..., None] if values.ndim == 2 else values
+    if values.shape != shape:
+        raise UserError(f"{url} has images of shape {values.shape}, {PACK_NAME} says {shape}: pack again")
+    return values
 
 
 main = entry("encode")

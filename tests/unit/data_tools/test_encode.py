@@ -174,6 +174,24 @@ def test_damaged_image_shards_are_refused(tmp_path: Path, packed: Path, capsys: 
     assert _encode(packed, tmp_path / "out") == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_shape": [8, 8]}, "lacks or misnames a field"),
+        ({"image_shape": [8, 8, "3"]}, "'3': a whole number above 0 is needed"),
+        ({"image_shape": [8, 16, 3]}, "images-000000.tar has images of shape (8, 8, 3), pack.json says (8, 16, 3)"),
+        ({"shards": []}, "no shards"),
+        ({"shards": [{"name": "../a.tar", "samples": 1, "bytes": 1, "sha256": ""}]}, "'../a.tar': the name of a file"),
+        ({"shards": [{"name": "a.tar", "samples": 0, "bytes": 1, "sha256": ""}]}, "0: a whole number above 0"),
+    ],
+)
+def test_a_pack_json_that_is_not_ours(tmp_path, packed, changes, message, capsys):
+    document = json.loads((packed / "pack.json").read_text())
+    (packed / "pack.json").write_text(json.dumps({**document, **changes}))
+    assert _encode(packed, tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+
+
 def test_images_that_do_not_divide_or_are_all_alike_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -354,6 +372,7 @@ def test_a_task_encodes_on_the_gpu_the_trainer_would_take(flag, env, visible, de
     [
         (["--codec", "vae", "--vae", "x", "--device", "cuda"], ["--device cuda", "0 GPUs", "--device cpu"]),
         (["--codec", "vae", "--vae", "x", "--device", "gpu"], ["--device gpu", "cuda:1"]),
+        (["--codec", "vae", "--vae", "x", "--device", "meta"], ["--device meta cannot be used here", "--device cpu"]),
         (["--codec", "pixels", "--precision", "tf32"], ["--precision tf32", "--codec vae"]),
     ],
 )
