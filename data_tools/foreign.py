@@ -6,6 +6,7 @@ its latents about unit variance, so raw ones have a standard deviation near 1 / 
 """
 
 import argparse
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -45,9 +46,9 @@ def describe(args: argparse.Namespace, image_codec: ImageCodec, shape: tuple[int
         raise UserError(f"--scale {args.scale}: what raw latents were multiplied by must be above 0")
     height, width = (args.image_size,) * 2 if isinstance(args.image_size, int) else args.image_size
     factor = image_codec.factor
-    size = (height // factor, width // factor)
-    if shape[1:] != size:
-        last = "; their channels come last: transpose them to (C', H, W)" if shape[:2] == size else ""
+    if (shape[1] * factor, shape[2] * factor) != (height, width):
+        is_last = (shape[0] * factor, shape[1] * factor) == (height, width)
+        last = "; their channels come last: transpose them to (C', H, W)" if is_last else ""
         raise UserError(
             f"latents of {shape[1]}x{shape[2]} stand for images of {shape[1] * factor}x{shape[2] * factor} pixels "
             f"(height x width, {factor} to one), --image-size says {height}x{width}{last}"
@@ -156,9 +157,10 @@ class Survey:
                 f"{from_one or ': write them again, or give the number of classes they are of'}"
             )
         classes = num_classes or highest + 1
-        empty = [label for label in range(classes) if label not in self.labels]
-        shown = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
-        where = f"labels go from {lowest} to {highest}, and {len(empty)} of {classes} classes have no sample ({shown})"
+        empty = classes - len(self.labels)
+        first = itertools.islice((label for label in itertools.count() if label not in self.labels), min(empty, 5))
+        shown = ", ".join(map(str, first)) + (", ..." if empty > 5 else "")
+        where = f"labels go from {lowest} to {highest}, and {empty} of {classes} classes have no sample ({shown})"
         if num_classes is None and empty:
             raise UserError(f"{where}: say how many classes there are with --num-classes{from_one}")
         return [f"{where}{from_one}"] if empty else []

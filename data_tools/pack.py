@@ -46,8 +46,6 @@ def pack(args: argparse.Namespace) -> None:
     _check_arguments(args)
     label_map = None if args.labels is None else read_map(os.path.expanduser(args.labels))
     located = sources.locate(args.source)
-    if label_map is not None and located.kind == "built_in":
-        raise UserError(f"--labels is for sources of your own: {located.where} has its labels")
     _check_outside(args.out, located)
     arguments = identity.of(args, located, label_map)
     if _finished(args.out, arguments, args.source_moved):
@@ -76,6 +74,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if height * width > images.MOST_PIXELS:
         raise UserError(f"--size {height}x{width}: at most {images.MOST_PIXELS} pixels are made of an image")
     identity.background(args.background)
+    if args.labels is not None and args.source[0] in sources.BUILT_IN:
+        raise UserError(f"--labels is for sources of your own: {args.source[0]} has its labels")
     check_named("--out", args.out)
     if not storage.exists(storage.join(args.out, PACK_NAME)):
         storage.check_writable(args.out)

@@ -26,10 +26,11 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class ZipMember:
-    """An image file in a ZIP archive, by the name the archive's reader gives it."""
+    """An image file in a ZIP archive: the name the archive's reader gives it, and where in the archive it begins."""
 
     path: str
     name: str
+    start: int
 
 
 Image = str | Slice | ZipMember | NDArray[np.uint8]
@@ -138,6 +139,8 @@ def _read_file(image: str | Slice, most: int) -> bytes:
 def _read_member(member: ZipMember, most: int) -> bytes:
     archive = open_zip(member.path)
     info = archive.getinfo(member.name)
+    if info.header_offset != member.start:  # several have this name, if only in the code page of the archiver
+        info = next(info for info in archive.infolist() if info.header_offset == member.start)
     _check_size(info.file_size if most < 0 else most)
     if info.flag_bits & _ENCRYPTED:
         raise RuntimeError("protected by a password: unpack the archive first")

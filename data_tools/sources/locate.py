@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import os
+import zipfile
 from dataclasses import dataclass, field
 
 from data_tools.sources import folder, label_files, names
@@ -201,6 +202,8 @@ def _checked_kind(path: str) -> str:
         raise UserError(f"{path} is a Git LFS pointer, not the file itself: run git lfs pull in its repository")
     if head.lstrip()[:5].lower() in (b"<!doc", b"<html"):
         raise UserError(f"{path} is a web page, not a .{kind} file: the download failed, perhaps for want of a login")
+    if kind == "zip" and zipfile.is_zipfile(path):
+        return kind  # the index at the end counts: a program that unpacks it may come first
     if kind in _MAGIC and not head.startswith(_MAGIC[kind]):
         raise UserError(f"{path} is no readable {kind.upper()} file: it begins with {head[:4]!r}; copy it again")
     return kind

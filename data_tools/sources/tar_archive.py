@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import lzma
+import os
 import posixpath
 import tarfile
 import zlib
@@ -86,14 +87,17 @@ def _read(file: BinaryIO, where: str, data_path: str, start: int, prefix: str, e
     """Adds what is in the tar that begins at byte `start` of a file; tars inside it count as folders."""
     inner: list[tuple[str, int]] = []
     links: dict[str, str] = {}
+    size = os.fstat(file.fileno()).st_size
     file.seek(start)
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             while (info := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # millions of them would fill the memory
+                if archive.offset > size:
+                    raise tarfile.ReadError(f"{info.name} reaches to byte {archive.offset}, the file to {size}")
                 _add(info, data_path, prefix, entries, inner, links)
             _check_end(file, where, archive.offset, nested=bool(prefix))
-    except (tarfile.TarError, ValueError, OverflowError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(

@@ -2,6 +2,7 @@
 
 import posixpath
 import stat
+import struct
 import zipfile
 import zlib
 
@@ -12,6 +13,8 @@ from imm_scale.errors import UserError
 
 _UTF8 = 0x800  # flag of an entry: its name is UTF-8
 _ENCRYPTED = 0x1
+_FIELD = struct.Struct("<HH")  # kind and length of an extra field
+_UNICODE_PATH = 0x7075
 _LONGEST_LINK = 4096
 
 
@@ -43,7 +46,7 @@ def _listed(path: str, infos: list[zipfile.ZipInfo]) -> Tree:
         elif stat.S_ISLNK(info.external_attr >> 16):
             links[name] = _target(path, name, info)
         else:
-            tree.add(name, ZipMember(path, info.filename), info.file_size)
+            tree.add(name, ZipMember(path, info.filename, info.header_offset), info.file_size)
     tree.add_links(links)
     return tree
 
@@ -51,7 +54,9 @@ def _listed(path: str, infos: list[zipfile.ZipInfo]) -> Tree:
 def _target(path: str, name: str, info: zipfile.ZipInfo) -> str:
     """Where a link leads: the content of its entry."""
     try:
-        target = read(ZipMember(path, info.filename), _LONGEST_LINK).decode("utf-8", "surrogateescape")
+        target = read(ZipMember(path, info.filename, info.header_offset), _LONGEST_LINK).decode(
+            "utf-8", "surrogateescape"
+        )
     except (RuntimeError, zipfile.BadZipFile, zlib.error, EOFError):
         return "?"  # one damaged entry among others
     return posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
@@ -66,6 +71,19 @@ def _name(info: zipfile.ZipInfo) -> str:
         return info.filename
     stored = info.filename.encode("cp437")
     try:
-        return stored.decode("utf-8")
+        return _unicode_path(info.extra, stored) or stored.decode("utf-8")
     except UnicodeDecodeError:
         return info.filename if info.create_system == 0 else stored.decode("utf-8", "surrogateescape")
+
+
+def _unicode_path(extra: bytes, stored: bytes) -> str | None:
+    """The name beside one in a code page that lacks its letters, where several names may look alike.
+
+    Source: APPNOTE.TXT of PKWARE, 4.6.9: version 1, CRC of the name it stands for, UTF-8.
+    """
+    while len(extra) > _FIELD.size:
+        kind, length = _FIELD.unpack_from(extra)
+        content, extra = extra[_FIELD.size : _FIELD.size + length], extra[_FIELD.size + length :]
+        if kind == _UNICODE_PATH and content[:5] == struct.pack("<BI", 1, zlib.crc32(stored)):
+            return content[5:].decode("utf-8")
+    return None

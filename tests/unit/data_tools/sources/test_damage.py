@@ -5,7 +5,9 @@ import io
 import stat
 import tarfile
 import tempfile
+import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -300,6 +302,53 @@ def test_a_name_that_looks_like_something_else(tmp_path):
     for start in (b"\x1f\x8b\x08", b"<html>", b"BZh9"):
         trees.as_tar(tmp_path / "a.tar", {start + b"/1.png": FILES[b"c0/0.png"], b"b/1.png": FILES[b"c1/1.png"]})
         assert isinstance(render(_find(tmp_path / "a.tar").images[0], 3, None), Rendered)
+
+
+@pytest.mark.parametrize("form", ["size", "pax"])
+def test_claims_of_more_than_there_is(tmp_path, form):
+    """An exabyte in a header: neither sought nor allocated."""
+    whole = bytearray(trees.as_tar(tmp_path / "a.tar", {b"a/1.png": FILES[b"c0/0.png"]}).read_bytes())
+    whole[124:136] = b"\x80" + (1 << 60).to_bytes(11, "big")
+    if form == "pax":
+        whole[156:157] = tarfile.XHDTYPE
+    whole[148:156] = b" " * 8
+    whole[148:156] = b"%06o\0 " % sum(whole[:512])
+    (tmp_path / "a.tar").write_bytes(whole)
+    with pytest.raises(UserError, match=r"a\.tar"):
+        _find(tmp_path / "a.tar")
+
+
+def _unicode_path(stored: bytes, name: str, crc: int | None = None) -> bytes:
+    """APPNOTE.TXT 4.6.9, written by hand."""
+    content = bytes([1]) + (zlib.crc32(stored) if crc is None else crc).to_bytes(4, "little") + name.encode()
+    return (0x5455).to_bytes(2, "little") + bytes([1, 0, 0]) + b"up" + len(content).to_bytes(2, "little") + content
+
+
+def test_names_beside_those_of_a_code_page(tmp_path):
+    """As WinRAR writes them where the code page lacks the letters: all look alike."""
+    entries = [("??/1.png", "\u72ac/1.png"), ("??/1.png", "\u732b/1.png"), ("??/2.png", "\u732b/2.png")]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of two entries with one name
+        for i, (stored, name) in enumerate(entries):
+            info = zipfile.ZipInfo(stored)
+            info.create_system, info.extra = 0, _unicode_path(stored.encode(), name)
+            archive.writestr(info, list(FILES.values())[i])
+        info = zipfile.ZipInfo("b/1.png")  # renamed since by a program that does not know the field
+        info.extra = _unicode_path(b"b/1.png", "gone/1.png", crc=1)
+        archive.writestr(info, list(FILES.values())[3])
+    source = _find(tmp_path / "a.zip")
+    assert source.class_names == ["b", "\u72ac", "\u732b"] and source.labels == [0, 1, 2, 2]
+    assert [sources.read(image) for image in source.images] == [list(FILES.values())[i] for i in (3, 0, 1, 2)]
+    assert not source.left_out.reasons
+
+
+def test_a_zip_behind_something_else(tmp_path):
+    """A program that unpacks it, or the marker of an archive that was to be of several parts."""
+    whole = trees.as_zip(tmp_path / "a.zip", FILES).read_bytes()
+    for before in (b"MZ" + bytes(2000), b"PK\x07\x08"):
+        (tmp_path / "a.zip").write_bytes(before + whole)
+        source = _find(tmp_path / "a.zip")
+        assert [sources.read(image) for image in source.images] == [FILES[name] for name in sorted(FILES)]
 
 
 def test_names_of_windows_in_a_zip(tmp_path):
