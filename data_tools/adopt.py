@@ -45,6 +45,7 @@ def adopt(args: argparse.Namespace) -> None:
     if storage.exists(args.manifest):
         raise UserError(f"{args.manifest} exists: remove it, or name another manifest beside the shards")
     folder = storage.parent(args.manifest)
+    storage.check_writable(folder or ".")
     names = shard_names(folder, args.adopt)
     image_codec = make_codec(args)
     shape, flipped = _first_sample(storage.join(folder, names[0]))

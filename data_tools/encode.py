@@ -42,6 +42,7 @@ def check(args: argparse.Namespace) -> None:
     tasks.check(args.task_index, args.num_tasks)
     if not getattr(args, "may_come", False):
         load_images(args.images)
+        records.class_names(args.images)
     storage.check_writable(args.out)
 
 
@@ -242,6 +243,7 @@ def _write(
 
 def read_batches(images: str, pack: Pack, todo: Sequence[int], batch_size: int) -> Iterator[_Images]:
     """All images of these shards; a batch never crosses a shard, so that each shard's bytes follow from it alone."""
+    num_classes = len(records.class_names(images))
     with ThreadPoolExecutor(_DECODERS) as pool:
         for i in todo:
             url = storage.join(images, pack.shards[i].name)
@@ -254,7 +256,7 @@ def read_batches(images: str, pack: Pack, todo: Sequence[int], batch_size: int) 
                 yield _Images(
                     shard=i,
                     keys=[key for key, _ in part],
-                    labels=[int(_content(data, files["cls"])) for _, files in part],
+                    labels=[_label(_content(data, files["cls"]), num_classes, url) for _, files in part],
                     images_NHWC=torch.from_numpy(np.stack(list(decoded))),
                     last=start + batch_size >= len(samples),
                 )
@@ -274,6 +276,13 @@ def _read_shard(url: str, shard: ImageShard) -> bytes:
 
 def _content(data: bytes, member: tar.Member) -> bytes:
     return data[member.offset : member.offset + member.size]
+
+
+def _label(text: bytes, num_classes: int, url: str) -> int:
+    label = int(text)
+    if label >= num_classes:
+        raise UserError(f"{url} has label {label}, labels.json beside it names {num_classes} classes: pack again")
+    return label
 
 
 def _decode(png: bytes, shape: tuple[int, int, int], url: str) -> NDArray[np.uint8]:

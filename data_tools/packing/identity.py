@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import ImageColor
 
-from data_tools.common import PACK_NAME, Pack
+from data_tools.common import LABELS_NAME, PACK_NAME, Pack
 from data_tools.sources import Located
 from imm_scale import storage
 from imm_scale.errors import UserError
@@ -64,6 +64,10 @@ def check_same(out: str, existing: Pack, arguments: dict[str, Any], moved: bool)
     elif differing:
         said = ", ".join(_said(key, existing.arguments[key], arguments[key]) for key in differing)
         raise UserError(f"{out} holds another pack; it differs in {said}: choose another --out")
+    if not storage.exists(storage.join(out, LABELS_NAME)):
+        raise UserError(
+            f"{storage.join(out, LABELS_NAME)} is missing: remove {storage.join(out, PACK_NAME)} to pack again"
+        )
     for shard in existing.shards:
         url = storage.join(out, shard.name)
         if not storage.exists(url) or storage.size(url) != shard.bytes:

@@ -404,6 +404,13 @@ def test_labels_beyond_all_classes(tmp_path, label, capsys):
     assert "it must be 1 to 1000000" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_written_to_is_named_before_the_shards_are_read(tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.tar").write_bytes(b"nothing that could be read")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert adopt(tmp_path, None, size="4") == 2
+    assert f"{tmp_path}: permission denied" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("size", ["17x24", "16x25", "16x26"])
 def test_images_that_their_latents_do_not_cover_are_refused(tmp_path, vae, size, capsys):
     write(tmp_path / "a.tar", STORED["mean_std"], [i % 5 for i in range(SAMPLES)])

@@ -207,10 +207,30 @@ def test_images_that_do_not_divide_or_are_all_alike_are_refused(
     assert "has one value in all images" in capsys.readouterr().err
 
 
-def test_labels_must_name_every_class(tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (packed / "labels.json").write_text(json.dumps({"0": "a", "2": "c"}))
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"0": "a", "2": "c"}, "does not name classes 0, 1"),
+        ({}, "names no class"),
+        ({"0": "a", "1": 7, "2": "c"}, "something else than text"),
+        ([], "no JSON object"),
+        (None, "is missing"),
+    ],
+)
+def test_labels_must_name_every_class_before_anything_is_encoded(tmp_path, packed, document, message, capsys):
+    (packed / "labels.json").unlink()
+    if document is not None:
+        (packed / "labels.json").write_text(json.dumps(document))
     assert _encode(packed, tmp_path / "out") == 2
-    assert "does not name classes 0, 1" in capsys.readouterr().err
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_labels_without_a_name_are_refused(tmp_path, packed, capsys):
+    """As labels.json of another pack would leave them; the manifest would have too few classes."""
+    (packed / "labels.json").write_text(json.dumps({"0": "a", "1": "b"}))
+    assert _encode(packed, tmp_path / "out") == 2
+    assert "has label 2, labels.json beside it names 2 classes" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_encoding_through_an_object_store(tmp_path: Path, packed: Path) -> None:

@@ -103,6 +103,12 @@ def test_running_again(tmp_path: Path, source: Path, capsys: pytest.CaptureFixtu
     (out / "images-000000.tar").write_bytes(b"short")
     assert _pack("--source", source, "--out", out) == 2
     assert "images-000000.tar is missing or not of" in capsys.readouterr().err
+    (out / "labels.json").unlink()
+    assert _pack("--source", source, "--out", out) == 2
+    assert "labels.json is missing: remove" in capsys.readouterr().err
+    (out / "pack.json").unlink()
+    assert _pack("--source", source, "--out", out) == 0
+    assert (out / "images-000000.tar").stat().st_size > 5 and (out / "labels.json").exists()
 
 
 def test_an_interrupted_job_starts_over(tmp_path: Path, source: Path) -> None:
