@@ -6,7 +6,7 @@ from data_tools.sources import label_files, names, parquet, tar_archive, webdata
 from data_tools.sources.base import Image, Labelled, LeftOut, Slice, Source, ZipMember, read
 from data_tools.sources.built_in import BUILT_IN
 from data_tools.sources.classes import classify
-from data_tools.sources.locate import Located, locate
+from data_tools.sources.locate import Located, locate, without_ending
 from data_tools.sources.numbering import number
 from data_tools.sources.tar_archive import Entries
 from data_tools.sources.tree import Tree
@@ -78,7 +78,7 @@ def _together(trees: list[tuple[str, Tree]], known: list[str]) -> Labelled:
     """The classes of several archives. Of several, one whose images lie in no folder is a class, as ImageNet's are."""
     samples = Labelled()
     for path, tree in trees:
-        stem = os.path.basename(path).split(".")[0] if len(trees) > 1 else None
+        stem = without_ending(os.path.basename(path)) if len(trees) > 1 else None
         part = classify(tree, known, stem)
         part.keeps += tree.keeps
         samples.extend(part)

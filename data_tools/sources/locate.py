@@ -175,8 +175,28 @@ def _kind_by_name(name: str) -> str | None:
     return next((kind for kind, endings in _ENDINGS.items() if name.lower().endswith(endings)), None)
 
 
+def without_ending(name: str) -> str:
+    """An archive's name without what says its kind: "v1.0" of "v1.0.tar.gz"."""
+    endings = [ending for endings in _ENDINGS.values() for ending in endings if name.lower().endswith(ending)]
+    return name[: -max(map(len, endings))] if endings else name
+
+
+def _check_once(files: list[str]) -> None:
+    """Raises UserError for a file that is meant twice, by a name and a pattern or by two links."""
+    seen: dict[tuple[int, int], str] = {}
+    for path in files:
+        status = os.stat(path)
+        identity = (status.st_dev, status.st_ino)
+        first = seen.get(identity)
+        seen[identity] = path
+        if first is not None:
+            other = "twice" if first == path else f"and {names.printable(path)}, which are one file"
+            raise UserError(f"--source names {names.printable(first)} {other}: name each file once")
+
+
 def _kind_of(files: list[str]) -> str:
-    """The kind all files share, by their names and their first bytes."""
+    """The kind all files share, by their names and their first bytes. Raises UserError for others, and for doubles."""
+    _check_once(files)
     kinds = {path: _checked_kind(path) for path in files}
     first = kinds[files[0]]
     other = next((path for path in files if kinds[path] != first), None)

@@ -3,6 +3,7 @@
 import json
 import posixpath
 import re
+import string
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,8 @@ from data_tools.sources import names
 from data_tools.sources.base import Labelled, Slice, read
 from data_tools.sources.tar_archive import Entries
 
-_NUMBER = re.compile(r"-?[0-9]{1,18}")
+_NUMBER = re.compile(r"(-?[0-9]{1,18})(\.0*)?")  # labels that were floats once too
+_PADDING = string.whitespace + "\0"
 
 
 def is_shard(entries: Entries) -> bool:
@@ -72,13 +74,16 @@ def _label(files: Mapping[str, Slice], key: str) -> int | str:
         raise ValueError(f"it has {', '.join(files)}, but no .cls")
     stored = "cls" if "cls" in files else "json"
     try:
-        text = read(files[stored]).decode("utf-8-sig").strip()
+        text = read(files[stored]).decode("utf-8-sig").strip(_PADDING)
     except UnicodeDecodeError as error:
         raise ValueError(f".{stored} holds bytes that are no text ({error})") from error
     label = text if stored == "cls" else _in_json(text, key)
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
     if not isinstance(label, int | str) or label == "":
         raise ValueError(f".{stored} holds no label but {label!r}")
-    return int(label) if isinstance(label, int) or _NUMBER.fullmatch(label) else label
+    number = _NUMBER.fullmatch(label) if isinstance(label, str) else None
+    return int(number[1]) if number else label if isinstance(label, str) else int(label)
 
 
 def _in_json(text: str, key: str) -> Any:

@@ -114,6 +114,23 @@ def test_what_may_be_meant_otherwise_is_said(tmp_path, capsys, paths, expected):
     assert all(f"note: {note}" in printed for note in source.notes)
 
 
+def test_archives_whose_names_have_dots_are_classes_of_their_own(tmp_path):
+    for name in ("v1.0.tar", "v1.1.tar", "v1.1b.TAR.GZ", "Dr. No.tgz"):
+        trees.as_tar(tmp_path / name, {b"1.png": PNG}, mode="w:gz" if "g" in name.lower() else "w")
+    source = sources.find(sources.locate([str(tmp_path)]), None, "image", "label")
+    assert source.class_names == ["Dr. No", "v1.0", "v1.1", "v1.1b"]
+
+
+def test_a_file_that_is_meant_twice_is_refused(tmp_path):
+    first = trees.as_zip(tmp_path / "a1.zip", {b"a/1.png": PNG, b"b/1.png": PNG})
+    with pytest.raises(UserError, match=r"names .*a1\.zip twice"):
+        sources.locate([str(first), f"{tmp_path}/a*.zip"])
+    (tmp_path / "latest.zip").symlink_to("a1.zip")
+    for given in ([str(tmp_path)], [f"{tmp_path}/*.zip"], [str(first), f"{tmp_path}/../{tmp_path.name}/a1.zip"]):
+        with pytest.raises(UserError, match=r"names .* and .*, which are one file"):
+            sources.locate(given)
+
+
 def test_archives_of_several_folders_are_said_to_be_packed_together(tmp_path, capsys):
     """As the sizes of one data set on the Hugging Face hub."""
     for size in ("160px", "320px"):

@@ -256,6 +256,12 @@ def test_links_and_newer_files_of_one_name_are_as_unpacked(tmp_path):
             {"b": 1},
             ["a Git LFS pointer"],
         ),
+        ({b"a.jpg": b"x", b"a.cls": b"10.0", b"b.jpg": b"x", b"b.cls": b"2.\n\0"}, {"a": 10, "b": 2}, []),
+        (
+            {b"a.jpg": b"x", b"a.json": b'{"label": 3.0}', b"b.jpg": b"x", b"b.json": b'{"label": 0.5}'},
+            {"a": 3},
+            ["0.5"],
+        ),
         ({b"a.jpg": b"x", b"a.json": b"[" * 100_000, b"b.jpg": b"x", b"b.json": b'{"label": 0}'}, {"b": 0}, ["depth"]),
         (
             {b"a.jpg": b"x", b"a.json": b'{"label": ' + b"9" * 5000 + b"}", b"b.jpg": b"x", b"b.json": b'{"label": 0}'},
