@@ -27,6 +27,7 @@ EXTREME = 1e4  # no autoencoder's latent is that large; fp16 ends at 65504
 # Scaling factors nearer to 1 than this leave too little between raw and multiplied latents to tell them by: data sets
 # differ from one another by some tens of per cent (records._manifest prints how far each is off).
 _CLEAR_FACTOR = 2.0
+_FAR = 3.0  # times as wide or as narrow as expected; sets of photographs stay within a factor of 2
 _SHIFTED = 0.5  # of a published std: means of one autoencoder's latents of photographs lie closer together
 
 
@@ -207,7 +208,7 @@ class Survey:
         expected = 1 / factor if codec.scale == 1.0 else codec.scale / factor  # of stored ones, if it is as said
         other = 1.0 if codec.scale == 1.0 else 1 / factor  # if it is the other way round
         if stored == 0 or abs(math.log(stored / expected)) <= abs(math.log(stored / other)):
-            return []
+            return self._far_notes(factor, spread)
         says = "raw" if codec.scale == 1.0 else f"multiplied by {codec.scale:g}"
         shift = f" --shift {vae.shift_factor:g}" if vae.shift_factor else ""
         found = (
@@ -219,6 +220,15 @@ class Survey:
         raise UserError(
             f"{found}. These look multiplied: give --scale {factor:g}{shift}, or --scale 1 if they are raw all the same"
         )
+
+    def _far_notes(self, factor: float, spread: float) -> list[str]:
+        """Of values that fit neither reading, as those multiplied twice."""
+        if spread == 0 or 1 / _FAR < spread * factor < _FAR:
+            return []
+        return [
+            f"raw latents as they are said to be have a standard deviation of {spread:.3g}; by the autoencoder's "
+            f"scaling_factor of {factor:g} about {1 / factor:.3g} is expected: see --scale"
+        ]
 
     def _published_notes(self) -> list[str]:
         codec = self._codec

@@ -179,6 +179,24 @@ def test_a_scale_given_is_believed_and_a_doubtful_one_named(
     assert Manifest.load(str(tmp_path / "manifest.json")).codec.scale == 1.0
 
 
+@pytest.mark.parametrize(
+    ("stored", "options", "times"),
+    [
+        (STORED["sample"] * SCALING_FACTOR**2, ["--scale", SCALING_FACTOR], SCALING_FACTOR),  # multiplied twice
+        (STORED["sample"] * 10, [], 10),
+        (STORED["sample"] * SCALING_FACTOR / 10, ["--scale", SCALING_FACTOR], 0.1),
+    ],
+)
+def test_values_that_fit_no_reading_are_named(tmp_path, vae, stored, options, times, capsys):
+    """The truth is as wide as the scaling factor says."""
+    width = f"{TRUTH.sample.std() * times:.3g}"
+    write(tmp_path / "a.tar", stored, [i % 5 for i in range(SAMPLES)])
+    assert adopt(tmp_path, vae, "--moments", "sample", *options) == 0
+    assert f"note: raw latents as they are said to be have a standard deviation of {width}; by the" in (
+        capsys.readouterr().out
+    )
+
+
 def _with_factors(vae: str, folder: Path, scaling: float, shift: float) -> str:
     """The small autoencoder with the factors of another in its config."""
     shutil.copytree(vae, folder)
