@@ -51,6 +51,8 @@ def pack(args: argparse.Namespace) -> None:
     if _finished(args.out, arguments, args.source_moved):
         return
     _check_folder(args.out)
+    if located.kind == "built_in" and os.path.isdir(args.source[0]):
+        print(f"{args.source[0]} means the built-in set; the folder of that name here is ./{args.source[0]}")
     if located.splits:
         print(f"files of several splits are packed together: {', '.join(located.splits)}")
     if located.folders:

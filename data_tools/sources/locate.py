@@ -98,6 +98,9 @@ def locate(given: list[str]) -> Located:
     """
     if len(given) == 1 and given[0] in BUILT_IN:
         return Located(given, "built_in")
+    built_in = next((text for text in given if text in BUILT_IN and not os.path.lexists(text)), None)
+    if built_in is not None:
+        raise UserError(f"--source {built_in} is a set of its own: give it alone, and pack the others apart")
     paths: list[str] = []
     for text in given:
         paths += _expand(text)

@@ -222,6 +222,18 @@ def test_a_terminal_that_cannot_show_a_name(tmp_path: Path, monkeypatch: pytest.
     assert "  käfer\n".encode("iso-8859-1") in said and b"\\u732b" in said
 
 
+def test_names_of_built_in_sets(tmp_path, source, capsys, monkeypatch):
+    assert _pack("--source", "digits", source, "--out", tmp_path / "a") == 2
+    assert "--source digits is a set of its own: give it alone" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    source.rename(tmp_path / "digits")
+    assert _pack("--source", "digits", "--out", tmp_path / "b") == 0
+    said = capsys.readouterr().out
+    assert "the folder of that name here is ./digits" in said and "packed 1797 images" in said
+    assert _pack("--source", "./digits", "--out", tmp_path / "c") == 0
+    assert "packed 8 images" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
