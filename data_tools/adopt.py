@@ -7,10 +7,12 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator, Sequence
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 from isal import isal_zlib  # zlib's crc32, fifty times as fast
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from data_tools import foreign
@@ -23,6 +25,10 @@ from imm_scale.data.shards import FLIPPED, LABEL, LATENT, LATENT_DTYPE, index_dt
 from imm_scale.errors import UserError
 
 _MOST_LABEL = np.iinfo(np.int32).max  # of an index's rows
+_LONGEST_LABEL = 20  # digits: Python reads no number of thousands
+_MOST_CLASSES = 1_000_000  # each is counted, listed and embedded; ImageNet-21k has 21,841
+# What numpy raises for headers that are none: it takes them for Python, and broken ones apart by Python's tokenizer.
+_NO_HEADER = (ValueError, EOFError, SyntaxError, TokenError, RecursionError, MemoryError, TypeError)
 
 
 def adopt(args: argparse.Namespace) -> None:
@@ -34,11 +40,12 @@ def adopt(args: argparse.Namespace) -> None:
     """
     if args.codec is None or args.image_size is None:
         raise UserError("--adopt needs --codec (and --vae) and --image-size: what the shards hold does not say it")
-    if args.num_classes is not None and args.num_classes < 1:
-        raise UserError(f"--num-classes is {args.num_classes}: it must be at least 1")
+    if args.num_classes is not None and not 1 <= args.num_classes <= _MOST_CLASSES:
+        raise UserError(f"--num-classes is {args.num_classes}: it must be 1 to {_MOST_CLASSES}")
     if storage.exists(args.manifest):
         raise UserError(f"{args.manifest} exists: remove it, or name another manifest beside the shards")
     folder = storage.parent(args.manifest)
+    storage.check_writable(folder or ".")
     names = shard_names(folder, args.adopt)
     image_codec = make_codec(args)
     shape, flipped = _first_sample(storage.join(folder, names[0]))
@@ -142,22 +149,30 @@ def _first_sample(url: str) -> tuple[tuple[int, int, int], bool]:
     for _, files in tar.samples(data, url):
         if LATENT in files:
             member = files[LATENT]
-            array = _load(data[member.offset : member.offset + member.size], url)
-            if array.dtype != LATENT_DTYPE or array.ndim != 3:
-                batch = "; store latents one by one, without the axis of the batch" if array.ndim == 4 else ""
-                raise UserError(
-                    f"{url}: {LATENT} is {array.dtype} of shape {array.shape}: fp16 (C', H, W) is needed{batch}"
-                )
-            return array.shape, FLIPPED in files
+            shape, dtype = _header(data[member.offset : member.offset + member.size], url)
+            if dtype != LATENT_DTYPE or len(shape) != 3:
+                batch = "; store latents one by one, without the axis of the batch" if len(shape) == 4 else ""
+                raise UserError(f"{url}: {LATENT} is {dtype} of shape {shape}: fp16 (C', H, W) is needed{batch}")
+            return (shape[0], shape[1], shape[2]), FLIPPED in files
     raise UserError(f"{url} has no sample with {LATENT}: name shards of KEY.{LATENT} and KEY.{LABEL}")
 
 
-def _load(content: bytes, url: str) -> NDArray[Any]:
+def _header(content: bytes, url: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type that an array's file says it has, without reading values that it may only claim to hold."""
+    stream = io.BytesIO(content)
     try:
-        array: NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{url}: {LATENT} of the first sample is no array ({error}): write the shard again") from error
-    return array
+        version = npy.read_magic(stream)
+        readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+        if version not in readers:
+            raise ValueError(f"version {version} of the format")
+        shape, _, dtype = readers[version](stream)
+    except _NO_HEADER as error:
+        packed = "; an .npz or .zip file, save the array by numpy.save" if content.startswith(b"PK") else ""
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{url}: {LATENT} of the first sample is no array ({reason}{packed}): write the shard again"
+        ) from error
+    return shape, dtype
 
 
 def _scan(
@@ -195,7 +210,7 @@ def _scan(
 
 def _label(data: bytes, member: tar.Member, where: str) -> int:
     text = data[member.offset : member.offset + member.size]
-    if not text.strip().isdigit() or int(text) > _MOST_LABEL:
+    if not text.strip().isdigit() or len(text.strip()) > _LONGEST_LABEL or int(text) > _MOST_LABEL:
         raise UserError(f"{where} has the label {text[:40]!r}: the number of a class is needed")
     return int(text)
 

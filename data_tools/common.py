@@ -26,11 +26,17 @@ def paths_are_the_users() -> Iterator[None]:
         raise mistake from error
 
 
+def check_named(option: str, folder: str) -> None:
+    """Raises UserError for an option that names no folder, as --out "$OUT" does where OUT is not set."""
+    if not folder:
+        raise UserError(f"{option} is empty: name a folder, . for the one you are in")
+
+
 def read_json(url: str) -> dict[str, Any]:
     """A JSON object. Raises FileNotFoundError, and UserError if the file holds something else."""
     try:
         document = json.loads(storage.read_text(url))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{url} is not JSON ({error}): remove it and run the tool that wrote it again") from error
     if not isinstance(document, dict):
         raise UserError(f"{url} holds no JSON object: remove it and run the tool that wrote it again")
@@ -79,11 +85,29 @@ def load_pack(folder: str) -> Pack:
     if document.get("format_version") != PACK_VERSION:
         raise UserError(f"{url} has format version {document.get('format_version')}, this program reads {PACK_VERSION}")
     try:
+        height, width, channels = map(_count, document["image_shape"])
         return Pack(
             arguments=dict(document["arguments"]),
-            image_shape=tuple(document["image_shape"]),
+            image_shape=(height, width, channels),
             num_unreadable=document["num_unreadable"],
-            shards=tuple(ImageShard(**shard) for shard in document["shards"]),
+            shards=_shards(document["shards"]),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{url} lacks or misnames a field ({error}): remove it and pack again") from error
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{value!r}: a whole number above 0 is needed")
+    return value
+
+
+def _shards(documents: list[dict[str, Any]]) -> tuple[ImageShard, ...]:
+    if not documents:
+        raise ValueError("no shards")
+    shards = tuple(ImageShard(**document) for document in documents)
+    for shard in shards:
+        _count(shard.samples), _count(shard.bytes)
+        if not isinstance(shard.name, str) or shard.name != storage.name(shard.name):
+            raise ValueError(f"{shard.name!r}: the name of a file in this folder is needed")
+    return shards

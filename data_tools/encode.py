@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_tools import records, tasks
-from data_tools.common import PACK_NAME, ImageShard, Pack, load_pack, paths_are_the_users
+from data_tools.common import PACK_NAME, ImageShard, Pack, check_named, load_pack, paths_are_the_users
 from data_tools.records import Identity, Record
 from data_tools.statistics import ChannelSums
 from imm_scale import precision, storage
@@ -36,9 +37,12 @@ _DECODERS = 4  # threads that decode PNGs ahead of the encoder
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for what can be known before an autoencoder is loaded, or a job waits in a queue."""
     _check_codec(args)
+    check_named("--images", args.images)
+    check_named("--out", args.out)
     tasks.check(args.task_index, args.num_tasks)
     if not getattr(args, "may_come", False):
         load_images(args.images)
+        records.class_names(args.images)
     storage.check_writable(args.out)
 
 
@@ -79,7 +83,14 @@ def _device(name: str) -> str:
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         count = torch.cuda.device_count()
         raise UserError(f"--device {name}: torch sees {count} GPUs here; use another or --device cpu")
-    return str(world.device(world.detect())) if name == "cuda" else name
+    if device.type == "cuda":
+        return str(world.device(world.detect())) if name == "cuda" else name
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(f"--device {name} cannot be used here ({reason}): use another or --device cpu") from error
+    return name
 
 
 def _set_precision(codec: ImageCodec, name: str) -> None:
@@ -232,6 +243,7 @@ def _write(
 
 def read_batches(images: str, pack: Pack, todo: Sequence[int], batch_size: int) -> Iterator[_Images]:
     """All images of these shards; a batch never crosses a shard, so that each shard's bytes follow from it alone."""
+    num_classes = len(records.class_names(images))
     with ThreadPoolExecutor(_DECODERS) as pool:
         for i in todo:
             url = storage.join(images, pack.shards[i].name)
@@ -240,11 +252,11 @@ def read_batches(images: str, pack: Pack, todo: Sequence[int], batch_size: int) 
             for start in range(0, len(samples), batch_size):
                 part = samples[start : start + batch_size]
                 pngs = [_content(data, files["png"]) for _, files in part]
-                decoded = pool.map(lambda png: _decode(png, pack.image_shape), pngs)
+                decoded = pool.map(partial(_decode, shape=pack.image_shape, url=url), pngs)
                 yield _Images(
                     shard=i,
                     keys=[key for key, _ in part],
-                    labels=[int(_content(data, files["cls"])) for _, files in part],
+                    labels=[_label(_content(data, files["cls"]), num_classes, url) for _, files in part],
                     images_NHWC=torch.from_numpy(np.stack(list(decoded))),
                     last=start + batch_size >= len(samples),
                 )
@@ -266,9 +278,20 @@ def _content(data: bytes, member: tar.Member) -> bytes:
     return data[member.offset : member.offset + member.size]
 
 
-def _decode(png: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+def _label(text: bytes, num_classes: int, url: str) -> int:
+    label = int(text)
+    if label >= num_classes:
+        raise UserError(f"{url} has label {label}, labels.json beside it names {num_classes} classes: pack again")
+    return label
+
+
+def _decode(png: bytes, shape: tuple[int, int, int], url: str) -> NDArray[np.uint8]:
     with Image.open(io.BytesIO(png)) as picture:
-        return np.array(picture).reshape(shape)
+        values = np.array(picture)
+    values = values[..., None] if values.ndim == 2 else values
+    if values.shape != shape:
+        raise UserError(f"{url} has images of shape {values.shape}, {PACK_NAME} says {shape}: pack again")
+    return values
 
 
 main = entry("encode")

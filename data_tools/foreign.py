@@ -6,6 +6,7 @@ its latents about unit variance, so raw ones have a standard deviation near 1 / 
 """
 
 import argparse
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ EXTREME = 1e4  # no autoencoder's latent is that large; fp16 ends at 65504
 # Scaling factors nearer to 1 than this leave too little between raw and multiplied latents to tell them by: data sets
 # differ from one another by some tens of per cent (records._manifest prints how far each is off).
 _CLEAR_FACTOR = 2.0
+_FAR = 3.0  # times as wide or as narrow as expected; sets of photographs stay within a factor of 2
 _SHIFTED = 0.5  # of a published std: means of one autoencoder's latents of photographs lie closer together
 
 
@@ -45,9 +47,9 @@ def describe(args: argparse.Namespace, image_codec: ImageCodec, shape: tuple[int
         raise UserError(f"--scale {args.scale}: what raw latents were multiplied by must be above 0")
     height, width = (args.image_size,) * 2 if isinstance(args.image_size, int) else args.image_size
     factor = image_codec.factor
-    size = (height // factor, width // factor)
-    if shape[1:] != size:
-        last = "; their channels come last: transpose them to (C', H, W)" if shape[:2] == size else ""
+    if (shape[1] * factor, shape[2] * factor) != (height, width):
+        is_last = (shape[0] * factor, shape[1] * factor) == (height, width)
+        last = "; their channels come last: transpose them to (C', H, W)" if is_last else ""
         raise UserError(
             f"latents of {shape[1]}x{shape[2]} stand for images of {shape[1] * factor}x{shape[2] * factor} pixels "
             f"(height x width, {factor} to one), --image-size says {height}x{width}{last}"
@@ -156,9 +158,10 @@ class Survey:
                 f"{from_one or ': write them again, or give the number of classes they are of'}"
             )
         classes = num_classes or highest + 1
-        empty = [label for label in range(classes) if label not in self.labels]
-        shown = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
-        where = f"labels go from {lowest} to {highest}, and {len(empty)} of {classes} classes have no sample ({shown})"
+        empty = classes - len(self.labels)
+        first = itertools.islice((label for label in itertools.count() if label not in self.labels), min(empty, 5))
+        shown = ", ".join(map(str, first)) + (", ..." if empty > 5 else "")
+        where = f"labels go from {lowest} to {highest}, and {empty} of {classes} classes have no sample ({shown})"
         if num_classes is None and empty:
             raise UserError(f"{where}: say how many classes there are with --num-classes{from_one}")
         return [f"{where}{from_one}"] if empty else []
@@ -205,7 +208,7 @@ class Survey:
         expected = 1 / factor if codec.scale == 1.0 else codec.scale / factor  # of stored ones, if it is as said
         other = 1.0 if codec.scale == 1.0 else 1 / factor  # if it is the other way round
         if stored == 0 or abs(math.log(stored / expected)) <= abs(math.log(stored / other)):
-            return []
+            return self._far_notes(factor, spread)
         says = "raw" if codec.scale == 1.0 else f"multiplied by {codec.scale:g}"
         shift = f" --shift {vae.shift_factor:g}" if vae.shift_factor else ""
         found = (
@@ -217,6 +220,15 @@ class Survey:
         raise UserError(
             f"{found}. These look multiplied: give --scale {factor:g}{shift}, or --scale 1 if they are raw all the same"
         )
+
+    def _far_notes(self, factor: float, spread: float) -> list[str]:
+        """Of values that fit neither reading, as those multiplied twice."""
+        if spread == 0 or 1 / _FAR < spread * factor < _FAR:
+            return []
+        return [
+            f"raw latents as they are said to be have a standard deviation of {spread:.3g}; by the autoencoder's "
+            f"scaling_factor of {factor:g} about {1 / factor:.3g} is expected: see --scale"
+        ]
 
     def _published_notes(self) -> list[str]:
         codec = self._codec

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from data_tools import sources
-from data_tools.packing.metadata import without_metadata
+from data_tools.packing.metadata import unread_format, without_metadata
 from data_tools.sources.names import FORMATS
 
 # What decoders and archives raise for files that are no images, cut short, damaged, or bombs. Decoders meet anything.
@@ -34,7 +34,7 @@ _UNREADABLE = (
     zlib.error,
     zipfile.BadZipFile,
 )
-_MOST_PIXELS = 178_956_970  # where Pillow stops by itself: 0.5 GiB of RGB
+MOST_PIXELS = 178_956_970  # where Pillow stops by itself: 0.5 GiB of RGB
 _ORIENTATION = 0x0112  # tag of EXIF
 _UPRIGHT = {  # source: EXIF 2.32, table 6
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -81,8 +81,8 @@ def render(
         if picture.mode.startswith(("I", "F")):
             return Unreadable(f"mode {picture.mode} has more than 8 bits a channel: convert it first")
         picture = _opaque(picture, background).convert("L" if channels == 1 else "RGB")
-    except UnidentifiedImageError:
-        return Unreadable("it begins as no image does")
+    except UnidentifiedImageError as error:
+        return Unreadable(str(error))
     except _UNREADABLE as error:
         return Unreadable(f"{type(error).__name__}: {error}")
     if size is not None:
@@ -100,6 +100,8 @@ def _load(data: bytes, size: int | Sequence[int] | None) -> Image.Image:
         return _decode(data, size)
     except _UNREADABLE as error:
         pixels_only = without_metadata(data)
+        if isinstance(error, UnidentifiedImageError) and pixels_only is None:
+            raise UnidentifiedImageError(unread_format(data)) from None
         if pixels_only is None or pixels_only == data:
             raise
         try:
@@ -110,14 +112,29 @@ def _load(data: bytes, size: int | Sequence[int] | None) -> Image.Image:
 
 def _decode(data: bytes, size: int | Sequence[int] | None) -> Image.Image:
     with _own_limit_of_pixels(), Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-        if opened.width * opened.height > _MOST_PIXELS and size is not None:
+        if opened.width * opened.height > MOST_PIXELS and size is not None:
             height, width = _sides(size)
             opened.draft(None, (2 * width, 2 * height))  # a JPEG can be decoded at an eighth of its size
-        if opened.width * opened.height > _MOST_PIXELS:
-            raise ValueError(f"{opened.width}x{opened.height} are more than {_MOST_PIXELS} pixels: shrink it first")
+        if opened.width * opened.height > MOST_PIXELS:
+            raise ValueError(f"{opened.width}x{opened.height} are more than {MOST_PIXELS} pixels: shrink it first")
         opened.load()
         method = _UPRIGHT.get(_orientation(opened))
-        return opened.copy() if method is None else opened.transpose(method)
+        picture = opened.copy() if method is None else opened.transpose(method)
+        return _with_true_transparency(picture, opened.format, data)
+
+
+def _with_true_transparency(picture: Image.Image, form: str | None, data: bytes) -> Image.Image:
+    """The image where Pillow gives a PNG's colour key in other units than its pixels, or a TGA alpha it has not."""
+    key = picture.info.get("transparency")
+    if form == "PNG" and isinstance(key, int | tuple):
+        bits = data[24]  # of the header; grey of fewer is scaled to 8, of colours of 16 the upper 8 are kept
+        factor = 255 // (2**bits - 1) if bits <= 8 else 1 / 256
+        scaled = tuple(int(value * factor) for value in (key if isinstance(key, tuple) else (key,)))
+        picture.info["transparency"] = scaled if isinstance(key, tuple) else scaled[0]
+    # The descriptor says how many bits of alpha a pixel has; where it says none, a fourth byte of 0 means nothing.
+    if form == "TGA" and picture.mode == "RGBA" and not data[17] & 0x0F and not picture.getchannel("A").getbbox():
+        return picture.convert("RGB")
+    return picture
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from data_tools import images, sources
-from data_tools.common import LABELS_NAME, PACK_NAME, Pack, load_pack, paths_are_the_users, write_json
+from data_tools.common import LABELS_NAME, PACK_NAME, Pack, check_named, load_pack, paths_are_the_users, write_json
 from data_tools.images import Rendered, Unreadable
 from data_tools.packing import closing, contact_sheet, identity, shard_writer
 from data_tools.packing.shard_writer import Bad, ShardWriter
@@ -44,15 +44,19 @@ _OURS = re.compile(rf"({'|'.join(_FILES)})(\.[0-9a-f]{{8}}\.tmp)?")
 def pack(args: argparse.Namespace) -> None:
     """Does what the command line asks. Raises UserError."""
     _check_arguments(args)
+    label_map = None if args.labels is None else read_map(os.path.expanduser(args.labels))
     located = sources.locate(args.source)
-    label_map = _label_map(args.labels, located)
     _check_outside(args.out, located)
     arguments = identity.of(args, located, label_map)
     if _finished(args.out, arguments, args.source_moved):
         return
     _check_folder(args.out)
+    if located.kind == "built_in" and os.path.isdir(args.source[0]):
+        print(f"{args.source[0]} means the built-in set; the folder of that name here is ./{args.source[0]}")
     if located.splits:
         print(f"files of several splits are packed together: {', '.join(located.splits)}")
+    if located.folders:
+        print(f"files of several folders are packed together: {printable(', '.join(located.folders[:5]))}")
     source = sources.find(located, label_map, args.image_column, args.label_column)
     writer = _writer(args.out, arguments, source, args.source_moved)
     try:
@@ -68,7 +72,15 @@ def _check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if isinstance(value, int) and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
+    height, width = [args.size] * 2 if isinstance(args.size, int) else args.size or (1, 1)
+    if height * width > images.MOST_PIXELS:
+        raise UserError(f"--size {height}x{width}: at most {images.MOST_PIXELS} pixels are made of an image")
     identity.background(args.background)
+    if args.labels is not None and args.source[0] in sources.BUILT_IN:
+        raise UserError(f"--labels is for sources of your own: {args.source[0]} has its labels")
+    check_named("--out", args.out)
+    if not storage.exists(storage.join(args.out, PACK_NAME)):
+        storage.check_writable(args.out)
 
 
 def _check_outside(out: str, located: Located) -> None:
@@ -78,14 +90,6 @@ def _check_outside(out: str, located: Located) -> None:
     folder, target = os.path.realpath(located.given[0]), os.path.realpath(storage.local_path(out))
     if os.path.commonpath([folder, target]) == folder:
         raise UserError(f"--out {out} lies inside --source {located.where}: choose a folder outside of it")
-
-
-def _label_map(path: str | None, located: Located) -> list[str] | None:
-    if path is None:
-        return None
-    if located.kind == "built_in":
-        raise UserError(f"--labels is for sources of your own: {located.where} has its labels")
-    return read_map(os.path.expanduser(path))
 
 
 def _finished(out: str, arguments: dict[str, Any], moved: bool) -> bool:
@@ -230,6 +234,7 @@ def _finish(out: str, source: Source, writer: ShardWriter) -> None:
     )
     quarantine = storage.join(out, QUARANTINE_NAME)
     lines = closing.table(source.class_names, writer.counts) + closing.left_out(source.left_out, writer.bad, quarantine)
+    lines += [f"note: {note}" for note in source.notes + closing.alike(source.class_names)]
     print("\n".join([*lines, f"see what went in: {storage.join(out, sheets[0])}, 8 images of each class"]))
 
 

@@ -178,7 +178,7 @@ def finalize(images: str, out: str, pack: Pack, records: list[Record | None]) ->
     wrong = [name for name, (encoded, packed) in counts.items() if encoded != packed]
     if len(counts) != len(parts) or wrong:
         raise UserError(f"shards with too few, too many or double samples: {_listed(wrong)}; remove and encode again")
-    manifest = _manifest(parts, _class_names(images))
+    manifest = _manifest(parts, class_names(images))
     clear_temporaries(out)
     storage.remove(storage.join(out, TASKS_NAME))
     manifest.save(storage.join(out, MANIFEST_NAME))
@@ -221,10 +221,14 @@ def _numbers(values: tuple[float, ...]) -> str:
     return "[" + ", ".join(f"{value:.4g}" for value in values) + "]"
 
 
-def _class_names(folder: str) -> tuple[str, ...]:
+def class_names(folder: str) -> tuple[str, ...]:
+    """Names of the classes 0, 1, ... of packed images. Raises UserError where labels.json does not say them."""
     url = storage.join(folder, LABELS_NAME)
     try:
-        names = read_json(url)
-        return tuple(names[str(label)] for label in range(len(names)))
+        document = read_json(url)
+        names = [document[str(label)] for label in range(len(document))]
     except (FileNotFoundError, KeyError) as error:
         raise UserError(f"{url} is missing or does not name classes 0, 1, ...: pack the images again") from error
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{url} names no class, or one by something else than text: pack the images again")
+    return tuple(names)

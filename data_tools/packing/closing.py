@@ -1,5 +1,6 @@
 """What pack says at the end: the classes, the fewest and the most images, what is left out and why."""
 
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -41,6 +42,26 @@ def _odd_numbers(class_names: Sequence[str]) -> list[str]:
     if odd is None:
         return []
     return [f"the classes are named by numbers, but class {odd} is named {class_names[odd]}: --labels can number them"]
+
+
+def alike(class_names: Sequence[str]) -> list[str]:
+    """A note on classes whose names most people would take for one: cat and Cat, 7 and 07, two spellings of "é"."""
+    groups: dict[str, list[int]] = {}
+    for i, name in enumerate(class_names):
+        groups.setdefault(_reduced(name), []).append(i)
+    pairs = [group for group in groups.values() if len(group) > 1]
+    if not pairs:
+        return []
+    shown = "; ".join(" and ".join(f"{i} ({class_names[i]!r})" for i in group) for group in pairs[:_EXAMPLES])
+    return [
+        "names of classes differ in nothing but case, spaces, leading zeros or the encoding of accents, if at all: "
+        f"{shown}{'; ...' if len(pairs) > _EXAMPLES else ''}"
+    ]
+
+
+def _reduced(name: str) -> str:
+    text = " ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").split())
+    return text.lstrip("0") or "0" if is_number(text) else text
 
 
 def left_out(skipped: LeftOut, bad: Sequence[Bad], quarantine: str) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import ImageColor
 
-from data_tools.common import PACK_NAME, Pack
+from data_tools.common import LABELS_NAME, PACK_NAME, Pack
 from data_tools.sources import Located
 from imm_scale import storage
 from imm_scale.errors import UserError
@@ -20,9 +20,12 @@ _MEANINGS = {
 def background(text: str) -> tuple[int, int, int]:
     """RGB of a colour by its name or as #rrggbb. Raises UserError."""
     try:
-        return ImageColor.getrgb(text)[:3]
+        colour = ImageColor.getrgb(text)[:3]
+        if max(colour) > 255:
+            raise ValueError("a channel has 0 to 255")
     except ValueError as error:
         raise UserError(f"--background {text}: a name such as white, or #rrggbb, is needed") from error
+    return colour
 
 
 def of(args: argparse.Namespace, located: Located, label_map: list[str] | None) -> dict[str, Any]:
@@ -61,6 +64,10 @@ def check_same(out: str, existing: Pack, arguments: dict[str, Any], moved: bool)
     elif differing:
         said = ", ".join(_said(key, existing.arguments[key], arguments[key]) for key in differing)
         raise UserError(f"{out} holds another pack; it differs in {said}: choose another --out")
+    if not storage.exists(storage.join(out, LABELS_NAME)):
+        raise UserError(
+            f"{storage.join(out, LABELS_NAME)} is missing: remove {storage.join(out, PACK_NAME)} to pack again"
+        )
     for shard in existing.shards:
         url = storage.join(out, shard.name)
         if not storage.exists(url) or storage.size(url) != shard.bytes:

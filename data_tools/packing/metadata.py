@@ -1,4 +1,7 @@
-"""Image files without what is not pixels, for those whose EXIF, XMP, comments or colour profile are broken."""
+"""What files that Pillow does not open are, and image files without what is not pixels.
+
+The latter is for those whose EXIF, XMP, comments or colour profile are broken.
+"""
 
 import struct
 
@@ -7,6 +10,35 @@ _PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 _WEBP_METADATA = {b"EXIF", b"XMP ", b"ICCP"}
 # JPEG segments: all APPn but JFIF's and Adobe's, which say what the colours are, and comments.
 _JPEG_METADATA = {*range(0xE1, 0xEE), 0xEF, 0xFE}
+
+
+# What a file may be that is no image Pillow opens, by how it begins.
+_OTHERS = {
+    b"\xff\x0a": "JPEG XL",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"%PDF": "PDF",
+    b"%!PS": "PostScript",
+    b"<svg": "SVG",
+    b"<?xml": "XML, perhaps SVG",
+}
+_PAGES = (b"<!doctype", b"<html")
+_IMAGES = (_PNG, b"\xff\xd8", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def unread_format(data: bytes) -> str:
+    """What a file is in which Pillow sees no image, as a reason to leave it out."""
+    start = data[:64].lstrip()
+    if data[4:8] == b"ftyp":
+        kind = {b"avif": "AVIF", b"avis": "AVIF"}.get(data[8:12], "HEIF (HEIC) or a video")
+    else:
+        kind = next((kind for begin, kind in _OTHERS.items() if start.startswith(begin)), "")
+    if kind:
+        return f"it is {kind}, which is not read: convert it first"
+    if start.lower().startswith(_PAGES):
+        return "it is a web page: the download failed"
+    if data.startswith(_IMAGES):
+        return "its header is damaged, or of a kind that Pillow does not read"
+    return "it begins as no image does"
 
 
 def without_metadata(data: bytes) -> bytes | None:

@@ -2,11 +2,11 @@
 
 import os
 
-from data_tools.sources import label_files, parquet, tar_archive, webdataset, zip_archive
+from data_tools.sources import label_files, names, parquet, tar_archive, webdataset, zip_archive
 from data_tools.sources.base import Image, Labelled, LeftOut, Slice, Source, ZipMember, read
 from data_tools.sources.built_in import BUILT_IN
 from data_tools.sources.classes import classify
-from data_tools.sources.locate import Located, locate
+from data_tools.sources.locate import Located, locate, without_ending
 from data_tools.sources.numbering import number
 from data_tools.sources.tar_archive import Entries
 from data_tools.sources.tree import Tree
@@ -38,9 +38,19 @@ def find(located: Located, label_map: list[str] | None, image_column: str, label
     else:
         samples = parquet.labelled(located.files, image_column, label_column)
     if not samples.images:
-        bad = f": {len(samples.bad)} unusable, the first {': '.join(samples.bad[0])}" if samples.bad else ""
-        raise UserError(f"no images in {located.where}{bad}; it must be a folder or an archive with a folder per class")
+        raise UserError(_nothing(samples, located.where))
     return number(samples, label_map, located.where)
+
+
+def _nothing(samples: Labelled, where: str) -> str:
+    said = [f"{len(samples.bad)} unusable, the first {': '.join(samples.bad[0])}"] if samples.bad else []
+    reasons = sorted(samples.left_out.reasons.items(), key=lambda item: -item[1][0])
+    said += [f"{count} {reason}, as {example}" for reason, (count, example) in reasons[:3]]
+    found = f" ({names.printable('; '.join(said))})" if said else ""
+    return (
+        f"no images in {where}{found}; it must be a folder or an archive with a folder per class, and of archives "
+        "inside it only tars in tars are read"
+    )
 
 
 def _tars(files: list[str], known: list[str], label_column: str) -> Labelled:
@@ -59,6 +69,7 @@ def _tree_of(path: str, entries: Entries) -> Tree:
         tree.add(name, place, place.size)
     for name in entries.folders:
         tree.add_folder(name)
+    tree.add_links(entries.links)
     tree.keeps += entries.keeps
     return tree
 
@@ -67,7 +78,7 @@ def _together(trees: list[tuple[str, Tree]], known: list[str]) -> Labelled:
     """The classes of several archives. Of several, one whose images lie in no folder is a class, as ImageNet's are."""
     samples = Labelled()
     for path, tree in trees:
-        stem = os.path.basename(path).split(".")[0] if len(trees) > 1 else None
+        stem = without_ending(os.path.basename(path)) if len(trees) > 1 else None
         part = classify(tree, known, stem)
         part.keeps += tree.keeps
         samples.extend(part)

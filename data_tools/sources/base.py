@@ -26,10 +26,11 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class ZipMember:
-    """An image file in a ZIP archive, by the name the archive's reader gives it."""
+    """An image file in a ZIP archive: the name the archive's reader gives it, and where in the archive it begins."""
 
     path: str
     name: str
+    start: int
 
 
 Image = str | Slice | ZipMember | NDArray[np.uint8]
@@ -61,6 +62,7 @@ class Labelled:
         folders: names of classes that have a folder, with or without images.
         titles: what stands for a class beside its name: {"n01440764": "tench, Tinca tinca"}.
         bad: images that cannot be used, with the reason.
+        notes: what looks as if something else was meant, as sentences.
         keeps: what must live as long as the images.
     """
 
@@ -72,6 +74,7 @@ class Labelled:
     titles: dict[str, str] = field(default_factory=dict)
     bad: list[tuple[str, str]] = field(default_factory=list)
     left_out: LeftOut = field(default_factory=LeftOut)
+    notes: list[str] = field(default_factory=list)
     keeps: list[Any] = field(default_factory=list)
 
     def add(self, name: str, label: int | str, image: Image) -> None:
@@ -89,6 +92,7 @@ class Labelled:
         self.titles |= other.titles
         self.bad += other.bad
         self.left_out.merge(other.left_out)
+        self.notes += other.notes
         self.keeps += other.keeps
 
 
@@ -105,6 +109,7 @@ class Source:
     images: Sequence[Image]
     bad: list[tuple[str, str]] = field(default_factory=list)
     left_out: LeftOut = field(default_factory=LeftOut)
+    notes: list[str] = field(default_factory=list)
     keeps: Any = field(default=None, compare=False)
 
 
@@ -134,6 +139,8 @@ def _read_file(image: str | Slice, most: int) -> bytes:
 def _read_member(member: ZipMember, most: int) -> bytes:
     archive = open_zip(member.path)
     info = archive.getinfo(member.name)
+    if info.header_offset != member.start:  # several have this name, if only in the code page of the archiver
+        info = next(info for info in archive.infolist() if info.header_offset == member.start)
     _check_size(info.file_size if most < 0 else most)
     if info.flag_bits & _ENCRYPTED:
         raise RuntimeError("protected by a password: unpack the archive first")

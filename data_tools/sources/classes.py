@@ -4,7 +4,7 @@ import io
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from PIL import Image as Pillow
@@ -15,6 +15,7 @@ from data_tools.sources.tree import Tree
 from imm_scale.errors import UserError
 
 _WEAK_FORMATS = {"TGA", "PCX", "DCX"}  # hardly anything in such a file says what it is
+_SHOWN = 3  # names listed in a note
 _HEAD = 1 << 18  # bytes by which most images are known
 
 
@@ -98,6 +99,8 @@ def _flat(tree: Tree, images: list[str], flat_class: str | None) -> Labelled:
         raise UserError(
             f"{names.printable(tree.name(images[0]))} lies in no class folder: one folder of images per class is needed"
         )
+    if not images:
+        _leave_out_others(tree, images, samples.left_out)
     for path in images:
         assert flat_class is not None
         samples.add(tree.name(path), flat_class, tree.files[path].image)
@@ -112,12 +115,14 @@ def _by_folder(tree: Tree, images: list[str], root: str, known: Collection[str])
         if is_inside(path, root):
             classes.setdefault(path[len(root) :].split("/", 1)[0], []).append(path)
     _check_splits(tree, root, classes, known)
+    _check_links(tree, root)
     _leave_out(tree, images, root, classes, samples.left_out)
+    samples.notes = _notes(tree, root, classes)
     for name in names.in_order(classes):
         for path in classes[name]:
             file = tree.files[path]
             samples.add(tree.name(path), name, file.image)
-    samples.folders = set(classes) | _empty_folders(tree, root)
+    samples.folders = set(classes) | _empty_folders(tree, root, known, samples.left_out)
     samples.titles = label_files.titles(tree, samples.folders)
     return samples
 
@@ -132,19 +137,39 @@ def _leave_out(tree: Tree, images: list[str], root: str, classes: Collection[str
         )
     if outside:
         left_out.add("images in no class folder", tree.name(outside[0]), len(outside))
-    others = sorted(tree.files.keys() - set(images), key=names.raw)
-    for path in others:
-        left_out.add(f"files that are no images ({names.suffix(path) or 'without an ending'})", tree.name(path))
+    others = _leave_out_others(tree, images, left_out)
     heads = {path[len(root) :].split("/", 1)[0] for path in others if is_inside(path, root)}
     for head in sorted(heads - set(classes)):
         left_out.add("folders with files but no image", tree.name(root + head))
 
 
-def _empty_folders(tree: Tree, root: str) -> set[str]:
-    """Names of class folders in which nothing is."""
+def _leave_out_others(tree: Tree, images: list[str], left_out: LeftOut) -> list[str]:
+    """Counts files that are no images, and returns their paths."""
+    others = sorted(tree.files.keys() - set(images), key=names.raw)
+    for path in others:
+        left_out.add(f"files that are no images ({names.suffix(path) or 'without an ending'})", tree.name(path))
+    return others
+
+
+def _empty_folders(tree: Tree, root: str, known: Collection[str], left_out: LeftOut) -> set[str]:
+    """Names of class folders in which nothing is; one that is called after a split of the data set is no class."""
     level = {path[len(root) :] for path in tree.folders if path.startswith(root) and "/" not in path[len(root) :]}
     filled = {path[len(root) :].split("/", 1)[0] for path in tree.files if path.startswith(root)}
-    return level - filled
+    splits = {name for name in level - filled if names.folder_split(name) and name not in known}
+    for name in sorted(splits):
+        left_out.add("empty folders called after splits of a data set", tree.name(root + name))
+    return level - filled - splits
+
+
+def _check_links(tree: Tree, root: str) -> None:
+    """Raises UserError for links that may have been classes: without them the later ones would have other numbers."""
+    for path, target in tree.broken_links.items():
+        inside = path.startswith(root) and "/" not in path[len(root) :]
+        if inside and not names.is_image(path) and not names.is_other(path):
+            raise UserError(
+                f"{names.printable(tree.name(path))}, beside folders that are classes, is a link that leads nowhere "
+                f"(to {names.printable(target)}): mend or remove it"
+            )
 
 
 def _check_splits(tree: Tree, root: str, classes: dict[str, list[str]], known: Collection[str]) -> None:
@@ -156,3 +181,46 @@ def _check_splits(tree: Tree, root: str, classes: dict[str, list[str]], known: C
             f"{tree.where}: the folders {', '.join(sorted(splits))} are splits of a data set by their names, not "
             f"classes: pack one of them at a time, {one}; if they are classes, name them in a map for --labels"
         )
+
+
+# --- what may be meant otherwise than it is taken ---
+
+
+def _notes(tree: Tree, root: str, classes: Mapping[str, Sequence[str]]) -> list[str]:
+    """Sentences about classes, given the paths of their images, that look as if something else was meant."""
+    inside = {name: _folders(paths, root) for name, paths in classes.items()}
+    return [*_wrappers(tree, root, inside), *_splits(inside)]
+
+
+def _folders(paths: Sequence[str], root: str) -> list[str]:
+    """Names of the folders of a class in which its images lie, "" for the class itself."""
+    below = (path[len(root) :].split("/") for path in paths)
+    return sorted({parts[1] if len(parts) > 2 else "" for parts in below}, key=names.raw)
+
+
+def _wrappers(tree: Tree, root: str, inside: Mapping[str, Sequence[str]]) -> list[str]:
+    """A class of folders alone beside one of images, as data/cat, data/dog beside docs/logo.png."""
+    if not any("" in folders for folders in inside.values()):
+        return []
+    wrappers = [name for name, folders in inside.items() if "" not in folders and len(folders) > 1]
+    return [
+        f"class {names.printable(name)} has its images in folders of its own ({_listed(inside[name])}), others have "
+        f"theirs in themselves: if those folders are the classes, pack {names.printable(tree.name(root + name))} alone"
+        for name in wrappers[:_SHOWN]
+    ]
+
+
+def _splits(inside: Mapping[str, Sequence[str]]) -> list[str]:
+    """Classes divided into splits, as cat/train and cat/test."""
+    found = sorted({name for folders in inside.values() for name in folders if names.folder_split(name)})
+    if len({names.folder_split(name) for name in found}) < 2:
+        return []
+    return [
+        f"classes hold folders called after splits of a data set ({_listed(found)}), which are packed together; for "
+        "one of them alone, link or copy its images to a folder of its own"
+    ]
+
+
+def _listed(found: Sequence[str]) -> str:
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return names.printable(", ".join(found[:_SHOWN])) + more

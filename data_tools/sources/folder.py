@@ -16,21 +16,18 @@ def walk(root: str) -> Tree:
     """
     tree = Tree(root, separator="/", synsets=synsets_above(root))
     seen: dict[tuple[int, int], str] = {}
-    links: list[str] = []
-    _visit(root, "", tree, seen, links)
+    links = [""]
     while links:
-        link = links.pop(0)
-        path = os.path.join(root, link)
-        first = seen.get(_identity(path))
-        if first is None:
-            _visit(root, link, tree, seen, links)
-        else:
-            tree.left_out.add("links to folders that are packed already", f"{path} (to {first})")
+        _visit(root, links.pop(0), tree, seen, links)
     return tree
 
 
-def _identity(path: str) -> tuple[int, int]:
-    status = os.stat(path)
+def _identity(path: str) -> tuple[int, int] | None:
+    """What is the same for one folder by all its paths; None where one may not look."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
     return status.st_dev, status.st_ino
 
 
@@ -40,24 +37,32 @@ def _visit(root: str, start: str, tree: Tree, seen: dict[tuple[int, int], str], 
     while waiting:
         folder = waiting.pop()
         path = os.path.join(root, folder) if folder else root
+        identity = _identity(path)
+        first = seen.get(identity) if identity is not None else None
+        if first is not None:  # a link, or below a link to a folder above this one
+            tree.left_out.add("links to folders that are packed already", f"{path} (to {first})")
+            continue
+        if identity is not None:
+            seen[identity] = path
         if folder:
             tree.add_folder(folder)
-        for entry in _entries(path, seen):
+        for entry in _entries(path):
             inside = f"{folder}/{entry.name}" if folder else entry.name
             if _is_folder(entry):
                 if names.is_system(entry.name, folder=True):
                     tree.left_out.add("hidden and system files", entry.path)
                 else:
                     (links if entry.is_symlink() else waiting).append(inside)
+            elif _leads_nowhere(entry) and not names.is_image(entry.name):
+                tree.add_broken_link(inside, os.readlink(entry.path))
             elif _is_file(entry):
                 tree.add(inside, entry.path, _size(entry))
             else:
                 tree.left_out.add("pipes, sockets and devices", entry.path)
 
 
-def _entries(path: str, seen: dict[tuple[int, int], str]) -> "list[os.DirEntry[str]]":
+def _entries(path: str) -> "list[os.DirEntry[str]]":
     try:
-        seen[_identity(path)] = path
         with os.scandir(path) as entries:
             return sorted(entries, key=lambda entry: names.raw(entry.name))
     except OSError as error:
@@ -73,10 +78,14 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
         return False
 
 
+def _leads_nowhere(entry: "os.DirEntry[str]") -> bool:
+    return entry.is_symlink() and not os.path.exists(entry.path)
+
+
 def _is_file(entry: "os.DirEntry[str]") -> bool:
-    """Whether it can be tried as a file; so can links that lead nowhere, whose names are to be reported."""
+    """Whether it can be tried as a file; so can links of images that lead nowhere, whose names are to be reported."""
     try:
-        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+        return entry.is_file() or _leads_nowhere(entry)
     except OSError:
         return True
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import posixpath
 import re
 from collections.abc import Collection
 from typing import Any
@@ -38,7 +39,7 @@ def from_dataset_json(tree: Tree, images: Collection[str]) -> Labelled | None:
         document = json.loads(tree.text(path))
     except UserError:
         raise
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} should say the labels but is no JSON ({error}): mend it or remove it") from error
     if not isinstance(document, dict) or "labels" not in document:
         return None
@@ -50,12 +51,17 @@ def _labels(stored: Any, where: str) -> dict[str, int] | None:
     if stored is None:
         return None
     try:
-        labels = {str(path).replace("\\", "/"): label for path, label in stored}
+        pairs = [(posixpath.normpath(str(path).replace("\\", "/")), label) for path, label in stored]
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: labels must be a list of [path, number] or null ({error})") from error
-    for path, label in labels.items():
+    if not pairs:
+        raise UserError(f"{where}: labels is empty: list [path, number] of each image, or write null for no labels")
+    labels: dict[str, int] = {}
+    for path, label in pairs:
         if type(label) is not int:
             raise UserError(f"{where}: the label of {path} is {label!r}: a whole number is needed")
+        if labels.setdefault(path, label) != label:
+            raise UserError(f"{where}: {path} has the labels {labels[path]} and {label}: which is meant?")
     return labels
 
 
@@ -107,7 +113,7 @@ def read_map(path: str) -> list[str]:
         if not isinstance(document, dict) or not document:
             raise ValueError("it names no class")
         return [str(document[str(i)]) for i in range(len(document))]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise UserError(
             f'--labels {path}: {{"0": name, "1": name, ...}} or {SYNSETS_NAME} is needed ({error})'
         ) from error

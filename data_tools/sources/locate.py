@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import os
+import zipfile
 from dataclasses import dataclass, field
 
 from data_tools.sources import folder, label_files, names
@@ -47,6 +48,7 @@ class Located:
         files: of the three last kinds.
         tree: of a folder.
         splits: those that files given one by one are of.
+        folders: those below the one given in which files were found, if they are several.
     """
 
     given: list[str]
@@ -54,6 +56,7 @@ class Located:
     files: list[str] = field(default_factory=list)
     tree: Tree | None = None
     splits: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
 
     @property
     def where(self) -> str:
@@ -95,6 +98,9 @@ def locate(given: list[str]) -> Located:
     """
     if len(given) == 1 and given[0] in BUILT_IN:
         return Located(given, "built_in")
+    built_in = next((text for text in given if text in BUILT_IN and not os.path.lexists(text)), None)
+    if built_in is not None:
+        raise UserError(f"--source {built_in} is a set of its own: give it alone, and pack the others apart")
     paths: list[str] = []
     for text in given:
         paths += _expand(text)
@@ -164,15 +170,36 @@ def _in_folder(path: str, given: list[str]) -> Located:
             f"--source '{os.path.dirname(files[0])}/*{names.suffix(files[0])}', or for the images move the others away"
         )
     _check_splits(files, path, path)
-    return Located(given, _kind_of(files), files)
+    folders = sorted({os.path.relpath(os.path.dirname(file), path) for file in files}, key=names.raw)
+    return Located(given, _kind_of(files), files, folders=folders if len(folders) > 1 else [])
 
 
 def _kind_by_name(name: str) -> str | None:
     return next((kind for kind, endings in _ENDINGS.items() if name.lower().endswith(endings)), None)
 
 
+def without_ending(name: str) -> str:
+    """An archive's name without what says its kind: "v1.0" of "v1.0.tar.gz"."""
+    endings = [ending for endings in _ENDINGS.values() for ending in endings if name.lower().endswith(ending)]
+    return name[: -max(map(len, endings))] if endings else name
+
+
+def _check_once(files: list[str]) -> None:
+    """Raises UserError for a file that is meant twice, by a name and a pattern or by two links."""
+    seen: dict[tuple[int, int], str] = {}
+    for path in files:
+        status = os.stat(path)
+        identity = (status.st_dev, status.st_ino)
+        first = seen.get(identity)
+        seen[identity] = path
+        if first is not None:
+            other = "twice" if first == path else f"and {names.printable(path)}, which are one file"
+            raise UserError(f"--source names {names.printable(first)} {other}: name each file once")
+
+
 def _kind_of(files: list[str]) -> str:
-    """The kind all files share, by their names and their first bytes."""
+    """The kind all files share, by their names and their first bytes. Raises UserError for others, and for doubles."""
+    _check_once(files)
     kinds = {path: _checked_kind(path) for path in files}
     first = kinds[files[0]]
     other = next((path for path in files if kinds[path] != first), None)
@@ -198,6 +225,8 @@ def _checked_kind(path: str) -> str:
         raise UserError(f"{path} is a Git LFS pointer, not the file itself: run git lfs pull in its repository")
     if head.lstrip()[:5].lower() in (b"<!doc", b"<html"):
         raise UserError(f"{path} is a web page, not a .{kind} file: the download failed, perhaps for want of a login")
+    if kind == "zip" and zipfile.is_zipfile(path):
+        return kind  # the index at the end counts: a program that unpacks it may come first
     if kind in _MAGIC and not head.startswith(_MAGIC[kind]):
         raise UserError(f"{path} is no readable {kind.upper()} file: it begins with {head[:4]!r}; copy it again")
     return kind

@@ -16,12 +16,15 @@ _SYSTEM_FOLDERS = {
     "@recycle",
     "@recently-snapshot",
     "#snapshot",
+    "~snapshot",
     "$recycle.bin",
     "recycler",
     "system volume information",
     "lost+found",
 }
 _SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"}
+# What editors keep beside a file, and programs that download or copy call it until it is whole.
+_UNFINISHED = {".bak", ".old", ".orig", ".swp", ".tmp", ".temp", ".part", ".partial", ".crdownload", ".download"}
 # Formats of pixels that Pillow opens; not PostScript, which runs another program.
 _FORMATS = """
 PNG JPEG MPO GIF WEBP BMP DIB PPM TIFF AVIF JPEG2000 ICO CUR ICNS TGA PCX DCX DDS QOI SGI SUN PSD MSP XBM XPM BLP FTEX
@@ -29,6 +32,7 @@ PNG JPEG MPO GIF WEBP BMP DIB PPM TIFF AVIF JPEG2000 ICO CUR ICNS TGA PCX DCX DD
 Image.init()
 FORMATS = [name for name in _FORMATS.split() if name in Image.OPEN]
 _IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+_LONGEST_NAME = 255  # bytes, in file systems; archives hold longer ones
 _TYPES = mimetypes.MimeTypes()  # Python's own list: that of the machine would make sets depend on it
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training", "trainval"), "train"),
@@ -44,9 +48,11 @@ _SPLIT_IN_FILE = re.compile(rf"(?<![a-z])({_SPLIT})(?![a-z])", re.IGNORECASE)
 
 
 def is_system(name: str, folder: bool) -> bool:
-    """Whether a file or folder is hidden or left by the system: .thumbs, @eaDir, Thumbs.db, backups such as x.png~."""
+    """Whether a file or folder is hidden or left by the system: .thumbs, @eaDir, Thumbs.db, x.png~, x.png.part."""
     known = _SYSTEM_FOLDERS if folder else _SYSTEM_FILES
-    return name.startswith(".") or name.lower() in known or (not folder and name.endswith("~"))
+    if name.startswith(".") or name.lower() in known:
+        return True
+    return not folder and (name.endswith("~") or suffix(name) in _UNFINISHED)
 
 
 def suffix(name: str) -> str:
@@ -100,8 +106,8 @@ def _raw_letter(c: str) -> bytes:
 
 
 def is_number(name: str) -> bool:
-    """Whether a name has decimal digits alone."""
-    return name.isascii() and name.isdecimal()
+    """Whether a name has decimal digits alone, no more than a file's name can have (Python reads at most 4,300)."""
+    return name.isascii() and name.isdecimal() and len(name) <= _LONGEST_NAME
 
 
 def in_order(classes: Iterable[str]) -> list[str]:

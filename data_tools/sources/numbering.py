@@ -32,7 +32,7 @@ def number(found: Labelled, label_map: list[str] | None, where: str) -> Source:
             raise UserError(_unknown(found, i, len(class_names), where, label_map is not None))
     labels = [numbers[label] for label in found.labels]
     shown = [names.printable(name) for name in class_names]
-    return Source(shown, found.names, labels, found.images, found.bad, found.left_out, found.keeps)
+    return Source(shown, found.names, labels, found.images, found.bad, found.left_out, found.notes, found.keeps)
 
 
 def _by_name(found: Labelled, label_map: list[str], where: str) -> Labelled:

@@ -49,18 +49,27 @@ def _check_columns(path: str, schema: Any, image_column: str, label_column: str)
             f"{path} has no column {missing[0]!r}, only {', '.join(schema.names)}: "
             "name them by --image-column and --label-column"
         )
-    kind = schema.field(image_column).type
+    double = next((name for name in (image_column, label_column) if schema.names.count(name) > 1), None)
+    if double is not None:
+        raise UserError(f"{path} has several columns {double!r}: which is meant? Write it again with one of the name")
+    kind = _value_type(schema.field(image_column).type)
     content = kind.field("bytes").type if types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
-    is_bytes = types.is_binary(content) or types.is_large_binary(content) or types.is_fixed_size_binary(content)
-    if not is_bytes and not _is_list_of_bytes(content):
+    checks = types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view
+    if not any(check(content) for check in checks) and not _is_list_of_bytes(content):
         raise UserError(f"{path}: column {image_column} is {kind}: bytes of image files are needed, see --image-column")
     kind = schema.field(label_column).type
-    value = kind.value_type if types.is_dictionary(kind) else kind
-    if not any(check(value) for check in (types.is_integer, types.is_floating, types.is_boolean, _is_text)):
+    if not any(check(_value_type(kind)) for check in (types.is_integer, types.is_floating, types.is_boolean, _is_text)):
         raise UserError(
             f"{path}: column {label_column} is {kind}: a number or a name per row is needed, see --label-column"
         )
     return _class_names(schema.metadata or {}, label_column)
+
+
+def _value_type(kind: Any) -> Any:
+    """What a column holds, whether or not its equal values are stored once."""
+    import pyarrow.types as types
+
+    return kind.value_type if types.is_dictionary(kind) else kind
 
 
 def _is_list_of_bytes(kind: Any) -> bool:
@@ -72,7 +81,7 @@ def _is_list_of_bytes(kind: Any) -> bool:
 def _is_text(kind: Any) -> bool:
     import pyarrow.types as types
 
-    return types.is_string(kind) or types.is_large_string(kind)
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
 def _class_names(metadata: dict[bytes, bytes], label_column: str) -> list[str] | None:
@@ -80,7 +89,7 @@ def _class_names(metadata: dict[bytes, bytes], label_column: str) -> list[str] |
     try:
         feature = json.loads(metadata[b"huggingface"])["info"]["features"][label_column]
         return [str(name) for name in feature["names"]] if feature["names"] else None
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
 
 
@@ -95,8 +104,8 @@ def _add(found: Labelled, name: str, image: Any, label: Any, spool: Spool) -> No
         path = image.get("path") if isinstance(image, dict) else None
         found.bad.append((name, f"no bytes of an image{f', only its path {path}' if path else ''}"))
         return
-    if label is None or label != label or (isinstance(label, float) and label != int(label)):
-        found.bad.append((name, f"its label is {label}"))
+    if label is None or label == "" or (isinstance(label, float) and not label.is_integer()):  # nor NaN or infinity
+        found.bad.append((name, f"its label is {label!r}"))
         return
     data = bytes(content)
     found.add(name, label if isinstance(label, str) else int(label), Slice(spool.name, spool.write(data), len(data)))

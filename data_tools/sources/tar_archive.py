@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import lzma
+import os
 import posixpath
 import tarfile
 import zlib
@@ -12,6 +13,7 @@ from typing import IO, Any, BinaryIO
 
 from data_tools.sources.base import LeftOut, Slice
 from data_tools.sources.spool import Spool
+from data_tools.sources.tree import end_of_links
 from imm_scale.errors import UserError
 
 _NUL = bytes(2 * tarfile.BLOCKSIZE)
@@ -21,10 +23,14 @@ _OPENERS: dict[bytes, Callable[[str], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": b
 
 @dataclass
 class Entries:
-    """Files and folders of a tar by name; a later file of one name stands for an earlier one."""
+    """Files and folders of a tar by name; a later file of one name stands for an earlier one.
+
+    `links` are those that lead to no file of it, and where they lead.
+    """
 
     files: dict[str, Slice] = field(default_factory=dict)
     folders: list[str] = field(default_factory=list)
+    links: dict[str, str] = field(default_factory=dict)
     left_out: LeftOut = field(default_factory=LeftOut)
     keeps: list[Any] = field(default_factory=list)
 
@@ -80,15 +86,18 @@ def _next_chunk(packed: IO[bytes], path: str) -> bytes:
 def _read(file: BinaryIO, where: str, data_path: str, start: int, prefix: str, entries: Entries) -> None:
     """Adds what is in the tar that begins at byte `start` of a file; tars inside it count as folders."""
     inner: list[tuple[str, int]] = []
-    links: list[tuple[str, str]] = []
+    links: dict[str, str] = {}
+    size = os.fstat(file.fileno()).st_size
     file.seek(start)
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             while (info := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # millions of them would fill the memory
+                if archive.offset > size:
+                    raise tarfile.ReadError(f"{info.name} reaches to byte {archive.offset}, the file to {size}")
                 _add(info, data_path, prefix, entries, inner, links)
             _check_end(file, where, archive.offset, nested=bool(prefix))
-    except (tarfile.TarError, ValueError, OverflowError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
@@ -106,7 +115,7 @@ def _add(
     prefix: str,
     entries: Entries,
     inner: list[tuple[str, int]],
-    links: list[tuple[str, str]],
+    links: dict[str, str],
 ) -> None:
     name = prefix + info.name
     if info.isdir():
@@ -121,25 +130,21 @@ def _add(
             entries.left_out.add("older files of the same name", name)
         entries.files[name] = Slice(data_path, info.offset_data, info.size)
     elif info.islnk():
-        links.append((name, prefix + info.linkname))
+        links[name] = prefix + info.linkname
     elif info.issym():
-        links.append((name, posixpath.normpath(posixpath.join(posixpath.dirname(name), info.linkname))))
+        links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), info.linkname))
     else:
         entries.left_out.add("pipes, sockets and devices", name)
 
 
-def _follow_links(links: list[tuple[str, str]], entries: Entries) -> None:
-    """Files that are links to others of the archive; links to links too, whatever their order."""
-    for _ in range(2):
-        links = [(name, target) for name, target in links if not _follow(name, target, entries)]
-    for name, target in links:
-        entries.left_out.add("links to what is no file of the archive", f"{name} (to {target})")
-
-
-def _follow(name: str, target: str, entries: Entries) -> bool:
-    if target in entries.files:
-        entries.files[name] = entries.files[target]
-    return target in entries.files
+def _follow_links(links: dict[str, str], entries: Entries) -> None:
+    """Files take the place of links to them, by way of other links too, whatever their order."""
+    for name, target in links.items():
+        target = end_of_links(target, links, entries.files)
+        if target in entries.files:
+            entries.files[name] = entries.files[target]
+        else:
+            entries.links[name] = target
 
 
 def _check_end(file: BinaryIO, where: str, end: int, nested: bool) -> None:

@@ -3,6 +3,7 @@
 import json
 import posixpath
 import re
+import string
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,8 @@ from data_tools.sources import names
 from data_tools.sources.base import Labelled, Slice, read
 from data_tools.sources.tar_archive import Entries
 
-_NUMBER = re.compile(r"-?[0-9]{1,18}")
+_NUMBER = re.compile(r"(-?[0-9]{1,18})(\.0*)?")  # labels that were floats once too
+_PADDING = string.whitespace + "\0"
 
 
 def is_shard(entries: Entries) -> bool:
@@ -36,9 +38,12 @@ def labelled(path: str, entries: Entries, label_key: str) -> Labelled:
             else:
                 result.left_out.add("files that are no images", where, len(files))
             continue
+        others = sum(map(_is_image, files)) - 1
+        if others:
+            result.left_out.add("further images of samples that have several", where, others)
         try:
             result.add(where, _label(files, label_key), image)
-        except ValueError as error:
+        except (OSError, ValueError, RecursionError) as error:
             result.bad.append((where, str(error)))
     return result
 
@@ -54,8 +59,13 @@ def _samples(entries: Entries) -> dict[str, dict[str, Slice]]:
     return samples
 
 
+def _is_image(extension: str) -> bool:
+    return names.is_image(f"x.{extension}")
+
+
 def _image(files: Mapping[str, Slice]) -> Slice | None:
-    images = [extension for extension in files if names.is_image(f"x.{extension}")]
+    """The image with the shortest extension, as KEY.png beside KEY.seg.png; of two such the first in the tar."""
+    images = [extension for extension in files if _is_image(extension)]
     return files[min(images, key=lambda extension: extension.count("."))] if images else None
 
 
@@ -64,13 +74,16 @@ def _label(files: Mapping[str, Slice], key: str) -> int | str:
         raise ValueError(f"it has {', '.join(files)}, but no .cls")
     stored = "cls" if "cls" in files else "json"
     try:
-        text = read(files[stored]).decode("utf-8-sig").strip()
+        text = read(files[stored]).decode("utf-8-sig").strip(_PADDING)
     except UnicodeDecodeError as error:
         raise ValueError(f".{stored} holds bytes that are no text ({error})") from error
     label = text if stored == "cls" else _in_json(text, key)
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
     if not isinstance(label, int | str) or label == "":
         raise ValueError(f".{stored} holds no label but {label!r}")
-    return int(label) if isinstance(label, int) or _NUMBER.fullmatch(label) else label
+    number = _NUMBER.fullmatch(label) if isinstance(label, str) else None
+    return int(number[1]) if number else label if isinstance(label, str) else int(label)
 
 
 def _in_json(text: str, key: str) -> Any:

@@ -2,6 +2,7 @@
 
 import posixpath
 import stat
+import struct
 import zipfile
 import zlib
 
@@ -12,6 +13,8 @@ from imm_scale.errors import UserError
 
 _UTF8 = 0x800  # flag of an entry: its name is UTF-8
 _ENCRYPTED = 0x1
+_FIELD = struct.Struct("<HH")  # kind and length of an extra field
+_UNICODE_PATH = 0x7075
 _LONGEST_LINK = 4096
 
 
@@ -33,7 +36,7 @@ def _listed(path: str, infos: list[zipfile.ZipInfo]) -> Tree:
         raise UserError(f"--source {path} is protected by a password: unpack it, and give the folder")
     tree = Tree(path, synsets=synsets_above(path))
     has_slashes = any("/" in info.filename for info in files)
-    links: list[tuple[str, zipfile.ZipInfo]] = []
+    links: dict[str, str] = {}
     for info in infos:
         name = _name(info)
         # Some archivers of Windows write backslashes, against the specification of ZIP.
@@ -41,25 +44,22 @@ def _listed(path: str, infos: list[zipfile.ZipInfo]) -> Tree:
         if name.endswith("/"):
             tree.add_folder(name)
         elif stat.S_ISLNK(info.external_attr >> 16):
-            links.append((name, info))
+            links[name] = _target(path, name, info)
         else:
-            tree.add(name, ZipMember(path, info.filename), info.file_size)
-    _follow_links(path, tree, links)
+            tree.add(name, ZipMember(path, info.filename, info.header_offset), info.file_size)
+    tree.add_links(links)
     return tree
 
 
-def _follow_links(path: str, tree: Tree, links: list[tuple[str, zipfile.ZipInfo]]) -> None:
-    """Links to files of the archive; the content of a link's entry is where it leads."""
-    for name, info in links:
-        try:
-            target = read(ZipMember(path, info.filename), _LONGEST_LINK).decode("utf-8", "surrogateescape")
-        except (RuntimeError, zipfile.BadZipFile, zlib.error, EOFError):
-            target = "?"  # one damaged entry among others
-        file = tree.files.get(posixpath.normpath(posixpath.join(posixpath.dirname(name), target)))
-        if file is None:
-            tree.left_out.add("links to what is no file of the archive", f"{tree.name(name)} (to {target})")
-        else:
-            tree.add(name, file.image, file.size)
+def _target(path: str, name: str, info: zipfile.ZipInfo) -> str:
+    """Where a link leads: the content of its entry."""
+    try:
+        target = read(ZipMember(path, info.filename, info.header_offset), _LONGEST_LINK).decode(
+            "utf-8", "surrogateescape"
+        )
+    except (RuntimeError, zipfile.BadZipFile, zlib.error, EOFError):
+        return "?"  # one damaged entry among others
+    return posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
 
 
 def _name(info: zipfile.ZipInfo) -> str:
@@ -71,6 +71,19 @@ def _name(info: zipfile.ZipInfo) -> str:
         return info.filename
     stored = info.filename.encode("cp437")
     try:
-        return stored.decode("utf-8")
+        return _unicode_path(info.extra, stored) or stored.decode("utf-8")
     except UnicodeDecodeError:
         return info.filename if info.create_system == 0 else stored.decode("utf-8", "surrogateescape")
+
+
+def _unicode_path(extra: bytes, stored: bytes) -> str | None:
+    """The name beside one in a code page that lacks its letters, where several names may look alike.
+
+    Source: APPNOTE.TXT of PKWARE, 4.6.9: version 1, CRC of the name it stands for, UTF-8.
+    """
+    while len(extra) > _FIELD.size:
+        kind, length = _FIELD.unpack_from(extra)
+        content, extra = extra[_FIELD.size : _FIELD.size + length], extra[_FIELD.size + length :]
+        if kind == _UNICODE_PATH and content[:5] == struct.pack("<BI", 1, zlib.crc32(stored)):
+            return content[5:].decode("utf-8")
+    return None

@@ -6,16 +6,14 @@ raw = mean + std * noise anew each time a sample is met. Shards that other progr
 samples, multiplied by something: `posterior` alone knows how to read them.
 """
 
-import hashlib
-import os
-import re
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from imm_scale import rng
+from imm_scale.data import autoencoder
 from imm_scale.data.manifest import Codec
 from imm_scale.errors import UserError
 from imm_scale.precision import computing
@@ -34,7 +32,6 @@ AUTOENCODER_UNKNOWN = "not recorded"
 # slower beside the threads that read: each piece releases the GIL and has to wait for it.
 _PIECE = 1 << 21
 _UNTHREADED = (1 << 15) - 1  # most values on which torch starts no threads
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class ImageCodec(Protocol):
@@ -101,18 +98,13 @@ class VAECodec:
     pixel_range = "signed"
 
     def __init__(self, folder: str, device: str = "cpu", precision: str = "fp32") -> None:
-        try:
-            from diffusers import AutoencoderKL
-        except ImportError as error:
-            raise UserError(f"the vae codec needs diffusers ({error}): pip install 'imm-scale[vae]'") from error
-        folder = _local_folder(folder)
-        weights = os.path.join(folder, _WEIGHTS)
-        self.folder, self.weights_hash = folder, _file_sha256(weights)
-        options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}  # as is, and without warnings
-        model: Any = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
-        self._model = model.to(device).eval().requires_grad_(False)
+        self.folder = autoencoder.local_folder(folder)
+        self.weights_hash = autoencoder.weights_hash(self.folder)
+        self._model = autoencoder.load(self.folder).to(device).eval().requires_grad_(False)
         if self._model.config.in_channels != 3:
-            raise UserError(f"the autoencoder in {folder} takes {self._model.config.in_channels} channels, not RGB")
+            raise UserError(
+                f"the autoencoder in {self.folder} takes {self._model.config.in_channels} channels, not RGB"
+            )
         self._device = torch.device(device)
         self.precision = precision
         self.factor: int = 2 ** (len(self._model.config.block_out_channels) - 1)
@@ -138,37 +130,6 @@ class VAECodec:
         with computing(self.precision, self._device):
             pixels_NCHW = self._model.decode(raw_NCHW.to(self._device, torch.float32)).sample
         return _to_uint8(pixels_NCHW, self.pixel_range)
-
-
-def _local_folder(name: str) -> str:
-    """The folder on this machine with the weights that FOLDER, OWNER/NAME, or either with :SUBFOLDER means."""
-    base, _, inside = (name, "", "") if os.path.isdir(name) else name.partition(":")
-    if not os.path.isdir(base) and re.fullmatch(r"[\w.-]+/[\w.-]+", base):
-        base = _from_hub(base, inside)
-    folder = os.path.join(base, inside) if inside else base
-    if not os.path.isfile(os.path.join(folder, _WEIGHTS)):
-        raise UserError(
-            f"no {os.path.join(folder, _WEIGHTS)}: --vae must name a folder written by AutoencoderKL.save_pretrained"
-            + ("" if inside else f"; where that lies inside a pipeline, as {name}:vae")
-        )
-    return folder
-
-
-def _from_hub(name: str, inside: str) -> str:
-    """The local copy of a model on the hub, or of one folder of it, downloaded where there is none."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    files = [f"{inside}/{file}" if inside else file for file in ("config.json", _WEIGHTS)]
-    try:
-        return str(snapshot_download(name, allow_patterns=files))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        offline = isinstance(error, LocalEntryNotFoundError)
-        cause = "no network, or HF_HUB_OFFLINE is set, and its cache has no copy" if offline else type(error).__name__
-        raise UserError(
-            f"{name} is no folder here, and it cannot be had from the hub ({cause}): check the name and "
-            "the network, or download it elsewhere and name its folder"
-        ) from error
 
 
 def open_codec(codec: Codec, vae_folder: str | None = None, device: str = "cpu", precision: str = "fp32") -> ImageCodec:
@@ -290,8 +251,3 @@ def _to_uint8(raw_NCHW: Tensor, pixel_range: str) -> Tensor:
         raise ValueError("cannot decode: values are not finite")
     pixels_NCHW = raw_NCHW * 255.0 if pixel_range == "unit" else (raw_NCHW + 1.0) * 127.5
     return pixels_NCHW.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
-
-
-def _file_sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

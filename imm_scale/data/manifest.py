@@ -169,7 +169,7 @@ def parse(text: str | bytes, where: str) -> Manifest:
     """A manifest from its JSON text; `where` names it in messages. Raises UserError as `Manifest.load` does."""
     try:
         document = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON ({error}): write it again with imm-scale encode") from error
     version = document.get("format_version") if isinstance(document, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:

@@ -61,10 +61,28 @@ def members(data: bytes | mmap.mmap, where: str) -> list[Member]:
         UserError: a damaged header, a member that reaches past the end, or an archive without its end. `where` names
             the archive in the message.
     """
+    other = _other_kind(data[:BLOCK])
+    if other is not None:
+        raise UserError(f"{where} is {other}")
     try:
         return list(_plain_members(data, where))
     except _ForeignError:
         return _foreign_members(data, where)
+
+
+def _other_kind(head: bytes) -> str | None:
+    """What a file is that begins as no tar does, and what to do; None where the parser may say."""
+    if head[257:262] == b"ustar":
+        return None  # whatever the name of its first file makes it look like
+    if not head:
+        return "empty: it was cut short, copy it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself: run git lfs pull in its repository"
+    if head.lstrip()[:5].lower() in (b"<!doc", b"<html"):
+        return "a web page, not a tar archive: the download failed, perhaps for want of a login"
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"PK\3\4")):
+        return "compressed: shards are plain tar archives, so that parts of them can be read; unpack and write it again"
+    return None
 
 
 def _plain_members(data: bytes | mmap.mmap, where: str) -> Iterator[Member]:
@@ -110,7 +128,7 @@ def _foreign_members(data: bytes | mmap.mmap, where: str) -> list[Member]:
     try:
         with tarfile.open(fileobj=io.BytesIO(bytes(data)), mode="r:") as archive:
             infos = archive.getmembers()
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
         raise UserError(f"{where} is no readable tar archive ({error}): copy or write it again") from error
     last = infos[-1] if infos else None
     after = last.offset_data + last.size + -last.size % BLOCK if last else 0

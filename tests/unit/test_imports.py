@@ -38,7 +38,7 @@ DOORS = {
     "webdataset": {"imm_scale/data/", "data_tools/"},
     "wandb": {"imm_scale/training/run_log.py"},
     "xformers": {"imm_scale/models/layers.py"},
-    "diffusers": {"imm_scale/data/codec.py", "imm_scale/checkpoint/standalone/"},
+    "diffusers": {"imm_scale/data/autoencoder.py", "imm_scale/checkpoint/standalone/"},
     "shtab": {"imm_scale/commands/completion.py"},
     "onnxruntime": {"imm_scale/evaluation/networks.py"},
 }

@@ -1,7 +1,9 @@
 """Foreign latents: conventions that can be chosen are read as they are meant, and what contradicts them is refused."""
 
+import gzip
 import io
 import json
+import lzma
 import os
 import re
 import shutil
@@ -177,6 +179,24 @@ def test_a_scale_given_is_believed_and_a_doubtful_one_named(
     assert Manifest.load(str(tmp_path / "manifest.json")).codec.scale == 1.0
 
 
+@pytest.mark.parametrize(
+    ("stored", "options", "times"),
+    [
+        (STORED["sample"] * SCALING_FACTOR**2, ["--scale", SCALING_FACTOR], SCALING_FACTOR),  # multiplied twice
+        (STORED["sample"] * 10, [], 10),
+        (STORED["sample"] * SCALING_FACTOR / 10, ["--scale", SCALING_FACTOR], 0.1),
+    ],
+)
+def test_values_that_fit_no_reading_are_named(tmp_path, vae, stored, options, times, capsys):
+    """The truth is as wide as the scaling factor says."""
+    width = f"{TRUTH.sample.std() * times:.3g}"
+    write(tmp_path / "a.tar", stored, [i % 5 for i in range(SAMPLES)])
+    assert adopt(tmp_path, vae, "--moments", "sample", *options) == 0
+    assert f"note: raw latents as they are said to be have a standard deviation of {width}; by the" in (
+        capsys.readouterr().out
+    )
+
+
 def _with_factors(vae: str, folder: Path, scaling: float, shift: float) -> str:
     """The small autoencoder with the factors of another in its config."""
     shutil.copytree(vae, folder)
@@ -330,6 +350,92 @@ def test_shards_that_could_not_be_read_are_not_adopted(
             archive.addfile(info, io.BytesIO(content))
     assert adopt(tmp_path, None, size="4") == 2
     assert message in capsys.readouterr().err and os.listdir(tmp_path) == ["a.tar"]
+
+
+def _shard(path: Path, latent: bytes, label: bytes = b"0") -> None:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in (("0.latent.npy", latent), ("0.cls", label)):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def _claim(header: str, version: bytes = b"\1\0") -> bytes:
+    """An array's file with this header, which holds no values."""
+    text = header.encode() + b"\n"
+    return b"\x93NUMPY" + version + len(text).to_bytes(2 if version == b"\1\0" else 4, "little") + text
+
+
+def _npz() -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, latent=np.zeros((1, 4, 4), np.float16))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("latent", "message"),
+    [
+        (_npz(), "an .npz or .zip file"),
+        (_claim("{'descr': '<f2', (((("), "is no array"),
+        (_claim("{'descr': '<f2'\n  , 1: 2L"), "is no array"),
+        (_claim("(" * 9000), "is no array"),
+        (_claim("{'descr': '|O', 'fortran_order': False, 'shape': (1, 4, 4), }"), "is object of shape"),
+        (_claim("{'descr': '<f2', 'fortran_order': False, 'shape': (1, 4), }"), "float16 of shape (1, 4)"),
+        (_claim("{'descr': '<f2', 'fortran_order': False, 'shape': (1, 9000000, 9000000), }"), "--image-size says 4x4"),
+        (_claim("{'descr': '<f2', 'fortran_order': False, 'shape': (1, 4, 4), }"), "is no fp16 array"),
+        (_claim("{'descr': '<f2', 'fortran_order': False, 'shape': (1, 4, 4), }", b"\2\0"), "is no fp16 array"),
+        (_claim("", b"\7\0"), "version (7, 0)"),
+    ],
+)
+def test_arrays_that_claim_what_they_do_not_hold(tmp_path, latent, message, capsys):
+    """Without reading, evaluating or allocating what they claim."""
+    _shard(tmp_path / "a.tar", latent)
+    assert adopt(tmp_path, None, size="4") == 2
+    assert message in capsys.readouterr().err and os.listdir(tmp_path) == ["a.tar"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
+        (b"<!DOCTYPE html><title>Sign in", "is a web page"),
+        (gzip.compress(bytes(10240)), "is compressed"),
+        (lzma.compress(bytes(10240)), "is compressed"),
+    ],
+)
+def test_shards_that_are_something_else(tmp_path, content, message, capsys):
+    (tmp_path / "a.tar").write_bytes(content)
+    assert adopt(tmp_path, None, size="4") == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("label", [b"9" * 5000, b"2147483647"])
+def test_labels_beyond_all_classes(tmp_path, label, capsys):
+    array = io.BytesIO()
+    np.save(array, np.linspace(-1, 1, 16).reshape(1, 4, 4).astype(np.float16))
+    _shard(tmp_path / "a.tar", array.getvalue(), label)
+    assert adopt(tmp_path, None, size="4") == 2
+    message = capsys.readouterr().err
+    assert "is needed" in message or "2147483647 of 2147483648 classes have no sample (0, 1, 2, 3, 4, ...)" in message
+    assert adopt(tmp_path, None, "--num-classes", 2**31, size="4") == 2
+    assert "it must be 1 to 1000000" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_before_the_shards_are_read(tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.tar").write_bytes(b"nothing that could be read")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert adopt(tmp_path, None, size="4") == 2
+    assert f"{tmp_path}: permission denied" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["17x24", "16x25", "16x26"])
+def test_images_that_their_latents_do_not_cover_are_refused(tmp_path, vae, size, capsys):
+    write(tmp_path / "a.tar", STORED["mean_std"], [i % 5 for i in range(SAMPLES)])
+    assert adopt(tmp_path, vae, size=size) == 2
+    assert f"stand for images of 16x24 pixels (height x width, 2 to one), --image-size says {size}" in (
+        capsys.readouterr().err
+    )
 
 
 # --- names ---

@@ -148,6 +148,8 @@ def test_bad_input(tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture[s
         (_encode(packed, out, "--task-index", 3, "--num-tasks", 3), "--task-index 3 is outside --num-tasks 3"),
         (_encode(packed, out, "--task-index", 3), "belong together"),
         (_encode(packed, out, "--batch-size", 0), "--batch-size is 0"),
+        (_encode(packed, out, "--out", ""), "--out is empty"),
+        (_encode(packed, out, "--images", ""), "--images is empty"),
         (_encode(packed, out, codec="vae"), "--codec vae needs --vae PATH"),
         (_encode(packed, out, "--vae", "x"), "--vae x is for --codec vae"),
         (_encode(packed, out, "--vae", tmp_path, codec="vae"), "must name a folder written by"),
@@ -172,6 +174,24 @@ def test_damaged_image_shards_are_refused(tmp_path: Path, packed: Path, capsys: 
     assert _encode(packed, tmp_path / "out") == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_shape": [8, 8]}, "lacks or misnames a field"),
+        ({"image_shape": [8, 8, "3"]}, "'3': a whole number above 0 is needed"),
+        ({"image_shape": [8, 16, 3]}, "images-000000.tar has images of shape (8, 8, 3), pack.json says (8, 16, 3)"),
+        ({"shards": []}, "no shards"),
+        ({"shards": [{"name": "../a.tar", "samples": 1, "bytes": 1, "sha256": ""}]}, "'../a.tar': the name of a file"),
+        ({"shards": [{"name": "a.tar", "samples": 0, "bytes": 1, "sha256": ""}]}, "0: a whole number above 0"),
+    ],
+)
+def test_a_pack_json_that_is_not_ours(tmp_path, packed, changes, message, capsys):
+    document = json.loads((packed / "pack.json").read_text())
+    (packed / "pack.json").write_text(json.dumps({**document, **changes}))
+    assert _encode(packed, tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+
+
 def test_images_that_do_not_divide_or_are_all_alike_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,10 +207,30 @@ def test_images_that_do_not_divide_or_are_all_alike_are_refused(
     assert "has one value in all images" in capsys.readouterr().err
 
 
-def test_labels_must_name_every_class(tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (packed / "labels.json").write_text(json.dumps({"0": "a", "2": "c"}))
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"0": "a", "2": "c"}, "does not name classes 0, 1"),
+        ({}, "names no class"),
+        ({"0": "a", "1": 7, "2": "c"}, "something else than text"),
+        ([], "no JSON object"),
+        (None, "is missing"),
+    ],
+)
+def test_labels_must_name_every_class_before_anything_is_encoded(tmp_path, packed, document, message, capsys):
+    (packed / "labels.json").unlink()
+    if document is not None:
+        (packed / "labels.json").write_text(json.dumps(document))
     assert _encode(packed, tmp_path / "out") == 2
-    assert "does not name classes 0, 1" in capsys.readouterr().err
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_labels_without_a_name_are_refused(tmp_path, packed, capsys):
+    """As labels.json of another pack would leave them; the manifest would have too few classes."""
+    (packed / "labels.json").write_text(json.dumps({"0": "a", "1": "b"}))
+    assert _encode(packed, tmp_path / "out") == 2
+    assert "has label 2, labels.json beside it names 2 classes" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_encoding_through_an_object_store(tmp_path: Path, packed: Path) -> None:
@@ -352,6 +392,7 @@ def test_a_task_encodes_on_the_gpu_the_trainer_would_take(flag, env, visible, de
     [
         (["--codec", "vae", "--vae", "x", "--device", "cuda"], ["--device cuda", "0 GPUs", "--device cpu"]),
         (["--codec", "vae", "--vae", "x", "--device", "gpu"], ["--device gpu", "cuda:1"]),
+        (["--codec", "vae", "--vae", "x", "--device", "meta"], ["--device meta cannot be used here", "--device cpu"]),
         (["--codec", "pixels", "--precision", "tf32"], ["--precision tf32", "--codec vae"]),
     ],
 )

@@ -93,6 +93,77 @@ def test_opaque_images_stay_as_they_are(tmp_path):
     assert np.array_equal(_render(tmp_path / "x", _saved(opaque, "PNG"), background=(9, 9, 9)), RGB)
 
 
+def _png_of(bits: int, colour_type: int, samples: np.ndarray, key: tuple[int, ...]) -> bytes:
+    """A PNG with a colour key, of (H, W, channels) samples of any depth, written by hand (PNG specification, 7.2)."""
+    height, width = samples.shape[:2]
+    rows = samples.reshape(height, -1)
+    if bits == 16:
+        packed = [row.astype(">u2").tobytes() for row in rows]
+    else:
+        each = (rows[..., None] >> np.arange(bits - 1, -1, -1)) & 1
+        packed = [np.packbits(row.reshape(-1)).tobytes() for row in each]
+    header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
+    chunks = [
+        (b"IHDR", header),
+        (b"tRNS", struct.pack(f">{len(key)}H", *key)),
+        (b"IDAT", zlib.compress(b"".join(b"\0" + row for row in packed))),
+        (b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks
+    )
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("key", ["lowest", "highest"])
+def test_colour_keys_of_grey_at_any_depth(tmp_path, bits, key):
+    """Optimizers store icons so; a value v of b bits is v / (2^b - 1)."""
+    most = 2**bits - 1
+    values = np.array([[0, most, most // 2, 0, most, most // 2]] * 3)
+    hidden = 0 if key == "lowest" else most
+    expected = np.where(values == hidden, 255, np.round(values * 255 / most))
+    data = _png_of(bits, 0, values[..., None], (hidden,))
+    for channels in (1, 3):
+        assert np.array_equal(_render(tmp_path / "x", data, channels).reshape(3, 6, -1)[..., 0], expected)
+
+
+def test_colour_keys_of_16_bits(tmp_path):
+    values = np.full((4, 4, 3), (0x1234, 0x5678, 0x9ABC))
+    values[:, 2:] = (0x2234, 0x5678, 0x9ABC)
+    rendered = _render(tmp_path / "x", _png_of(16, 2, values, (0x1234, 0x5678, 0x9ABC)))
+    assert (rendered[:, :2] == 255).all() and (rendered[:, 2:] == (0x22, 0x56, 0x9A)).all()
+
+
+@pytest.mark.parametrize(("bits", "alpha", "shown"), [(0, 0, 7), (8, 0, 255), (0, 255, 7), (8, 255, 7)])
+def test_a_fourth_byte_that_is_no_alpha(tmp_path, bits, alpha, shown):
+    """Truevision TGA 2.0, field 5.6: bits 3 to 0 of the descriptor are the bits of alpha per pixel."""
+    header = struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, 5, 4, 32, 0x20 | bits)
+    values = _render(tmp_path / "x.tga", header + bytes([7, 7, 7, alpha]) * 20)
+    assert values.shape == (4, 5, 3) and (values == shown).all()
+
+
+# --- what is no image ---
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(80), "HEIF (HEIC)"),
+        (b"\xff\x0a" + bytes(80), "JPEG XL"),
+        (b"<?xml version='1.0'?><svg/>", "SVG"),
+        (b"%PDF-1.7\n", "PDF"),
+        (b"\n<!DOCTYPE HTML><title>403", "a web page: the download failed"),
+        (b"II*\0" + struct.pack("<IHI", 8, 0, 0), "header is damaged, or of a kind"),
+        (b"404 not found", "begins as no image does"),
+    ],
+)
+def test_files_that_are_no_images_say_what_they_are(tmp_path, data, reason):
+    (tmp_path / "x.jpg").write_bytes(data)
+    result = images.render(str(tmp_path / "x.jpg"), 3, None)
+    assert isinstance(result, Unreadable) and reason in result.reason
+
+
 # --- metadata ---
 
 
@@ -234,7 +305,7 @@ def test_other_shapes_are_cropped_alike(width, height):
 
 def test_huge_images_are_decoded_smaller_or_left_out(tmp_path, monkeypatch):
     """With a limit of 10,000 pixels in place of 179 million."""
-    monkeypatch.setattr(images, "_MOST_PIXELS", 10_000)
+    monkeypatch.setattr(images, "MOST_PIXELS", 10_000)
     ramp = np.broadcast_to(np.linspace(0, 255, 400).round().astype(np.uint8), (400, 400))
     jpeg = _saved(Image.fromarray(np.ascontiguousarray(ramp)), "JPEG", quality=95)
     small = _render(tmp_path / "x", jpeg, 1, 16)

@@ -103,6 +103,12 @@ def test_running_again(tmp_path: Path, source: Path, capsys: pytest.CaptureFixtu
     (out / "images-000000.tar").write_bytes(b"short")
     assert _pack("--source", source, "--out", out) == 2
     assert "images-000000.tar is missing or not of" in capsys.readouterr().err
+    (out / "labels.json").unlink()
+    assert _pack("--source", source, "--out", out) == 2
+    assert "labels.json is missing: remove" in capsys.readouterr().err
+    (out / "pack.json").unlink()
+    assert _pack("--source", source, "--out", out) == 0
+    assert (out / "images-000000.tar").stat().st_size > 5 and (out / "labels.json").exists()
 
 
 def test_an_interrupted_job_starts_over(tmp_path: Path, source: Path) -> None:
@@ -214,6 +220,44 @@ def test_a_terminal_that_cannot_show_a_name(tmp_path: Path, monkeypatch: pytest.
     assert _pack("--source", tmp_path / "source", "--out", tmp_path / "out") == 0
     said = stdout.buffer.getvalue()  # type: ignore[attr-defined]
     assert "  käfer\n".encode("iso-8859-1") in said and b"\\u732b" in said
+
+
+def test_names_of_built_in_sets(tmp_path, source, capsys, monkeypatch):
+    assert _pack("--source", "digits", source, "--out", tmp_path / "a") == 2
+    assert "--source digits is a set of its own: give it alone" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    source.rename(tmp_path / "digits")
+    assert _pack("--source", "digits", "--out", tmp_path / "b") == 0
+    said = capsys.readouterr().out
+    assert "the folder of that name here is ./digits" in said and "packed 1797 images" in said
+    assert _pack("--source", "./digits", "--out", tmp_path / "c") == 0
+    assert "packed 8 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", ""], "--out is empty"),
+        (["--size", "200000"], "--size 200000x200000: at most"),
+        (["--size", "20000x10000"], "--size 20000x10000: at most"),
+        (["--background", "rgb(300, 0, 0)"], "--background rgb(300, 0, 0): a name"),
+        (["--labels", "nowhere.json"], "--labels nowhere.json"),
+        (["--out", "/dev/null/x"], "choose"),
+    ],
+)
+def test_arguments_are_checked_before_the_source_is_read(tmp_path, capsys, arguments, message):
+    given = ["--source", tmp_path / "nowhere", "--out", tmp_path / "out", *arguments]
+    assert _pack(*given) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_rights_is_named_before_the_source_is_read(tmp_path, source, capsys, monkeypatch):
+    assert _pack("--source", source, "--out", tmp_path / "out") == 0
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert _pack("--source", tmp_path / "nowhere", "--out", tmp_path / "other") == 2
+    assert f"{tmp_path}: permission denied" in capsys.readouterr().err
+    assert _pack("--source", source, "--out", tmp_path / "out") == 0, "nothing is written where all is there"
 
 
 @pytest.mark.parametrize("inside", ["out", "cat/out", "../source/out"])

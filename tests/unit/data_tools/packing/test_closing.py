@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from data_tools import pack
@@ -30,6 +31,26 @@ def test_the_table_of_classes():
 def test_numbers_that_are_not_their_own_are_named():
     assert "class 0 is named 1" in closing.table(["1", "2", "3"], {0: 1, 1: 1, 2: 1})[-1]
     assert "named" not in "".join(closing.table(["0", "1"], {0: 1, 1: 1}))
+
+
+@pytest.mark.parametrize(
+    ("class_names", "expected"),
+    [
+        (["cat", "Dog", "dog"], "1 ('Dog') and 2 ('dog')"),
+        (["7", "007", "70"], "0 ('7') and 1 ('007')"),
+        (["caf\u00e9", "cafe\u0301", "cafe"], "0 ('caf\u00e9') and 1 ('cafe\u0301')"),
+        (["crane", "ship", "crane"], "0 ('crane') and 2 ('crane')"),
+        (["sea lion", "sea  lion", "sea_lion", "lion"], "0 ('sea lion') and 1 ('sea  lion') and 2 ('sea_lion')"),
+        (["0", "00", "a"], "0 ('0') and 1 ('00')"),
+    ],
+)
+def test_names_that_most_take_for_one_are_said(class_names, expected):
+    (note,) = closing.alike(class_names)
+    assert note.endswith(f": {expected}")
+
+
+def test_names_of_classes_that_are_different():
+    assert closing.alike(["cat", "cats", "0", "10", "100", "n01440764", "n01443537", "c++", "c#"]) == []
 
 
 def test_eight_images_of_each_class_can_be_looked_at(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Which folders are classes."""
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -46,6 +47,11 @@ def _images(*paths: str) -> dict[str, bytes]:
         (_images("a/1.png", "b/1.png", "#recycle/2.png", "$RECYCLE.BIN/3.png", "b/.Apple/1.png"), [], {"a": 1, "b": 1}),
         # Backups of editors.
         (_images("a/1.png", "a/1.png~", "b/1.png"), [], {"a": 1, "b": 1}),
+        # What browsers and other programs call a file until it is whole.
+        ({**_images("a/1.png", "b/1.png"), "a/2.png.part": PNG[:60], "b/2.jpg.crdownload": PNG, "b/3.png.BAK": PNG},
+         [], {"a": 1, "b": 1}),
+        # Snapshots of a file server; an empty folder for a split that is still to come.
+        (_images("a/1.png", "b/1.png", "~snapshot/hourly.0/a/1.png"), ["val"], {"a": 1, "b": 1}),
         # "train" is a thing as well as a split.
         (_images("bus/1.png", "car/1.png", "train/1.png"), [], {"bus": 1, "car": 1, "train": 1}),
         (_images("9/1.png", "10/1.png", "008/1.png"), [], {"008": 1, "9": 1, "10": 1}),
@@ -79,6 +85,59 @@ def test_splits_are_classes_if_the_user_says_so(tmp_path):
         "train": 1,
         "test": 1,
     }
+
+
+def test_an_empty_folder_named_like_a_split_is_a_class_if_the_user_says_so(tmp_path):
+    counts, source = _classes(tmp_path, _images("bus/1.png"), folders=["train"], labels=["bus", "train"])
+    assert counts == {"bus": 1, "train": 0} and not source.left_out.reasons
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (("data/a/1.png", "data/b/1.png", "docs/logo.png"), ["class data .* \\(a, b\\).*in/data alone"]),
+        (("x/all/a/1.png", "x/all/b/1.png", "x/c/1.png"), ["class all .*in/x/all alone"]),
+        (("cat/train/1.png", "cat/test/2.png", "dog/train/1.png"), ["splits of a data set \\(test, train\\)"]),
+        (("a/Val2017/1.png", "a/more/1.png", "b/training/x/1.png"), ["splits of a data set \\(Val2017, training\\)"]),
+        (("cat/1.png", "cat/2.png", "cat/more/3.png", "dog/1.png"), []),
+        (("a/2019/1.png", "a/2020/1.png", "b/2019/1.png"), []),
+        (("a/train/1.png", "b/train/1.png"), []),
+        (("data/a/1.png", "docs/logo.png"), []),
+    ],
+)  # fmt: skip
+def test_what_may_be_meant_otherwise_is_said(tmp_path, capsys, paths, expected):
+    source = _classes(tmp_path, _images(*paths))[1]
+    assert len(source.notes) == len(expected)
+    assert all(re.search(pattern, note) for pattern, note in zip(expected, source.notes, strict=True))
+    assert pack.main(["--source", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"note: {note}" in printed for note in source.notes)
+
+
+def test_archives_whose_names_have_dots_are_classes_of_their_own(tmp_path):
+    for name in ("v1.0.tar", "v1.1.tar", "v1.1b.TAR.GZ", "Dr. No.tgz"):
+        trees.as_tar(tmp_path / name, {b"1.png": PNG}, mode="w:gz" if "g" in name.lower() else "w")
+    source = sources.find(sources.locate([str(tmp_path)]), None, "image", "label")
+    assert source.class_names == ["Dr. No", "v1.0", "v1.1", "v1.1b"]
+
+
+def test_a_file_that_is_meant_twice_is_refused(tmp_path):
+    first = trees.as_zip(tmp_path / "a1.zip", {b"a/1.png": PNG, b"b/1.png": PNG})
+    with pytest.raises(UserError, match=r"names .*a1\.zip twice"):
+        sources.locate([str(first), f"{tmp_path}/a*.zip"])
+    (tmp_path / "latest.zip").symlink_to("a1.zip")
+    for given in ([str(tmp_path)], [f"{tmp_path}/*.zip"], [str(first), f"{tmp_path}/../{tmp_path.name}/a1.zip"]):
+        with pytest.raises(UserError, match=r"names .* and .*, which are one file"):
+            sources.locate(given)
+
+
+def test_archives_of_several_folders_are_said_to_be_packed_together(tmp_path, capsys):
+    """As the sizes of one data set on the Hugging Face hub."""
+    for size in ("160px", "320px"):
+        (tmp_path / "in" / size).mkdir(parents=True)
+        trees.as_zip(tmp_path / "in" / size / "data.zip", {b"a/1.png": PNG, b"b/1.png": PNG})
+    assert pack.main(["--source", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
+    assert "files of several folders are packed together: 160px, 320px\n" in capsys.readouterr().out
 
 
 def test_most_images_outside_of_folders_are_refused(tmp_path):

@@ -5,7 +5,9 @@ import io
 import stat
 import tarfile
 import tempfile
+import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -168,6 +170,59 @@ def _members() -> Iterator[tuple[tarfile.TarInfo, bytes]]:
     yield member("b/pipe.png", type=tarfile.FIFOTYPE)
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_links_to_links_whatever_their_order(tmp_path, backwards):
+    """As tar files of snapshots have them; and a loop, and links to folders that are there and that are not."""
+    targets = {f"a/{i}.png": f"{i + 1}.png" for i in range(30)} | {"a/30.png": "../b/0.png", "a/x.png": "y.png"}
+    targets |= {"a/y.png": "x.png", "c": "b", "b/d": "e"}
+    links = sorted(targets.items(), reverse=backwards)
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, target in links:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, target
+            archive.addfile(info)
+        info = tarfile.TarInfo("b/0.png")
+        info.size = len(FILES[b"c0/0.png"])
+        archive.addfile(info, io.BytesIO(FILES[b"c0/0.png"]))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name, target in links:
+            entry = zipfile.ZipInfo(name)
+            entry.create_system, entry.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+            archive.writestr(entry, target)
+        archive.writestr("b/0.png", FILES[b"c0/0.png"])
+    for name in ("a.tar", "a.zip"):
+        source = _find(tmp_path / name)
+        assert source.class_names == ["a", "b"] and source.labels == [0] * 31 + [1]
+        assert {sources.read(image) for image in source.images} == {FILES[b"c0/0.png"]}
+        assert {reason: count for reason, (count, _) in source.left_out.reasons.items()} == {
+            "links that lead nowhere": 3,
+            "links to folders that are packed already": 1,
+        }
+
+
+def test_a_class_that_is_a_link_out_of_the_archive_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, content in FILES.items():
+            info = tarfile.TarInfo(name.decode())
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        info = tarfile.TarInfo("b")
+        info.type, info.linkname = tarfile.SYMTYPE, "/data/b"
+        archive.addfile(info)
+    with pytest.raises(UserError, match=r"a\.tar:b, beside .* leads nowhere \(to /data/b\)"):
+        _find(tmp_path / "a.tar")
+
+
+def test_archives_in_archives_are_named(tmp_path):
+    inner = trees.as_zip(tmp_path / "in.zip", FILES).read_bytes()
+    for outer in (
+        trees.as_zip(tmp_path / "a.zip", {b"x.zip": inner}),
+        trees.as_tar(tmp_path / "a.tar", {b"x.zip": inner}),
+    ):
+        with pytest.raises(UserError, match=r"1 files that are no images \(\.zip\), as .*x\.zip.*only tars in tars"):
+            _find(outer)
+
+
 def test_links_and_newer_files_of_one_name_are_as_unpacked(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for info, content in _members():
@@ -180,7 +235,7 @@ def test_links_and_newer_files_of_one_name_are_as_unpacked(tmp_path):
     assert [sources.read(image) for image in damaged.images] == [sources.read(unpacked.images[i]) for i in readable]
     assert damaged.labels == [unpacked.labels[i] for i in readable]
     assert set(damaged.left_out.reasons) == {
-        "links to what is no file of the archive",
+        "links that lead nowhere",
         "older files of the same name",
         "pipes, sockets and devices",
     }
@@ -196,6 +251,23 @@ def test_links_and_newer_files_of_one_name_are_as_unpacked(tmp_path):
         ({b"a.jpg": b"x", b"a.json": b'{"label": 2}', b"b.jpg": b"x", b"b.json": b"{}"}, {"a": 2}, ["no key 'label'"]),
         ({b"x/a.jpg": b"x", b"x/a.cls": b"4", b"x/a.txt": b"a cat"}, {"x/a": 4}, []),
         ({b"a.seg.png": b"s", b"a.png": b"x", b"a.cls": b"0"}, {"a": 0}, []),
+        (
+            {b"a.jpg": b"x", b"a.cls": b"version https://git-lfs.github.com", b"b.jpg": b"x", b"b.cls": b"1"},
+            {"b": 1},
+            ["a Git LFS pointer"],
+        ),
+        ({b"a.jpg": b"x", b"a.cls": b"10.0", b"b.jpg": b"x", b"b.cls": b"2.\n\0"}, {"a": 10, "b": 2}, []),
+        (
+            {b"a.jpg": b"x", b"a.json": b'{"label": 3.0}', b"b.jpg": b"x", b"b.json": b'{"label": 0.5}'},
+            {"a": 3},
+            ["0.5"],
+        ),
+        ({b"a.jpg": b"x", b"a.json": b"[" * 100_000, b"b.jpg": b"x", b"b.json": b'{"label": 0}'}, {"b": 0}, ["depth"]),
+        (
+            {b"a.jpg": b"x", b"a.json": b'{"label": ' + b"9" * 5000 + b"}", b"b.jpg": b"x", b"b.json": b'{"label": 0}'},
+            {"b": 0},
+            ["4300"],
+        ),
     ],
 )
 def test_samples_with_labels_beside_them(tmp_path, samples, labels, bad):
@@ -205,6 +277,23 @@ def test_samples_with_labels_beside_them(tmp_path, samples, labels, bad):
     assert all(sources.read(image) == b"x" for image in source.images)
     assert len(source.bad) == len(bad)
     assert all(phrase in reason for phrase, (_, reason) in zip(bad, source.bad, strict=True))
+
+
+def test_images_beside_the_one_of_a_sample_are_counted(tmp_path):
+    """Masks and the like: of two with equally short extensions, the first in the tar is taken."""
+    samples = {b"a.png": b"x", b"a.jpg": b"m", b"a.seg.png": b"s", b"a.cls": b"0", b"b.jpg": b"x", b"b.cls": b"1"}
+    source = _find(trees.as_tar(tmp_path / "a.tar", samples))
+    assert [sources.read(image) for image in source.images] == [b"x", b"x"]
+    assert source.left_out.reasons == {
+        "further images of samples that have several": (2, f"{tmp_path}/a.tar:a"),
+    }
+
+
+def test_classes_named_by_more_digits_than_python_reads(tmp_path):
+    files = {b"7" * 5000 + b"/1.png": trees.png(0), b"12/1.png": trees.png(1), b"9/1.png": trees.png(2)}
+    for path in (trees.as_zip(tmp_path / "a.zip", files), trees.as_tar(tmp_path / "a.tar", files)):
+        assert pack.main(["--source", str(path), "--out", str(tmp_path / f"{path.suffix}-out")]) == 0
+        assert _find(path).class_names == ["12", "7" * 5000, "9"], "in the order of names, as one is no number"
 
 
 def test_labels_of_two_kinds_are_refused_by_the_odd_one(tmp_path):
@@ -219,6 +308,53 @@ def test_a_name_that_looks_like_something_else(tmp_path):
     for start in (b"\x1f\x8b\x08", b"<html>", b"BZh9"):
         trees.as_tar(tmp_path / "a.tar", {start + b"/1.png": FILES[b"c0/0.png"], b"b/1.png": FILES[b"c1/1.png"]})
         assert isinstance(render(_find(tmp_path / "a.tar").images[0], 3, None), Rendered)
+
+
+@pytest.mark.parametrize("form", ["size", "pax"])
+def test_claims_of_more_than_there_is(tmp_path, form):
+    """An exabyte in a header: neither sought nor allocated."""
+    whole = bytearray(trees.as_tar(tmp_path / "a.tar", {b"a/1.png": FILES[b"c0/0.png"]}).read_bytes())
+    whole[124:136] = b"\x80" + (1 << 60).to_bytes(11, "big")
+    if form == "pax":
+        whole[156:157] = tarfile.XHDTYPE
+    whole[148:156] = b" " * 8
+    whole[148:156] = b"%06o\0 " % sum(whole[:512])
+    (tmp_path / "a.tar").write_bytes(whole)
+    with pytest.raises(UserError, match=r"a\.tar"):
+        _find(tmp_path / "a.tar")
+
+
+def _unicode_path(stored: bytes, name: str, crc: int | None = None) -> bytes:
+    """APPNOTE.TXT 4.6.9, written by hand."""
+    content = bytes([1]) + (zlib.crc32(stored) if crc is None else crc).to_bytes(4, "little") + name.encode()
+    return (0x5455).to_bytes(2, "little") + bytes([1, 0, 0]) + b"up" + len(content).to_bytes(2, "little") + content
+
+
+def test_names_beside_those_of_a_code_page(tmp_path):
+    """As WinRAR writes them where the code page lacks the letters: all look alike."""
+    entries = [("??/1.png", "\u72ac/1.png"), ("??/1.png", "\u732b/1.png"), ("??/2.png", "\u732b/2.png")]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of two entries with one name
+        for i, (stored, name) in enumerate(entries):
+            info = zipfile.ZipInfo(stored)
+            info.create_system, info.extra = 0, _unicode_path(stored.encode(), name)
+            archive.writestr(info, list(FILES.values())[i])
+        info = zipfile.ZipInfo("b/1.png")  # renamed since by a program that does not know the field
+        info.extra = _unicode_path(b"b/1.png", "gone/1.png", crc=1)
+        archive.writestr(info, list(FILES.values())[3])
+    source = _find(tmp_path / "a.zip")
+    assert source.class_names == ["b", "\u72ac", "\u732b"] and source.labels == [0, 1, 2, 2]
+    assert [sources.read(image) for image in source.images] == [list(FILES.values())[i] for i in (3, 0, 1, 2)]
+    assert not source.left_out.reasons
+
+
+def test_a_zip_behind_something_else(tmp_path):
+    """A program that unpacks it, or the marker of an archive that was to be of several parts."""
+    whole = trees.as_zip(tmp_path / "a.zip", FILES).read_bytes()
+    for before in (b"MZ" + bytes(2000), b"PK\x07\x08"):
+        (tmp_path / "a.zip").write_bytes(before + whole)
+        source = _find(tmp_path / "a.zip")
+        assert [sources.read(image) for image in source.images] == [FILES[name] for name in sorted(FILES)]
 
 
 def test_names_of_windows_in_a_zip(tmp_path):
@@ -259,7 +395,7 @@ def test_links_in_a_zip_lead_to_files_of_it(tmp_path):
     source = _find(tmp_path / "a.zip")
     assert source.class_names == ["a", "b"] and source.labels == [0, 1]
     assert [sources.read(image) for image in source.images] == [FILES[b"c0/0.png"]] * 2
-    assert source.left_out.reasons["links to what is no file of the archive"][0] == 1
+    assert source.left_out.reasons["links that lead nowhere"][0] == 1
 
 
 def test_no_place_for_temporary_files(archives, tmp_path, monkeypatch):

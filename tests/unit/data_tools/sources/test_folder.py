@@ -52,6 +52,33 @@ def test_links_are_followed_once_and_loops_named(folder: Path) -> None:
     assert count == 3 and example == f"{root}/0 (to {root}/b)"
 
 
+def test_a_link_above_the_source_does_not_lead_into_it_again(folder: Path) -> None:
+    trees.as_folder(folder / "set/train", {b"a/1.png": PNG, b"b/1.png": PNG})
+    trees.as_folder(folder / "set", {b"more/2.png": PNG})
+    (folder / "set/train/b/up").symlink_to("../../..")
+    source = _find(folder / "set/train")
+    root = f"{folder}/set/train"
+    assert sorted(source.names) == [f"{root}/a/1.png", f"{root}/b/1.png", f"{root}/b/up/set/more/2.png"]
+    assert source.left_out.reasons["links to folders that are packed already"] == (
+        1,
+        f"{root}/b/up/set/train (to {root})",
+    )
+
+
+def test_a_class_on_a_disk_that_is_not_there_is_not_passed_over(folder: Path) -> None:
+    """Without it every later class would have another number."""
+    trees.as_folder(folder / "set", {b"ant/1.png": PNG, b"cat/1.png": PNG, b"cat/README.md": b""})
+    (folder / "set/bee").symlink_to("/mnt/unplugged/bee")
+    with pytest.raises(UserError, match=r"set/bee, beside .* leads nowhere \(to /mnt/unplugged/bee\)"):
+        _find(folder / "set")
+    (folder / "set/bee").rename(folder / "set/cat/notes")  # no class, down there
+    (folder / "set/list.txt").symlink_to("/gone/list.txt")
+    (folder / "set/.lock").symlink_to("somebody@host:7")
+    source = _find(folder / "set")
+    assert source.class_names == ["ant", "cat"]
+    assert source.left_out.reasons["links that lead nowhere"][0] == 2
+
+
 def test_pipes_do_not_hold_the_job_up(folder: Path) -> None:
     trees.as_folder(folder / "set", {b"a/1.png": PNG, b"b/1.png": PNG})
     os.mkfifo(folder / "set/a/2.png")

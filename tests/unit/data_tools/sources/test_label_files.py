@@ -48,14 +48,26 @@ def test_images_and_entries_without_each_other(tmp_path):
     assert source.left_out.reasons["images without a label in dataset.json"][0] == 1
 
 
-@pytest.mark.parametrize("labels", [[["00000/img00000000.png", [0, 1.5]]], [["a.png"]], 7, [["00000/a.png", True]]])
+@pytest.mark.parametrize("labels", [[["00000/img00000000.png", [0, 1.5]]], [["a.png"]], 7, [["00000/a.png", True]], []])
 def test_labels_that_are_no_numbers(tmp_path, labels):
     with pytest.raises(UserError, match=r"dataset\.json.*label"):
         _find(trees.as_folder(tmp_path / "set", _dataset(labels)))
 
 
+def test_paths_of_edm_in_other_spellings(tmp_path):
+    labels = [[f"./{name.decode()}".replace("/", "\\" if i else "/"), i] for i, name in enumerate(sorted(IMAGES))]
+    assert _find(trees.as_folder(tmp_path / "set", _dataset(labels))).labels == list(range(len(IMAGES)))
+
+
+def test_an_image_with_two_labels_is_refused(tmp_path):
+    names = [name.decode() for name in IMAGES]
+    labels = [[name, 0] for name in names] + [[f"./{names[1]}", 0], [names[2], 3]]
+    with pytest.raises(UserError, match=f"{names[2]} has the labels 0 and 3"):
+        _find(trees.as_folder(tmp_path / "set", _dataset(labels)))
+
+
 def test_a_broken_dataset_json_is_not_passed_over(tmp_path):
-    for content in (b"{", b"version https://git-lfs.github.com/spec/v1\n", b"\xff\xfe"):
+    for content in (b"{", b"[" * 100_000, b"version https://git-lfs.github.com/spec/v1\n", b"\xff\xfe"):
         with pytest.raises(UserError, match=r"dataset\.json should say the labels"):
             _find(trees.as_folder(tmp_path / "set", {**IMAGES, b"dataset.json": content}))
 
@@ -92,7 +104,7 @@ def test_titles_only_where_every_class_is_a_synset(tmp_path):
     assert _find(tmp_path / "set").class_names == ["mine", "n01443537"]
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"1": "a"}', "n01440764\n", "null", "a.png 1\n"])
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"1": "a"}', "n01440764\n", "null", "a.png 1\n", "[" * 100_000])
 def test_what_is_no_map(tmp_path, text):
     (tmp_path / "map").write_text(text)
     with pytest.raises(UserError, match=r"--labels .*is needed"):

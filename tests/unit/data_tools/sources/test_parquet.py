@@ -60,16 +60,37 @@ def test_files_that_name_other_classes_are_not_mixed(tmp_path):
     [
         (pa.array([3, 1, 0, 2], pa.uint8()), [3, 1, 0, 2], []),
         ([1.0, 0.0, float("nan"), 0.5], [1, 0], ["nan", "0.5"]),
+        ([1.0, 0.0, float("inf"), float("-inf")], [1, 0], ["inf", "-inf"]),
+        (["b", "", "a", "b"], [1, 0, 1], ["''"]),
         ([True, False, None, True], [1, 0, 1], ["None"]),
         (["10", "9", "10", "2"], [2, 1, 2, 0], []),
         (pa.array(["b", "a", None, "b"]).dictionary_encode(), [1, 0, 1], ["None"]),
         (pa.array(["b", "a", "b", "b"], pa.large_string()), [1, 0, 1, 1], []),
+        (pa.array(["b", "a", "b", "b"], pa.string_view()), [1, 0, 1, 1], []),
     ],
 )
 def test_labels_of_all_types(tmp_path, values, expected, bad):
     source = _find(_write(tmp_path / "a.parquet", {"image": PNGS, "label": values}))
     assert source.labels == expected
     assert [reason for _, reason in source.bad] == [f"its label is {value}" for value in bad]
+
+
+@pytest.mark.parametrize("kind", [pa.binary_view(), pa.large_binary(), pa.dictionary(pa.int32(), pa.binary())])
+def test_images_of_all_types(tmp_path, kind):
+    stored = pa.array([PNGS[i] for i in (0, 1, 0, 2)])
+    images = stored.dictionary_encode() if pa.types.is_dictionary(kind) else stored.cast(kind)
+    source = _find(_write(tmp_path / "a.parquet", {"image": images, "label": [0, 1, 0, 1]}))
+    assert [sources.read(image) for image in source.images] == [PNGS[i] for i in (0, 1, 0, 2)]
+
+
+def test_a_column_that_is_there_twice(tmp_path):
+    """As a join of two tables leaves it."""
+    table = pa.Table.from_arrays(
+        [pa.array(PNGS), pa.array([0] * 4), pa.array([1] * 4)], names=["image", "label", "label"]
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="several columns 'label'"):
+        _find(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize(
