@@ -7,7 +7,6 @@ run. Prints ratios only; absolute times on a shared machine mean little. On a GP
 import argparse
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +26,9 @@ from imm_scale.models.dit import size_config
 _MATMUL = 2048
 _METHODS = Path(__file__).parents[1] / "configs" / "method"
 _ALIGNED, _CLASSES, _SIDE = 16, 10, 16  # groups that micro-batches are multiples of, classes, side of samples
+# What presets leave to the run.
+_SCHEDULE = {"method.schedule_images": 1_000_000}
+_COMPLETED = dict.fromkeys(("alpha_flow", "soflow", "ect", "sct"), _SCHEDULE) | {"tvm": {"method.teacher_decay": None}}
 _FORWARD_MODE = 1.9  # forwards of torch's derivative and a value beside it, over those of the one written out
 
 
@@ -78,7 +80,7 @@ def method_steps(size: str, side: int, samples: int) -> dict[str, tuple[float, A
     cases |= {path.stem: configs.unfinished([str(path)]) for path in sorted(_METHODS.glob("*.yaml"))}
     steps: dict[str, tuple[float, Action]] = {}
     for name, case in cases.items():
-        config = replace(case, model=replace(case.model, size=size))
+        config = configs.changed(case, {"model.size": size} | _COMPLETED.get(name, {}), "method_steps")
         steps[name] = _method_step(config, side, samples, _ALIGNED)
         if name == "meanflow":
             steps["meanflow, tangent of all"] = _method_step(config, side, samples, 1)

@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from experiments import common, mnist
+from experiments.flow_maps import page
 from experiments.flow_maps.study import FULL, ROWS, SMALL, DataSet, Study
 from imm_scale.errors import UserError
 
@@ -58,14 +59,18 @@ def main() -> None:
     parser.add_argument("--data", default=",".join(DATA), help="digits, mnist or both (default)")
     parser.add_argument("--full", action="store_true", help="the long protocol")
     parser.add_argument("--runs", type=Path, default=Path("runs/flow_maps"), help="folder of the sweeps")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder the page and its pictures go to")
     args = parser.parse_args()
     try:
         rows, names = chosen(args.rows, {**ROWS}), chosen(args.data, {**DATA})
     except UserError as error:
         parser.error(str(error))
-    for name in names:
-        make_data(name)
-        Study(DATA[name], FULL if args.full else SMALL, args.runs, rows).run(args.at_once)
+    folder = args.runs / "full" if args.full else args.runs
+    studies = [Study(DATA[name], FULL if args.full else SMALL, folder, rows) for name in names]
+    for study in studies:
+        make_data(study.data.name)
+        study.run(args.at_once)
+    print(page.write(studies, args.docs, "flow_maps_full" if args.full else "flow_maps"))
 
 
 if __name__ == "__main__":

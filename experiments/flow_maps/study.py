@@ -81,7 +81,13 @@ ROWS = {
     "soflow": Row("SoFlow", "soflow", group=_ANY),
     "shortcut": Row("shortcut", "shortcut", group=_ANY),
     "split_meanflow": Row("SplitMeanFlow", "split_meanflow", group=_ANY),
-    "tvm": Row("terminal velocity matching", "tvm", group=_ANY),
+    "tvm": Row(
+        "Lagrangian self-distillation (TVM, its own teacher)",
+        "tvm",
+        {"method.teacher_decay": None, "ema.decays": [0.98]},
+        group=_ANY,
+    ),
+    "tvm_teacher": Row("terminal velocity matching", "tvm", {"ema.decays": [0.98, 0.99]}, group=_ANY),
     "ct": Row("consistency training, constant step", "ct", {"method.step.k": 10}, group=_TO_DATA),  # IMM's k here
     "ect": Row("easy consistency tuning, from scratch", "ect", group=_TO_DATA),
     "sct": Row("continuous-time consistency (sCT)", "sct", group=_TO_DATA),
@@ -241,6 +247,14 @@ class Study:
             for steps, mean in run.means.items():
                 found.setdefault(steps, []).append(mean)
         return {steps: (statistics.fmean(values), _deviation(values)) for steps, values in found.items()}
+
+    def outcomes(self) -> list[Outcome]:
+        """Of all runs of both sweeps."""
+        return [*self._outcomes("rates"), *self._outcomes("seeds")]
+
+    def forward_flops(self, name: str) -> int:
+        """Multiply-adds of a forward pass of one sample."""
+        return self.runs(name)[0].outcome.cell.forward_flops
 
     def in_training(self, name: str) -> Iterator[tuple[float, float]]:
         """(units, distance in two steps) at the checkpoints of the first seed's run."""
