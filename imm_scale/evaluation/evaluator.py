@@ -86,6 +86,18 @@ class Distance:
     guide: str | None = None
 
 
+def check_reference(config: Config) -> None:
+    """Raises UserError where there is nothing to compare with, or an entry of a reference that is not named."""
+    if config.data.manifest is None and config.evaluation.reference is None:
+        raise UserError(
+            "there is nothing to compare with: set evaluation.reference (an .npz of --make-reference) or "
+            "data.manifest (the training data)"
+        )
+    if config.evaluation.reference is None and config.evaluation.reference_entry is not None:
+        entry = config.evaluation.reference_entry
+        raise UserError(f"evaluation.reference_entry={entry} chooses from an evaluation.reference, and there is none")
+
+
 class Evaluator:
     """One checkpoint (or export), measured at any number of settings by one loaded model, extractor and reference.
 
@@ -102,19 +114,10 @@ class Evaluator:
         self.folder = folder if source.run_dir is None else storage.join(source.run_dir, FOLDER)
         self.source, self.config, self.world = source.at_newest(), config, world
         self._announce = announce if world.is_main else lambda line: None
-        if config.data.manifest is None and config.evaluation.reference is None:
-            raise UserError(
-                "there is nothing to compare with: set evaluation.reference (an .npz of --make-reference) or "
-                "data.manifest (the training data)"
-            )
-        if config.evaluation.reference is None and config.evaluation.reference_entry is not None:
-            entry = config.evaluation.reference_entry
-            raise UserError(
-                f"evaluation.reference_entry={entry} chooses from an evaluation.reference, and there is none"
-            )
+        check_reference(config)
         self.device = distributed.device(world)
         self.extractor = networks.open_extractor(config.evaluation.extractor, self.device)
-        measures.check(config.evaluation, self.extractor)
+        measures.check(config.evaluation)
 
     @cached_property
     def model(self) -> Model:
