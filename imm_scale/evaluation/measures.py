@@ -77,15 +77,15 @@ def check(config: EvaluationConfig) -> None:
     Raises:
         UserError: naming the metric, and the key that is missing.
     """
-    extractor = config.extractor
+    extractor, given_by = config.extractor, networks.name_of(config.extractor)
     has_logits = extractor.logits is not None or identity_hash(networks.identity(extractor)) == STANDARD_ID
     for metric in chosen(config.metrics):
         name = metric.config.name
         if "logits" in metric.needs and (extractor.kind == "latents" or not has_logits):
-            raise UserError(f"{name} needs class logits, {extractor.kind} gives none: see evaluation.extractor.logits")
+            raise UserError(f"{name} needs class logits, {given_by} gives none: see evaluation.extractor.logits")
         if "spatial" in metric.needs and extractor.spatial is None:
             raise UserError(
-                f"{name} needs features with places, {extractor.kind} gives none: name an output of four axes in "
+                f"{name} needs features with places, {given_by} gives none: name an output of four axes in "
                 "evaluation.extractor.spatial"
             )
     if compares_vectors(config.metrics) and config.compared < _LEAST_COMPARED:

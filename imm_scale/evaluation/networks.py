@@ -126,6 +126,13 @@ def identity(config: ExtractorConfig) -> dict[str, Any]:
     return identity_of(preprocessing(config), arguments=dict(config.arguments), **settings)
 
 
+def name_of(config: ExtractorConfig) -> str:
+    """What values measured by it are called after."""
+    if config.kind in ("latents", "pixels"):
+        return config.kind
+    return os.path.basename(config.file or "").partition(".")[0]
+
+
 class Network(ABC):
     """What both kinds share: preprocessing, checking outputs, and the identity."""
 
@@ -135,7 +142,7 @@ class Network(ABC):
         self._preprocess, self._device = preprocess, device
         self._features, self._logits, self._spatial = config.features, config.logits, config.spatial
         self._channel_axis = 1 if config.layout == "nchw" else 3
-        self.name = os.path.basename(config.file or "").partition(".")[0]
+        self.name = name_of(config)
         self.identity = identity(config)
 
     @abstractmethod
