@@ -29,6 +29,7 @@ from imm_scale.evaluation.records import (
     error_of,
     evaluation_url,
     guidance,
+    read_document,
     read_evaluations,
     samples,
     with_error,
@@ -172,7 +173,7 @@ class Evaluator:
         url = distributed.from_main(lambda: self._url(settings), self.world)
         is_measured = distributed.all_sum(_flag(self.world.is_main and storage.exists(url)))
         if is_measured:
-            document: dict[str, Any] = json.loads(storage.read_text(url))
+            document = read_document(url)
             for result in document["results"]:
                 self._announce(describe(result))
             return document
@@ -192,7 +193,7 @@ class Evaluator:
     def _url(self, settings: dict[str, Any]) -> str:
         """Where the evaluation lies: beside one of another checkpoint of this step, should the run have begun anew."""
         url, checkpoint = evaluation_url(self.folder, self.source.step, settings), self._committed
-        if storage.exists(url) and json.loads(storage.read_text(url)).get("checkpoint", checkpoint) != checkpoint:
+        if storage.exists(url) and read_document(url).get("checkpoint", checkpoint) != checkpoint:
             return evaluation_url(self.folder, self.source.step, {**settings, "checkpoint": checkpoint})
         return url
 

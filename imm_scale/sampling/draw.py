@@ -189,7 +189,7 @@ class Drawer:
         calls = [self._call(first) for first in range(start, stop, SAMPLES_PER_CALL)]
         index, z = torch.arange(start, stop), torch.cat(calls)[: stop - start]
         label = self.plan.label(index)
-        finite = torch.isfinite(z).flatten(1).all(dim=1)
+        finite = torch.isfinite(z.float()).flatten(1).all(dim=1)  # fp32 is what decoders and outputs take
         if not finite.all():
             bad = int(index[~finite][0])
             raise UserError(
