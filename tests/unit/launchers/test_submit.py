@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from imm_scale import cli
 from imm_scale.errors import UserError
 from launchers import checks, cluster, slurm, submit
 from launchers.script import Job
@@ -53,6 +54,22 @@ def _refused(capsys, phrases, *argv):
 )
 def test_a_job_that_cannot_run(flags, phrases, tiny, capsys):
     _refused(capsys, phrases, "train", *tiny, "--cluster", "lab", *flags)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("run.dir=RUN model.dropout=0.1 train.max_steps=9", "holds a run with another config"),
+        ("train.init_from=RUN model.width=64", "holds another net"),
+        ("train.init_from=RUN method.flow_map.second_time=t_minus_s", "its weights mean something else"),
+        ("train.init_from=RUN train.init_ema=0.31", "no moving average of decay 0.31"),
+    ],
+)
+def test_a_run_that_could_not_start_from_what_is_there(change, said, tiny, trained, capsys):
+    words = change.replace("RUN", trained).split()
+    _refused(capsys, [said], "train", *tiny, *words, "--cluster", "lab", "--dry-run")
+    assert cli.main(["train", *tiny, *words, "--dry-run"]) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [["status", "RUN"], ["cancel", "RUN"], ["logs", "RUN"]])
