@@ -31,6 +31,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for arg in before:
         if "${" in arg and (arg.startswith("-") or "=" not in arg):  # keys of a config may refer to others
             getattr(args, "refuse", parser.error)(f"{arg}: ${{...}} is the shell's to replace: leave out single quotes")
+    for key, value in vars(args).items():
+        flag = f"--{key.replace('_', '-')}"
+        if value == "" and any(arg.partition("=")[0] == flag for arg in before):  # --out "$FOLDER" without a FOLDER
+            getattr(args, "refuse", parser.error)(f"{flag} is empty: give a value, or leave {flag} out")
     # argparse takes positionals in one run only: those after a flag are left over.
     if any(arg.startswith("-") for arg in rest) or ((rest or after) and not hasattr(args, "positionals")):
         getattr(args, "refuse", parser.error)(f"unrecognized arguments: {' '.join(rest or after)}")

@@ -13,6 +13,17 @@ from launchers.script import Job
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::([0-5]?\d))?(?::([0-5]?\d))?")
 _ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%[1-9]\d*)?")
 
+# sbatch's own: CONDITION:JOB[_TASK][+MINUTES][:...] or singleton; several by commas (all) or question marks (any)
+_CONDITION = "(?:after|afterany|aftercorr|afternotok|afterok|afterburstbuffer)"
+_ONE_DEPENDENCY = rf"(?:singleton|{_CONDITION}(?::\d+(?:_[\d*]+)?(?:\+\d+)?)+)"
+_DEPENDENCY = re.compile(rf"{_ONE_DEPENDENCY}(?:[,?]{_ONE_DEPENDENCY})*")
+
+
+def _is_array(text: str) -> bool:
+    """Whether sbatch takes it for indices; those of a range ascend."""
+    ranges = re.findall(r"(\d+)-(\d+)", text)
+    return _ARRAY.fullmatch(text) is not None and all(int(first) <= int(last) for first, last in ranges)
+
 
 def node_range(nodes: str) -> tuple[int, int]:
     """(least, most) of "4" or "4-8"."""
@@ -43,19 +54,42 @@ def check(job: Job, cluster: Cluster, ask: bool) -> None:
     Args:
         ask: whether sinfo can be asked what there is.
     """
+    _check_numbers(job, cluster)
     time, grace = job.time or cluster.time, job.grace_seconds or cluster.grace_seconds
     if time is not None and limit_seconds(time) <= grace:
         raise UserError(
             f"--time {time} is over before --grace-seconds {grace} are: give more of the one or less of the other"
         )
-    if job.array is not None and not _ARRAY.fullmatch(job.array):
+    if job.array is not None and not _is_array(job.array):
         raise UserError(f"--array {job.array}: give indices and the most at a time, as in 0-63%8 or 3,7%2")
+    if job.dependency is not None and not _DEPENDENCY.fullmatch(job.dependency):
+        raise UserError(f"--dependency {job.dependency}: give it as sbatch takes it, as in afterok:123 or singleton")
     least, _ = node_range(job.nodes)
     gpus = cluster.gpus_per_node if job.gpus_per_node is None else job.gpus_per_node
     if gpus > cluster.gpus_per_node:
         raise UserError(_too_many_gpus(gpus, f"a node of this cluster has {cluster.gpus_per_node}", cluster))
     if ask:
         _check_partition(job.partition or cluster.partition, least, gpus, cluster)
+
+
+_LEAST = {
+    "gpus_per_node": 0,
+    "ranks_per_node": 1,
+    "cpus_per_task": 1,
+    "grace_seconds": 1,  # without any no rank would hear of the end
+    "max_restarts": 0,
+}
+
+
+def _check_numbers(job: Job, cluster: Cluster) -> None:
+    """Numbers that no job could have, of the command line and of the site."""
+    for key, least in _LEAST.items():
+        given = getattr(job, key)
+        if given is not None and given < least:
+            raise UserError(f"--{key.replace('_', '-')} {given} must be at least {least}")
+        of_site = getattr(cluster, key, None)
+        if of_site is not None and of_site < least:
+            raise UserError(f"{key}={of_site} of the cluster must be at least {least}: mend its configs/cluster/*.yaml")
 
 
 def _check_partition(name: str | None, least: int, gpus: int, cluster: Cluster) -> None:

@@ -66,10 +66,12 @@ def load(name: str) -> Cluster:
     if path is None:
         raise UserError(f"no cluster {name!r}: {shipped.known('cluster', name)}; or give a YAML file of your own")
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8-sig") as file:
             document = yaml.safe_load(file) or {}
     except OSError as error:
         raise UserError(f"cannot read cluster {path!r}: {error.strerror}; {shipped.known('cluster', name)}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no YAML: it is not UTF-8 text ({error.reason} at byte {error.start})") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(document, dict):

@@ -57,12 +57,17 @@ def _train(args: argparse.Namespace, cluster: Cluster) -> int:
 
 
 def _check_run(config: Config, job: Job, cluster: Cluster) -> None:
-    """The manifest, and whether every rank gets a group, before hours in a queue."""
+    """The manifest, whether every rank gets a group, and what the run starts from, before hours in a queue."""
     from imm_scale import preflight
+    from imm_scale.checkpoint import init_weights, resume
+    from imm_scale.checkpoint.format import committed_steps
     from imm_scale.sampling import source
 
     source.check_start(config)
-    preflight.prepare(config, checks.node_range(job.nodes)[1] * ranks_per_node(job, cluster))
+    prepared = preflight.prepare(config, checks.node_range(job.nodes)[1] * ranks_per_node(job, cluster))
+    resume.check_run_folder(prepared)
+    if not committed_steps(config.run_dir):  # else it goes on from there, and its source may be gone
+        init_weights.check(prepared)
 
 
 def _complete(config: Config) -> bool:

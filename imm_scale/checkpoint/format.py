@@ -297,8 +297,18 @@ class Checkpoint:
         """URL of a tensor file and the byte in it where a tensor's data start."""
         url = storage.join(self.url, file)
         if file not in self._places:
-            self._places[file] = _tensor_places(url)
+            try:
+                self._places[file] = _tensor_places(url)
+            except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError) as error:
+                raise self._damage(file) from error
+        if key not in self._places[file]:
+            raise self._damage(file)
         return url, self._places[file][key]
+
+    def _damage(self, what: str) -> DamagedCheckpointError:
+        return DamagedCheckpointError(
+            f"{self.url}/{what} is not what was committed: restore it, or take another checkpoint"
+        )
 
     @property
     def states(self) -> list[str]:
@@ -310,6 +320,7 @@ class Checkpoint:
 
         Raises:
             UserError: the state, the parameter or a part of it is not there.
+            DamagedCheckpointError: a file that is missing or cut.
         """
         ranges = self._ranges.get((state, name))
         if ranges is None:
@@ -324,6 +335,8 @@ class Checkpoint:
                 url, data_start = self._place(stored.file, f"{state}/{name}")
                 start = data_start + 4 * (first - stored.offset)
                 data = storage.read_range(url, start, start + 4 * (last - first))
+                if len(data) != 4 * (last - first):
+                    raise self._damage(stored.file)
                 out[first - offset : last - offset] = torch.frombuffer(bytearray(data), dtype=torch.float32)
                 filled += last - first
         if filled != stop - offset:
@@ -331,10 +344,19 @@ class Checkpoint:
         return out
 
     def weights(self, state: str = "weight") -> dict[str, Tensor]:
-        """{parameter: tensor of its whole shape} of one state, such as "weight" or "ema-0.9999"."""
+        """{parameter: tensor of its whole shape} of one state, such as "weight" or "ema-0.9999".
+
+        Raises:
+            UserError: no such state.
+            DamagedCheckpointError: a file that is missing, cut or altered.
+        """
         if state not in self.states:
             raise UserError(f"{self.url} holds no {state!r}; it has {', '.join(self.states)}")
-        return {name: self.read(state, name).view(shape) for name, shape in self.shapes.items()}
+        flat = {name: self.read(state, name) for name in self.shapes}
+        expected = self.checksums.get(state)  # as proof of what was read; hashing whole files would read all states
+        if expected is not None and expected != sum(checksum(name, 0, values) for name, values in flat.items()):
+            raise self._damage(f"{state} (its checksum differs)")
+        return {name: values.view(self.shapes[name]) for name, values in flat.items()}
 
 
 def use_newest(run_dir: str, use: Callable[[Checkpoint], Result]) -> Result:

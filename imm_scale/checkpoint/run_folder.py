@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from imm_scale import storage
+from imm_scale.errors import UserError
 from imm_scale.parallel import world
 
 Record = dict[str, Any]
@@ -40,41 +41,51 @@ def write_failure(run_dir: str, reason: str, **details: Any) -> None:
 def read_status(run_dir: str) -> Record:
     """The last status, or {} for a folder that has none."""
     text = _text(storage.join(run_dir, STATUS))
-    return json.loads(text) if text else {}
+    try:
+        status = json.loads(text) if text else {}
+    except ValueError:
+        status = None
+    if not isinstance(status, dict):
+        log.warning("%s is damaged: what the run was doing last is not known", storage.join(run_dir, STATUS))
+        return {}
+    return status
 
 
 def _text(url: str) -> str:
     """A file's text, "" where there is none, or none any more."""
     try:
-        return storage.read_text(url)
+        return storage.read_bytes(url).decode(errors="replace")
     except FileNotFoundError:
         return ""
 
 
-def _parse(text: str) -> list[Record]:
-    """Records of JSON lines; a last line torn by a kill is left out."""
-    lines = text.splitlines()
-    records = []
-    for number, line in enumerate(lines):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number != len(lines) - 1:
-                raise
-    return records
+def _parse(text: str, url: str) -> list[Record]:
+    """Records of JSON lines; a last line torn by a kill is left out. Raises UserError for another that is damaged."""
+    records = [_record(line) for line in text.splitlines()]
+    for number, record in enumerate(records[:-1], 1):
+        if record is None:
+            raise UserError(
+                f"{url}:{number} is no record of a step, the file is damaged: restore it, or take out the line"
+            )
+    return [record for record in records if record is not None]
+
+
+def _record(line: str) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "step" in record else None
 
 
 def read_metrics(run_dir: str) -> list[Record]:
-    """All records of a run, in order of steps."""
+    """All records of a run, in order of steps. Raises UserError for a damaged file."""
     url = storage.join(run_dir, METRICS)
     if storage.is_local(run_dir):
-        return _parse(_text(url))
+        return _parse(_text(url), url)
     segments = storage.join(run_dir, _SEGMENTS)
-    return [
-        record
-        for name in storage.list_names(segments)
-        for record in _parse(_text(storage.join(segments, name)))  # a resumed run takes back what was past its commit
-    ]
+    urls = [storage.join(segments, name) for name in storage.list_names(segments)]
+    return [record for url in urls for record in _parse(_text(url), url)]  # resumed, a run takes back later segments
 
 
 def _lines(records: Iterable[Record]) -> str:

@@ -41,7 +41,8 @@ def _parsed(args: argparse.Namespace) -> "tuple[command.Arguments, list[str]]":
     tokens = [token for token in values if token is not None]
     settings = [token for token in tokens if configs.is_override(token)]
     search = tuple(token for token in settings if args.search and token.partition("=")[0] in ("guidance", "steps"))
-    bare = [token for token in tokens if token not in settings and token not in gallery]
+    own = [args.source, *(args.search or ()), *args.positionals]
+    bare = [token for token in own if token is not None and token not in settings]
     args.positionals = [token for token in settings if token not in search] + bare[1:]
     if args.gallery is not None:
         args.section = "sampling"  # which has the step counts that are drawn

@@ -30,6 +30,8 @@ def _run(args: argparse.Namespace) -> int:
         if args.watch:
             raise UserError(f"--watch is for runs, {args.runs[0]} is a sweep")
         print("\n".join(sweeps.write_report(args.runs[0], args.out, args.figures)))
+    elif args.figures is not None:
+        raise UserError(f"--figures {args.figures} is for a sweep, {args.runs[0]} is a run: leave it out")
     else:
         _watch(args) if args.watch else runs.write_report(args.runs, args.out)
         print(runs.table(args.runs))

@@ -19,6 +19,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from imm_scale import config as configs
     from imm_scale import precision
     from imm_scale.parallel import world as distributed
     from imm_scale.sampling import job
@@ -26,9 +27,11 @@ def _run(args: argparse.Namespace) -> int:
 
     precision.set_tf32(False)  # but where a key allows it
     source = sources.find(args.source)
-    whole = sources.config_of(source, overrides(args), job.READS)
+    settings = overrides(args)
+    whole = sources.config_of(source, settings, job.READS)
     config, guidance = whole.sampling, guidance_of(args, whole)
-    request = job.Request(args.out, guidance, tuple(args.format.split(",")), args.latents)
+    typed = tuple(configs.settings_of(settings))
+    request = job.Request(args.out, guidance, tuple(args.format.split(",")), args.latents, typed)
     world = distributed.detect()
     distributed.init(world)
     job.run(source, config, request, world, say)

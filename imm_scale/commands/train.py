@@ -19,7 +19,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.world_size is not None and not args.dry_run:
         raise UserError(f"--world-size {args.world_size} is for --dry-run: leave it out, or start that many ranks")
     from imm_scale import preflight
-    from imm_scale.checkpoint import init_weights
+    from imm_scale.checkpoint import init_weights, resume
     from imm_scale.checkpoint.format import committed_steps
     from imm_scale.parallel import world
     from imm_scale.sampling import source
@@ -28,6 +28,7 @@ def _run(args: argparse.Namespace) -> int:
     source.check_start(loaded.config)
     if args.dry_run:
         prepared = preflight.prepare(loaded.config, args.world_size or world.detect().size)
+        resume.check_run_folder(prepared)
         if not committed_steps(prepared.config.run_dir):  # else it goes on from there, and its source may be gone
             init_weights.check(prepared)
         print(preflight.describe(prepared))

@@ -3,7 +3,7 @@
 from typing import Any
 
 from imm_scale.choices import ANY_LENGTH
-from imm_scale.config.keys import Entry, check_key, entries, flatten, sections_of
+from imm_scale.config.keys import FREE_SECTION, Entry, check_key, entries, flatten, sections_of
 from imm_scale.config.load import Loaded
 from imm_scale.config.moved import renamed
 
@@ -14,6 +14,8 @@ def explain(key: str, loaded: Loaded) -> str:
     if key in sections_of(known):
         return "\n\n".join(explain(inner, loaded) for inner in known if inner.startswith(f"{key}."))
     check_key(key, "explain", known, loaded.config)
+    if key.startswith(f"{FREE_SECTION}."):
+        key = FREE_SECTION  # what is below it DeepSpeed's documentation explains
     entry = known[key]
     current = flatten(loaded.config)[key]
     origin = loaded.origins.get(key, "default")

@@ -261,10 +261,15 @@ def is_override(arg: str) -> bool:
     return bool(equals) and "/" not in key
 
 
+def _is_setting(arg: str) -> bool:
+    """Whether an argument that ends as a config file does is key=value all the same, as in run.name=trial.yaml."""
+    return is_override(arg) and keys.is_known(arg.partition("=")[0].strip())
+
+
 def split_args(args: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """(config files, key=value overrides, other arguments) of a command line. The name of a recipe is its file."""
     args = [shipped.find("recipe", arg) or arg for arg in args]
-    files = [arg for arg in args if arg.endswith((".yaml", ".yml"))]
+    files = [arg for arg in args if arg.endswith((".yaml", ".yml")) and not _is_setting(arg)]
     overrides = [arg for arg in args if arg not in files and is_override(arg)]
     return files, overrides, [arg for arg in args if arg not in files and arg not in overrides]
 
@@ -309,5 +314,8 @@ def to_yaml(config: Config) -> str:
 
 
 def from_yaml(text: str, source: str = "config.yaml") -> Config:
-    """The config a run folder was started with. Raises UserError for one that cannot be read."""
-    return _apply(Config(), parse_yaml(text, source))
+    """The config a run folder was started with. Raises UserError for one that cannot be read, or holds nothing."""
+    settings = parse_yaml(text, source)
+    if not settings:
+        raise UserError(f"{source} is empty, and so is no config of a run: restore it, or start the run again")
+    return _apply(Config(), settings)

@@ -3,23 +3,24 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from imm_scale import build, storage
 from imm_scale import config as configs
 from imm_scale.checkpoint import export
+from imm_scale.checkpoint.format import committed_steps
 from imm_scale.config.schema import Config, SamplingConfig
 from imm_scale.data.manifest import Manifest
 from imm_scale.errors import UserError
-from imm_scale.evaluation import cost_quality, gallery, images, networks, reference, watch
+from imm_scale.evaluation import cost_quality, gallery, images, measures, networks, reference, watch
 from imm_scale.evaluation import guidance_search as search
-from imm_scale.evaluation.evaluator import Evaluator
+from imm_scale.evaluation.evaluator import Evaluator, check_reference
 from imm_scale.evaluation.records import FOLDER, Conditions
 from imm_scale.evaluation.sets import measure_images
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
-from imm_scale.sampling import guides
+from imm_scale.sampling import check as samples
 from imm_scale.sampling import source as sources
 from imm_scale.sampling.job import open_artifacts
 from imm_scale.sampling.source import Source
@@ -76,15 +77,15 @@ def check(arguments: Arguments, overrides: Sequence[str]) -> None:
         raise UserError("name a run, a checkpoint, exported weights or a set of images to evaluate")
     elif _is_image_set(arguments):
         _refuse(arguments, "a set of images is measured as it is", "guidance", "search", "gallery", "out")
-        _check_files(sources.config_of(Source(""), overrides, _IMAGE_READS))
+        _check_measures(sources.config_of(Source(""), overrides, _IMAGE_READS), configs.settings_of(overrides))
     else:
         is_there = not arguments.may_come or storage.exists(storage.join(arguments.source, "config.yaml"))
         source = sources.find(arguments.source) if is_there else Source("")
         if arguments.out is not None and source.run_dir is not None:
             raise UserError(f"--out {arguments.out}: evaluations of a run lie in its folder, leave --out away")
         config = sources.config_of(source, overrides, _reads(arguments))
-        _check_guidance(arguments, config)
-        _check_files(config)
+        if is_there:  # of a run that comes later nobody knows the config yet
+            _check_samples(arguments, source, config, configs.settings_of(overrides))
     if arguments.out is not None:
         storage.check_writable(storage.parent(arguments.out))
 
@@ -102,6 +103,31 @@ def _check_files(config: Config, *others: str) -> None:
     for key, url in [*named.items(), *(("--make-reference", other) for other in others)]:
         if url is not None and not storage.exists(url):
             raise UserError(f"{key}={url} does not exist")
+
+
+def _check_measures(config: Config, typed: Collection[str]) -> None:
+    """Raises UserError for what no samples could be measured by."""
+    _check_files(config)
+    networks.check(config.evaluation.extractor, typed)
+    measures.check(config.evaluation)
+
+
+def _check_samples(arguments: Arguments, source: Source, config: Config, typed: Collection[str]) -> None:
+    """Raises UserError for samples that could not be drawn, or not be measured, before anything is read."""
+    scales, steps = _scales(arguments, config)
+    for scale in scales:
+        configs.changed(config, {"sampling.guidance_scale": scale}, f"guidance {scale:g}")
+    _check_measures(config, typed)
+    if arguments.gallery is None:
+        check_reference(config)
+    sampling = config.sampling
+    if arguments.gallery is not None:
+        steps, sampling = sampling.steps, dataclasses.replace(sampling, grid="auto")
+    if not (arguments.may_come and source.run_dir is not None and not committed_steps(source.run_dir)):
+        samples.check(source, sampling, scales, steps, typed)
+    elif config.data.manifest is not None and storage.exists(config.data.manifest):
+        spec = build.model_spec(config, Manifest.load(config.data.manifest))
+        samples.check_before_training(spec, sampling, scales, steps, typed)
 
 
 def run(arguments: Arguments, overrides: Sequence[str], world: World, announce: Announce) -> None:
@@ -166,20 +192,16 @@ def _refuse(arguments: Arguments, why: str, *flags: str) -> None:
         raise UserError(f"{given}: {why}; leave it out")
 
 
-def _check_guidance(arguments: Arguments, config: Config) -> None:
-    """Raises UserError for scales that no config of the run could have, before anything is read."""
-    scales = [*arguments.guidance]
+def _scales(arguments: Arguments, config: Config) -> tuple[Sequence[float], Sequence[int]]:
+    """Scales of guidance, of a search the ends of its range, and the step counts."""
     if arguments.search:
         limits = search.parse(arguments.search, config.evaluation.steps)
-        scales += [limits.low, limits.high]
-    for scale in scales:
-        configs.changed(config, {"sampling.guidance_scale": scale}, f"guidance {scale:g}")
+        return (limits.low, limits.high), limits.steps
+    return arguments.guidance or (config.sampling.guidance_scale,), config.evaluation.steps
 
 
 def _evaluate(arguments: Arguments, source: Source, config: Config, world: World, announce: Announce) -> None:
-    scales = arguments.guidance or (config.sampling.guidance_scale,)
-    if not arguments.search:
-        guides.check_scales(config.sampling, scales)
+    scales = _scales(arguments, config)[0]
 
     def at_all_scales(evaluator: Evaluator) -> None:
         for scale in scales:

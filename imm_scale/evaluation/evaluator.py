@@ -29,6 +29,7 @@ from imm_scale.evaluation.records import (
     error_of,
     evaluation_url,
     guidance,
+    read_document,
     read_evaluations,
     samples,
     with_error,
@@ -86,6 +87,18 @@ class Distance:
     guide: str | None = None
 
 
+def check_reference(config: Config) -> None:
+    """Raises UserError where there is nothing to compare with, or an entry of a reference that is not named."""
+    if config.data.manifest is None and config.evaluation.reference is None:
+        raise UserError(
+            "there is nothing to compare with: set evaluation.reference (an .npz of --make-reference) or "
+            "data.manifest (the training data)"
+        )
+    if config.evaluation.reference is None and config.evaluation.reference_entry is not None:
+        entry = config.evaluation.reference_entry
+        raise UserError(f"evaluation.reference_entry={entry} chooses from an evaluation.reference, and there is none")
+
+
 class Evaluator:
     """One checkpoint (or export), measured at any number of settings by one loaded model, extractor and reference.
 
@@ -102,19 +115,10 @@ class Evaluator:
         self.folder = folder if source.run_dir is None else storage.join(source.run_dir, FOLDER)
         self.source, self.config, self.world = source.at_newest(), config, world
         self._announce = announce if world.is_main else lambda line: None
-        if config.data.manifest is None and config.evaluation.reference is None:
-            raise UserError(
-                "there is nothing to compare with: set evaluation.reference (an .npz of --make-reference) or "
-                "data.manifest (the training data)"
-            )
-        if config.evaluation.reference is None and config.evaluation.reference_entry is not None:
-            entry = config.evaluation.reference_entry
-            raise UserError(
-                f"evaluation.reference_entry={entry} chooses from an evaluation.reference, and there is none"
-            )
+        check_reference(config)
         self.device = distributed.device(world)
         self.extractor = networks.open_extractor(config.evaluation.extractor, self.device)
-        measures.check(config.evaluation, self.extractor)
+        measures.check(config.evaluation)
 
     @cached_property
     def model(self) -> Model:
@@ -169,7 +173,7 @@ class Evaluator:
         url = distributed.from_main(lambda: self._url(settings), self.world)
         is_measured = distributed.all_sum(_flag(self.world.is_main and storage.exists(url)))
         if is_measured:
-            document: dict[str, Any] = json.loads(storage.read_text(url))
+            document = read_document(url)
             for result in document["results"]:
                 self._announce(describe(result))
             return document
@@ -189,7 +193,7 @@ class Evaluator:
     def _url(self, settings: dict[str, Any]) -> str:
         """Where the evaluation lies: beside one of another checkpoint of this step, should the run have begun anew."""
         url, checkpoint = evaluation_url(self.folder, self.source.step, settings), self._committed
-        if storage.exists(url) and json.loads(storage.read_text(url)).get("checkpoint", checkpoint) != checkpoint:
+        if storage.exists(url) and read_document(url).get("checkpoint", checkpoint) != checkpoint:
             return evaluation_url(self.folder, self.source.step, {**settings, "checkpoint": checkpoint})
         return url
 

@@ -6,6 +6,7 @@ from typing import Any
 from imm_scale import config as configs
 from imm_scale.config.schema import EvaluationConfig
 from imm_scale.errors import UserError
+from imm_scale.evaluation import networks
 from imm_scale.evaluation.collect import Features
 from imm_scale.evaluation.extractors import Extractor, identity_hash
 from imm_scale.evaluation.metrics import FrechetDistance, Measure, Metric
@@ -70,22 +71,27 @@ def _check_dim(dim: int, reference: Reference, extractor: Extractor) -> None:
         )
 
 
-def check(config: EvaluationConfig, extractor: Extractor) -> None:
-    """Before samples are drawn: metrics that need what this extractor, as it is configured, does not give.
+def check(config: EvaluationConfig) -> None:
+    """Before samples are drawn, or a network is read: metrics that need what this extractor does not give.
 
     Raises:
         UserError: naming the metric, and the key that is missing.
     """
+    extractor, given_by = config.extractor, networks.name_of(config.extractor)
+    has_logits = extractor.logits is not None or identity_hash(networks.identity(extractor)) == STANDARD_ID
     for metric in chosen(config.metrics):
         name = metric.config.name
-        has_logits = config.extractor.logits is not None or _is_standard(extractor)
-        if "logits" in metric.needs and (extractor.takes == "latents" or not has_logits):
-            raise UserError(f"{name} needs class logits, {extractor.name} gives none: see evaluation.extractor.logits")
-        if "spatial" in metric.needs and config.extractor.spatial is None:
+        if "logits" in metric.needs and (extractor.kind == "latents" or not has_logits):
+            raise UserError(f"{name} needs class logits, {given_by} gives none: see evaluation.extractor.logits")
+        if "spatial" in metric.needs and extractor.spatial is None:
             raise UserError(
-                f"{name} needs features with places, {extractor.name} gives none: name an output of four axes in "
+                f"{name} needs features with places, {given_by} gives none: name an output of four axes in "
                 "evaluation.extractor.spatial"
             )
+    if compares_vectors(config.metrics) and config.compared < _LEAST_COMPARED:
+        raise UserError(f"evaluation.compared={config.compared} is too few: at least {_LEAST_COMPARED} are needed")
+    if config.num is not None and config.num < 2:
+        raise UserError(f"evaluation.num={config.num} is too few: a covariance needs at least 2 samples")
 
 
 def check_reference(metrics: Sequence[Any], reference: Reference) -> None:

@@ -3,11 +3,12 @@
 They compute in fp32, in whatever precision samples are drawn.
 """
 
+import dataclasses
 import hashlib
 import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -43,6 +44,42 @@ STANDARD_ID = identity_hash(INCEPTION_IDENTITY)  # of the one extractor whose Fr
 SPATIAL_CHANNELS = 7
 
 
+_OF_FLAT = ("kind", "max_dim")  # keys that latents and pixels read
+
+
+def check(config: ExtractorConfig, typed: Collection[str] = ()) -> None:
+    """Before anything is read, or a job waits in a queue.
+
+    Args:
+        typed: keys that were given for this command. One that only chooses another kind than a run's config has takes
+            leave of what stands there.
+
+    Raises:
+        UserError: a network without its file and sha256, or keys that do nothing with latents and pixels.
+    """
+    if config.kind not in ("latents", "pixels"):
+        _file_of(config)
+        return
+    kind_is_typed = "evaluation.extractor.kind" in typed
+    for item in dataclasses.fields(config):
+        key, value = f"evaluation.extractor.{item.name}", getattr(config, item.name)
+        is_set = item.name not in _OF_FLAT and value != getattr(ExtractorConfig(), item.name)
+        if is_set and (key in typed or not kind_is_typed):
+            raise UserError(
+                f"{key}={value} does nothing with evaluation.extractor.kind={config.kind}: leave it out, or set "
+                "evaluation.extractor.kind=torchscript or onnx"
+            )
+
+
+def _file_of(config: ExtractorConfig) -> tuple[str, str]:
+    """File and sha256 of a network. Raises UserError where one is missing."""
+    if config.file is None or config.sha256 is None:
+        raise UserError(
+            f"evaluation.extractor.kind={config.kind} needs evaluation.extractor.file and .sha256 (of that file)"
+        )
+    return config.file, config.sha256
+
+
 def open_extractor(config: ExtractorConfig, device: torch.device) -> Extractor:
     """The extractor the config names.
 
@@ -60,19 +97,14 @@ def open_extractor(config: ExtractorConfig, device: torch.device) -> Extractor:
 
 def _open_network(config: ExtractorConfig, preprocess: Preprocessing, device: torch.device) -> "Network":
     """Raises UserError for a missing file or sha256, another sha256, or a missing package."""
-    if config.file is None or config.sha256 is None:
-        raise UserError(
-            f"evaluation.extractor.kind={config.kind} needs evaluation.extractor.file and .sha256 (of that file)"
-        )
+    file, expected = _file_of(config)
     try:
-        data = storage.read_bytes(config.file)
+        data = storage.read_bytes(file)
     except FileNotFoundError as error:
-        raise UserError(f"evaluation.extractor.file={config.file} does not exist; nothing is downloaded") from error
+        raise UserError(f"evaluation.extractor.file={file} does not exist; nothing is downloaded") from error
     sha256 = hashlib.sha256(data).hexdigest()
-    if sha256 != config.sha256.lower():
-        raise UserError(
-            f"evaluation.extractor.file={config.file} has sha256 {sha256}, not {config.sha256}: it is another network"
-        )
+    if sha256 != expected.lower():
+        raise UserError(f"evaluation.extractor.file={file} has sha256 {sha256}, not {expected}: it is another network")
     if config.kind == "torchscript" and sha256 == INCEPTION_SHA256:
         if config.spatial is not None:
             raise UserError(
@@ -94,6 +126,13 @@ def identity(config: ExtractorConfig) -> dict[str, Any]:
     return identity_of(preprocessing(config), arguments=dict(config.arguments), **settings)
 
 
+def name_of(config: ExtractorConfig) -> str:
+    """What values measured by it are called after."""
+    if config.kind in ("latents", "pixels"):
+        return config.kind
+    return os.path.basename(config.file or "").partition(".")[0]
+
+
 class Network(ABC):
     """What both kinds share: preprocessing, checking outputs, and the identity."""
 
@@ -103,7 +142,7 @@ class Network(ABC):
         self._preprocess, self._device = preprocess, device
         self._features, self._logits, self._spatial = config.features, config.logits, config.spatial
         self._channel_axis = 1 if config.layout == "nchw" else 3
-        self.name = os.path.basename(config.file or "").partition(".")[0]
+        self.name = name_of(config)
         self.identity = identity(config)
 
     @abstractmethod

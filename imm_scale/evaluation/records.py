@@ -40,8 +40,8 @@ def read_evaluations(run_dir: str) -> list[dict[str, Any]]:
 
 
 def read_evaluation(url: str) -> dict[str, Any]:
-    """One file, brought to today's schema."""
-    document: dict[str, Any] = json.loads(storage.read_text(url))
+    """One file, brought to today's schema. Raises UserError for one that is damaged, or of a newer version."""
+    document = read_document(url)
     if document["schema_version"] > SCHEMA_VERSION:
         raise UserError(f"{url} was written by a newer imm-scale (schema {document['schema_version']}); update it")
     document = _from_1(document) if document["schema_version"] == 1 else document
@@ -51,6 +51,17 @@ def read_evaluation(url: str) -> dict[str, Any]:
         if len(result.get("seeds", (0, 0))) == 1:
             result["std"] = None  # which files said to be 0
     return {**document, "results": results}
+
+
+def read_document(url: str) -> dict[str, Any]:
+    """One file as it was written. Raises UserError for one that is damaged."""
+    try:
+        document = json.loads(storage.read_bytes(url))
+    except ValueError:
+        document = None
+    if not isinstance(document, dict) or not {"schema_version", "results"} <= document.keys():
+        raise UserError(f"{url} is no evaluation, or damaged: remove it, and evaluate again for its numbers")
+    return document
 
 
 def arithmetic(result: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ def measure_images(images: ImageSet, config: Config, world: World, announce: Cal
     if extractor.takes != "images":
         raise UserError(f"{images.url} holds images: set evaluation.extractor.kind=pixels, torchscript or onnx")
     reference = open_reference(evaluation, extractor)
-    measures.check(evaluation, extractor)
+    measures.check(evaluation)
     height, width = next(images.read())[1].shape[1:3]
     reference.check(extractor, (height, width))
     measures.check_reference(evaluation.metrics, reference)

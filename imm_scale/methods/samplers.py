@@ -88,6 +88,15 @@ def pushforward_restart(
     return restart(flow_map, x, grid[middle:], label, guidance, noise) if middle < len(grid) - 1 else x
 
 
+def check(sampler: str, flow_map: FlowMap) -> None:
+    """Raises UserError for a sampler that this map, whose weights are not looked at, cannot be drawn with."""
+    if sampler == "heun" and (flow_map.parameterization not in VELOCITIES or flow_map.second_time != "none"):
+        raise UserError(
+            f"sampler=heun follows a velocity: it needs parameterization=euler_fm and second_time=none, not "
+            f"{flow_map.parameterization} and {flow_map.second_time}; use sampler=pushforward"
+        )
+
+
 @torch.no_grad()
 def heun(
     flow_map: FlowMap,
@@ -104,11 +113,7 @@ def heun(
     Raises:
         UserError: a map that is no velocity field: Heun needs `euler_fm` (or `velocity`) and a net without second time.
     """
-    if flow_map.parameterization not in VELOCITIES or flow_map.second_time != "none":
-        raise UserError(
-            f"sampler=heun follows a velocity: it needs parameterization=euler_fm and second_time=none, not "
-            f"{flow_map.parameterization} and {flow_map.second_time}; use sampler=pushforward"
-        )
+    check("heun", flow_map)
     steps = len(grid) - 1
     for step, (t, s) in enumerate(itertools.pairwise(grid)):
         euler = _jump(flow_map, x, s, t, label, guidance)

@@ -13,7 +13,9 @@ from imm_scale import build, precision
 from imm_scale.build import ModelSpec
 from imm_scale.config.schema import SamplingConfig
 from imm_scale.errors import UserError
+from imm_scale.methods import samplers
 from imm_scale.methods.base import Steps
+from imm_scale.methods.flow_map import FlowMap
 from imm_scale.methods.samplers import SAMPLERS, Guidance
 from imm_scale.models.base import Backbone
 from imm_scale.parallel import world as distributed
@@ -141,8 +143,8 @@ def parse_labels(text: str, num_classes: int) -> tuple[int, ...]:
     counted = has_counts(text)
     for part in str(text).split(","):
         classes, colon, count = part.strip().partition(":")
-        first, _, last = classes.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()) or bool(colon) != counted:
+        first, dash, last = classes.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or bool(colon) != counted:
             raise UserError(f"labels={text!r}: give all, a range (0-9), a list (3,7), or counts (0:500,3-4:100)")
         if counted and not count.isdigit():
             raise UserError(f"labels={text!r}: {count!r} is no count of samples, as in 0:500,3-4:100")
@@ -157,7 +159,7 @@ class Drawer:
     """Draws ranges of a plan's samples.
 
     Raises:
-        UserError: a grid that does not fit, or guidance with a net trained without label drop.
+        UserError: a grid or a sampler that does not fit, or guidance with a net trained without label drop.
     """
 
     def __init__(self, net: Any, spec: ModelSpec, plan: SamplingPlan):
@@ -167,6 +169,8 @@ class Drawer:
                 f"guidance_scale={plan.guidance_scale} needs a net trained with method.label_drop above 0, or a guide "
                 "(sampling.guide); use 1"
             )
+        if isinstance(net, FlowMap):
+            samplers.check(plan.sampler, net)
         self.plan = plan
         self.times = times_of(spec, plan)
         self._net, self._space, self._method = net, spec.space, build.method(spec)
@@ -187,7 +191,7 @@ class Drawer:
         calls = [self._call(first) for first in range(start, stop, SAMPLES_PER_CALL)]
         index, z = torch.arange(start, stop), torch.cat(calls)[: stop - start]
         label = self.plan.label(index)
-        finite = torch.isfinite(z).flatten(1).all(dim=1)
+        finite = torch.isfinite(z.float()).flatten(1).all(dim=1)  # fp32 is what decoders and outputs take
         if not finite.all():
             bad = int(index[~finite][0])
             raise UserError(

@@ -53,6 +53,15 @@ def load(source: Source, config: SamplingConfig) -> Guide | None:
     return read(*_place(source, config))
 
 
+def load_spec(source: Source, config: SamplingConfig) -> tuple[ModelSpec, str] | None:
+    """Spec of the guide that `sampling.guide` names, without its weights, and what it is; None where it names none.
+
+    Raises:
+        UserError: as `load`.
+    """
+    return export.read_spec(*_place(source, config)) if config.guide.is_set else None
+
+
 def read(url: str, ema: float | None = None, step: int | None = None) -> Guide:
     """A guide from a run, a checkpoint or an export, as `export.load` reads it."""
     spec, flow_map, origin = export.load(url, ema, step)
@@ -83,21 +92,26 @@ def put(flow_map: FlowMap, spec: ModelSpec, weights_id: str, guide: Guide) -> Fl
     Raises:
         UserError: a method that has no flow map, a guide on other samples or another trajectory, or the model itself.
     """
-    for net, of in ((flow_map, spec), (guide.flow_map, guide.spec)):
-        if not isinstance(net, FlowMap):
-            raise UserError(f"method.name={of.method.name} has no flow map, which sampling.guide needs")
-    differences = _differences(spec.space, guide.spec.space)
-    if differences:
-        raise UserError(
-            f"the guide ({guide.text}) draws other samples than the model: {'; '.join(differences)}. Take one that was "
-            "trained on the same data"
-        )
+    check_fits(flow_map, spec, guide.flow_map, guide.spec, guide.text)
     if guide.weights_id == weights_id:
         raise UserError(
             f"the guide ({guide.text}) is the model itself, so guidance would do nothing: take an earlier step, a "
             "shorter average or a smaller net"
         )
     return flow_map.guided_by(guide.flow_map)
+
+
+def check_fits(net: Any, spec: ModelSpec, guide: Any, guide_spec: ModelSpec, text: str) -> None:
+    """Raises UserError for a method that has no flow map, or a guide, in words `text`, on other samples."""
+    for one, of in ((net, spec), (guide, guide_spec)):
+        if not isinstance(one, FlowMap):
+            raise UserError(f"method.name={of.method.name} has no flow map, which sampling.guide needs")
+    differences = _differences(spec.space, guide_spec.space)
+    if differences:
+        raise UserError(
+            f"the guide ({text}) draws other samples than the model: {'; '.join(differences)}. Take one that was "
+            "trained on the same data"
+        )
 
 
 def _differences(ours: SampleSpace, theirs: SampleSpace) -> Sequence[str]:

@@ -22,6 +22,7 @@ from imm_scale.methods.flow_map import FlowMap
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
 from imm_scale.sampling import guides, outputs, set_record
+from imm_scale.sampling.check import check
 from imm_scale.sampling.draw import SAMPLES_PER_CALL, Drawer, SamplingPlan, check_machine, plan_of
 from imm_scale.sampling.guides import Guide
 from imm_scale.sampling.parts import Parts
@@ -41,17 +42,21 @@ class Request:
         formats: of `outputs.FORMATS`.
         latents: whether the normalized latents are kept in npz and WebDataset.
         guidance: scales, each with all step counts.
+        typed: keys of the config that were given for this job.
     """
 
     out: str | None
     guidance: tuple[float, ...]
     formats: tuple[str, ...] = ("grid", "npz")
     latents: bool = False
+    typed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.formats if name not in outputs.FORMATS]
         if unknown or not self.formats:
             raise UserError(f"--format {','.join(self.formats)}: choose of {', '.join(outputs.FORMATS)}")
+        if self.latents and not {"npz", "webdataset"} & set(self.formats):
+            raise UserError(f"--latents does nothing with --format {','.join(self.formats)}: add npz or webdataset")
 
 
 def folder_of(source: Source) -> str:
@@ -115,7 +120,7 @@ def run(source: Source, config: SamplingConfig, request: Request, world: World, 
         UserError: whatever the user can mend.
     """
     storage.check_writable(request.out or source.run_dir or ".")
-    guides.check_scales(config, request.guidance)
+    check(source, config, request.guidance, config.steps, request.typed)
     device = distributed.device(world)
     source, model = source.use_newest(world, lambda newest: Model.load(newest, config, device))
     announce = announce if world.is_main else _silent

@@ -121,6 +121,7 @@ def config_of(source: Source, overrides: Sequence[str], reads: Sequence[str]) ->
 def _config_of(source: Source, overrides: Sequence[str]) -> Config:
     if source.run_dir is not None:
         text = storage.read_text(storage.join(source.run_dir, "config.yaml"))
+        configs.from_yaml(text, f"the config of {source.url}")  # which is never empty
         overrides = [f"run.dir={source.run_dir}", *overrides]
     elif export.is_checkpoint(source.url):
         text = Checkpoint(source.url).meta.config

@@ -143,10 +143,12 @@ def load(path: str) -> Sweep:
 def read_file(path: str) -> SweepFile:
     """What a sweep file says, its keys and shapes checked."""
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8-sig") as file:
             document = yaml.safe_load(file)
     except OSError as error:
         raise UserError(f"cannot read sweep {path!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no YAML: it is not UTF-8 text ({error.reason} at byte {error.start})") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(document, dict):

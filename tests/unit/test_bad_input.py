@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from imm_scale import cli
+from imm_scale import config as configs
 from imm_scale.checkpoint.format import committed_steps
+from imm_scale.errors import UserError
 from tests import ranks
 
 
@@ -129,3 +132,44 @@ def test_a_full_disk_leaves_the_last_checkpoint(tiny, tmp_path):
 )
 def test_other_commands(argv, phrases, trained):
     _fails_with_2(phrases, *(trained if word == "RUN" else word for word in argv))
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["report", "RUN", "--out", ""], "--out is empty"),
+        (["report", "RUN", "--out="], "--out is empty"),
+        (["sample", "RUN", "--guide", "", "--guidance", "2"], "--guide is empty"),
+        (["evaluate", "RUN", "--reference="], "--reference is empty"),
+        (["report", "RUN", "--figures", "figures"], "--figures figures is for a sweep"),
+        (["evaluate", "RUN", "--gallery", "RUN", "--steps", "0"], "sampling.steps=[0]"),
+        (["sample", "RUN", "--guidance", "1e300"], "sample 0 (class 0, seed 0, 1 steps) is not finite"),
+        (["evaluate", "RUN", "--guidance", "1e300", "--num", "64"], "is not finite"),
+    ],
+)
+def test_a_word_that_does_nothing_or_cannot_be(argv, said, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = cli.main([trained if word == "RUN" else word for word in argv])
+    except SystemExit as exit:
+        code = exit.code
+    assert (code, said in capsys.readouterr().err) == (2, True)
+
+
+def test_a_value_that_ends_as_a_config_file_does_is_a_value():
+    assert configs.load_words(["run.name=trial.yaml", "run.dir=trials/second.yml"]).config.run.name == "trial.yaml"
+    with pytest.raises(UserError, match=r"cannot read config 'lr=1e-4\.yaml'"):
+        configs.load_words(["lr=1e-4.yaml"])  # a file may be called so
+
+
+def test_what_lies_below_deepspeeds_keys_is_explained_with_them():
+    assert "current  {'flops_profiler': 1}" in configs.explain(
+        "zero.extra.flops_profiler", configs.load_words(["zero.extra.flops_profiler=1"])
+    )
+
+
+def test_an_empty_config_of_a_run_is_damage(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("")
+    for command in (["sample"], ["evaluate"], ["report", "--out", f"{tmp_path}/page.html"]):
+        assert cli.main([command[0], str(tmp_path), *command[1:]]) == 2
+        assert "is empty" in capsys.readouterr().err

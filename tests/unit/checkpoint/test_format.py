@@ -93,6 +93,38 @@ def test_damage_is_named(tmp_path):
         Checkpoint.latest(run_dir)
 
 
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # of the last number's exponent
+    path.write_bytes(data)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+DAMAGES = {
+    "removed": Path.unlink,
+    "emptied": lambda path: path.write_bytes(b""),
+    "header cut": lambda path: path.write_bytes(path.read_bytes()[:20]),
+    "cut": _cut,
+    "flipped": _flip,
+    "another file's": lambda path: path.write_bytes((2).to_bytes(8, "little") + b"{}"),
+    "no mapping": lambda path: path.write_bytes((2).to_bytes(8, "little") + b"[]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_weights_are_never_taken_for_weights(damage, tmp_path):
+    """Sampling and exports read weights without hashing the files they are in."""
+    run_dir = str(tmp_path)
+    _write(run_dir, 1, 2)
+    checkpoints.commit(folder(run_dir, 1), _meta(1, 2))
+    DAMAGES[damage](Path(folder(run_dir, 1)) / "rank-00001.safetensors")
+    with pytest.raises(DamagedCheckpointError, match=r"step-00000001/.* is not what was committed"):
+        Checkpoint.latest(run_dir).weights()
+
+
 def test_a_state_that_is_not_there_is_named(tmp_path):
     _write(str(tmp_path), 1, 1)
     checkpoints.commit(folder(str(tmp_path), 1), _meta(1, 1))
@@ -166,7 +198,7 @@ def test_a_damaged_checkpoint_that_is_still_there_is_an_error_all_the_same(tmp_p
     _write(str(tmp_path), 1, 1)
     checkpoints.commit(folder(str(tmp_path), 1), _meta(1, 1))
     (Path(folder(str(tmp_path), 1)) / "rank-00000.safetensors").unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(DamagedCheckpointError):
         checkpoints.use_newest(str(tmp_path), lambda checkpoint: checkpoint.weights())
 
 

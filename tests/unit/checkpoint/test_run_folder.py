@@ -18,10 +18,21 @@ from imm_scale.checkpoint.run_folder import (
     write_progress,
     write_status,
 )
+from imm_scale.errors import UserError
 
 
 def _steps(run_dir: str) -> list[int]:
     return [record["step"] for record in read_metrics(run_dir)]
+
+
+@pytest.mark.parametrize("data", [b'{"sta', b"\xff\xfe", b"[]", b"\0" * 40])
+def test_a_damaged_status_is_none(data, tmp_path, caplog):
+    (tmp_path / "status.json").write_bytes(data)
+    with caplog.at_level(logging.WARNING, "imm_scale"):
+        assert read_status(str(tmp_path)) == {}
+    assert "status.json is damaged" in caplog.text
+    write_progress(str(tmp_path), step=3)
+    assert read_status(str(tmp_path))["state"] == "running"
 
 
 def test_records_past_the_commit_are_dropped_and_a_torn_line_is_tolerated(tmp_path):
@@ -59,10 +70,12 @@ def test_records_wait_while_the_disk_is_full(tmp_path, monkeypatch, caplog):
     assert _steps(str(tmp_path)) == list(range(11))
 
 
-def test_a_broken_line_in_the_middle_is_not_hidden(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(json.JSONDecodeError):
-        read_metrics(str(tmp_path))
+@pytest.mark.parametrize("line", ['{"st', "", "\0\0\0\0", "[2]", '{"loss": 1.0}', '{"step": 2}\ufffd'])
+def test_a_broken_line_in_the_middle_is_not_hidden(line, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    for read in (read_metrics, lambda run_dir: MetricsLog(run_dir, 3)):
+        with pytest.raises(UserError, match=r"metrics\.jsonl:2 is no record"):
+            read(str(tmp_path))
 
 
 def test_an_object_store_gets_a_segment_at_each_commit():

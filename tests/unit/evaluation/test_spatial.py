@@ -154,7 +154,7 @@ def test_what_is_missing_is_said_before_samples_are_drawn(trained, network, tmp_
     for overrides, phrase in (
         ([metrics], "needs features with places, latents gives none"),
         (["evaluation.metrics=[inception_score]"], "needs class logits, latents gives none"),
-        (["evaluation.extractor.spatial=1"], "names an output of a network; latents have none"),
+        (["evaluation.extractor.spatial=1"], "spatial=1 does nothing with evaluation.extractor.kind=latents"),
         (["evaluation.reference_entry=fid"], "reference_entry=fid chooses from an evaluation.reference"),
         ([*flags[:3], "evaluation.metrics=[inception_score]"], "needs class logits, net gives none"),
     ):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from imm_scale import cli
 from imm_scale.errors import UserError
 from launchers import checks, cluster, slurm, submit
 from launchers.script import Job
@@ -35,6 +36,13 @@ def _refused(capsys, phrases, *argv):
         (["--nodes", "0"], ["--nodes 0", "4-8"]),
         (["--nodes", "8-4"], ["8-4"]),
         (["--nodes", "many"], ["many"]),
+        (["--gpus-per-node", "-1"], ["--gpus-per-node -1", "at least 0"]),
+        (["--ranks-per-node", "0"], ["--ranks-per-node 0", "at least 1"]),
+        (["--ranks-per-node", "-3"], ["--ranks-per-node -3"]),
+        (["--cpus-per-task", "0"], ["--cpus-per-task 0"]),
+        (["--grace-seconds", "-5"], ["--grace-seconds -5"]),
+        (["--max-restarts", "-1"], ["--max-restarts -1"]),
+        (["--dependency", "afterwards:12"], ["afterwards:12", "afterok:123"]),
         (["--array", "0-3"], ["0-3", "imm-scale sweep"]),
         (["--gpus-per-node", "16"], ["--gpus-per-node 16", "has 2", "--nodes"]),
         (["--cluster", "nowhere"], ["nowhere", "lab", "pyxis"]),
@@ -48,9 +56,43 @@ def test_a_job_that_cannot_run(flags, phrases, tiny, capsys):
     _refused(capsys, phrases, "train", *tiny, "--cluster", "lab", *flags)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("run.dir=RUN model.dropout=0.1 train.max_steps=9", "holds a run with another config"),
+        ("train.init_from=RUN model.width=64", "holds another net"),
+        ("train.init_from=RUN method.flow_map.second_time=t_minus_s", "its weights mean something else"),
+        ("train.init_from=RUN train.init_ema=0.31", "no moving average of decay 0.31"),
+    ],
+)
+def test_a_run_that_could_not_start_from_what_is_there(change, said, tiny, trained, capsys):
+    words = change.replace("RUN", trained).split()
+    _refused(capsys, [said], "train", *tiny, *words, "--cluster", "lab", "--dry-run")
+    assert cli.main(["train", *tiny, *words, "--dry-run"]) == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argv", [["status", "RUN"], ["cancel", "RUN"], ["logs", "RUN"]])
 def test_a_run_that_was_never_submitted(argv, trained, capsys):
     _refused(capsys, [trained, "not submitted"], *(trained if word == "RUN" else word for word in argv))
+
+
+@pytest.mark.parametrize("text", ["afterok:1", "after:1+5:2,afterany:3_4", "afternotok:1?singleton", "aftercorr:7"])
+def test_dependencies_as_sbatch_takes_them(text):
+    checks.check(dataclasses.replace(JOB, dependency=text), cluster.load("lab"), ask=False)
+
+
+@pytest.mark.parametrize("array", ["5-1", "0-3,9-7%2"])
+def test_a_range_of_tasks_that_is_empty(array):
+    with pytest.raises(UserError, match=f"--array {array}"):
+        checks.check(dataclasses.replace(JOB, array=array), cluster.load("lab"), ask=False)
+
+
+@pytest.mark.parametrize("text", [b"grace_seconds: 0", b"gpus_per_node: -2", b"ranks_per_node: 0", b"partition: \xff"])
+def test_a_site_that_cannot_be(text, tmp_path):
+    (tmp_path / "site.yaml").write_bytes(text)
+    with pytest.raises(UserError, match=r"must be at least|is no YAML"):
+        checks.check(JOB, cluster.load(f"{tmp_path}/site.yaml"), ask=False)
 
 
 def test_evaluate_wants_a_run(capsys):
