@@ -15,7 +15,7 @@ from imm_scale import rng, storage
 from imm_scale.data import codec as codecs
 from imm_scale.data import loader as loaders
 from imm_scale.data import sample_order
-from imm_scale.data.buffer_pool import BufferPool
+from imm_scale.data.batch import BufferPool
 from imm_scale.data.dataset import Dataset, read_all
 from imm_scale.data.loader import Batch, Loader, Reading
 from imm_scale.data.manifest import Codec, Manifest
