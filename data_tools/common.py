@@ -26,12 +26,6 @@ def paths_are_the_users() -> Iterator[None]:
         raise mistake from error
 
 
-def check_named(option: str, folder: str) -> None:
-    """Raises UserError for an option that names no folder, as --out "$OUT" does where OUT is not set."""
-    if not folder:
-        raise UserError(f"{option} is empty: name a folder, . for the one you are in")
-
-
 def read_json(url: str) -> dict[str, Any]:
     """A JSON object. Raises FileNotFoundError, and UserError if the file holds something else."""
     try:

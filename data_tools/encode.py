@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_tools import records, tasks
-from data_tools.common import PACK_NAME, ImageShard, Pack, check_named, load_pack, paths_are_the_users
+from data_tools.common import PACK_NAME, ImageShard, Pack, load_pack, paths_are_the_users
 from data_tools.records import Identity, Record
 from data_tools.statistics import ChannelSums
 from imm_scale import precision, storage
@@ -37,8 +37,6 @@ _DECODERS = 4  # threads that decode PNGs ahead of the encoder
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for what can be known before an autoencoder is loaded, or a job waits in a queue."""
     _check_codec(args)
-    check_named("--images", args.images)
-    check_named("--out", args.out)
     tasks.check(args.task_index, args.num_tasks)
     if not getattr(args, "may_come", False):
         load_images(args.images)

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from data_tools import images, sources
-from data_tools.common import LABELS_NAME, PACK_NAME, Pack, check_named, load_pack, paths_are_the_users, write_json
+from data_tools.common import LABELS_NAME, PACK_NAME, Pack, load_pack, paths_are_the_users, write_json
 from data_tools.images import Rendered, Unreadable
 from data_tools.packing import closing, contact_sheet, identity, shard_writer
 from data_tools.packing.shard_writer import Bad, ShardWriter
@@ -78,7 +78,6 @@ def _check_arguments(args: argparse.Namespace) -> None:
     identity.background(args.background)
     if args.labels is not None and args.source[0] in sources.BUILT_IN:
         raise UserError(f"--labels is for sources of your own: {args.source[0]} has its labels")
-    check_named("--out", args.out)
     if not storage.exists(storage.join(args.out, PACK_NAME)):
         storage.check_writable(args.out)
 

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from imm_scale import storage
 from imm_scale.build import ModelSpec
 from imm_scale.checkpoint import averages, export
-from imm_scale.checkpoint.format import Checkpoint, committed_steps
+from imm_scale.checkpoint.format import COMMITTED, Checkpoint, DamagedCheckpointError, committed_steps
 from imm_scale.checkpoint.identity import differences
 from imm_scale.checkpoint.origin import Origin
 from imm_scale.config.load import from_yaml
@@ -167,7 +168,9 @@ def _combined(stored: Sequence[Stored], coefficients: Sequence[float], name: str
     for average, coefficient in zip(stored, coefficients, strict=True):
         try:
             total.add_(average.checkpoint.read(average.state, name, start, numel), alpha=coefficient)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, DamagedCheckpointError) as error:
+            if storage.exists(storage.join(average.checkpoint.url, COMMITTED)):
+                raise
             raise UserError(f"the run has removed {average.checkpoint.url} meanwhile: start again") from error
     return total
 

@@ -139,6 +139,10 @@ def test_other_commands(argv, phrases, trained):
     [
         (["report", "RUN", "--out", ""], "--out is empty"),
         (["report", "RUN", "--out="], "--out is empty"),
+        (["pack", "--source", "RUN", "--out", ""], "--out is empty"),
+        (["encode", "--images=", "--out", "RUN/x", "--codec", "pixels"], "--images is empty"),
+        (["sample", "RUN", "--steps", ""], "--steps is empty"),
+        (["sample", "RUN", "--guidance", ""], "--guidance is empty"),
         (["sample", "RUN", "--guide", "", "--guidance", "2"], "--guide is empty"),
         (["evaluate", "RUN", "--reference="], "--reference is empty"),
         (["report", "RUN", "--figures", "figures"], "--figures figures is for a sweep"),

@@ -237,7 +237,6 @@ def test_names_of_built_in_sets(tmp_path, source, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--out", ""], "--out is empty"),
         (["--size", "200000"], "--size 200000x200000: at most"),
         (["--size", "20000x10000"], "--size 20000x10000: at most"),
         (["--background", "rgb(300, 0, 0)"], "--background rgb(300, 0, 0): a name"),

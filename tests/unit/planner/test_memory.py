@@ -38,7 +38,10 @@ def _held_and_peak(config: Config) -> tuple[int, int]:
     """Bytes alive after the forward pass of 8 samples, and at most during it and the backward pass."""
     net = build.net(spec_of(config))
     net.model.activation_checkpointing = config.train.activation_checkpointing
-    module = LossModule(net, build.method(spec_of(config)), 0, ALIGNMENT)
+    method = build.method(spec_of(config))
+    if config.method.teacher_decay is not None:
+        method.teacher = build.net(spec_of(config)).requires_grad_(False)
+    module = LossModule(net, method, 0, ALIGNMENT)
     batch = (
         torch.randn(8, 4, 16, 16),
         torch.zeros(8, dtype=torch.long),
