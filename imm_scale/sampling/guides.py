@@ -81,11 +81,18 @@ def put(flow_map: FlowMap, spec: ModelSpec, weights_id: str, guide: Guide) -> Fl
     """The flow map of a model with a guide.
 
     Raises:
-        UserError: a method that has no flow map, a guide on other samples or another trajectory, or the model itself.
+        UserError: a method that has no flow map, a net that is told its guidance, a guide on other samples or another
+            trajectory, or the model itself.
     """
     for net, of in ((flow_map, spec), (guide.flow_map, guide.spec)):
         if not isinstance(net, FlowMap):
             raise UserError(f"method.name={of.method.name} has no flow map, which sampling.guide needs")
+        if of.method.tells_guidance:
+            whose = "model" if net is flow_map else f"guide ({guide.text})"
+            raise UserError(
+                f"the {whose} is told its guidance (method.guidance.kind=condition), beside which there is no "
+                "sampling.guide: leave it out, or take a net that was trained otherwise"
+            )
     differences = _differences(spec.space, guide.spec.space)
     if differences:
         raise UserError(
