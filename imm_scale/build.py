@@ -115,9 +115,16 @@ def model_spec(config: Config, manifest: Manifest) -> ModelSpec:
 
 
 def architecture(config: Config, where: SampleSpace) -> Any:
-    """The net for a sample space. Raises UserError where it does not fit."""
+    """The net for a sample space. Raises UserError where it does not fit, or cannot be told what the method tells."""
     backbone: Any = BACKBONES.get(config.model.name)
-    return backbone.architecture(config.model, where, config.method.has_second_time)
+    if not config.method.tells_guidance:
+        return backbone.architecture(config.model, where, config.method.has_second_time)
+    if not backbone.CAN_TAKE_GUIDANCE:
+        raise UserError(
+            f"model.name={config.model.name} cannot be told its guidance, as method.guidance.kind=condition wants: use "
+            "method.guidance.kind=fixed, or model.name=dit"
+        )
+    return backbone.architecture(config.model, where, config.method.has_second_time, guidance=True)
 
 
 def method(spec: ModelSpec) -> Method:

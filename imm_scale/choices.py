@@ -129,6 +129,14 @@ class MethodConfig(Choice):
         """With nothing left open that follows from other settings. What is resolved travels with the weights."""
         return self
 
+    @property
+    def tells_guidance(self) -> bool:
+        """Whether the net is told the scale and the interval of its guidance, and samples are one pass a step."""
+        return False
+
+    def check_guidance(self, scale: float, interval: Sequence[float]) -> None:
+        """Raises UserError, naming the remedy, for guidance of samples that the net was never told."""
+
     tangents_are_live: ClassVar[bool] = False
 
     @property

@@ -34,7 +34,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 _DIFFUSERS_VERSION = "0.34.0"
 _STANDALONE = "imm_scale.checkpoint.standalone"
 # What the standalone code knows: of each setting its values, or None for any.
-_NET = dict.fromkeys(("width", "depth", "heads", "patch_size", "mlp_ratio", "qk_norm", "second_time"))
+_NET = dict.fromkeys(("width", "depth", "heads", "patch_size", "mlp_ratio", "qk_norm", "second_time", "guidance"))
 _NET |= dict.fromkeys(("channels", "height", "image_width", "num_classes", "time_embedding"))
 _NET |= dict.fromkeys(("dropout", "attention"))  # of which samples do not depend
 _CODEC: dict[str, Any] = dict.fromkeys(("weights_hash", "channels", "factor", "mean", "std"))
@@ -102,6 +102,7 @@ def transformer_config(spec: ModelSpec) -> dict[str, Any]:
         "time_scale": flow_map.time_scale,
         "time_input": flow_map.time_input,
         "frequencies": time_frequencies(net.time_embedding).tolist() if fourier else None,
+        "largest_guidance": method.guidance.largest if net.guidance else None,
         "t_min": method.t_min,
         "t_max": method.t_max,
         "two_step_grid": build.method(spec).default_grid(2),

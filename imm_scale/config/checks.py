@@ -51,6 +51,7 @@ def _sampling(config: Config) -> None:
             "sampling.guidance_scale=1 is without guidance"
         )
     config.method.check_sampler(config.sampling.sampler, (*config.sampling.steps, *config.evaluation.steps))
+    config.method.check_guidance(config.sampling.guidance_scale, config.sampling.guidance_interval)
     scale, drop = config.sampling.guidance_scale, getattr(config.method, "label_drop", None)
     if scale != 1.0 and drop == 0.0 and not config.sampling.guide.is_set:
         raise UserError(

@@ -246,7 +246,8 @@ class SamplingConfig:
     seed: int = option(0, "Seed of the starting noise; image i depends on it and on i alone.", range=SEEDS)
     guidance_scale: float = option(
         1.0,
-        "w of w G(label) + (1 - w) G(null), the latter sampling.guide's where there is one; 1 is off, 1.5 best at XL.",
+        "w of w G(label) + (1 - w) G(null), the latter sampling.guide's where there is one; 1 is off, 1.5 best at XL. "
+        "A net that is told its guidance (method.guidance.kind=condition) has it for one pass.",
         range="[0, inf)",
     )
     labels: str = option(
@@ -262,7 +263,10 @@ class SamplingConfig:
         "pushforward", "pushforward (Euler for flow matching), restart (noise added between jumps), both, or heun."
     )
     guidance_interval: list[float] = option(
-        [0.0, 1.0], "Guidance is in force at times above the first, up to the second.", range="[0, 1]", length="[2, 2]"
+        [0.0, 1.0],
+        "Guidance is in force at times above the first, up to the second, both told to nets that are told guidance.",
+        range="[0, 1]",
+        length="[2, 2]",
     )
     grid: str = option(
         "auto",

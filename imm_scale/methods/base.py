@@ -62,13 +62,16 @@ class FlowMapMethodConfig(MethodConfig):
         return replace(self, t_max=t_max)
 
     def unlike(self, source: MethodConfig) -> dict[str, tuple[Any, Any]]:
-        """As in the base; a net that was told no second time learns of it by an embedder that starts at 0."""
+        """As in the base; what a net is newly told, a second time or guidance, starts by an embedder that answers 0."""
         if not isinstance(source, FlowMapMethodConfig):
             return super().unlike(source)
         there, here = asdict(source.flow_map), asdict(self.flow_map)
         if there["second_time"] == "none":
             there["second_time"] = here["second_time"]
-        return {f"flow_map.{key}": (there[key], here[key]) for key in here if there[key] != here[key]}
+        found = {f"flow_map.{key}": (there[key], here[key]) for key in here if there[key] != here[key]}
+        if source.tells_guidance and not self.tells_guidance and source.name != self.name:
+            found["name"] = (source.name, self.name)
+        return found
 
     def validate(self) -> None:
         self.flow_map.validate()
@@ -200,6 +203,7 @@ class FlowMapMethod(Method):
                 f"method.name={self.config.name} trains a flow map from Gaussian noise: it needs a sample space with a "
                 f"sigma_data, as data.space.name=latents has; {type(space).__name__} has none"
             )
+        self._check_told(backbone)
         return FlowMap(
             backbone,
             probability_path.build(settings.trajectory),
@@ -210,6 +214,15 @@ class FlowMapMethod(Method):
             backbone.null_label if self.config.label_drop > 0 else None,
             settings.time_input,
         )
+
+    def _check_told(self, backbone: Backbone) -> None:
+        tells, takes = self.config.tells_guidance, backbone.takes_guidance
+        if tells != takes:
+            raise UserError(
+                f"method.name={self.config.name} {'tells' if tells else 'does not tell'} the net its guidance, which "
+                f"this {type(backbone).__name__} {'wants to be told' if takes else 'cannot be told'}: "
+                "method.guidance.kind=condition and a net built with guidance=True belong together"
+            )
 
     def grid(self, kind: str, steps: int) -> Tensor:
         interp = probability_path.build(self.config.flow_map.trajectory)

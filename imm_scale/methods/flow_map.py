@@ -7,7 +7,7 @@ Times are per group, in fp64, of shape (G,): the N = G * M samples of a call are
 
 import copy
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -175,6 +175,9 @@ class FlowMap(nn.Module):
         null_label: the label that stands for "no condition", or None for a net that has none.
         time_input: `t`, or `ddpm_step` for G to be told times as `probability_path.ddpm_step` counts them.
 
+    A net that is told its guidance (`takes_guidance`) has it in every call as `guidance`, (G, 3) fp64: 1 - 1/W of the
+    scale W, and the first and last time of the interval in which it is in force. None tells it W = 1 from 0 to 1.
+
     Attributes:
         guide: the weaker map that guidance leads away from; None leads away from the null label.
     """
@@ -235,6 +238,19 @@ class FlowMap(nn.Module):
         second = {"s": s, "t_minus_s": t - s, "none": None}[self.second_time]
         return self.time_scale * t, None if second is None else self.time_scale * second
 
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the net is told its guidance."""
+        return self.model.takes_guidance
+
+    def _told(self, guidance: Tensor | None, t: Tensor) -> dict[str, Any]:
+        """What such a net is given beside all others' arguments, for times (G,)."""
+        if not self.takes_guidance:
+            assert guidance is None, "this net takes no guidance"
+            return {}
+        none = torch.stack([torch.zeros_like(t), torch.zeros_like(t), torch.ones_like(t)], dim=1)
+        return {"guidance": none if guidance is None else guidance}
+
     def _net_dtype(self, x: Tensor) -> torch.dtype:
         return next(self.model.parameters(), x).dtype
 
@@ -253,6 +269,7 @@ class FlowMap(nn.Module):
         t: Tensor,
         label: Tensor,
         guidance_scale: float = 1.0,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """f_{s,t}(x_t), without dropout.
 
@@ -262,23 +279,31 @@ class FlowMap(nn.Module):
             label: (N,) class labels.
             guidance_scale: w replaces G by w G(label) + (1 - w) G(null); with a guide g it is w f + (1 - w) g, which
                 is g + w (f - g), both of the label. 1 is off and costs nothing.
+            guidance: of a net that is told it, in place of guidance_scale.
 
         Raises:
-            UserError: guidance on a net without a null label or a guide.
+            UserError: guidance on a net without a null label or a guide, or beside what it is told.
         """
         c = self.coefficients(s, t)
         scaled, times = self._net_input(x_t, c, self._net_dtype(x_t)), self._c_noise(s, t)
-        out = self.model(scaled, *times, label).to(x_t.dtype)
+        out = self.model(scaled, *times, label, **self._told(guidance, t)).to(x_t.dtype)
         if guidance_scale != 1.0 and self.guide is None:
-            if self.null_label is None:
-                raise UserError(f"guidance_scale={guidance_scale} needs a net with a null label; use guidance_scale=1")
-            unconditional = self.model(scaled, *times, torch.full_like(label, self.null_label)).to(x_t.dtype)
+            null = torch.full_like(label, self._unconditional(guidance_scale))
+            unconditional = self.model(scaled, *times, null).to(x_t.dtype)
             out = guidance_scale * out + (1.0 - guidance_scale) * unconditional
         jump = self._assemble(x_t, c, out)
         if guidance_scale != 1.0 and self.guide is not None:
             # Of the maps, not of G: the guide may predict something else. Where it does not, the two are the same.
             jump = guidance_scale * jump + (1.0 - guidance_scale) * self.guide(x_t, s, t, label)
         return jump
+
+    def _unconditional(self, guidance_scale: float) -> int:
+        """The label of what is mixed in. Raises UserError where the net has none, or is told its guidance."""
+        if self.null_label is None:
+            raise UserError(f"guidance_scale={guidance_scale} needs a net with a null label; use guidance_scale=1")
+        if self.takes_guidance:
+            raise UserError(f"guidance_scale={guidance_scale}: this net is told its guidance, use `guidance`")
+        return self.null_label
 
     def pair(
         self,
@@ -306,13 +331,14 @@ class FlowMap(nn.Module):
         t: Tensor,
         label: Tensor,
         dropout_key: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Coefficients, Coefficients]:
         """`average` over [s, t] with gradient and over [s, r] without, and the coefficients of f_{s,t} and f_{s,r}.
 
         x_r and r may be of the first samples and groups only.
         """
         inputs, c_t, c_r = self._before_pair(x_t, x_r, s, r, t, self._net_dtype(x_t))
-        out_t, out_r = self.model.pair(*inputs, label, dropout_key)
+        out_t, out_r = self.model.pair(*inputs, label, dropout_key, **self._told(guidance, t))
         return out_t.to(x_t.dtype), out_r.detach().to(x_r.dtype), c_t, c_r
 
     @fused()
@@ -332,13 +358,21 @@ class FlowMap(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         return self._assemble(x_t, c_t, out_t), self._assemble(x_r, c_r, out_r).detach()
 
-    def average(self, x_t: Tensor, s: Tensor, t: Tensor, label: Tensor, dropout_key: Tensor | None = None) -> Tensor:
+    def average(
+        self,
+        x_t: Tensor,
+        s: Tensor,
+        t: Tensor,
+        label: Tensor,
+        dropout_key: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
         """G(c_in(t) x_t, c_noise(t), second(s,t), label): for `euler_fm` the mean velocity over [s, t] / sigma_d.
 
         At s = t it is what flow matching regresses on. Shapes as in `forward`, dropout_key as in `pair`.
         """
         scaled, times = self._before_average(x_t, s, t, self._net_dtype(x_t))
-        return self.model(scaled, *times, label, dropout_key).to(x_t.dtype)
+        return self.model(scaled, *times, label, dropout_key, **self._told(guidance, t)).to(x_t.dtype)
 
     @fused()
     def _before_average(
@@ -346,12 +380,19 @@ class FlowMap(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
         return self._net_input(x_t, self.coefficients(t, t), dtype), self._c_noise(s, t)
 
-    def velocity(self, x_t: Tensor, t: Tensor, label: Tensor, dropout_key: Tensor | None = None) -> Tensor:
+    def velocity(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        label: Tensor,
+        dropout_key: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
         """The instantaneous velocity dx/dt at (x_t, t) that G means at s = t: d f_{s,t}(x_t) / ds there.
 
         Shapes as in `average`. For `identity` it is infinite at t = 0, where data are not moved by noise.
         """
-        return self.to_velocity(x_t, self.average(x_t, t, t, label, dropout_key), t)
+        return self.to_velocity(x_t, self.average(x_t, t, t, label, dropout_key, guidance), t)
 
     @fused()
     def to_velocity(self, x_t: Tensor, out: Tensor, t: Tensor) -> Tensor:
@@ -380,16 +421,17 @@ class FlowMap(nn.Module):
         t: Tensor,
         label: Tensor,
         dropout_key: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(G, D_t G): `average` and, without gradient, its total derivative by t along dx_t/dt = w, with s held.
 
-        The derivative is that of the whole composite: c_in(t) and both embedded times move as well.
+        The derivative is that of the whole composite: c_in(t) and both embedded times move as well; guidance does not.
 
         Args:
             w: a velocity, of all samples (N, ...) or of the first ones, to which D_t G then belongs.
         """
         inputs = self._before_tangent(x_t, w, s, t, self._net_dtype(x_t))
-        out, derivative = self.model.with_tangent(*inputs, label, dropout_key)
+        out, derivative = self.model.with_tangent(*inputs, label, dropout_key, **self._told(guidance, t))
         return out.to(x_t.dtype), derivative.to(x_t.dtype)
 
     @fused()

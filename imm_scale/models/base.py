@@ -43,6 +43,9 @@ class Backbone(nn.Module):
             the net does not fit the space.
 
     Attributes:
+        CAN_TAKE_GUIDANCE: `architecture` has a keyword `guidance` that makes a net with `takes_guidance`.
+        takes_guidance: its passes want one more keyword, `guidance` (G, 3) fp64: 1 - 1/W of the scale W, and the first
+            and last time of its interval.
         blocks: the units of activation checkpointing, compilation and ZeRO-3 gathering, of one size each.
         activation_checkpointing: recompute each block in the backward pass.
         has_dropout: takes keys of dropout masks.
@@ -54,6 +57,8 @@ class Backbone(nn.Module):
 
     Config: ClassVar[type[BackboneConfig]]
     Architecture: ClassVar[type]
+    CAN_TAKE_GUIDANCE: ClassVar[bool] = False
+    takes_guidance: bool = False
     blocks: nn.ModuleList
     activation_checkpointing: bool = False
     null_label: int | None = None
@@ -100,15 +105,18 @@ class Backbone(nn.Module):
         second_r: Tensor | None,
         label: Tensor,
         dropout_key: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Two branches, the second without gradient. A sharded net overrides this to gather weights once.
 
         The second may be of the first samples only, n of N, and so c_noise_r and second_r of their groups.
         """
         n = len(x_r)
+        told_r = _told(guidance, len(c_noise_r))
         with torch.no_grad():
-            out_r = self(x_r, c_noise_r, second_r, label[:n], None if dropout_key is None else dropout_key[:n])
-        return self(x_t, c_noise_t, second_t, label, dropout_key), out_r
+            key_r = None if dropout_key is None else dropout_key[:n]
+            out_r = self(x_r, c_noise_r, second_r, label[:n], key_r, **told_r)
+        return self(x_t, c_noise_t, second_t, label, dropout_key, **_told(guidance)), out_r
 
     def with_tangent(
         self,
@@ -120,9 +128,10 @@ class Backbone(nn.Module):
         dsecond: Tensor | None,
         label: Tensor,
         dropout_key: Tensor | None = None,
+        guidance: Tensor | None = None,
         live: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """G and its derivative along a tangent of x, c_noise and second, both of the shape of x.
+        """G and its derivative along a tangent of x, c_noise and second, both of the shape of x; guidance is held.
 
         This one is forward-mode differentiation under the one attention that has it. It costs three forward passes
         beside that of G, and works neither at ZeRO stage 3 nor where blocks are compiled or recomputed: a net that is
@@ -141,5 +150,10 @@ class Backbone(nn.Module):
                 make_dual(c_noise[:g], dc_noise),
                 None if second is None else make_dual(second[:g], dsecond),
             )
-            derivative = unpack_dual(self(*duals, label[:n], key)).tangent
-        return self(x, c_noise, second, label, dropout_key), derivative
+            derivative = unpack_dual(self(*duals, label[:n], key, **_told(guidance, g))).tangent
+        return self(x, c_noise, second, label, dropout_key, **_told(guidance)), derivative
+
+
+def _told(guidance: Tensor | None, groups: int | None = None) -> dict[str, Tensor]:
+    """The keyword of nets that take guidance, for so many groups, or all; none for the others."""
+    return {} if guidance is None else {"guidance": guidance[:groups]}

@@ -14,7 +14,14 @@ from imm_scale.data.spaces import SampleSpace
 from imm_scale.errors import UserError
 from imm_scale.models import tangent
 from imm_scale.models.base import Architecture, Backbone
-from imm_scale.models.layers import ATTENTIONS, Block, FinalLayer, TimeEmbedder, position_table
+from imm_scale.models.layers import (
+    ATTENTIONS,
+    Block,
+    FinalLayer,
+    GuidanceEmbedder,
+    TimeEmbedder,
+    position_table,
+)
 from imm_scale.registry import register_backbone
 
 # name: width, depth, heads
@@ -26,7 +33,7 @@ SIZES = {
 }
 PATCH_SIZES = (2, 4, 8)
 _LABELS = "y_embedder.weight"
-_SECOND_TIME = "s_embedder."
+_SECOND_TIME, _GUIDANCE = "s_embedder.", "guidance_embedder."
 
 
 @dataclass(frozen=True)
@@ -92,8 +99,9 @@ class DiTConfig(Architecture):
     attention: str = "sdpa"
     time_embedding: str = "positional"
     second_time: bool = True
+    guidance: bool = False
 
-    MAY_DIFFER = frozenset({"dropout", "attention", "num_classes", "height", "image_width", "second_time"})
+    MAY_DIFFER = frozenset({"dropout", "attention", "num_classes", "height", "image_width", "second_time", "guidance"})
 
     def __post_init__(self) -> None:
         for key in ("width", "depth", "heads", "patch_size"):
@@ -115,10 +123,11 @@ class DiTConfig(Architecture):
     def build(self) -> "DiT":
         return DiT(self)
 
-    def example(self, samples: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    def example(self, samples: int) -> tuple[Any, ...]:
         x = torch.zeros(samples, self.channels, self.height, self.image_width)
         times = torch.zeros(samples, dtype=torch.float64)
-        return x, times, times if self.second_time else None, torch.zeros(samples, dtype=torch.int64)
+        needed = x, times, times if self.second_time else None, torch.zeros(samples, dtype=torch.int64)
+        return (*needed, None, torch.zeros(samples, 3, dtype=torch.float64)) if self.guidance else needed
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -146,9 +155,12 @@ class DiT(Backbone):
 
     Config = ModelConfig
     Architecture = DiTConfig
+    CAN_TAKE_GUIDANCE = True
 
     @classmethod
-    def architecture(cls, config: ModelConfig, space: SampleSpace, second_time: bool) -> DiTConfig:
+    def architecture(
+        cls, config: ModelConfig, space: SampleSpace, second_time: bool, guidance: bool = False
+    ) -> DiTConfig:
         if len(space.shape) != 3:
             raise UserError(f"model.name=dit works on samples of (channels, height, width), not on {space.shape}")
         channels, height, width = space.shape
@@ -165,12 +177,14 @@ class DiT(Backbone):
             attention=config.attention,
             time_embedding=config.time_embedding,
             second_time=second_time,
+            guidance=guidance,
         )
 
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.config = config
         self.has_dropout = config.dropout > 0
+        self.takes_guidance = config.guidance
         c = config
         self.x_embedder = nn.Conv2d(c.channels, c.width, c.patch_size, stride=c.patch_size)
         self.t_embedder = TimeEmbedder(c.width, c.time_embedding)
@@ -183,6 +197,8 @@ class DiT(Backbone):
         table = position_table(c.width, *c.grid)
         self.register_buffer("pos_embed", table[None], persistent=False)
         self._initialize()
+        # Last: all else is drawn as for a net without.
+        self.guidance_embedder = GuidanceEmbedder(c.width, c.time_embedding) if c.guidance else None
 
     @torch.no_grad()
     def _initialize(self) -> None:
@@ -213,7 +229,7 @@ class DiT(Backbone):
     def adapted(
         self, weights: dict[str, Tensor], source: DiTConfig, classes: Sequence[int | None], null_is_trained: bool
     ) -> tuple[dict[str, Tensor], list[str]]:
-        """As in the base: rows of classes, a second time whose embedder answers 0, positions of this grid."""
+        """As in the base: rows of classes, embedders of a second time and guidance that answer 0, positions."""
         made, notes = dict(weights), []
         if source.grid != self.config.grid:
             there, here = (" x ".join(map(str, grid)) for grid in (source.grid, self.config.grid))
@@ -223,22 +239,34 @@ class DiT(Backbone):
             made[_LABELS], note = _label_rows(table, classes, null_is_trained)
             notes.append(note)
         if self.s_embedder is None:
-            made = {name: value for name, value in made.items() if not name.startswith(_SECOND_TIME)}
+            made = _without(made, _SECOND_TIME)
         elif not source.second_time:
-            new = {f"{_SECOND_TIME}{name}": value for name, value in self.s_embedder.state_dict().items()}
-            last = [f"{_SECOND_TIME}mlp.2.{name}" for name in ("weight", "bias")]
-            made |= new | {name: torch.zeros_like(new[name]) for name in last}
+            made |= _silent(self.s_embedder, _SECOND_TIME)
             notes.append("the embedder of the second time is new and answers 0 at first: the net starts as it was")
+        if self.guidance_embedder is None and source.guidance:
+            made = _without(made, _GUIDANCE)
+            notes.append("the embedder of the guidance is left out: the net is no longer told of any")
+        elif self.guidance_embedder is not None and not source.guidance:
+            made |= _silent(self.guidance_embedder, _GUIDANCE)
+            notes.append("the embedder of the guidance is new and answers 0 at first: the net starts as it was")
         return made, notes
 
-    def _condition(self, c_noise_G: Tensor, second_G: Tensor | None, label_N: Tensor) -> Tensor:
+    def _condition(
+        self, c_noise_G: Tensor, second_G: Tensor | None, label_N: Tensor, guidance_G3: Tensor | None = None
+    ) -> Tensor:
         """(N, D) SiLU of the sum of the embeddings, which every adaLN takes; times are embedded once per group."""
         assert (second_G is not None) == self.config.second_time, "the flow map and the net disagree on the second time"
         times = self.t_embedder(c_noise_G)
         if self.s_embedder is not None:
             times = times + self.s_embedder(second_G)
+        times = self._with_guidance(times, guidance_G3)
         repeated = times.repeat_interleave(label_N.shape[0] // times.shape[0], dim=0)
         return F.silu(repeated + self.y_embedder(label_N))
+
+    def _with_guidance(self, times_GD: Tensor, guidance_G3: Tensor | None) -> Tensor:
+        """Added to the embedded times where the net is told it; it does not move with t, so a tangent stays."""
+        assert (guidance_G3 is not None) == self.config.guidance, "the flow map and the net disagree on the guidance"
+        return times_GD if self.guidance_embedder is None else times_GD + self.guidance_embedder(guidance_G3)
 
     def _condition_with_tangent(
         self,
@@ -247,6 +275,7 @@ class DiT(Backbone):
         second_G: Tensor | None,
         dsecond_G: Tensor | None,
         label_N: Tensor,
+        guidance_G3: Tensor | None,
         live: bool,
     ) -> tuple[Tensor, Tensor]:
         times, dtimes = self.t_embedder.with_tangent(c_noise_G, dc_noise_G, live)
@@ -256,6 +285,7 @@ class DiT(Backbone):
             )
             second, dsecond = self.s_embedder.with_tangent(second_G, dsecond_G, live)
             times, dtimes = times + second, dtimes + dsecond
+        times = self._with_guidance(times, guidance_G3)
         particles = label_N.shape[0] // times.shape[0]
         times, dtimes = (part.repeat_interleave(particles, dim=0) for part in (times, dtimes))
         return tangent.silu(times + self.y_embedder(label_N), dtimes, live)
@@ -283,9 +313,10 @@ class DiT(Backbone):
         second: Tensor | None,
         label: Tensor,
         dropout_key: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
-        """G, of the shape of x (N, C, H, W); c_noise and second are (G,), label and dropout_key (N,)."""
-        condition = self._condition(c_noise, second, label)
+        """G, of the shape of x (N, C, H, W); c_noise and second (G,), label and dropout_key (N,), guidance (G, 3)."""
+        condition = self._condition(c_noise, second, label, guidance)
         x = self._tokens(x)
         for block, key in zip(self.blocks, self._dropout_keys(dropout_key), strict=True):
             x = self.run_block(block, x, condition, key)
@@ -301,6 +332,7 @@ class DiT(Backbone):
         second_r: Tensor | None,
         label: Tensor,
         dropout_key: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Both branches block by block, the second without gradient: sharded weights are gathered once for both.
 
@@ -308,8 +340,9 @@ class DiT(Backbone):
         in the backward pass, and let go of its gathered weights then. After the other order they keep all to its end.
         """
         second = None if second_t is None or second_r is None else torch.cat([second_t, second_r])
+        told = None if guidance is None else torch.cat([guidance, guidance[: len(c_noise_r)]])
         samples = [len(x_t), len(x_r)]
-        both = self._condition(torch.cat([c_noise_t, c_noise_r]), second, torch.cat([label, label[: len(x_r)]]))
+        both = self._condition(torch.cat([c_noise_t, c_noise_r]), second, torch.cat([label, label[: len(x_r)]]), told)
         condition_t, condition_r = both.split(samples)
         with torch.no_grad():
             x_r = self._tokens(x_r)
@@ -340,10 +373,11 @@ class DiT(Backbone):
         dsecond: Tensor | None,
         label: Tensor,
         dropout_key: Tensor | None = None,
+        guidance: Tensor | None = None,
         live: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """`forward` and its tangent block by block: each block's weights are gathered once for both."""
-        condition, dcondition = self._condition_with_tangent(c_noise, dc_noise, second, dsecond, label, live)
+        condition, dcondition = self._condition_with_tangent(c_noise, dc_noise, second, dsecond, label, guidance, live)
         with tangent.gradients(live):
             dx = tangent.affine_tangent(self.x_embedder, dx, row_dims=3).flatten(2).transpose(1, 2).contiguous()
         x = self._tokens(x)
@@ -368,6 +402,18 @@ class DiT(Backbone):
         with torch.no_grad():
             _, dx = block(x, condition, key, None, None, dx, dcondition)
         return self.run_block(block, x, condition, key), dx
+
+
+def _without(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name: value for name, value in weights.items() if not name.startswith(prefix)}
+
+
+def _silent(embedder: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """Weights of a new embedder that answers 0."""
+    new = {f"{prefix}{name}": value for name, value in embedder.state_dict().items()}
+    return new | {
+        f"{prefix}mlp.2.{name}": torch.zeros_like(new[f"{prefix}mlp.2.{name}"]) for name in ("weight", "bias")
+    }
 
 
 def _label_rows(table: Tensor, classes: Sequence[int | None], null_is_trained: bool) -> tuple[Tensor, str]:

@@ -245,11 +245,11 @@ class TimeEmbedder(nn.Module):
 
     frequency_bits: Tensor
 
-    def __init__(self, width: int, kind: str):
+    def __init__(self, width: int, kind: str, numbers: int = 1):
         super().__init__()
         # fp64 as its bits: casts of a module (.half(), .to(torch.bfloat16)) leave integers alone.
         self.register_buffer("frequency_bits", time_frequencies(kind).view(torch.int64), persistent=False)
-        self.mlp = nn.Sequential(Fp32Linear(_TIME_CHANNELS, width), nn.SiLU(), Fp32Linear(width, width))
+        self.mlp = nn.Sequential(Fp32Linear(numbers * _TIME_CHANNELS, width), nn.SiLU(), Fp32Linear(width, width))
 
     def forward(self, c_noise_G: Tensor) -> Tensor:
         # The angles in fp64: rounding them is rounding t.
@@ -264,6 +264,21 @@ class TimeEmbedder(nn.Module):
         dwaves = torch.cat([-sine[:g] * dangles, cosine[:g] * dangles], dim=1)
         hidden, dhidden = tangent.affine(self.mlp[0], torch.cat([cosine, sine], dim=1), dwaves, live)
         return tangent.affine(self.mlp[2], *tangent.silu(hidden, dhidden.to(hidden.dtype), live), live)
+
+
+class GuidanceEmbedder(TimeEmbedder):
+    """Three numbers of a group, each as 128 cosines and 128 sines, then a two-layer MLP that answers 0 at first."""
+
+    def __init__(self, width: int, kind: str):
+        super().__init__(width, kind, numbers=3)
+        for layer, std in ((self.mlp[0], 0.02), (self.mlp[2], 0.0)):
+            assert isinstance(layer, nn.Linear)
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, guidance_G3: Tensor) -> Tensor:
+        angles = guidance_G3.double()[:, :, None] * self.frequency_bits.view(torch.float64)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=2).flatten(1))
 
 
 def position_table(width: int, rows: int, columns: int) -> Tensor:

@@ -226,17 +226,18 @@ def tangent_footprint(net: Architecture, half: bool) -> TangentFootprint:
 def _tangent_footprint(net: Architecture, half: bool, samples: int) -> TangentFootprint:
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
         model = net.build()
-        x, c_noise, second, label = net.example(samples)
+        x, c_noise, second, label, *more = net.example(samples)
         moves = None if second is None else torch.ones_like(second)
         inputs = (x, torch.ones_like(x), c_noise, torch.ones_like(c_noise), second, moves, label)
+        told: dict[str, Any] = {"guidance": more[-1]} if model.takes_guidance else {}
         blocks = list(model.blocks)
         weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
         with _explained(type(model)), _Watch(blocks) as still:
-            model.with_tangent(*inputs)
+            model.with_tangent(*inputs, **told)
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
         with _Watch(blocks) as live:
-            value, derivative = model.with_tangent(*inputs, live=True)
+            value, derivative = model.with_tangent(*inputs, **told, live=True)
             loss = (value + derivative).sum()
             del value, derivative
             loss.backward()

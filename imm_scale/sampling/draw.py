@@ -39,6 +39,7 @@ class SamplingPlan:
         guidance_interval: (low, high] of t in which guidance is in force.
         batch_size: samples held at once, rounded up to whole calls of the net; decides none of their bits.
         compile: whether the net's blocks are compiled.
+        tells_guidance: whether the net is told scale and interval, and evaluated once a step.
         sampler, num, seed, guidance_scale, precision: as in the `sampling` section of the config.
     """
 
@@ -53,6 +54,7 @@ class SamplingPlan:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     precision: str = "fp32"
     compile: bool = False
+    tells_guidance: bool = False
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -73,7 +75,7 @@ class SamplingPlan:
 
     def function_evaluations(self, times: Tensor) -> int:
         """Forward passes of the network, and its guide, per image along a time grid, (steps + 1,)."""
-        calls = [2 if self.guidance.at(t) != 1.0 else 1 for t in times[:-1]]
+        calls = [1 if self.tells_guidance or self.guidance.at(t) == 1.0 else 2 for t in times[:-1]]
         return sum(calls) + (sum(calls[1:]) if self.sampler == "heun" else 0)
 
     @property
@@ -96,10 +98,11 @@ def plan_of(config: SamplingConfig, spec: ModelSpec, steps: int, num: int, seed:
     """The `sampling` section of a config, resolved for a model and a step count.
 
     Given class counts fix the number of samples, whatever `num` says. Raises UserError for bad labels, and for jumps
-    that the model never learned.
+    and guidance that the model never learned.
     """
     labels, method = parse_labels(config.labels, spec.space.num_classes), build.method(spec)
     method.config.check_sampler(config.sampler, [steps])
+    method.config.check_guidance(config.guidance_scale, config.guidance_interval)
     return SamplingPlan(
         steps=steps,
         grid=method.default_grid(steps) if config.grid == "auto" else config.grid,
@@ -112,6 +115,7 @@ def plan_of(config: SamplingConfig, spec: ModelSpec, steps: int, num: int, seed:
         guidance_interval=(config.guidance_interval[0], config.guidance_interval[1]),
         precision=config.precision,
         compile=config.compile,
+        tells_guidance=method.config.tells_guidance,
     )
 
 

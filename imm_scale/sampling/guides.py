@@ -90,7 +90,8 @@ def put(flow_map: FlowMap, spec: ModelSpec, weights_id: str, guide: Guide) -> Fl
     """The flow map of a model with a guide.
 
     Raises:
-        UserError: a method that has no flow map, a guide on other samples or another trajectory, or the model itself.
+        UserError: a method that has no flow map, a net that is told its guidance, a guide on other samples or another
+            trajectory, or the model itself.
     """
     check_fits(flow_map, spec, guide.flow_map, guide.spec, guide.text)
     if guide.weights_id == weights_id:
@@ -102,10 +103,17 @@ def put(flow_map: FlowMap, spec: ModelSpec, weights_id: str, guide: Guide) -> Fl
 
 
 def check_fits(net: Any, spec: ModelSpec, guide: Any, guide_spec: ModelSpec, text: str) -> None:
-    """Raises UserError for a method that has no flow map, or a guide, in words `text`, on other samples."""
+    """Raises UserError for a method that has no flow map, a net that is told its guidance, or a guide, in words `text`,
+    on other samples."""
     for one, of in ((net, spec), (guide, guide_spec)):
         if not isinstance(one, FlowMap):
             raise UserError(f"method.name={of.method.name} has no flow map, which sampling.guide needs")
+        if of.method.tells_guidance:
+            whose = "model" if one is net else f"guide ({text})"
+            raise UserError(
+                f"the {whose} is told its guidance (method.guidance.kind=condition), beside which there is no "
+                "sampling.guide: leave it out, or take a net that was trained otherwise"
+            )
     differences = _differences(spec.space, guide_spec.space)
     if differences:
         raise UserError(

@@ -25,6 +25,7 @@ CASES = [
 METHODS = {
     "meanflow": ["method.guidance.kappa=0.5"],
     "imf": [],
+    "imf-told": ["method.guidance.kind=condition", "model.dropout=0.1"],
     "soflow": [f"method.schedule_images={64 * STEPS}"],
     "sct": [f"method.schedule_images={64 * STEPS}"],
     "shortcut": [],
@@ -41,7 +42,7 @@ def _argv(method: str, case: tuple[int, int, int, str], folder: Path, digits: st
     settings = [f"zero.stage={stage}", f"train.micro_batch_size={micro}", *([more] if more else [])]
     common = [*ANY_METHOD, "optimizer.eps=1e-4", f"train.max_steps={STEPS}", f"data.manifest={digits}"]
     where = f"run.dir={_folder(folder, method, case)}"
-    return [str(CONFIGS / f"{method}.yaml"), *common, *METHODS[method], *settings, where]
+    return [str(CONFIGS / f"{method.partition('-')[0]}.yaml"), *common, *METHODS[method], *settings, where]
 
 
 def _cases(method: str) -> list[tuple[int, int, int, str]]:

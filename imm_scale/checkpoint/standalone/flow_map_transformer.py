@@ -60,18 +60,19 @@ def position_table(width: int, rows: int, columns: int) -> Tensor:
 
 
 class TimeEmbedder(nn.Module):
-    """A time as cosines, then sines, then two layers."""
+    """A time as cosines, then sines, then two layers; or so many numbers, each as these."""
 
-    def __init__(self, width: int, frequencies: list[float] | None):
+    def __init__(self, width: int, frequencies: list[float] | None, numbers: int = 1):
         super().__init__()
         steps = [i / TIME_FREQUENCIES for i in range(TIME_FREQUENCIES)]
         self.frequencies = frequencies or [math.exp(-math.log(MAX_PERIOD) * step) for step in steps]
-        self.mlp = nn.Sequential(Fp32Linear(2 * TIME_FREQUENCIES, width), nn.SiLU(), Fp32Linear(width, width))
+        self.mlp = nn.Sequential(Fp32Linear(2 * numbers * TIME_FREQUENCIES, width), nn.SiLU(), Fp32Linear(width, width))
 
-    def forward(self, time: float) -> Tensor:
+    def forward(self, *times: float) -> Tensor:
         """(1, D). The angles are in fp64, for rounding them would be rounding the time."""
-        angles = time * torch.tensor([self.frequencies], dtype=torch.float64)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).float().to(next(self.parameters()).device))
+        angles = torch.tensor(times, dtype=torch.float64).outer(torch.tensor(self.frequencies, dtype=torch.float64))
+        waves = torch.cat([angles.cos(), angles.sin()], dim=1).reshape(1, -1)
+        return self.mlp(waves.float().to(next(self.parameters()).device))
 
 
 class Attention(nn.Module):
@@ -146,6 +147,7 @@ class FlowMapTransformer(ModelMixin, ConfigMixin):
         time_scale: times are multiplied by this before they are embedded.
         time_input: what is embedded of a time: t itself, or ddpm_step, the step of DDPM's linear schedule as noisy.
         frequencies: of the time embedding; None: 128, geometric from 1 to 1 / 10000.
+        largest_guidance: the largest scale of a net that is told its guidance, in one evaluation; None: it is not.
         t_min, t_max: times sampling ends and starts at.
         two_step_grid: times visited in two steps where none are asked for: uniform or eta_1.4.
         sigma_data: standard deviation of samples and noise, as the net sees them.
@@ -184,6 +186,7 @@ class FlowMapTransformer(ModelMixin, ConfigMixin):
         qk_norm: bool = False,
         time_input: str = "t",
         frequencies: list[float] | None = None,
+        largest_guidance: float | None = None,
     ):
         super().__init__()
         self.x_embedder = nn.Conv2d(channels, width, patch_size, stride=patch_size)
@@ -192,6 +195,7 @@ class FlowMapTransformer(ModelMixin, ConfigMixin):
         self.y_embedder = nn.Embedding(num_classes + 1, width)  # the last row is "no label"
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch_size, channels)
+        self.guidance_embedder = None if largest_guidance is None else TimeEmbedder(width, frequencies, 3)
         table = position_table(width, height // patch_size, image_width // patch_size)
         self.register_buffer("pos_embed", table[None], persistent=False)
 
@@ -236,13 +240,17 @@ class FlowMapTransformer(ModelMixin, ConfigMixin):
         noisiness = math.log1p((sigma / alpha) ** 2) if alpha else math.inf
         return float(np.interp(noisiness, -log_alpha_bar, np.arange(-1.0, 1000.0)))
 
-    def predict(self, x_NCHW: Tensor, s: float, t: float, class_labels_N: Tensor) -> Tensor:
-        """G, (N, C, H, W) fp32."""
+    def predict(
+        self, x_NCHW: Tensor, s: float, t: float, class_labels_N: Tensor, guidance: tuple[float, float, float]
+    ) -> Tensor:
+        """G, (N, C, H, W) fp32; guidance is 1 - 1 / w and the interval, which only nets that are told it look at."""
         scale, p = self.config.time_scale, self.config.patch_size
         s, t = self.told(s), self.told(t)
         times = self.t_embedder(scale * t)
         if self.s_embedder is not None:
             times = times + self.s_embedder(scale * (s if self.config.second_time == "s" else t - s))
+        if self.guidance_embedder is not None:
+            times = times + self.guidance_embedder(*guidance)
         condition = F.silu(times + self.y_embedder(class_labels_N))
         tokens = product(self.x_embedder, x_NCHW).flatten(2).transpose(1, 2) + self.pos_embed
         for block in self.blocks:
@@ -252,7 +260,13 @@ class FlowMapTransformer(ModelMixin, ConfigMixin):
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(n, c, h, w).float()
 
     def forward(
-        self, x_NCHW: Tensor, s: float, t: float, class_labels_N: Tensor, guidance_scale: float = 1.0
+        self,
+        x_NCHW: Tensor,
+        s: float,
+        t: float,
+        class_labels_N: Tensor,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> Tensor:
         """f_{s,t}(x_t), (N, C, H, W) in the dtype of x_t (fp64 is best).
 
@@ -261,14 +275,28 @@ class FlowMapTransformer(ModelMixin, ConfigMixin):
             s, t: where to land and where they are, s <= t.
             class_labels_N: (N,) labels.
             guidance_scale: w replaces G by w G(label) + (1 - w) G(no label); 1 is off and costs nothing.
+            guidance_interval: its times, for a net that is told both, and has guidance in one evaluation.
         """
         c_in, c_skip, c_out = self.coefficients(s, t)
         scaled = (c_in * x_NCHW).float()
-        out = self.predict(scaled, s, t, class_labels_N).to(x_NCHW.dtype)
-        if guidance_scale != 1.0:
+        told = self.guidance_embedder is not None
+        strength = 1.0 - 1.0 / self.checked(guidance_scale, guidance_interval) if told else 0.0
+        out = self.predict(scaled, s, t, class_labels_N, (strength, *guidance_interval)).to(x_NCHW.dtype)
+        if guidance_scale != 1.0 and not told:
             if not self.config.unconditional:
                 raise ValueError(f"guidance_scale={guidance_scale}: this net was never trained without labels; use 1")
             no_label = torch.full_like(class_labels_N, self.config.num_classes)
-            other = self.predict(scaled, s, t, no_label).to(x_NCHW.dtype)
+            other = self.predict(scaled, s, t, no_label, (0.0, 0.0, 1.0)).to(x_NCHW.dtype)
             out = guidance_scale * out + (1.0 - guidance_scale) * other
         return c_skip * x_NCHW + c_out * out
+
+    def checked(self, guidance_scale: float, guidance_interval: tuple[float, float]) -> float:
+        """The scale, where the net was told such guidance."""
+        low, high = guidance_interval
+        if not 1.0 <= guidance_scale <= self.config.largest_guidance:
+            raise ValueError(
+                f"guidance_scale={guidance_scale}: this net was told scales from 1 to {self.config.largest_guidance}"
+            )
+        if guidance_scale != 1.0 and not low <= 0.5 <= high:
+            raise ValueError(f"guidance_interval={(low, high)}: this net was told intervals around 0.5")
+        return guidance_scale

@@ -160,7 +160,7 @@ class FlowMapPipeline(DiffusionPipeline):
 
         Args:
             class_labels: one or N labels.
-            num_inference_steps: steps; each costs one evaluation of the net, two under guidance.
+            num_inference_steps: steps; each costs one evaluation of the net, two under guidance it is not told of.
             guidance_scale: w of w G(label) + (1 - w) G(no label), or of w f + (1 - w) guide; 1 is off.
             guidance_interval: (low, high] of the times at which guidance is in force.
             sampler: pushforward, restart, pushforward_restart or heun.
@@ -190,6 +190,8 @@ class FlowMapPipeline(DiffusionPipeline):
             return config.sigma_data * normals.to(device, dtype)
 
         def jump(x: Tensor, s: float, t: float) -> Tensor:
+            if self.transformer.config.largest_guidance is not None:
+                return self.transformer(x, s, t, labels, guidance_scale, (low, high))
             scale = guidance_scale if low < t <= high else 1.0
             if self.guide is None or scale == 1.0:
                 return self.transformer(x, s, t, labels, scale)
@@ -241,6 +243,9 @@ class FlowMapPipeline(DiffusionPipeline):
             "codec",
             "pixel_range",
         )
+        nets = [net for net in (self.guide, self.transformer) if net is not None]
+        if self.guide is not None and any(net.config.largest_guidance is not None for net in nets):
+            raise ValueError("a net that is told its guidance has no guide, and is none: leave guide out")
         if self.guide is not None and any(self.guide.config[key] != self.transformer.config[key] for key in same):
             raise ValueError(
                 f"the guide draws other samples than the transformer: both need the same {', '.join(same)}"

@@ -8,18 +8,19 @@ regression of G on G - e, which is not differentiated. The presets in configs/me
 Legend: N samples, each a group of its own; times are (N,) fp64.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from imm_scale.choices import Passes, option
+from imm_scale.choices import MethodConfig, Passes, option
 from imm_scale.errors import UserError
 from imm_scale.fusion import fused
 from imm_scale.methods import two_times
 from imm_scale.methods.base import GroupLosses, prior_noise, regression, zero_filled
-from imm_scale.methods.eulerian import residuals, steps
+from imm_scale.methods.eulerian import condition, residuals, steps
 from imm_scale.methods.eulerian.guidance import TrainingGuidanceConfig, guided
 from imm_scale.methods.eulerian.residuals import ResidualConfig
 from imm_scale.methods.eulerian.steps import StepConfig
@@ -34,7 +35,12 @@ _LEAST = 1e-12  # of a t - s that is divided by
 
 
 class Draws(NamedTuple):
-    """A micro-batch on its path, with the velocity v there, all (N, ...); times (N,) fp64. A tangent has r = t."""
+    """A micro-batch on its path, with the velocity v there, all (N, ...); times (N,) fp64. A tangent has r = t.
+
+    Attributes:
+        guidance: (N, 3), what the net is told of it; None for a net that is told none.
+        own: the net's velocity at s = t, where it is known.
+    """
 
     x_t: Tensor
     x_r: Tensor
@@ -45,6 +51,8 @@ class Draws(NamedTuple):
     label: Tensor
     dropout_key: Tensor | None
     progress: Tensor
+    guidance: Tensor | None = None
+    own: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,21 @@ class EulerianConfig(TwoTimesMethodConfig):
         return self.derivative == "tangent"
 
     @property
+    def tells_guidance(self) -> bool:
+        return self.guidance.kind == "condition"
+
+    def check_guidance(self, scale: float, interval: Sequence[float]) -> None:
+        if self.tells_guidance:
+            self.guidance.check_told(scale, interval)
+
+    def unlike(self, source: MethodConfig) -> dict[str, tuple[Any, Any]]:
+        """As in the base; the key of a guidance that the net is told no longer is that of its kind."""
+        found = super().unlike(source)
+        if isinstance(source, EulerianConfig) and source.tells_guidance and not self.tells_guidance:
+            found["guidance.kind"] = (source.guidance.kind, self.guidance.kind)
+        return found
+
+    @property
     def is_scheduled(self) -> bool:
         """Whether the loss depends on how far training is."""
         return bool(self.residual.warmup) or (self.derivative == "difference" and self.step.is_scheduled)
@@ -105,7 +128,8 @@ class EulerianConfig(TwoTimesMethodConfig):
         guiding = self.guidance.passes if self.guidance.is_on else 0
         if self.derivative == "difference":
             return Passes(grad=1, no_grad=guiding + apart)
-        return Passes(grad=1, no_grad=guiding + apart * (self.tangent_mix > 0.0), tangent=apart * _TANGENT)
+        own = 0.0 if self.tells_guidance or self.tangent_mix == 0.0 else apart
+        return Passes(grad=1, no_grad=guiding + own, tangent=apart * _TANGENT)
 
     def validate(self) -> None:
         super().validate()
@@ -184,8 +208,11 @@ class Eulerian(TwoTimesMethod):
         if c.derivative == "difference":
             r = torch.where(equal, t, steps.next_time(path, c.step, s, t, progress, flow_map.sigma_data))
             x_r = diffuse(path, x, eps, per_sample(r, x))
-        label = self._drop(flow_map, label, ordinal, equal, seed)
-        return Draws(x_t, x_r, v, s, r, t, label, self.dropout_key(flow_map, ordinal, seed), progress)
+        label, told = self._drop(flow_map, label, ordinal, equal, seed), None
+        if c.tells_guidance:
+            assert flow_map.null_label is not None, "guidance needs a null label"
+            told = condition.draw(c.guidance, self.group(ordinal), equal, label == flow_map.null_label, seed)
+        return Draws(x_t, x_r, v, s, r, t, label, self.dropout_key(flow_map, ordinal, seed), progress, told)
 
     def _drop(self, flow_map: FlowMap, label: Tensor, ordinal: Tensor, equal: Tensor, seed: int) -> Tensor:
         if self.config.label_drop_at == "any" or self.config.label_drop == 0.0:
@@ -195,7 +222,11 @@ class Eulerian(TwoTimesMethod):
 
     def _guided(self, net: FlowMap, d: Draws) -> Draws:
         """On the guided velocity, along which x_r lies as well."""
-        v = guided(self.config.guidance, net, d.x_t, d.v, d.t, d.label, d.dropout_key)
+        if d.guidance is not None:
+            v, own = condition.guided(net, d.x_t, d.v, d.t, d.label, d.dropout_key, d.guidance)
+            d = d._replace(own=own)
+        else:
+            v = guided(self.config.guidance, net, d.x_t, d.v, d.t, d.label, d.dropout_key)
         back = per_sample((d.t - d.r).to(v.dtype), v)
         return d._replace(v=v, x_r=d.x_r - back * (v - d.v))
 
@@ -203,19 +234,27 @@ class Eulerian(TwoTimesMethod):
         """G with gradient, e and (t - s) D_t G, each (N, ...); s = t for all but the first `apart` samples."""
         w, mix = d.v[:apart], self.config.tangent_mix
         if mix > 0.0:
-            key = None if d.dropout_key is None else d.dropout_key[:apart]
-            with torch.no_grad():
-                w = w + mix * (net.velocity(d.x_t[:apart], d.t[:apart], d.label[:apart], key) - w)
-        out, derivative = net.with_tangent(d.x_t, w, d.s, d.t, d.label, d.dropout_key)
+            w = w + mix * (self._own(net, d, apart) - w)
+        out, derivative = net.with_tangent(d.x_t, w, d.s, d.t, d.label, d.dropout_key, d.guidance)
         derivative = zero_filled(derivative, out)
         warmup = self.config.residual.warmup
         grown = (d.progress / warmup).clamp_max(1.0) if warmup else None
         residual = net.residual(d.x_t, d.v, out.detach(), derivative, d.s, d.t, grown)
         return out, residual, per_sample((d.t - d.s).to(out.dtype), out) * derivative
 
+    @staticmethod
+    @torch.no_grad()
+    def _own(net: FlowMap, d: Draws, apart: int) -> Tensor:
+        """The net's own velocity at s = t of the first `apart` samples, guided where it is told so."""
+        if d.own is not None:
+            return d.own[:apart]
+        key = None if d.dropout_key is None else d.dropout_key[:apart]
+        return net.velocity(d.x_t[:apart], d.t[:apart], d.label[:apart], key)
+
     def _by_difference(self, net: FlowMap, d: Draws, apart: int) -> tuple[Tensor, Tensor, Tensor]:
         """The same with D_t f as a difference quotient; where r = t it is the velocity's error, exactly."""
-        pair = net.average_pair(d.x_t, d.x_r[:apart], d.s, d.r[:apart], d.t, d.label, d.dropout_key)
+        times = d.s, d.r[:apart], d.t
+        pair = net.average_pair(d.x_t, d.x_r[:apart], *times, d.label, d.dropout_key, d.guidance)
         out, out_r, at_t, at_r = pair
         at_r = Coefficients(*(zero_filled(part, d.t) for part in at_r))
         return out, *self._quotient(net, out.detach(), zero_filled(out_r, out), at_t, at_r, d)

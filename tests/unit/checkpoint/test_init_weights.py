@@ -18,6 +18,8 @@ from imm_scale.data.codec import AUTOENCODER_UNKNOWN
 from imm_scale.data.manifest import Codec
 from imm_scale.data.spaces import Latents
 from imm_scale.errors import UserError
+from imm_scale.methods.eulerian import EulerianConfig
+from imm_scale.methods.eulerian.guidance import TrainingGuidanceConfig
 from imm_scale.methods.flow_map import FlowMap, FlowMapConfig
 from imm_scale.methods.flow_matching import FlowMatchingConfig
 from imm_scale.methods.imm import ImmConfig
@@ -202,6 +204,41 @@ def test_a_net_may_forget_its_second_time_where_that_is_allowed(tmp_path):
     with pytest.raises(UserError, match=r"method.flow_map.second_time: s there, none here"):
         _started(spec, url)
     _started(spec, url, init_allow_change=["method.flow_map.second_time"])
+
+
+TOLD = ModelSpec(
+    EulerianConfig(guidance=TrainingGuidanceConfig(kind="condition")).resolved("fp32"),
+    replace(NET, guidance=True),
+    SPACE,
+)
+NOT_TOLD = replace(TOLD, method=EulerianConfig().resolved("fp32"), net=NET)
+
+
+def test_a_net_starts_to_be_told_its_guidance_as_it_was(tmp_path, caplog):
+    url, source = _source(NOT_TOLD, tmp_path)
+    caplog.set_level("INFO")
+    flow_map = _started(TOLD, url)
+    assert "the embedder of the guidance is new and answers 0" in caplog.text
+    x, label = _images(SPEC), torch.tensor([0, 3, 2, CLASSES])
+    s, t = torch.full((4,), 0.1, dtype=torch.float64), torch.full((4,), 0.8, dtype=torch.float64)
+    for scale in (1.0, 4.0):
+        told = torch.tensor([[1 - 1 / scale, 0.2, 0.7]], dtype=torch.float64).expand(4, 3)
+        assert torch.equal(flow_map(x, s, t, label, guidance=told), source(x, s, t, label))
+    weight = flow_map.model.guidance_embedder.mlp
+    assert not weight[2].weight.any() and weight[0].weight.any(), "else it could never learn"
+    assert build.net(TOLD, seed=7).model.guidance_embedder.mlp[0].weight.std() > 0.01
+
+
+def test_guidance_is_forgotten_where_that_is_allowed(tmp_path, caplog):
+    url, _ = _source(TOLD, tmp_path)
+    with pytest.raises(UserError, match=r"method\.guidance\.kind: condition there, fixed here"):
+        _started(NOT_TOLD, url)
+    with pytest.raises(UserError, match=r"method\.name: eulerian there, imm here"):
+        _started(SPEC, url)
+    caplog.set_level("INFO")
+    _started(NOT_TOLD, url, init_allow_change=["method.guidance.kind"])
+    assert "the embedder of the guidance is left out" in caplog.text
+    _started(TOLD, url)
 
 
 def test_autoencoders_are_told_apart_where_they_are_known(tmp_path):

@@ -23,6 +23,8 @@ from imm_scale.config.schema import SamplingConfig
 from imm_scale.data.manifest import Codec
 from imm_scale.data.spaces import Latents
 from imm_scale.errors import UserError
+from imm_scale.methods.eulerian import EulerianConfig
+from imm_scale.methods.eulerian.guidance import TrainingGuidanceConfig
 from imm_scale.methods.flow_map import PARAMETERIZATIONS, SECOND_TIMES, TIME_INPUTS, FlowMapConfig
 from imm_scale.methods.flow_matching import FlowMatching, FlowMatchingConfig
 from imm_scale.methods.imm import ImmConfig
@@ -97,6 +99,48 @@ def test_its_transformer_is_our_flow_map(flow_map, net):
             torch.testing.assert_close(
                 theirs(x, s, t, label, scale), ours(x, *times, label, scale), rtol=CLOSE, atol=CLOSE
             )
+
+
+def _told(**settings: Any) -> build.ModelSpec:
+    flow_map = FlowMapConfig(second_time="t_minus_s", time_scale=1.0)
+    guidance = TrainingGuidanceConfig(kind="condition", largest=6.0)
+    return _spec(EulerianConfig(flow_map=flow_map, guidance=guidance), guidance=True, **settings)
+
+
+@pytest.mark.parametrize("time_embedding", ["positional", "fourier"])
+def test_its_transformer_is_told_its_guidance(time_embedding):
+    from imm_scale.checkpoint.standalone.flow_map_transformer import FlowMapTransformer
+
+    spec = _told(time_embedding=time_embedding)
+    pipeline_folder.check(spec)
+    torch.manual_seed(0)
+    ours = build.net(spec).eval()
+    theirs = FlowMapTransformer(**json.loads(json.dumps(pipeline_folder.transformer_config(spec)))).eval()
+    state = {key: 0.1 * torch.randn_like(value) for key, value in ours.model.state_dict().items()}
+    ours.model.load_state_dict(state)
+    theirs.load_state_dict(state)
+    x, label = torch.randn(5, 1, 8, 12, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    s, t = (torch.tensor([time], dtype=torch.float64) for time in (0.2, 0.9))
+    with torch.no_grad():
+        for scale, low, high in ((1.0, 0.0, 1.0), (2.0, 0.3, 0.6), (6.0, 0.0, 1.0)):
+            told = torch.tensor([[1 - 1 / scale, low, high]], dtype=torch.float64)
+            expected = ours(x, s, t, label, guidance=told)
+            torch.testing.assert_close(theirs(x, 0.2, 0.9, label, scale, (low, high)), expected, rtol=CLOSE, atol=CLOSE)
+    for scale, interval, message in ((7.0, (0.0, 1.0), "from 1 to 6"), (2.0, (0.6, 0.9), "guidance_interval")):
+        with pytest.raises(ValueError, match=message):
+            theirs(x, 0.2, 0.9, label, scale, interval)
+
+
+def test_a_net_that_is_told_has_no_guide_elsewhere():
+    from imm_scale.checkpoint.standalone.flow_map_transformer import FlowMapTransformer
+    from imm_scale.checkpoint.standalone.pipeline import FlowMapPipeline
+
+    told, plain = (
+        FlowMapTransformer(**pipeline_folder.transformer_config(spec)) for spec in (_told(), _spec(ImmConfig()))
+    )
+    for net, guide in ((told, plain), (plain, told)):
+        with pytest.raises(ValueError, match="leave guide out"):
+            FlowMapPipeline(net, guide=guide)([0])
 
 
 def test_its_noise_is_ours():
@@ -185,6 +229,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Job, np.n
     latents = _write(root / "latents", _spec(cosine, codec), vae=vae)
     without = _write(root / "without", _spec(cosine, codec))
     weaker = _write(root / "weaker", _spec(FlowMatchingConfig(flow_map=FlowMapConfig("ot_fm", "identity", "none"))), 1)
+    told = _write(root / "told", _told())
     guided = {"guidance_scale": 1.5, "seed": 3, "output_type": "latent"}
     jobs = [
         _job(f"{name} {sampler} {steps}", folder, num_inference_steps=steps, sampler=sampler, **guided)
@@ -197,6 +242,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Job, np.n
     ]
     jobs += [
         _job("interval", imm, num_inference_steps=4, guidance_interval=(0.2, 0.8), **guided),
+        _job("told", told, num_inference_steps=2, guidance_interval=(0.4, 0.65), **guided),
         _job("guide", imm, guide=weaker, num_inference_steps=4, guidance_interval=(0.2, 0.8), **guided),
         _job("edm", imm, num_inference_steps=4, grid="edm", **guided),
         _job("unguided", latents, num_inference_steps=2, seed=0, output_type="latent"),
@@ -234,7 +280,7 @@ def test_latents_drawn_elsewhere_are_ours(drawn):
             assert theirs.shape == ours.shape
             np.testing.assert_allclose(theirs, ours, rtol=CLOSE, atol=CLOSE, err_msg=name)
             compared += 1
-    assert compared == 3 * 4 + 2 * 4 + 6
+    assert compared == 3 * 4 + 2 * 4 + 7
     sets = [theirs for job, theirs, _ in drawn.values() if theirs.shape == (len(LABELS), 1, 8, 12)]
     distinct = {np.round(samples, 3).tobytes() for samples in sets}
     # In one step the three samplers of IMM are one, and so are flow matching's two; in two pushforward_restart does not

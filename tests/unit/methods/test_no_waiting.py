@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from imm_scale.methods.base import Method
+from imm_scale.methods.eulerian import Eulerian, EulerianConfig
+from imm_scale.methods.eulerian.guidance import TrainingGuidanceConfig
+from imm_scale.methods.eulerian.steps import StepConfig
 from imm_scale.methods.flow_map import PARAMETERIZATIONS, FlowMap
 from imm_scale.methods.flow_matching import FlowMatching
 from imm_scale.methods.imm_times import MAPPINGS
@@ -54,9 +57,18 @@ class Scale(Backbone):
         return self.weight * x
 
 
-def _loss_on_meta(method: Method, interp=OT, parameterization: str = "simple_edm") -> None:
+class Told(Scale):
+    takes_guidance = True
+
+    def forward(self, x, c_noise, second, label, dropout_key=None, guidance=None):
+        return self.weight * x * guidance.sum(dim=1).to(x.dtype).view(-1, 1, 1, 1)
+
+
+def _loss_on_meta(
+    method: Method, interp=OT, parameterization: str = "simple_edm", net: type[Scale] = Scale, **flow_map_settings: Any
+) -> None:
     with torch.device("meta"):
-        flow_map = FlowMap(Scale(), interp, parameterization, null_label=5)
+        flow_map = FlowMap(net(), interp, parameterization, null_label=5, **flow_map_settings)
         x, label, ordinal = torch.randn(8, 2, 3, 3), torch.zeros(8, dtype=torch.int64), torch.arange(8)
     with NoLists(), OneDevice():
         group_losses = losses(method, flow_map, x, label, ordinal, seed=0)
@@ -83,6 +95,16 @@ def test_every_kernel_and_parameterization(kernel, parameterization):
 @pytest.mark.parametrize("kind", [FlowMatching, ConsistencyTraining, GenerativeMomentMatching])
 def test_every_other_method(kind):
     _loss_on_meta(kind(kind.Config(**COMMON).resolved("fp32")))
+
+
+@pytest.mark.parametrize("net", [Scale, Told])
+@pytest.mark.parametrize("derivative", ["tangent", "difference"])
+def test_a_guided_velocity(net, derivative):
+    guidance = TrainingGuidanceConfig(kind="condition") if net is Told else TrainingGuidanceConfig(kappa=0.5)
+    step = StepConfig(start=0.1, end=0.1)
+    settings = {"tangent_mix": 1.0} if derivative == "tangent" else {"step": step}
+    config = EulerianConfig(derivative=derivative, guidance=guidance, label_drop=0.2, **settings)
+    _loss_on_meta(Eulerian(config.resolved("fp32")), OT, "euler_fm", net, time_scale=1.0)
 
 
 @pytest.mark.parametrize(

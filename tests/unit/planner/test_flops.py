@@ -34,6 +34,7 @@ def closed_form(net: DiTConfig) -> int:
     block = attention + mlp + 6 * width**2
     final = tokens * width * patch + 2 * width**2
     embedders = (2 if net.second_time else 1) * (256 * width + width**2)
+    embedders += net.guidance * (3 * 256 * width + width**2)
     return tokens * patch * width + net.depth * block + final + embedders
 
 
@@ -41,6 +42,7 @@ CONFIGS = [
     DiTConfig(32, 2, 2, 2, channels=4, height=8, image_width=8, num_classes=5),
     DiTConfig(48, 3, 4, 4, channels=3, height=8, image_width=16, num_classes=5, mlp_ratio=2.0, second_time=False),
     DiTConfig(32, 1, 4, 2, channels=1, height=4, image_width=6, num_classes=2, mlp_ratio=2.5, qk_norm=True),
+    DiTConfig(32, 1, 4, 2, channels=1, height=4, image_width=6, num_classes=2, guidance=True),
     DiTConfig(32, 2, 4, 2, channels=1, height=4, image_width=6, num_classes=2, dropout=0.1, time_embedding="fourier"),
     *(size_config(f"DiT-{size}/{patch}") for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)),
 ]
@@ -51,7 +53,7 @@ def test_the_count_is_the_closed_form_to_the_unit(config):
     assert flops.forward_multiply_adds(config) == closed_form(config)
 
 
-@pytest.mark.parametrize("config", CONFIGS[:3])
+@pytest.mark.parametrize("config", CONFIGS[:4])
 def test_the_count_is_that_of_a_real_forward_pass(config):
     """On the CPU with weights, every block of its own; MATH, for the counter misses fused attention. Equal."""
     net = DiT(config)
@@ -96,3 +98,10 @@ def test_multiply_adds_of_one_block_by_hand():
     tokens, width = 16, 64
     by_hand = 12 * tokens * width**2 + 2 * tokens**2 * width + 6 * width**2
     assert flops.forward_multiply_adds(two) - flops.forward_multiply_adds(one) == by_hand
+
+
+def test_what_a_net_is_told_of_its_guidance_is_counted_among_its_parameters():
+    told, plain = flops.parameters(CONFIGS[3]), flops.parameters(replace(CONFIGS[3], guidance=False))
+    width = CONFIGS[3].width
+    assert told.total - plain.total == (3 * 256 + 1) * width + (width + 1) * width
+    assert told.tensors - plain.tensors == 4 and told.half == plain.half and told.block == plain.block

@@ -97,6 +97,7 @@ def test_the_peak_of_a_step_is_predicted(objective, checkpointing, precision):
         ("meanflow", ()),
         ("meanflow", ("method.times.equal=0", "method.label_drop=0")),
         ("imf", ()),
+        ("imf", ("method.guidance.kind=condition",)),
         ("soflow", ("method.schedule_images=8",)),
         ("tvm", ("ema.decays=[0.99]",)),
     ],
@@ -107,8 +108,8 @@ def test_the_peak_of_a_step_with_tangents_is_predicted(preset, words, checkpoint
     s = _setting(config)
     *passes, _, _ = memory.moments(s, flops.parameters(s.net))
     predicted = max(m.gradients + m.activations + m.buffers for m in passes)
-    # A pass without gradient before the others (iMF's velocity) leaves less of autocast's copies to the way back.
-    too_high = 1.25 if (preset, checkpointing, precision) == ("imf", True, "bf16") else 1.1
+    # Passes without gradient before the others (iMF's velocities) leave less of autocast's copies to the way back.
+    too_high = 1.3 if (preset, checkpointing, precision) == ("imf", True, "bf16") else 1.1
     assert 0.9 <= predicted / _held_and_peak(config)[1] <= too_high
 
 
