@@ -14,7 +14,7 @@ from imm_scale import storage
 from imm_scale.planner import estimate
 from imm_scale.sweeps import definition
 
-_ROUNDS, _SIZE, _SIDE, _SAMPLES = 7, "DiT-S/2", 16, 16
+_ROUNDS, _SIZE, _SIDE, _SAMPLES = 5, "DiT-S/2", 8, 16
 _GPU = "h100-80gb"
 
 

@@ -51,8 +51,8 @@ def _protocol(studies: Sequence[Study]) -> str:
         f"rates {rates} each row has the one that did better from seed {protocol.seeds[0]} (geometric mean over "
         f"{', '.join(map(str, STEPS))} steps; flow matching: in 50), and then {len(protocol.seeds)} seeds. Times are "
         f"drawn as each preset says. Samples: uniform grids from t = 1 (IMM and consistency from 0.994, sCT 0.996; IMM "
-        f"in two steps by its eta grid), pushforward; rows that jump to the data only restart from fresh noise. CPU "
-        f"minutes of training and measuring: {minutes}, on one thread of a shared machine each."
+        f"in two steps by its eta grid), pushforward; rows that jump to the data only restart from fresh noise. Minutes of "
+        f"training and measuring, added up over runs of one thread each that shared their cores: {minutes}."
     )
 
 
@@ -160,15 +160,17 @@ mathematics](mathematics.md#other-flow-maps-one-frame).
 {protocol}
 
 A small net on small images, trained briefly: the order here is that of this protocol and need not be that of
-ImageNet. Methods whose schedules are long, or whose steps are dear, have the least of it. `--full` repeats it on a
-wider net, longer, with more rates and seeds.
+ImageNet. So short a training is bound by the number of optimizer steps more than by what a step learns, which is hard
+on steps that are dear (TVM's are 3.3 of flow matching's) and on losses that need long schedules; every row still falls
+at its end (the second picture of each data set), and the larger rate was the better one. `--full` repeats it on a wider
+net, eleven times as long, with more rates and seeds.
 
 {data}
 
 ## What a step costs
 
 Forward passes are counted in multiply-adds (`Method.passes`, held to `FlopCounterMode` by tests), the backward pass
-as two; times are medians of DiT-S/2 on 16 samples of 64 tokens in fp32, all methods in turn on one CPU thread; memory
+as two; times are medians of DiT-S/2 on 16 samples of 16 tokens in fp32, all methods in turn on one CPU thread; memory
 is the planner's model of DiT-XL/2 on 8 H100, ZeRO 2, bf16, micro-batches of 32 with recomputation. No GPU has been
 timed.
 

@@ -82,12 +82,11 @@ ROWS = {
     "shortcut": Row("shortcut", "shortcut", group=_ANY),
     "split_meanflow": Row("SplitMeanFlow", "split_meanflow", group=_ANY),
     "tvm": Row(
-        "Lagrangian self-distillation (TVM, its own teacher)",
+        "TVM, the net its own teacher",
         "tvm",
         {"method.teacher_decay": None, "ema.decays": [0.98]},
         group=_ANY,
     ),
-    "tvm_teacher": Row("terminal velocity matching", "tvm", {"ema.decays": [0.98, 0.99]}, group=_ANY),
     "ct": Row("consistency training, constant step", "ct", {"method.step.k": 10}, group=_TO_DATA),  # IMM's k here
     "ect": Row("easy consistency tuning, from scratch", "ect", group=_TO_DATA),
     "sct": Row("continuous-time consistency (sCT)", "sct", group=_TO_DATA),
@@ -206,13 +205,21 @@ class Study:
 
     # --- results ---
 
+    @cached_property
+    def _rates(self) -> list[Outcome]:
+        return self._outcomes("rates")
+
+    @cached_property
+    def _seeds(self) -> list[Outcome]:
+        return self._outcomes("seeds")
+
     def _outcomes(self, stage: str) -> list[Outcome]:
         return results.outcomes(definition.load(str(self.folder / f"{self.data.name}_{stage}")))
 
     @cached_property
     def _by_rate(self) -> dict[str, dict[float, Outcome]]:
         found: dict[str, dict[float, Outcome]] = {}
-        for outcome in self._outcomes("rates"):
+        for outcome in self._rates:
             found.setdefault(outcome.cell.factors["variant"], {})[outcome.cell.factors[_RATE]] = outcome
         return found
 
@@ -231,7 +238,7 @@ class Study:
     @cached_property
     def _further(self) -> dict[str, list[Run]]:
         found: dict[str, list[Run]] = {}
-        for outcome in self._outcomes("seeds"):
+        for outcome in self._seeds:
             factors = outcome.cell.factors
             found.setdefault(factors["variant"], []).append(Run(factors["seed"], outcome))
         return found
@@ -250,7 +257,7 @@ class Study:
 
     def outcomes(self) -> list[Outcome]:
         """Of all runs of both sweeps."""
-        return [*self._outcomes("rates"), *self._outcomes("seeds")]
+        return [*self._rates, *self._seeds]
 
     def forward_flops(self, name: str) -> int:
         """Multiply-adds of a forward pass of one sample."""

@@ -172,7 +172,18 @@ def test_the_sections_fit_into_eight_minutes_and_proofs_come_first(capsys):
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert names == [section.name for section in SECTIONS]
     assert sum(section.limit for section in SECTIONS) <= 480
-    proofs = ("versions", "draws", "loss", "conditioning", "branches", "stages", "overflow", "memory", "train")
+    proofs = (
+        "versions",
+        "draws",
+        "loss",
+        "conditioning",
+        "branches",
+        "tangent",
+        "stages",
+        "overflow",
+        "memory",
+        "train",
+    )
     assert tuple(names[: len(proofs)]) == proofs
     assert len(set(names)) == len(names)
 
