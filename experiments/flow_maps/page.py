@@ -51,8 +51,8 @@ def _protocol(studies: Sequence[Study]) -> str:
         f"rates {rates} each row has the one that did better from seed {protocol.seeds[0]} (geometric mean over "
         f"{', '.join(map(str, STEPS))} steps; flow matching: in 50), and then {len(protocol.seeds)} seeds. Times are "
         f"drawn as each preset says. Samples: uniform grids from t = 1 (IMM and consistency from 0.994, sCT 0.996; IMM "
-        f"in two steps by its eta grid), pushforward; rows that jump to the data only restart from fresh noise. Minutes of "
-        f"training and measuring, added up over runs of one thread each that shared their cores: {minutes}."
+        f"in two steps by its eta grid), pushforward; rows that jump to the data only restart from fresh noise. "
+        f"Minutes of training and measuring, added up over runs of one thread each that shared their cores: {minutes}."
     )
 
 
