@@ -1,6 +1,7 @@
 """A whole study: many runs of one sweep file, on SLURM or on this machine, and one table of what they found."""
 
 import argparse
+import math
 import sys
 import time
 from collections import Counter
@@ -13,6 +14,7 @@ from imm_scale.sweeps.definition import Cell, Sweep
 from imm_scale.sweeps.results import Outcome
 from launchers import array, checks, local
 from launchers import cluster as clusters
+from launchers.commands import QUEUE_DEFAULTS
 from launchers.script import Job, ranks_per_node
 
 
@@ -109,7 +111,16 @@ def _queue(sweep: Sweep, cells: Sequence[Cell], args: argparse.Namespace) -> int
     return 0
 
 
+def _refuse_idle(args: argparse.Namespace) -> None:
+    """Raises UserError for options of a queue beside --local, which has none."""
+    given = [name for name, default in QUEUE_DEFAULTS.items() if getattr(args, name) != default]
+    if args.local is not None and given:
+        option = f"--{given[0].replace('_', '-')}"
+        raise UserError(f"{option} is for SLURM, and --local {args.local} runs the cells here: leave one of them out")
+
+
 def _submit(args: argparse.Namespace) -> int:
+    _refuse_idle(args)
     sweep = definition.load(args.sweep)
     if args.local is None:
         _check(sweep, args)
@@ -118,6 +129,7 @@ def _submit(args: argparse.Namespace) -> int:
 
 
 def _retry(args: argparse.Namespace) -> int:
+    _refuse_idle(args)
     sweep = _submitted(args.sweep)
     if args.local is None:
         _check(sweep, args)
@@ -148,6 +160,8 @@ def status_table(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
 
 
 def _status(args: argparse.Namespace) -> int:
+    if args.watch is not None and not (math.isfinite(args.watch) and args.watch > 0):
+        raise UserError(f"--watch {args.watch} must be a number of seconds above 0")
     sweep = _submitted(args.sweep)
     while True:
         outcomes = _outcomes(sweep)

@@ -194,3 +194,19 @@ def test_the_sweep_files_that_ship_are_valid(path, monkeypatch, tmp_path):
     assert sweep.description
     assert all(configs.validate(cell.config) is None for cell in sweep.cells)
     assert json.dumps([cell.factors for cell in sweep.cells])
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["submit", "SWEEP", "--local", "1", "--time", "1:00"], "--time is for SLURM, and --local 1 runs"),
+        (["retry", "SWEEP", "--local", "2", "--at-once", "4"], "--at-once is for SLURM"),
+        (["submit", "SWEEP", "--local", "1", "--gpus-per-node", "8"], "--gpus-per-node is for SLURM"),
+        (["status", "SWEEP", "--watch", "nan"], "--watch nan must be a number of seconds above 0"),
+        (["status", "SWEEP", "--watch", "0"], "--watch 0.0 must be"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(write, argv, said, capsys):
+    path = write(seeds=[0])
+    assert main([path if word == "SWEEP" else word for word in argv]) == 2
+    assert said in capsys.readouterr().err
