@@ -107,10 +107,13 @@ def _reading(study: Study) -> list[str]:
         beside = f"; within two standard deviations: {', '.join(ROWS[n].title for n in near)}" if near else ""
         lines.append(f"- In {common.plural(steps, 'step')}: {ROWS[best].title}, {value:.3f}{beside}.")
     plain = study.distances(_PLAIN) if _PLAIN in study.rows else {}
-    if 50 in plain:
-        better = [name for name in study.rows if name != _PLAIN and study.distances(name)[2][0] <= plain[50][0]]
+    if plain:
+        enough = min(plain, key=lambda steps: plain[steps][0])
+        better = [name for name in study.rows if name != _PLAIN and study.distances(name)[2][0] <= plain[enough][0]]
         named = ", ".join(ROWS[name].title for name in better) or "no row"
-        lines.append(f"- Flow matching needs 50 steps for {plain[50][0]:.3f}; as near in 2 steps: {named}.")
+        lines.append(
+            f"- Flow matching is at its best in {enough} steps, {plain[enough][0]:.3f}; as near in 2: {named}."
+        )
     return lines
 
 
