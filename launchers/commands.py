@@ -147,20 +147,21 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
 
 _SBATCH = ("time", "partition", "account", "qos", "exclude")
 # Options of `sweep submit` and `retry` that a queue needs, and what they are where nobody gives them.
-QUEUE_DEFAULTS = {"at_once": 8, "cluster": "default", "nodes": "1", "gpus_per_node": None, "gpu": None, "link": None}
-QUEUE_DEFAULTS |= dict.fromkeys(_SBATCH)
+_OF_A_QUEUE = {"at_once": 8, "cluster": "default", "nodes": "1", "gpus_per_node": None, "gpu": None, "link": None}
+_OF_A_QUEUE |= dict.fromkeys(_SBATCH)
 
 
 def _add_start(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local", type=int, metavar="N", help="run N cells at a time here, without SLURM")
-    most = QUEUE_DEFAULTS["at_once"]
+    most = _OF_A_QUEUE["at_once"]
     parser.add_argument("--at-once", type=int, default=most, metavar="N", help="most cells SLURM runs at a time")
     for option in _SBATCH:
         parser.add_argument(f"--{option}", help="for sbatch, in place of the site's")
+    parser.set_defaults(of_a_queue=_OF_A_QUEUE)
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
-    site, nodes = QUEUE_DEFAULTS["cluster"], QUEUE_DEFAULTS["nodes"]
+    site, nodes = _OF_A_QUEUE["cluster"], _OF_A_QUEUE["nodes"]
     parser.add_argument("--cluster", default=site, help="a site that comes along, or a YAML file of your own")
     parser.add_argument("--nodes", default=nodes, help="of each cell, a number or a range as in 2-4")
     parser.add_argument("--gpus-per-node", type=int, help="of each cell, in place of the site's")

@@ -14,7 +14,6 @@ from imm_scale.sweeps.definition import Cell, Sweep
 from imm_scale.sweeps.results import Outcome
 from launchers import array, checks, local
 from launchers import cluster as clusters
-from launchers.commands import QUEUE_DEFAULTS
 from launchers.script import Job, ranks_per_node
 
 
@@ -113,7 +112,7 @@ def _queue(sweep: Sweep, cells: Sequence[Cell], args: argparse.Namespace) -> int
 
 def _refuse_idle(args: argparse.Namespace) -> None:
     """Raises UserError for options of a queue beside --local, which has none."""
-    given = [name for name, default in QUEUE_DEFAULTS.items() if getattr(args, name) != default]
+    given = [name for name, default in args.of_a_queue.items() if getattr(args, name) != default]
     if args.local is not None and given:
         option = f"--{given[0].replace('_', '-')}"
         raise UserError(f"{option} is for SLURM, and --local {args.local} runs the cells here: leave one of them out")
