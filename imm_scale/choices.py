@@ -117,6 +117,13 @@ class MethodConfig(Choice):
         """The same where micro-batches start and end at multiples of so many groups, which may spare some passes."""
         return self.passes
 
+    def spared(self, alignment: int) -> str:
+        """What micro-batches of whole strata would spare of that, in words; "" where there is nothing to spare."""
+        least = min(self.passes_at(size).forwards for size in (1, 2, 4, 8))
+        if self.passes_at(alignment).forwards <= least:
+            return ""
+        return f"; {least:.4g} where every rank's micro-batches are multiples of 4 groups"
+
     def check_sampler(self, sampler: str, steps: Sequence[int]) -> None:
         """Raises UserError, naming the remedy, where one of the step counts asks the net for jumps it never learns."""
 

@@ -9,7 +9,6 @@ import yaml
 from imm_scale import build
 from imm_scale import config as configs
 from imm_scale.build import ModelSpec
-from imm_scale.choices import Passes
 from imm_scale.config.schema import Config
 from imm_scale.data.dataset import Dataset
 from imm_scale.data.manifest import Manifest, check_expectations
@@ -91,7 +90,7 @@ def describe(prepared: PreparedRun) -> str:
         + f" ({counted.fixed:,} of them fixed)" * (counted.fixed > 0),
         f"forward pass       {forward / 1e9:.4g} G multiply-adds per image",
         f"training step      {step / 1e12:.4g} T multiply-adds, {passes.forwards:.4g} forward passes an image"
-        + _spared(config, passes),
+        + config.method.spared(layout.alignment),
         f"data               {samples:,} images, {samples // layout.global_batch_size} steps per epoch, "
         f"{config.train.max_steps * layout.global_batch_size / samples:.4g} epochs in all"
         + (f"; {prepared.manifest.num_samples - samples:,} images held out" if config.data.holdout else ""),
@@ -100,14 +99,6 @@ def describe(prepared: PreparedRun) -> str:
     ]
     settings = yaml.safe_dump({"deepspeed": _deepspeed_settings(prepared)}, sort_keys=False)
     return configs.to_yaml(config) + "\n" + settings + "\n" + "\n".join(lines)
-
-
-def _spared(config: Config, passes: Passes) -> str:
-    """What whole strata would spare, where micro-batches cut them."""
-    least = min(config.method.passes_at(size).forwards for size in (1, 2, 4, 8))
-    if passes.forwards <= least:
-        return ""
-    return f"; {least:.4g} where every rank's micro-batches are multiples of 4 groups"
 
 
 def _deepspeed_settings(prepared: PreparedRun) -> dict[str, Any]:

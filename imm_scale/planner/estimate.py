@@ -69,6 +69,7 @@ class Estimate:
         fits: whether that is below it.
         forward_flops: of one image, a multiply-add counted twice (published GFLOPs are half of this).
         step_flops: 4 forwards for IMM (without gradient, with, backward twice), 3 for flow matching.
+        spared: what other micro-batches would spare of it, in words.
         executed_flops: of a GPU, with recomputation and empty slots.
         traffic: collectives of a step.
         compute_seconds, network_seconds, optimizer_seconds: parts of `step_seconds`.
@@ -88,6 +89,7 @@ class Estimate:
     fits: bool
     forward_flops: float
     step_flops: float
+    spared: str
     executed_flops: float
     traffic: tuple[Traffic, ...]
     compute_seconds: Range
@@ -248,6 +250,7 @@ def _estimate(
         forward_flops=2.0 * forward,
         step_flops=2.0
         * cost.training_multiply_adds(net, config.method.passes_at(layout.alignment), layout.global_batch_size),
+        spared=config.method.spared(layout.alignment),
         executed_flops=2.0 * forwards * forward * images,
         traffic=traffic,
         compute_seconds=compute,

@@ -103,11 +103,13 @@ def _memory(estimate: Estimate) -> Iterator[str]:
 
 
 def _work(config: Config, estimate: Estimate) -> Iterator[str]:
-    forwards = round(estimate.step_flops / estimate.forward_flops / estimate.layout.global_batch_size)
+    forwards = estimate.step_flops / estimate.forward_flops / estimate.layout.global_batch_size
     yield "work of a step (a multiply-add is 2 FLOPs; published GFLOPs of DiT and IMM count it once)"
     yield _row("forward, an image", _count(estimate.forward_flops) + "FLOPs")
     yield _row(
-        "step", _count(estimate.step_flops) + "FLOPs", f"{forwards} forwards x {estimate.layout.global_batch_size}"
+        "step",
+        _count(estimate.step_flops) + "FLOPs",
+        f"{forwards:.3g} forwards x {estimate.layout.global_batch_size}{estimate.spared}",
     )
     recomputes = ", blocks run again" * config.train.activation_checkpointing
     slots = f"{estimate.layout.slots} slots of {estimate.layout.particles} images"
