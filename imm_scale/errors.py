@@ -11,6 +11,20 @@ class RunError(RuntimeError):
     """A run that cannot go on, through no fault in what it was told. The message says why and what to try. Exit 1."""
 
 
+def explain_lfs_pointer(head: bytes) -> str | None:
+    """What a file that begins so is, and what to do, if Git LFS left its pointer in its place; else None."""
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself: run git lfs pull in its repository"
+    return None
+
+
+def explain_stand_in(head: bytes, instead_of: str) -> str | None:
+    """As `explain_lfs_pointer`, and of a web page that was downloaded in place of `instead_of`, as "a tar archive"."""
+    if head.lstrip()[:5].lower() in (b"<!doc", b"<html"):
+        return f"a web page, not {instead_of}: the download failed, perhaps for want of a login"
+    return explain_lfs_pointer(head)
+
+
 _OTHER_PLACE = "choose another place"
 _REMEDIES = {
     errno.ENOSPC: ("the disk is full", "free some space, or choose a place on another disk"),

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from imm_scale.errors import explain_lfs_pointer
+
 _ENCRYPTED = 0x1  # flag of a ZIP's entry
 _MOST_BYTES = 1 << 30  # of an image's file: a larger one is no photograph, and could fill the memory
-_LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +123,9 @@ def read(image: str | Slice | ZipMember, most: int = -1) -> bytes:
         RuntimeError, zipfile.BadZipFile, zlib.error: it is encrypted, compressed in an unknown way or damaged.
     """
     data = _read_member(image, most) if isinstance(image, ZipMember) else _read_file(image, most)
-    if data.startswith(_LFS_POINTER):
-        raise OSError("a Git LFS pointer, not the file itself: run git lfs pull in its repository")
+    pointer = explain_lfs_pointer(data)
+    if pointer is not None:
+        raise OSError(pointer)
     return data
 
 

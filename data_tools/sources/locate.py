@@ -11,7 +11,7 @@ from data_tools.sources.built_in import BUILT_IN
 from data_tools.sources.classes import class_root, is_inside
 from data_tools.sources.tar_archive import is_tar
 from data_tools.sources.tree import Tree
-from imm_scale.errors import UserError
+from imm_scale.errors import UserError, explain_stand_in
 
 _ENDINGS = {
     "zip": (".zip",),
@@ -221,10 +221,9 @@ def _checked_kind(path: str) -> str:
         return kind  # whatever the name of its first file makes it look like
     if not head:
         raise UserError(f"{path} is empty: copy it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path} is a Git LFS pointer, not the file itself: run git lfs pull in its repository")
-    if head.lstrip()[:5].lower() in (b"<!doc", b"<html"):
-        raise UserError(f"{path} is a web page, not a .{kind} file: the download failed, perhaps for want of a login")
+    stand_in = explain_stand_in(head, f"a .{kind} file")
+    if stand_in is not None:
+        raise UserError(f"{path} is {stand_in}")
     if kind == "zip" and zipfile.is_zipfile(path):
         return kind  # the index at the end counts: a program that unpacks it may come first
     if kind in _MAGIC and not head.startswith(_MAGIC[kind]):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from imm_scale.errors import UserError
+from imm_scale.errors import UserError, explain_lfs_pointer
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _CONFIG = "config.json"
@@ -107,5 +107,6 @@ def _check_config(path: str) -> None:
 
 def _check_weights(path: str) -> None:
     with open(path, "rb") as file:
-        if file.read(64).startswith(b"version https://git-lfs"):
-            raise UserError(f"{path} is a Git LFS pointer, not the file itself: run git lfs pull in its repository")
+        pointer = explain_lfs_pointer(file.read(64))
+    if pointer is not None:
+        raise UserError(f"{path} is {pointer}")

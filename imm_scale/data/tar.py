@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from imm_scale.errors import UserError
+from imm_scale.errors import UserError, explain_stand_in
 
 BLOCK = tarfile.BLOCKSIZE
 _NUL = bytes(BLOCK)
@@ -76,10 +76,9 @@ def _other_kind(head: bytes) -> str | None:
         return None  # whatever the name of its first file makes it look like
     if not head:
         return "empty: it was cut short, copy it again"
-    if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the file itself: run git lfs pull in its repository"
-    if head.lstrip()[:5].lower() in (b"<!doc", b"<html"):
-        return "a web page, not a tar archive: the download failed, perhaps for want of a login"
+    stand_in = explain_stand_in(head, "a tar archive")
+    if stand_in is not None:
+        return stand_in
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"PK\3\4")):
         return "compressed: shards are plain tar archives, so that parts of them can be read; unpack and write it again"
     return None
