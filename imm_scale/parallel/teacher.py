@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from imm_scale.parallel import world
 from imm_scale.parallel.ema import ShardedEma, state_name
 
 
@@ -39,5 +39,4 @@ class Teacher:
         self._flat.zero_()
         for part in self._slices:
             self._parts[part.name].narrow(0, part.offset, part.numel).copy_(part.states[self._state])
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self._flat)
+        world.all_sum(self._flat)
