@@ -1,16 +1,23 @@
 """What the experiments share: calling the project's own commands as a person would, reading runs, Markdown tables."""
 
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import torch
+
 from imm_scale import config as configs
 from imm_scale import storage
 from imm_scale.checkpoint import run_folder
+from imm_scale.checkpoint.export import load_flow_map
 from imm_scale.config.schema import Config
 from imm_scale.evaluation.records import arithmetic, read_evaluations
+from imm_scale.parallel import world
+from imm_scale.sampling.draw import collect, plan_of
 
 
 def run(*words: str) -> None:
@@ -38,6 +45,20 @@ def training_minutes(run_dir: str) -> float:
         seconds += record["step_seconds"] * (record["step"] - before)
         before = record["step"]
     return seconds / 60
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Standard deviation over seeds; 0 of one alone."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def strips(run_dir: str, step_counts: Sequence[int], count: int) -> list[np.ndarray]:
+    """The first samples of a run side by side, for each step count from the same noise: (H, count W, 3) or so."""
+    config = config_of(run_dir)
+    spec, flow_map = load_flow_map(run_dir)
+    draw = spec.space.artifacts(config.sampling.vae, torch.device("cpu"))
+    plans = [plan_of(config.sampling, spec, steps, count, seed=0) for steps in step_counts]
+    return [torch.cat(list(draw(collect(flow_map, spec, plan, world.World()))), dim=1).numpy() for plan in plans]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -15,14 +15,9 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import numpy as np
-import torch
 from matplotlib.figure import Figure
 
 from experiments import autoencoder, common
-from imm_scale.checkpoint.export import load_flow_map
-from imm_scale.parallel import world
-from imm_scale.sampling.draw import collect, plan_of
 
 AUTOENCODER_STEPS = 1500
 RECIPES = {"imm": "configs/mnist_latents.yaml", "flow_matching": "configs/mnist_latents_flow_matching.yaml"}
@@ -65,14 +60,14 @@ def draw(runs: Path, out: Path, found: dict[str, dict[int, list[float]]]) -> Non
     axes = left.subplots()
     for (method, by_steps), colour in zip(found.items(), ("#0072B2", "#D55E00"), strict=True):
         means = [statistics.fmean(values) for values in by_steps.values()]
-        spread = [_spread(values) for values in by_steps.values()]
+        spread = [common.deviation(values) for values in by_steps.values()]
         style = {"marker": "o", "capsize": 3, "color": colour, "label": TITLES[method]}
         axes.errorbar(list(by_steps), means, yerr=spread, **style)
     axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="distance to the training latents")
     axes.legend(frameon=False)
     rows = right.subplots(len(SHOWN), 1)
     for axis, (method, steps) in zip(rows, SHOWN, strict=True):
-        axis.imshow(_strip(f"{runs}/{method}-seed-0", steps))
+        axis.imshow(common.strips(f"{runs}/{method}-seed-0", [steps], count=10)[0])
         axis.set(xticks=[], yticks=[])
         axis.set_ylabel(
             f"{TITLES[method].split(',')[0]}\n{common.plural(steps, 'step')}", rotation=0, ha="right", va="center"
@@ -81,27 +76,14 @@ def draw(runs: Path, out: Path, found: dict[str, dict[int, list[float]]]) -> Non
     figure.savefig(out, dpi=110)
 
 
-def _strip(run_dir: str, steps: int, count: int = 10) -> np.ndarray:
-    """The first samples of a run side by side."""
-    config = common.config_of(run_dir)
-    spec, flow_map = load_flow_map(run_dir)
-    plan = plan_of(config.sampling, spec, steps, count, seed=0)
-    z = collect(flow_map, spec, plan, world.World())
-    draw = spec.space.artifacts(config.sampling.vae, torch.device("cpu"))
-    return torch.cat(list(draw(z)), dim=1).numpy()
-
-
-def _spread(values: list[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
 def page(runs: Path, seeds: int, found: dict[str, dict[int, list[float]]]) -> str:
     """docs/results.md."""
     counts = sorted({steps for by_steps in found.values() for steps in by_steps})
     rows = []
     for method, by_steps in found.items():
         cells = [
-            f"{statistics.fmean(by_steps[n]):.3f} ± {_spread(by_steps[n]):.3f}" if n in by_steps else "" for n in counts
+            f"{statistics.fmean(by_steps[n]):.3f} ± {common.deviation(by_steps[n]):.3f}" if n in by_steps else ""
+            for n in counts
         ]
         rows.append([TITLES[method], *cells])
     minutes = [

@@ -7,16 +7,10 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import numpy as np
-import torch
 from matplotlib.figure import Figure
 
+from experiments import common
 from experiments.flow_maps.study import ROWS, STEPS, Study
-from imm_scale import config as configs
-from imm_scale import storage
-from imm_scale.checkpoint.export import load_flow_map
-from imm_scale.parallel import world
-from imm_scale.sampling.draw import collect, plan_of
 
 _COLOURS = (
     *("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7"),
@@ -34,12 +28,18 @@ def groups(rows: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
+def _panels(study: Study, height: float) -> tuple[Figure, list[tuple[Any, str, list[str]]]]:
+    """A figure with a plot for each group, beside its title and its rows; distances on one axis."""
+    by_group = groups(study.rows)
+    figure = Figure(figsize=(5.2 * len(by_group), height), layout="constrained")
+    plots = figure.subplots(1, len(by_group), sharey=True, squeeze=False)[0]
+    return figure, [(plot, title, names) for plot, (title, names) in zip(plots, by_group.items(), strict=True)]
+
+
 def against_steps(study: Study, out: Path) -> None:
     """Mean distances over seeds with their standard deviation; the upper axis is the cost of a sample."""
-    panels = groups(study.rows)
-    figure = Figure(figsize=(5.2 * len(panels), 4.8), layout="constrained")
-    plots = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for plot, (title, names) in zip(plots, panels.items(), strict=True):
+    figure, panels = _panels(study, height=4.8)
+    for plot, title, names in panels:
         for name, style in zip(names, _styles(), strict=False):
             found = study.distances(name)
             steps = sorted(found)
@@ -52,22 +52,20 @@ def against_steps(study: Study, out: Path) -> None:
         per_step = study.forward_flops(names[0]) / 1e6
         upper = plot.secondary_xaxis("top", functions=(lambda x, f=per_step: x * f, lambda x, f=per_step: x / f))
         upper.set_xlabel("multiply-adds a sample, millions", fontsize=8)
-    plots[0].set_ylabel("distance to the training set")
+    panels[0][0].set_ylabel("distance to the training set")
     _save(figure, out)
 
 
 def against_training(study: Study, out: Path) -> None:
     """Distance in two steps at checkpoints of the first seed's runs."""
-    panels = groups(study.rows)
-    figure = Figure(figsize=(5.2 * len(panels), 4.2), layout="constrained")
-    plots = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for plot, (title, names) in zip(plots, panels.items(), strict=True):
+    figure, panels = _panels(study, height=4.2)
+    for plot, title, names in panels:
         for name, style in zip(names, _styles(), strict=False):
             points = sorted(study.in_training(name))
             plot.plot([u for u, _ in points], [d for _, d in points], label=ROWS[name].title, **style)
         plot.set(yscale="log", xlabel="forward passes of one image in training", title=title)
         plot.legend(frameon=False, fontsize=8)
-    plots[0].set_ylabel("distance in two steps, one seed")
+    panels[0][0].set_ylabel("distance in two steps, one seed")
     _save(figure, out)
 
 
@@ -76,7 +74,8 @@ def samples(study: Study, out: Path) -> None:
     figure = Figure(figsize=(11, 0.62 * len(study.rows)), layout="constrained")
     axes: Any = figure.subplots(len(study.rows), len(STEPS), squeeze=False)
     for row, name in zip(axes, study.rows, strict=True):
-        for axis, strip in zip(row, _strips(study.runs(name)[0].outcome.cell.run_dir), strict=True):
+        run_dir = study.runs(name)[0].outcome.cell.run_dir
+        for axis, strip in zip(row, common.strips(run_dir, STEPS, _SAMPLES), strict=True):
             axis.imshow(strip, cmap="gray")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
@@ -84,15 +83,6 @@ def samples(study: Study, out: Path) -> None:
     for axis, steps in zip(axes[0], STEPS, strict=True):
         axis.set_title(f"{steps} step" + "s" * (steps > 1), fontsize=9)
     _save(figure, out)
-
-
-def _strips(run_dir: str) -> list[np.ndarray]:
-    """Samples side by side, for each step count."""
-    config = configs.from_yaml(storage.read_text(storage.join(run_dir, "config.yaml")))
-    spec, flow_map = load_flow_map(run_dir)
-    draw = spec.space.artifacts(config.sampling.vae, torch.device("cpu"))
-    plans = [plan_of(config.sampling, spec, steps, _SAMPLES, seed=0) for steps in STEPS]
-    return [torch.cat(list(draw(collect(flow_map, spec, plan, world.World()))), dim=1).numpy() for plan in plans]
 
 
 def _styles() -> list[dict[str, Any]]:

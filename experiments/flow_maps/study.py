@@ -253,7 +253,7 @@ class Study:
         for run in self.runs(name):
             for steps, mean in run.means.items():
                 found.setdefault(steps, []).append(mean)
-        return {steps: (statistics.fmean(values), _deviation(values)) for steps, values in found.items()}
+        return {steps: (statistics.fmean(values), common.deviation(values)) for steps, values in found.items()}
 
     def outcomes(self) -> list[Outcome]:
         """Of all runs of both sweeps."""
@@ -275,7 +275,3 @@ class Study:
 def _score(outcome: Outcome, judged: Sequence[int]) -> float:
     values = [result["mean"] for result in outcome.results if result["steps"] in judged]
     return statistics.geometric_mean(values) if values else float("inf")
-
-
-def _deviation(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
