@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
-from benchmarks.gpu.report import Context
+from benchmarks.gpu.report import Context, Report
 from imm_scale import precision as precisions
 from imm_scale.errors import UserError
 
@@ -15,6 +16,17 @@ from imm_scale.errors import UserError
 def lacks_compiler(context: Context) -> str:
     """Why torch.compile cannot run. At size `small` nothing is generated, so nothing is needed."""
     return "" if context.small else _refusal(precisions.check_compiler, "train.compile")
+
+
+def compiles_afresh(context: Context, report: Report, name: str) -> bool:
+    """Whether blocks can be compiled, without graphs or counts of earlier ones; says so where they cannot."""
+    missing = lacks_compiler(context)
+    if missing:
+        report.skip(f"{name}, compiled", missing)
+        return False
+    torch.compiler.reset()
+    counters.clear()
+    return True
 
 
 def lacks_xformers(context: Context) -> str:

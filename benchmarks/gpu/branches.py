@@ -86,12 +86,8 @@ def _whole(gradient: Tensor | None) -> Tensor:
 
 
 def _compiled(context: Context, report: Report, precision: str, case: _Case, eager: dict[str, Tensor | None]) -> None:
-    missing = abilities.lacks_compiler(context)
-    if missing:
-        report.skip(f"{precision}, compiled", missing)
+    if not abilities.compiles_afresh(context, report, precision):
         return
-    torch.compiler.reset()
-    counters.clear()
     case.model.compile_blocks()
     compiled = case.gradients()
     _complete(report, f"{precision}, compiled", compiled)

@@ -88,12 +88,8 @@ def _apart(derivative: Tensor, reference: Tensor) -> float:
 
 
 def _compiled(context: Context, report: Report, precision: str, model: DiT, inputs: Inputs, reference: Tensor) -> None:
-    missing = abilities.lacks_compiler(context)
-    if missing:
-        report.skip(f"{precision}, compiled", missing)
+    if not abilities.compiles_afresh(context, report, precision):
         return
-    torch.compiler.reset()
-    counters.clear()
     compiled = copy.deepcopy(model)
     compiled.compile_blocks()
     with computing(precision, context.device):
