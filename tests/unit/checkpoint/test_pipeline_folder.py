@@ -76,14 +76,10 @@ def _variants() -> list[FlowMapConfig]:
     return variants
 
 
-@pytest.mark.parametrize("flow_map", _variants(), ids=lambda c: "-".join(map(str, vars(c).values())))
-@pytest.mark.parametrize(
-    "net", [{}, {"qk_norm": True, "time_embedding": "fourier", "mlp_ratio": 2.0}], ids=["dit", "qk"]
-)
-def test_its_transformer_is_our_flow_map(flow_map, net):
+def _both(spec: build.ModelSpec) -> tuple[Any, Any]:
+    """Our flow map, and the standalone transformer of its config, with the same random weights."""
     from imm_scale.checkpoint.standalone.flow_map_transformer import FlowMapTransformer
 
-    spec = _spec(FlowMatchingConfig(flow_map=flow_map, t_max=0.994), **net)
     pipeline_folder.check(spec)
     torch.manual_seed(0)
     ours = build.net(spec).eval()
@@ -91,6 +87,16 @@ def test_its_transformer_is_our_flow_map(flow_map, net):
     state = {key: 0.1 * torch.randn_like(value) for key, value in ours.model.state_dict().items()}
     ours.model.load_state_dict(state)
     theirs.load_state_dict(state)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("flow_map", _variants(), ids=lambda c: "-".join(map(str, vars(c).values())))
+@pytest.mark.parametrize(
+    "net", [{}, {"qk_norm": True, "time_embedding": "fourier", "mlp_ratio": 2.0}], ids=["dit", "qk"]
+)
+def test_its_transformer_is_our_flow_map(flow_map, net):
+    spec = _spec(FlowMatchingConfig(flow_map=flow_map, t_max=0.994), **net)
+    ours, theirs = _both(spec)
     x, label = torch.randn(5, 1, 8, 12, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
     with torch.no_grad():
         latest = 0.99 if flow_map.parameterization == "epsilon" else 1.0  # alpha_t is 0 at 1
@@ -109,16 +115,8 @@ def _told(**settings: Any) -> build.ModelSpec:
 
 @pytest.mark.parametrize("time_embedding", ["positional", "fourier"])
 def test_its_transformer_is_told_its_guidance(time_embedding):
-    from imm_scale.checkpoint.standalone.flow_map_transformer import FlowMapTransformer
-
     spec = _told(time_embedding=time_embedding)
-    pipeline_folder.check(spec)
-    torch.manual_seed(0)
-    ours = build.net(spec).eval()
-    theirs = FlowMapTransformer(**json.loads(json.dumps(pipeline_folder.transformer_config(spec)))).eval()
-    state = {key: 0.1 * torch.randn_like(value) for key, value in ours.model.state_dict().items()}
-    ours.model.load_state_dict(state)
-    theirs.load_state_dict(state)
+    ours, theirs = _both(spec)
     x, label = torch.randn(5, 1, 8, 12, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
     s, t = (torch.tensor([time], dtype=torch.float64) for time in (0.2, 0.9))
     with torch.no_grad():
