@@ -23,9 +23,8 @@ from imm_scale.fusion import fused
 from imm_scale.methods.base import FlowMapMethod, FlowMapMethodConfig, GroupLosses, prior_noise
 from imm_scale.methods.flow_map import VELOCITIES, FlowMap, per_sample
 from imm_scale.methods.probability_path import diffuse
+from imm_scale.methods.two_times import standard_normal
 from imm_scale.registry import register_method
-
-_LEAST, _MOST = 2.0**-54, 1.0 - 2.0**-53
 
 
 class Draws(NamedTuple):
@@ -150,4 +149,4 @@ class TerminalVelocityMatching(FlowMapMethod):
 
 def _normal(parameters: list[float], u: Tensor) -> Tensor:
     mean, deviation = parameters
-    return mean + deviation * torch.special.ndtri(u.clamp(_LEAST, _MOST))
+    return mean + deviation * standard_normal(u)
