@@ -50,7 +50,8 @@ def _sampling(config: Config) -> None:
             f"sampling.guidance_interval={[low, high]} is empty: give the lower time first, as in [0.1,0.8]; "
             "sampling.guidance_scale=1 is without guidance"
         )
-    config.method.check_sampler(config.sampling.sampler, (*config.sampling.steps, *config.evaluation.steps))
+    sampler = config.method.sampler_named(config.sampling.sampler)
+    config.method.check_sampler(sampler, (*config.sampling.steps, *config.evaluation.steps))
     config.method.check_guidance(config.sampling.guidance_scale, config.sampling.guidance_interval)
     scale, drop = config.sampling.guidance_scale, getattr(config.method, "label_drop", None)
     if scale != 1.0 and drop == 0.0 and not config.sampling.guide.is_set:

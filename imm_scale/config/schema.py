@@ -259,8 +259,15 @@ class SamplingConfig:
         range="[1, inf)",
     )
     guide: GuideConfig = field(default_factory=GuideConfig)
-    sampler: Literal["pushforward", "restart", "pushforward_restart", "heun"] = option(
-        "pushforward", "pushforward (Euler for flow matching), restart (noise added between jumps), both, or heun."
+    sampler: Literal[
+        "auto", "pushforward", "restart", "pushforward_restart", "heun", "unmask", "blocks", "verified"
+    ] = option(
+        "auto",
+        "auto: the first that fits the method. Flow maps: pushforward (Euler for flow matching), restart (noise added "
+        "between jumps), both, or heun. Tokens: unmask of masked nets; blocks or verified of causal ones.",
+    )
+    order: Literal["random", "left_to_right", "confidence"] = option(
+        "random", "Order in which unmask draws tokens: random, left to right, or the most probable of each step."
     )
     guidance_interval: list[float] = option(
         [0.0, 1.0],
@@ -271,7 +278,8 @@ class SamplingConfig:
     grid: str = option(
         "auto",
         "Times visited: uniform, edm (rho = 7 in eta), eta_1.4 (two steps), or a list as in 0.994,0.5,0; "
-        "auto takes eta_1.4 for imm in two steps, else uniform.",
+        "auto takes eta_1.4 for imm in two steps, else uniform. Of masked tokens how many each step draws: uniform, "
+        "cosine, best (of the evaluation's profile), or a list as in 1,3,12,48.",
     )
     vae: str | None = option(
         None,
