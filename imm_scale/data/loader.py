@@ -16,9 +16,9 @@ from torch import Tensor
 from imm_scale import devices, rng, storage
 from imm_scale.data import sample_order
 from imm_scale.data.batch import Batch, BatchMaker, BufferPool, Stored
-from imm_scale.data.block_cache import BlockCache
-from imm_scale.data.block_reader import BlockReader
-from imm_scale.data.block_window import OnBadBlock, Visit, Window
+from imm_scale.data.blocks.cache import BlockCache
+from imm_scale.data.blocks.reader import BlockReader
+from imm_scale.data.blocks.window import OnBadBlock, Visit, Window
 from imm_scale.data.dataset import Dataset
 from imm_scale.data.manifest import Manifest
 from imm_scale.data.prefetch import Prefetcher

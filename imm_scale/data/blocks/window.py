@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from imm_scale.data import sample_order
-from imm_scale.data.block_reader import BlockError, BlockReader, Target
+from imm_scale.data.blocks.reader import BlockError, BlockReader, Target
 from imm_scale.data.dataset import Dataset
 from imm_scale.data.sample_order import BlockTable
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imm_scale import storage
-from imm_scale.data.block_cache import BlockCache
+from imm_scale.data.blocks.cache import BlockCache
 from imm_scale.data.dataset import Dataset
 from imm_scale.data.sample_order import BlockTable
 from imm_scale.data.shards import DamagedBlockError
