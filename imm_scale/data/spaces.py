@@ -209,8 +209,9 @@ class Latents(SampleSpace):
     @classmethod
     def of(cls, config: LatentsConfig, manifest: Manifest) -> Self:
         names = tuple(manifest.class_names)
-        codec = config.normalized(manifest.codec)
-        return cls(config.sigma_data, manifest.latent_shape, codec, manifest.num_classes, names)
+        codec = config.normalized(manifest.latent_codec)
+        channels, height, width = manifest.latent_shape
+        return cls(config.sigma_data, (channels, height, width), codec, manifest.num_classes, names)
 
     def to_fields(self) -> dict[str, Any]:
         return {**asdict(self), "codec": self.codec.to_fields()}
@@ -239,7 +240,7 @@ class Latents(SampleSpace):
         return z
 
     def reading(self, manifest: Manifest) -> Self:
-        stored, differing = manifest.codec, Latents.of(LatentsConfig(), manifest).unlike(self)
+        stored, differing = manifest.latent_codec, Latents.of(LatentsConfig(), manifest).unlike(self)
         differing.pop("data.space.sigma_data", None)
         if manifest.latent_shape != self.shape:
             differing["data.latent_shape"] = (self.shape, manifest.latent_shape)
