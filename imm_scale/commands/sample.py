@@ -12,7 +12,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="folder to write to, any fsspec URL; default RUN/samples/step-N")
     parser.add_argument(
         "--format",
-        help="one or more of grid (a PNG, a row a class), folder (PNG files), npz (as ADM reads it), webdataset (tars), "
+        help="one or more of grid (a PNG, a row a class), folder (PNG files), npz (as ADM reads it), webdataset, "
         "of tokens text and jsonl; default grid,npz, of text text,npz",
     )
     parser.add_argument("--latents", action="store_true", help="keep the latents too, in npz and webdataset")

@@ -69,7 +69,15 @@ def masked_mean(x: Tensor, kept: Tensor) -> Tensor:
 
 
 class Head(nn.Module, ABC):
-    """A law q(x^S | h). Heads and their parts are called as modules: ZeRO-3 gathers weights by hooks on calls."""
+    """A law q(x^S | h). Heads and their parts are called as modules: ZeRO-3 gathers weights by hooks on calls.
+
+    Attributes:
+        independent: tokens of S are drawn independently, so that a set may be scored in parts.
+        takes_uniforms: it learns from noise: `forward` wants uniforms.
+    """
+
+    independent: bool = False
+    takes_uniforms: bool = False
 
     def __init__(self, width: int, vocabulary: int):
         super().__init__()

@@ -12,6 +12,8 @@ from imm_scale.models.heads.base import Head, HeadOutput
 class FactorizedHead(Head):
     """q(x^S | h) = prod_i softmax(E h_i)[x_i]."""
 
+    independent = True
+
     def forward(self, h_NKD: Tensor, x_NK: Tensor, scored_NK: Tensor, uniform_NK: Tensor | None = None) -> HeadOutput:
         log_prob_NK = self.unembed(h_NKD, x_NK.masked_fill(~scored_NK, 0))
         return HeadOutput(log_prob_NK.masked_fill(~scored_NK, 0.0).sum(dim=1))

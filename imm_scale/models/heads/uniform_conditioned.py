@@ -28,6 +28,8 @@ class UniformConditionedHead(Head):
     verified comes from `conditional`. The student's cross entropy reaches the net's states, and not the teacher.
     """
 
+    takes_uniforms = True
+
     def __init__(self, width: int, vocabulary: int, heads: int, depth: int):
         super().__init__(width, vocabulary)
         self.teacher = AutoregressiveHead(width, vocabulary, heads, depth)
