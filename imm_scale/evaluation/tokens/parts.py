@@ -48,23 +48,35 @@ class Parts:
         Raises:
             UserError: values in the folder that are not this model's.
         """
-        pieces = self._read(name)
-        done = sum(map(len, pieces))
+        kept = self._read(name)
+        done = sum(map(len, kept))
         if done:
-            self._compare(name, rows(0, min(self._batch, len(pieces[0]))), pieces[0])
-        written, new, last = done, list[NDArray[np.float64]](), time.monotonic()
-        with tqdm(
-            total=total, initial=done, desc=name, unit="row", disable=not sys.stderr.isatty(), leave=False
-        ) as bar:
-            for start in range(done, total, self._batch):
-                stop = min(start + self._batch, total)
-                new.append(rows(start, stop))
-                bar.update(stop - start)
-                if stop == total or time.monotonic() - last > _WRITE_SECONDS:
-                    pieces.append(np.concatenate(new))
-                    self._write(name, written, pieces[-1])
-                    written, new, last = stop, [], time.monotonic()
-        return np.concatenate(pieces)
+            self._compare(name, rows(0, min(self._batch, len(kept[0]))), kept[0])
+        return np.concatenate([*kept, *self._computed(name, rows, done, total)])
+
+    def _computed(self, name: str, rows: Rows, done: int, total: int) -> list[NDArray[np.float64]]:
+        """The pieces from row `done` on, written now and then, and whatever ends this."""
+        pieces, new, last = list[NDArray[np.float64]](), list[NDArray[np.float64]](), time.monotonic()
+        hidden = not sys.stderr.isatty()
+        with tqdm(total=total, initial=done, desc=name, unit="row", disable=hidden, leave=False) as bar:
+            try:
+                for start in range(done, total, self._batch):
+                    new.append(rows(start, min(start + self._batch, total)))
+                    bar.update(len(new[-1]))
+                    if time.monotonic() - last > _WRITE_SECONDS:
+                        self._move(name, new, pieces, done)
+                        last = time.monotonic()
+            finally:
+                self._move(name, new, pieces, done)
+        return pieces
+
+    def _move(self, name: str, new: list[NDArray[np.float64]], pieces: list[NDArray[np.float64]], done: int) -> None:
+        """Writes what is new as one piece."""
+        if new:
+            start = done + sum(map(len, pieces))
+            pieces.append(np.concatenate(new))
+            new.clear()
+            self._write(name, start, pieces[-1])
 
     def _read(self, name: str) -> list[NDArray[np.float64]]:
         """The pieces that follow each other from row 0 on."""

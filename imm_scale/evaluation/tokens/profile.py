@@ -4,8 +4,8 @@ A score is the mean of -log p over the tokens that were masked when n random oth
 is linear in the means hhat_n, so its standard error is exact also where a sample was scored at several n: each sample's
 share of it is summed, and samples are independent (`Profile.of`).
 
-Sizes fitted to a noisy profile would look better than they are. So one half of the samples chooses them, after a
-non-increasing fit (scipy's pool-adjacent-violators), and the other half says what they cost.
+Sizes fitted to a noisy profile would look better than they are. So each half of the samples chooses some, after a
+non-increasing fit (scipy's pool-adjacent-violators), and the other half says what they cost; the mean of both is given.
 """
 
 from collections.abc import Sequence
@@ -112,6 +112,7 @@ class ScheduleCost:
 
     Attributes:
         kind: equal, cosine or best.
+        sizes: tokens of each step; the best ones as chosen by all samples.
         nll, excess: nll@L and what of it is above NLL_T, in nats a sequence.
     """
 
@@ -130,25 +131,40 @@ def step_counts(length: int) -> list[int]:
 def schedule_costs(scores: Scores, steps: Sequence[int]) -> list[ScheduleCost]:
     """Equal, cosine and best sizes for each of these numbers of steps.
 
-    Equal and cosine sizes are measured on all samples; the best ones of the first half on the second.
+    Equal and cosine sizes are measured on all samples. So are the best ones, each half's choice on the other half.
     """
-    everything, first, second = Profile(scores), Profile(scores.half(0)), Profile(scores.half(1))
-    # L = T has one schedule, all ones: its row of the table is not needed, and would be the longest to fill.
+    everything, halves = Profile(scores), [Profile(scores.half(which)) for which in (0, 1)]
+    # Of one step and of T there is one schedule; T's row of the table would be the longest to fill.
     most = max((count for count in steps if count < scores.length), default=1)
-    best = schedules.best_schedules(first.fitted(), most)
+    chosen, *crossed = (schedules.best_schedules(one.fitted(), most) for one in (everything, *halves))
     costs = []
     for count in steps:
         equal = schedules.equal_sizes(scores.length, count)
-        chosen = equal if count == scores.length else best.sizes(count)
         costs.append(_cost(everything, "equal", equal))
         costs.append(_cost(everything, "cosine", schedules.cosine_sizes(scores.length, count)))
-        costs.append(_cost(second, "best", chosen))
+        if count in (1, scores.length):
+            costs.append(_cost(everything, "best", equal))
+        else:
+            crosswise = zip(halves, reversed(crossed), strict=True)
+            parts = [_cost(half, "best", other.sizes(count)) for half, other in crosswise]
+            costs.append(_mean_of(parts, chosen.sizes(count)))
     return costs
 
 
 def _cost(profile: Profile, kind: str, sizes: tuple[int, ...]) -> ScheduleCost:
     weights_T = schedules.step_weights(sizes, profile.length)
     return ScheduleCost(len(sizes), kind, sizes, profile.of(weights_T), profile.of(weights_T - 1))
+
+
+def _mean_of(costs: Sequence[ScheduleCost], sizes: tuple[int, ...]) -> ScheduleCost:
+    """The mean cost of schedules that were measured on different samples."""
+    nll, excess = (_mean([getattr(cost, name) for cost in costs]) for name in ("nll", "excess"))
+    return ScheduleCost(len(sizes), costs[0].kind, sizes, nll, excess)
+
+
+def _mean(independent: Sequence[Estimate]) -> Estimate:
+    values, errors = np.array(independent).T
+    return Estimate(float(values.mean()), float(np.sqrt(np.square(errors).sum())) / len(values))
 
 
 def floor(costs: Sequence[ScheduleCost]) -> dict[int, Estimate]:

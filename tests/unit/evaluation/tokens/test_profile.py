@@ -56,6 +56,23 @@ def test_best_schedules_are_found_on_one_half_and_cost_what_they_must():
     assert list(profile.floor(costs)) == [1, 2, 4, 8]
 
 
+def test_crossed_halves_do_not_flatter():
+    """Of 16 tokens with a noisy profile: what sizes cost on the samples that chose them, and on others."""
+    exact_T = np.linspace(1.0, 0.5, 16) ** 2
+    best = schedules.best_schedules(exact_T)
+    generator, own, crossed = np.random.default_rng(0), [], []
+    for _ in range(200):
+        noisy = exact_T[np.arange(640) // 2 % 16] + generator.normal(size=640)
+        scores = Scores(16, np.arange(640), np.arange(640) // 2 % 16, noisy)
+        estimated = Profile(scores)
+        own.append(schedules.nll(estimated.means(), schedules.best_schedules(estimated.fitted()).sizes(3)))
+        crossed.append(profile.schedule_costs(scores, [3])[-1].nll.value)
+    least = schedules.nll(exact_T, best.sizes(3))
+    error = np.std(own) / np.sqrt(200)
+    assert np.mean(own) < least - ERRORS * error, "cheaper than any schedule can be"
+    assert np.mean(crossed) > least - ERRORS * np.std(crossed) / np.sqrt(200)
+
+
 def test_the_fit_does_not_rise_and_keeps_the_sum():
     estimated = Profile(_scores(joints.parity(8), 40, 8))
     fitted = estimated.fitted()
@@ -133,8 +150,9 @@ def test_no_probability_for_a_token_is_an_error():
         scoring.mean_of_masked(never_seen, visible)
 
 
-def test_a_pass_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(parts, "_WRITE_SECONDS", -1.0)
+@pytest.mark.parametrize("seconds", [-1.0, 1e9], ids=["written at once", "written when stopped"])
+def test_a_pass_goes_on_where_it_was_stopped(seconds, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "_WRITE_SECONDS", seconds)
     calls = []
 
     def rows(start: int, stop: int) -> np.ndarray:
