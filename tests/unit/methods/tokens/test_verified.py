@@ -75,7 +75,7 @@ def test_tokens_behind_one_that_is_to_be_drawn_are_refused():
     start = toy.masks(net, 2)
     start[1, 2] = 0
     for sampler in (verified, blocks):
-        with pytest.raises(UserError, match="behind ones that are to be drawn.*method.name=masked"):
+        with pytest.raises(UserError, match=r"behind ones that are to be drawn.*method\.name=masked"):
             sampler(net, start, toy.no_label(2), toy.steps(torch.arange(2)))
 
 
