@@ -57,7 +57,7 @@ def _nll_of_steps(net, x_T, counts, orders=ORDERS):
 
 @pytest.mark.parametrize("x", X)
 def test_the_loss_at_any_number_of_tokens_is_the_sum_of_the_profile(x, monkeypatch):
-    """sum_n h_n, h_n the mean over sets S of n tokens and i outside of -log p(x^i | x^S): 4 n of 24 orders, enumerated."""
+    """sum_n h_n, h_n the mean over sets S of n tokens and i outside of -log p(x^i | x^S): 24 orders, enumerated."""
     net = toy.token_net(T, V, causal=False)
     method = MaskedDiffusion(MaskedConfig())
     method.batch_size = n = T * len(ORDERS)
