@@ -13,9 +13,10 @@ from imm_scale.checkpoint.format import committed_steps
 from imm_scale.config.schema import Config, SamplingConfig
 from imm_scale.data.manifest import Manifest
 from imm_scale.errors import UserError
-from imm_scale.evaluation import cost_quality, gallery, images, measures, networks, reference, watch
+from imm_scale.evaluation import cost_quality, evaluators, gallery, images, measures, networks, reference, watch
 from imm_scale.evaluation import guidance_search as search
-from imm_scale.evaluation.evaluator import Evaluator, check_reference
+from imm_scale.evaluation.evaluators.base import Evaluator
+from imm_scale.evaluation.evaluators.distances import check_reference
 from imm_scale.evaluation.records import FOLDER, Conditions
 from imm_scale.evaluation.sets import measure_images
 from imm_scale.parallel import world as distributed
@@ -209,7 +210,7 @@ def _evaluate(arguments: Arguments, source: Source, config: Config, world: World
             evaluator.evaluate(sampling, config.evaluation)
 
     def loaded(newest: Source) -> Evaluator:
-        evaluator = Evaluator(newest, config, world, announce, arguments.out or FOLDER)
+        evaluator = evaluators.choose(newest, config, world, announce, arguments.out or FOLDER)
         assert evaluator.model is not None  # read now, before the run removes it
         return evaluator
 

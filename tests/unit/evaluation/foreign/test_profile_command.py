@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from imm_scale import cli
-from imm_scale.evaluation.tokens import joints, schedules
+from imm_scale.evaluation.tokens import joints
+from imm_scale.methods.tokens import schedules
 
 CHAIN = joints.binary_chain(6, 0.1)
 # The models, as a user would write them: one knows the table of the chain, one that the next bit differs in one of ten.

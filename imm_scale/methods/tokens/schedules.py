@@ -11,12 +11,13 @@ nll@L = sum_l k_l h_{n_l} under a random order; what is above H(x) = sum_n h_n i
 No loss, distillation or training of a net with such steps goes below E: it is in the data, not in the net.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from imm_scale.methods.tokens import masking
 
 Floats = NDArray[np.float64]
 
@@ -54,21 +55,9 @@ def bound(profile_T: Floats, steps: int) -> float:
     return (largest - 1) * float(profile_T[0] - profile_T[-1])
 
 
-def equal_sizes(length: int, steps: int) -> tuple[int, ...]:
-    """Sizes that differ by one at most."""
-    _check(length, steps)
-    ends = [length * step // steps for step in range(steps + 1)]
-    return tuple(b - a for a, b in itertools.pairwise(ends))
-
-
-def cosine_sizes(length: int, steps: int) -> tuple[int, ...]:
-    """Sizes that grow: T cos(pi l / 2L) tokens are masked after step l, rounded, one a step at least."""
-    _check(length, steps)
-    ends = [0]
-    for step in range(1, steps + 1):
-        wanted = length - round(length * float(np.cos(np.pi * step / (2 * steps))))
-        ends.append(min(max(wanted, ends[-1] + 1), length - (steps - step)))
-    return tuple(b - a for a, b in itertools.pairwise(ends))
+def sizes_of(kind: str, length: int, steps: int) -> tuple[int, ...]:
+    """Sizes of `uniform` or `cosine` steps, as the sampler has them."""
+    return tuple(masking.visible_counts(kind, steps, length).diff().tolist())
 
 
 def _check(length: int, steps: int) -> None:
