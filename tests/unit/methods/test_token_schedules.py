@@ -106,6 +106,35 @@ def test_no_schedule_is_better_than_the_best(seed):
     assert np.array_equal(few.excess_L, best.excess_L[:3]), "fewer rows of the same table"
 
 
+def _table(h_T: np.ndarray, most: int) -> np.ndarray:
+    """Recursion (3) as it is written, every a for every n."""
+    length, known = len(h_T), np.concatenate([[0], np.cumsum(h_T)])
+    a, n = np.arange(length)[:, None], np.arange(length + 1)
+    cost = np.where(n > a, (n - a) * h_T[:, None] - (known - known[:-1, None]), np.inf)
+    least = cost[0]
+    rows = [least[-1]]
+    for _ in range(most - 1):
+        least = (least[:-1, None] + cost).min(axis=0)
+        rows.append(least[-1])
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("shape", ["steep", "stairs", "flat"])
+def test_long_sequences_by_the_whole_table(shape):
+    """Stairs, as a fit gives, have many schedules of one cost."""
+    h_T = np.sort(np.random.default_rng(0).exponential(size=120))[::-1]
+    h_T = {"steep": h_T**3, "stairs": np.repeat(h_T[::10], 10), "flat": np.ones(120)}[shape]
+    best = schedules.best_schedules(h_T, 40)
+    assert best.excess_L == pytest.approx(_table(h_T, 40), abs=1e-10), "sums of 120 terms of order 100"
+    for steps in (1, 2, 7, 40):
+        assert schedules.excess(h_T, best.sizes(steps)) == pytest.approx(best.excess_L[steps - 1], abs=1e-10)
+
+
+def test_a_profile_that_rises_is_fitted_first():
+    with pytest.raises(AssertionError, match="fit the profile"):
+        schedules.best_schedules(np.array([1.0, 0.5, 0.6]))
+
+
 @pytest.mark.parametrize(("length", "steps"), [(8, 3), (64, 8), (64, 64), (7, 7), (1024, 5), (5, 1)])
 def test_sizes_are_whole(length, steps):
     for sizes in (schedules.sizes_of("uniform", length, steps), schedules.sizes_of("cosine", length, steps)):

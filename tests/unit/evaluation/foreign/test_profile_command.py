@@ -172,7 +172,7 @@ def test_mistakes(model, flags, words, held_out, capsys):
         ("negative.npy", ["holds -1"]),
         ("large.npy", ["token 5 of the data is none of chain_models:net's 3"]),
         ("text.txt", ["--length"]),
-        ("manifest.json", ["not read here yet"]),
+        ("manifest.json", ["manifest.json"]),
     ],
 )
 def test_data_that_are_none(name, words, held_out, tmp_path, capsys):
