@@ -371,8 +371,8 @@ class EvaluationConfig:
     )
     brier: int = option(
         0,
-        "Held-out sequences for each of which two samples are drawn, for the paired Brier score of short windows; 0: none, "
-        "or 256 for samplers without a likelihood.",
+        "Held-out sequences for each of which two samples are drawn, for the paired Brier score of short windows; 0: "
+        "none, or 256 for samplers without a likelihood.",
         range="[0, inf)",
     )
     compared: int = option(

@@ -22,10 +22,7 @@ from imm_scale.evaluation import extractors, measures, networks, reference
 from imm_scale.evaluation.collect import Collector, Features
 from imm_scale.evaluation.evaluators.base import Announce, Evaluator
 from imm_scale.evaluation.metrics import Measure
-from imm_scale.evaluation.records import (
-    FOLDER,
-    SCHEMA_VERSION,
-)
+from imm_scale.evaluation.records import FOLDER, SCHEMA_VERSION
 from imm_scale.evaluation.reference import Reference
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World

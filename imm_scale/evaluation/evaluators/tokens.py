@@ -167,11 +167,11 @@ class TokenEvaluator(Evaluator):
         began = time.perf_counter()
         plan = self._plan(sampling, steps)
         if isinstance(self.method, MaskedDiffusion) and plan.order != "confidence":
-            nll, measures, passes = *self._of_masked(plan), float(steps)
+            nll, measures, passes = *self._of_masked(plan), steps
         elif isinstance(self.method, NextBlock):
             nll, measures, passes = self._of_causal(plan)
         else:
-            nll, measures, passes = None, {}, float(steps)
+            nll, measures, passes = None, {}, steps
         contexts = evaluation.brier or (_BRIER_CONTEXTS if nll is None else 0)
         if contexts:
             measures |= self._brier(plan, contexts)
@@ -214,7 +214,7 @@ class TokenEvaluator(Evaluator):
             "nll_one_at_a_time": _measure(_over(single, length)),
         }
         if plan.sampler == "blocks":
-            return _over(blocks, length), measures, float(plan.steps)
+            return _over(blocks, length), measures, plan.steps
         acceptance = self._acceptance(plan)
         measures["tokens_a_pass"] = _plain(acceptance.tokens_a_pass)
         rate = acceptance.accepted.double() / acceptance.drafted.clamp_min(1)
