@@ -292,9 +292,15 @@ class SamplingConfig:
         "auto takes eta_1.4 for imm in two steps, else uniform. Of masked tokens how many each step draws: uniform, "
         "cosine, best (of the evaluation's profile), or a list as in 1,3,12,48.",
     )
+    profile: str | None = option(
+        None,
+        "Profile that grid=best takes its sizes from, as imm-scale evaluate writes it; null: the run's own.",
+        is_path=True,
+    )
     vae: str | None = option(
         None,
-        "Folder or hub name of the AutoencoderKL that decodes vae latents (FOLDER:vae: a pipeline's).",
+        "Folder or hub name of the AutoencoderKL that decodes vae latents (FOLDER:vae: a pipeline's); of tokens the "
+        "folder of their tokenizer.json, or of the autoencoder of their codes.",
         is_path=True,
     )
     ema: float | None = option(
@@ -362,6 +368,12 @@ class EvaluationConfig:
     )
     reference_entry: str | None = option(
         None, "Which statistics of a .pkl with several, as fd_dinov2; null takes fid with the Inception network."
+    )
+    brier: int = option(
+        0,
+        "Held-out sequences for each of which two samples are drawn, for the paired Brier score of short windows; 0: "
+        "none, or 256 for samplers without a likelihood.",
+        range="[0, inf)",
     )
     compared: int = option(
         10_000, "Most samples, of either side, that kernel and neighbour metrics compare.", range="[1, inf)"

@@ -18,7 +18,7 @@ from imm_scale.choices import MethodConfig, Passes, option
 from imm_scale.data.batch import Batch
 from imm_scale.data.spaces import SampleSpace
 from imm_scale.errors import UserError
-from imm_scale.methods import probability_path
+from imm_scale.methods import probability_path, samplers
 from imm_scale.methods.flow_map import FlowMap, FlowMapConfig
 from imm_scale.methods.samplers import NO_GUIDANCE, SAMPLERS, Guidance
 from imm_scale.methods.time_grids import time_grid
@@ -175,6 +175,10 @@ class Method(ABC):
         """The kind that `sampling.grid=auto` stands for."""
         return "uniform"
 
+    def check(self, net: Any, sampler: str, times: Tensor) -> None:  # noqa: B027 - most nets take every plan
+        """Raises UserError for a sampler or a grid (steps + 1,) that this net, whose weights are not looked at, cannot
+        be drawn with."""
+
     @abstractmethod
     def sample(self, net: Any, start: Tensor, condition: Tensor, steps: Steps) -> Tensor:
         """Samples (N, ...) in the dtype of `start`, (N, ...) of the prior; condition (N,)."""
@@ -237,6 +241,9 @@ class FlowMapMethod(Method):
     def grid(self, kind: str, steps: int, space: SampleSpace) -> Tensor:
         interp = probability_path.build(self.config.flow_map.trajectory)
         return time_grid(interp, kind, steps, self.config.t_min, self.config.t_max)
+
+    def check(self, net: FlowMap, sampler: str, times: Tensor) -> None:
+        samplers.check(sampler, net)
 
     def sample(self, net: FlowMap, start: Tensor, condition: Tensor, steps: Steps) -> Tensor:
         return SAMPLERS[steps.sampler](net, start, steps.times, condition, steps.guidance, steps.fresh_noise)

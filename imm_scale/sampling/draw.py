@@ -13,9 +13,7 @@ from imm_scale import build, precision, rng
 from imm_scale.build import ModelSpec
 from imm_scale.config.schema import SamplingConfig
 from imm_scale.errors import UserError
-from imm_scale.methods import samplers
 from imm_scale.methods.base import Steps
-from imm_scale.methods.flow_map import FlowMap
 from imm_scale.methods.samplers import Guidance
 from imm_scale.models.base import Backbone
 from imm_scale.parallel import world as distributed
@@ -174,10 +172,9 @@ class Drawer:
                 f"guidance_scale={plan.guidance_scale} needs a net trained with method.label_drop above 0, or a guide "
                 "(sampling.guide); use 1"
             )
-        if isinstance(net, FlowMap):
-            samplers.check(plan.sampler, net)
         self.plan = plan
         self.times = times_of(spec, plan)
+        build.method(spec).check(net, plan.sampler, self.times)
         self._net, self._space, self._method = net, spec.space, build.method(spec)
         self._device = next(net.parameters()).device
         for backbone in (net.model, *([guide.model] if guide is not None else [])):

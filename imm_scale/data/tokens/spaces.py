@@ -30,7 +30,7 @@ class TokensConfig(SpaceConfig):
 
 
 @dataclass(frozen=True)
-class _TokenSpace(SampleSpace):
+class TokenSpace(SampleSpace):
     """What all spaces of token sequences know.
 
     Attributes:
@@ -67,7 +67,7 @@ class _TokenSpace(SampleSpace):
         return self
 
     def unlike(self, source: SampleSpace) -> dict[str, tuple[Any, Any]]:
-        if not isinstance(source, _TokenSpace):
+        if not isinstance(source, TokenSpace):
             return super().unlike(source)
         differing = {f"data.codec.{key}": pair for key, pair in self.codec.unlike(source.codec).items()}
         if type(source) is not type(self):
@@ -100,7 +100,7 @@ class _TokenSpace(SampleSpace):
 
 @register_space("tokens")
 @dataclass(frozen=True)
-class Tokens(_TokenSpace):
+class Tokens(TokenSpace):
     """Sequences of token ids; the prior is all masked, id K."""
 
     Config = TokensConfig
@@ -148,7 +148,7 @@ class BitsConfig(RealTokensConfig):
 
 
 @dataclass(frozen=True)
-class _RealTokens(_TokenSpace):
+class _RealTokens(TokenSpace):
     """Token sequences as (C, 1, T) real numbers, which a DiT of patch size 1 takes for an image of one row."""
 
     sigma_data: float = 0.5
