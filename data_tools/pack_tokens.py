@@ -22,7 +22,7 @@ from data_tools.tokens.writing import HELD_OUT, IDENTITY, MANIFEST, Target
 from imm_scale import storage
 from imm_scale.cli import entry
 from imm_scale.data.manifest import Manifest, TokenCodec
-from imm_scale.data.token_images import CODES
+from imm_scale.data.tokens.images import CODES
 from imm_scale.errors import UserError
 
 _OF_CODES = ("images", "autoencoder", "train_steps")

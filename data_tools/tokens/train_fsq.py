@@ -10,7 +10,7 @@ from tqdm import tqdm
 from data_tools.encode import load_images
 from data_tools.tokens.corpus import all_images
 from imm_scale import rng, storage
-from imm_scale.data.token_images import AUTOENCODER_FILE, FSQAutoencoder, FSQShape, read_autoencoder, to_signed
+from imm_scale.data.tokens.images import AUTOENCODER_FILE, FSQAutoencoder, FSQShape, read_autoencoder, to_signed
 from imm_scale.errors import UserError
 
 _BATCH = 64

@@ -166,12 +166,13 @@ class TokenEvaluator(Evaluator):
     def _result(self, sampling: SamplingConfig, evaluation: EvaluationConfig, steps: int) -> dict[str, Any]:
         began = time.perf_counter()
         plan = self._plan(sampling, steps)
+        nll: Estimate | None = None
+        measures: Measures = {}
+        passes: float = steps
         if isinstance(self.method, MaskedDiffusion) and plan.order != "confidence":
-            nll, measures, passes = *self._of_masked(plan), steps
+            nll, measures = self._of_masked(plan)
         elif isinstance(self.method, NextBlock):
             nll, measures, passes = self._of_causal(plan)
-        else:
-            nll, measures, passes = None, {}, steps
         contexts = evaluation.brier or (_BRIER_CONTEXTS if nll is None else 0)
         if contexts:
             measures |= self._brier(plan, contexts)

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 
 from imm_scale.data.manifest import TokenCodec
-from imm_scale.data.tokenizers import FromFile, open_tokenizer, tokenizer_of
+from imm_scale.data.tokens.tokenizers import FromFile, open_tokenizer, tokenizer_of
 from imm_scale.errors import UserError
 
 ODD = "Ünïcode 'Kelvin' \u212a, 3 naïve\tCAFÉS!\n\n — end… "

@@ -16,8 +16,8 @@ from data_tools.tokens import train_fsq, writing
 from data_tools.tokens.texts import kjv, python
 from imm_scale.data.dataset import Dataset
 from imm_scale.data.manifest import Manifest
-from imm_scale.data.token_images import open_decoder
-from imm_scale.data.tokenizers import open_tokenizer, tokenizer_of
+from imm_scale.data.tokens.images import open_decoder
+from imm_scale.data.tokens.tokenizers import open_tokenizer, tokenizer_of
 
 LENGTH, STRIDE = 7, 3
 
