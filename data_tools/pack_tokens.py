@@ -78,9 +78,9 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UserError(
             "--train-steps trains an autoencoder, --autoencoder names one that is trained: give one of them"
         )
-    source, out = os.path.realpath(os.path.expanduser(args.source)), storage.address(args.out)
+    source = os.path.realpath(os.path.expanduser(args.source))
     if os.path.isdir(source) and storage.is_local(args.out):
-        target = os.path.realpath(storage.local_path(out))
+        target = os.path.realpath(storage.local_path(args.out))
         if os.path.commonpath([source, target]) == source:
             raise UserError(f"--out {args.out} lies inside --source {args.source}: choose a folder outside of it")
     storage.check_writable(args.out)

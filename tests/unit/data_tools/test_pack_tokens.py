@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 import tokenizers
@@ -205,12 +204,6 @@ def test_the_built_in_texts_are_the_known_ones():
     library = python()
     names = [next(library.documents).name for _ in range(3)]
     assert library.count > 500 and names == sorted(names)
-
-
-def test_a_store_takes_them(texts):
-    assert _pack("memory://tokens/out", *_words(texts)) == 0
-    assert len(Dataset("memory://tokens/out/manifest.json")) > 100
-    fsspec.filesystem("memory").rm("/tokens", recursive=True)
 
 
 REFUSED = [
