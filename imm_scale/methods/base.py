@@ -21,6 +21,7 @@ from imm_scale.errors import UserError
 from imm_scale.methods import probability_path
 from imm_scale.methods.flow_map import FlowMap, FlowMapConfig, Given
 from imm_scale.methods.in_blocks import draws as block_draws
+from imm_scale.methods.in_blocks import sampling as block_sampling
 from imm_scale.methods.samplers import NO_GUIDANCE, SAMPLERS, Guidance
 from imm_scale.methods.time_grids import time_grid
 from imm_scale.models.base import Backbone
@@ -126,12 +127,16 @@ class Steps(NamedTuple):
         sampler: name of the sampler, as in `sampling.sampler`.
         guidance: scale and interval of classifier-free guidance.
         fresh_noise: samples of the prior for the i-th step of samplers that add some.
+        block_times: `times` of each block of a sample, where they have their own.
+        given: the first blocks of the samples, (N, C, rows, W), where they are known.
     """
 
     times: Tensor
     sampler: str = "pushforward"
     guidance: Guidance = NO_GUIDANCE
     fresh_noise: Callable[[int], Tensor] | None = None
+    block_times: Sequence[Tensor] = ()
+    given: Tensor | None = None
 
 
 class Method(ABC):
@@ -241,7 +246,12 @@ class FlowMapMethod(Method):
         return time_grid(interp, kind, steps, self.config.t_min, self.config.t_max)
 
     def sample(self, net: FlowMap, start: Tensor, condition: Tensor, steps: Steps) -> Tensor:
-        return SAMPLERS[steps.sampler](net, start, steps.times, condition, steps.guidance, steps.fresh_noise)
+        sampler = SAMPLERS[steps.sampler]
+        if net.blocks == 1:
+            return sampler(net, start, steps.times, condition, steps.guidance, steps.fresh_noise)
+        grids = steps.block_times or [steps.times] * net.blocks
+        more = condition, steps.guidance, steps.fresh_noise, steps.given
+        return block_sampling.sample(net, sampler, start, grids, *more)
 
     def drop_labels(
         self, flow_map: FlowMap, label: Tensor, ordinal: Tensor, seed: int, share: float | None = None

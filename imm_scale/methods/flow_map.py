@@ -331,10 +331,10 @@ class FlowMap(nn.Module):
         """
         c = self.coefficients(s, t)
         scaled, times = self._net_input(x_t, c, self._net_dtype(x_t)), self._c_noise(s, t)
-        out = self._answer(scaled, times, label, self._told(guidance, t)).to(x_t.dtype)
+        out = self._answer(scaled, times, label, **self._told(guidance, t)).to(x_t.dtype)
         if guidance_scale != 1.0 and self.guide is None:
             null = torch.full_like(label, self._unconditional(guidance_scale))
-            unconditional = self._answer(scaled, times, null).to(x_t.dtype)
+            unconditional = self._answer(scaled, times, null, labelled=False).to(x_t.dtype)
             out = guidance_scale * out + (1.0 - guidance_scale) * unconditional
         jump = self._assemble(x_t, c, out)
         if guidance_scale != 1.0 and self.guide is not None:
@@ -343,10 +343,10 @@ class FlowMap(nn.Module):
         return jump
 
     def _answer(
-        self, scaled: Tensor, times: tuple[Tensor, Tensor | None], label: Tensor, told: dict[str, Any] | None = None
+        self, scaled: Tensor, times: tuple[Tensor, Tensor | None], label: Tensor, labelled: bool = True, **told: Tensor
     ) -> Tensor:
-        """What the net says of x_t; `told` beside the label is the case without a null label's turn."""
-        out: Tensor = self.model(scaled, *times, label, **(told or {}))
+        """What the net says of x_t, under a label, or under the null label, which is none."""
+        out: Tensor = self.model(scaled, *times, label, **told)
         return out
 
     def _unconditional(self, guidance_scale: float) -> int:

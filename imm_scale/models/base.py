@@ -33,6 +33,21 @@ class Architecture(ABC):
     def example(self, samples: int) -> tuple[Any, ...]:
         """Arguments of one forward pass, each sample a group of its own, on torch's default device."""
 
+    @property
+    def sequence_blocks(self) -> int:
+        """J, blocks of a sample that are drawn one after another; above 1 the net is a `BlockCausal`."""
+        return 1
+
+    @property
+    def at_once(self) -> "Architecture":
+        """The same net for samples that are drawn at once."""
+        return self
+
+    @property
+    def hidden(self) -> tuple[int, int]:
+        """Multiply-adds of attention that masks hide, in a pass of the clean stream and of a branch."""
+        return 0, 0
+
 
 class Context(NamedTuple):
     """The clean stream that the blocks of a sample are given.

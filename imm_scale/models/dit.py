@@ -1,7 +1,7 @@
 """The diffusion transformer (DiT, arXiv 2212.09748) with (t, s, label) conditioning."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -154,7 +154,12 @@ class DiTConfig(Architecture):
     def example(self, samples: int) -> tuple[Any, ...]:
         x = torch.zeros(samples, self.channels, self.height, self.image_width)
         times = torch.zeros(samples, dtype=torch.float64)
-        needed = x, times, times if self.second_time else None, torch.zeros(samples, dtype=torch.int64)
+        label = torch.zeros(samples, dtype=torch.int64)
+        if self.blocks > 1:
+            second = times if self.second_time else None
+            of_blocks = [None if u is None else u[:, None].expand(-1, self.blocks) for u in (times, second)]
+            return x, *of_blocks, label, None, None, Context(x, times, second)
+        needed = x, times, times if self.second_time else None, label
         return (*needed, None, torch.zeros(samples, 3, dtype=torch.float64)) if self.guidance else needed
 
     @property
@@ -165,6 +170,20 @@ class DiTConfig(Architecture):
     @property
     def tokens(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    @property
+    def sequence_blocks(self) -> int:
+        return self.blocks
+
+    @property
+    def at_once(self) -> "DiTConfig":
+        return replace(self, blocks=1)
+
+    @property
+    def hidden(self) -> tuple[int, int]:
+        pairs, seen = self.tokens**2, self.tokens * (self.tokens + self.block_tokens) // 2
+        of_a_pair = 2 * self.width * self.depth  # a score, and a value
+        return of_a_pair * (pairs - seen), of_a_pair * (2 * pairs - seen)
 
     @property
     def block_tokens(self) -> int:
