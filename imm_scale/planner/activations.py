@@ -42,10 +42,10 @@ def activations(net: Architecture, half: bool) -> Activations:
         return _of_dit(net, _HALF if half else _FP32)
     counts = footprint(net, half)
     # Counted on a pass of all streams with gradient, of which the branch without is as one.
-    widest = counts.widest / streams(net)
-    return Activations(
-        counts.kept_by_block, counts.block_input, counts.kept_around, widest, counts.workspace, elements(net)
-    )
+    widest, workspace = counts.widest / streams(net), counts.workspace
+    if isinstance(net, DiTConfig):  # the count is of the whole way back, whose beginning holds more than its blocks do
+        workspace = streams(net) * _of_dit(net, _HALF if half else _FP32).workspace
+    return Activations(counts.kept_by_block, counts.block_input, counts.kept_around, widest, workspace, elements(net))
 
 
 def streams(net: Architecture) -> int:
