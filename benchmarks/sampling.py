@@ -55,7 +55,7 @@ class Frechet:
 
 def load(file: str | Path = DEMO_WEIGHTS, device: str | torch.device = "cpu") -> tuple[ModelSpec, FlowMap]:
     """The trained net, ready to draw from."""
-    spec, flow_map = export.load_flow_map(str(file))
+    spec, flow_map = export.load_net(str(file))
     return spec, flow_map.to(device)
 
 

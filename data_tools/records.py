@@ -116,7 +116,7 @@ def check_manifest(out: str, identity: Identity) -> None:
     if not storage.exists(url):
         return
     manifest = Manifest.load(url)
-    stored = manifest.codec
+    stored = manifest.latent_codec
     if stored == identity.codec(stored.mean, stored.std) and manifest.flipped == identity.flipped:
         return
     known = {field.name: getattr(stored, field.name) for field in fields(Identity) if hasattr(stored, field.name)}

@@ -1,4 +1,4 @@
-"""Numbers and a picture of a latent data set: `imm-scale stats --help`."""
+"""Numbers and a picture of a data set: `imm-scale stats --help`."""
 
 import argparse
 import io
@@ -11,6 +11,7 @@ from PIL import Image
 
 from data_tools.common import paths_are_the_users
 from data_tools.statistics import ChannelSums
+from data_tools.tokens import numbers
 from imm_scale import storage
 from imm_scale.cli import entry
 from imm_scale.data import codec as codecs
@@ -36,7 +37,12 @@ def stats(args: argparse.Namespace) -> None:
     """Does what the command line asks. Raises UserError."""
     _check_options(args)
     dataset = Dataset(args.manifest)
-    decoder = codecs.open_codec(dataset.manifest.codec, args.vae) if args.page else None
+    if dataset.manifest.vocabulary is not None:
+        if args.page is not None:
+            raise UserError(f"--page {args.page} is for latents: {args.manifest} holds tokens, leave it out")
+        print("\n".join([*numbers.lines(dataset), *_classes(dataset)]))
+        return
+    decoder = codecs.open_codec(dataset.manifest.latent_codec, args.vae) if args.page else None
     for line in [*_moments(dataset), *_classes(dataset), *_compression(dataset, args)]:
         print(line)
     if decoder is not None:
@@ -59,7 +65,7 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 def _moments(dataset: Dataset) -> list[str]:
-    codec = dataset.manifest.codec
+    codec = dataset.manifest.latent_codec
     sums = ChannelSums.zero(codec.channels)
     norms: list[np.ndarray] = []
     table = sample_order.block_table(dataset.shard_samples, _CHUNK)
@@ -88,7 +94,7 @@ def _classes(dataset: Dataset) -> list[str]:
 
 
 def _compression(dataset: Dataset, args: argparse.Namespace) -> list[str]:
-    codec, (_, height, width) = dataset.manifest.codec, dataset.manifest.latent_shape
+    codec, (_, height, width) = dataset.manifest.latent_codec, dataset.manifest.latent_shape
     patch = args.patch_size
     if patch < 1 or height % patch or width % patch or args.vocabulary < 2 or args.latent_bits < 1:
         raise UserError(
@@ -109,7 +115,7 @@ def _compression(dataset: Dataset, args: argparse.Namespace) -> list[str]:
 
 def _page(dataset: Dataset, args: argparse.Namespace, decoder: codecs.ImageCodec) -> Image.Image:
     """The first samples of the first classes, decoded from their mean."""
-    codec = dataset.manifest.codec
+    codec = dataset.manifest.latent_codec
     height, width = codec.image_shape
     page = Image.new("RGB", (args.columns * width, args.rows * height))
     for row in range(min(args.rows, dataset.manifest.num_classes)):

@@ -24,7 +24,7 @@ from imm_scale.cli import entry
 from imm_scale.data import tar
 from imm_scale.data.codec import posterior
 from imm_scale.data.manifest import Codec, Manifest, ShardInfo
-from imm_scale.data.shards import FLIPPED, LABEL, LATENT, ShardReader, open_shard
+from imm_scale.data.shards import FLIPPED, LABEL, ShardReader, open_of, stored_name
 from imm_scale.errors import UserError
 
 # Options that say what foreign shards hold.
@@ -102,7 +102,7 @@ def check_shard(folder: str, manifest: Manifest, info: ShardInfo) -> Report:
     if hashlib.sha256(data).hexdigest() != info.sha256:
         report.problems.append("another sha256 than the manifest says")
     try:
-        reader = open_shard(folder, info, manifest.stored_shape, manifest.num_classes, manifest.flipped)
+        reader = open_of(manifest, folder, info)
         _check_contents(report, reader, data, url, manifest)
     except UserError as error:
         report.problems.append(str(error))
@@ -116,22 +116,24 @@ def _check_contents(report: Report, reader: ShardReader, data: bytes, url: str, 
     if len(samples) != len(reader.index):
         report.problems.append(f"{len(samples)} samples in the tar, {len(reader.index)} in the index")
         return
-    required = {LATENT, LABEL} | ({FLIPPED} if manifest.flipped else set())
+    array = stored_name(manifest.stored_dtype)
+    required = {array, LABEL} | ({FLIPPED} if manifest.flipped else set())
     for i, ((key, files), row) in enumerate(zip(samples, reader.index, strict=True)):
         if not required <= files.keys():
             report.problems.append(f"sample {i} ({key}) has only {', '.join(files)}")
             return
         label = data[files[LABEL].offset : files[LABEL].offset + files[LABEL].size]
-        if files[LATENT].offset != row["offset"] or not label.strip().isdigit() or int(label) != row["label"]:
+        if files[array].offset != row["offset"] or not label.strip().isdigit() or int(label) != row["label"]:
             report.problems.append(f"sample {i} ({key}): offset or label differ from the index")
             return
     report.labels = Counter(reader.labels.tolist())
-    out = np.empty((len(samples), reader.variants, *manifest.stored_shape), np.float16)
+    out = np.empty((len(samples), reader.variants, *manifest.stored_shape), manifest.stored_dtype)
     start, end = reader.span(0, len(samples))
     reader.decode(data[start:end], 0, len(samples), out)
-    first = data[files[LATENT].offset : files[LATENT].offset + files[LATENT].size]
+    first = data[files[array].offset : files[array].offset + files[array].size]
     np.load(io.BytesIO(first), allow_pickle=False)  # stock readers must be able to decode it
-    report.problems += _value_problems(out, manifest.codec)
+    if isinstance(manifest.codec, Codec):  # tokens outside the vocabulary are refused as they are decoded
+        report.problems += _value_problems(out, manifest.codec)
 
 
 def _value_problems(latents: np.ndarray, codec: Codec) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from imm_scale import config as configs
 from imm_scale import storage
 from imm_scale.checkpoint import run_folder
-from imm_scale.checkpoint.export import load_flow_map
+from imm_scale.checkpoint.export import load_net
 from imm_scale.config.schema import Config
 from imm_scale.evaluation.records import arithmetic, read_evaluations
 from imm_scale.parallel import world
@@ -55,7 +55,7 @@ def deviation(values: Sequence[float]) -> float:
 def strips(run_dir: str, step_counts: Sequence[int], count: int) -> list[np.ndarray]:
     """The first samples of a run side by side, for each step count from the same noise: (H, count W, 3) or so."""
     config = config_of(run_dir)
-    spec, flow_map = load_flow_map(run_dir)
+    spec, flow_map = load_net(run_dir)
     draw = spec.space.artifacts(config.sampling.vae, torch.device("cpu"))
     plans = [plan_of(config.sampling, spec, steps, count, seed=0) for steps in step_counts]
     return [torch.cat(list(draw(collect(flow_map, spec, plan, world.World()))), dim=1).numpy() for plan in plans]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from experiments import common
 from imm_scale.build import ModelSpec
-from imm_scale.checkpoint.export import load_flow_map
+from imm_scale.checkpoint.export import load_net
 from imm_scale.data import dataset
 from imm_scale.data.spaces import Latents
 from imm_scale.evaluation.metrics.frechet import Moments, frechet_distance
@@ -112,7 +112,7 @@ def landing_distances(flow_map: FlowMap, spec: ModelSpec, references: dict[float
 
 def draw(runs: Path, out: Path) -> dict[str, list[float]]:
     """The picture; returns the distances of the jumps, by net."""
-    loaded = {net: load_flow_map(str(runs / net.folder)) for net in NETS}
+    loaded = {net: load_net(str(runs / net.folder)) for net in NETS}
     spec = loaded[NETS[0]][0]
     manifest = common.config_of(str(runs / NETS[0].folder)).data.manifest
     assert manifest is not None, "a trained run has a manifest"

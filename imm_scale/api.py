@@ -39,7 +39,8 @@ def load(
             alone.
 
     Returns:
-        The model: `spec` says what it is, `flow_map(x, s, t, label)` evaluates f_{s,t}, `decode(z)` makes images.
+        The model: `spec` says what it is, `net` is the net as its method wraps it, for flow maps `net(x, s, t, label)`
+        is f_{s,t}(x), and `decode(z)` makes images.
 
     Raises:
         UserError: nothing to load there, an average that is not held, or another autoencoder than the data's.
@@ -61,7 +62,7 @@ def sample(
     seed: int = 0,
     guidance: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
-    sampler: str = "pushforward",
+    sampler: str = "auto",
     grid: str = "auto",
     latents: bool = False,
 ) -> Tensor:
@@ -78,7 +79,7 @@ def sample(
         seed: of the starting noise; sample i depends on it and on i alone.
         guidance: w of w G(label) + (1 - w) G(null); 1 is off.
         guidance_interval: (low, high] of t in which guidance is in force.
-        sampler: pushforward, restart, pushforward_restart or heun.
+        sampler: auto (the first that fits the method), pushforward, restart, pushforward_restart or heun.
         grid: auto, uniform, edm, eta_1.4 or times as in "0.994,0.5,0".
         latents: normalized latents in place of images.
 
@@ -105,7 +106,7 @@ def sample(
         grid=grid,
     )
     plan = draw.plan_of(config, model.spec, steps, config.num if num is None else num, seed)
-    batches = draw.sample(model.flow_map, model.spec, plan)
+    batches = draw.sample(model.net, model.spec, plan)
     return torch.cat([z.float() if latents else model.decode(z) for _, _, z in batches])
 
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
+from imm_scale.errors import UserError
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -97,11 +99,13 @@ class MethodConfig(Choice):
     Attributes:
         MAX_ZERO_STAGE: the last ZeRO stage it can be trained at.
         WHY_NOT_BEYOND: what keeps it from the next.
+        SAMPLERS: those of `sampling.sampler` that its nets can be drawn by; `auto` stands for the first.
         tangents_are_live: derivatives carry a gradient, and flow matching is a pass of its own beside them.
     """
 
     MAX_ZERO_STAGE: ClassVar[int] = 3
     WHY_NOT_BEYOND: ClassVar[str] = ""
+    SAMPLERS: ClassVar[tuple[str, ...]] = ("pushforward", "restart", "pushforward_restart", "heun")
 
     @property
     def group_size(self) -> int:
@@ -123,6 +127,16 @@ class MethodConfig(Choice):
         if self.passes_at(alignment).forwards <= least:
             return ""
         return f"; {least:.4g} where every rank's micro-batches are multiples of 4 groups"
+
+    def sampler_named(self, name: str) -> str:
+        """The sampler that `sampling.sampler` means for this method. Raises UserError for one of other nets."""
+        chosen = self.SAMPLERS[0] if name == "auto" else name
+        if chosen not in self.SAMPLERS:
+            raise UserError(
+                f"sampling.sampler={name} does not draw from a net of method.name={self.name}: choose one of "
+                f"{', '.join(self.SAMPLERS)}, or auto"
+            )
+        return chosen
 
     def check_sampler(self, sampler: str, steps: Sequence[int]) -> None:
         """Raises UserError, naming the remedy, where one of the step counts asks the net for jumps it never learns."""

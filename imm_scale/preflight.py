@@ -11,7 +11,7 @@ from imm_scale import config as configs
 from imm_scale.build import ModelSpec
 from imm_scale.config.schema import Config
 from imm_scale.data.dataset import Dataset
-from imm_scale.data.manifest import Manifest, check_expectations
+from imm_scale.data.manifest import Manifest, TokenCodec, check_expectations
 from imm_scale.data.sample_order import Layout, holdout_count, steps_per_epoch
 from imm_scale.errors import UserError
 from imm_scale.parallel.zero_config import check_settings, deepspeed_config
@@ -20,17 +20,28 @@ from imm_scale.planner import flops
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """Everything that follows from a config, a manifest and a world, before anything is started."""
+    """Everything that follows from a config, a manifest and a world, before anything is started.
+
+    Attributes:
+        held_out: the samples of `data.holdout_manifest`, None where there is none.
+    """
 
     config: Config
     dataset: Dataset
     layout: Layout
     spec: ModelSpec
+    held_out: Dataset | None = None
 
     @property
     def manifest(self) -> Manifest:
         """The data set's description."""
         return self.dataset.manifest
+
+    @property
+    def num_held_out(self) -> int:
+        """Samples that are never trained on, of the data set or of `data.holdout_manifest`."""
+        own = self.manifest.num_samples - trained_samples(self.config, self.manifest)
+        return own if self.held_out is None else len(self.held_out)
 
     @property
     def cautions(self) -> list[str]:
@@ -51,8 +62,9 @@ def prepare(config: Config, world_size: int) -> PreparedRun:
     check_expectations(
         manifest,
         codec=config.data.codec,
-        latent_shape=None if config.data.latent_shape is None else _triple(config.data.latent_shape),
+        latent_shape=None if config.data.latent_shape is None else tuple(config.data.latent_shape),
         num_classes=config.data.num_classes,
+        vocabulary=config.data.vocabulary,
     )
     train = config.train
     layout = Layout(train.global_batch_size, config.method.group_size, world_size, train.micro_batch_size)
@@ -60,7 +72,7 @@ def prepare(config: Config, world_size: int) -> PreparedRun:
     spec = build.model_spec(config, manifest)
     with torch.device("meta"):
         build.net(spec)  # a method says here what it cannot use
-    return PreparedRun(config, dataset, layout, spec)
+    return PreparedRun(config, dataset, layout, spec, _held_out(config, manifest))
 
 
 def trained_samples(config: Config, manifest: Manifest) -> int:
@@ -68,10 +80,27 @@ def trained_samples(config: Config, manifest: Manifest) -> int:
     return manifest.num_samples - holdout_count(manifest.num_samples, config.data.holdout)
 
 
-def _triple(shape: list[int]) -> tuple[int, int, int]:
-    if len(shape) != 3:
-        raise UserError(f"data.latent_shape={shape} must be channels, height and width")
-    return shape[0], shape[1], shape[2]
+def _held_out(config: Config, trained: Manifest) -> Dataset | None:
+    """What `data.holdout_manifest` names, which must be samples of the same kind and others."""
+    url = config.data.holdout_manifest
+    if url is None:
+        return None
+    held_out = Dataset(url)
+    manifest = held_out.manifest
+    if manifest.hash == trained.hash:
+        raise UserError(f"data.holdout_manifest={url} is what data.manifest trains on: name samples that are held out")
+    pairs = {key: (getattr(manifest, key), getattr(trained, key)) for key in ("latent_shape", "num_classes")}
+    pairs["codec"] = (manifest.codec.kind, trained.codec.kind)
+    if isinstance(manifest.codec, TokenCodec) and isinstance(trained.codec, TokenCodec):
+        pairs |= trained.codec.unlike(manifest.codec)
+    for key, (there, here) in pairs.items():
+        if there == here:
+            continue
+        raise UserError(
+            f"data.holdout_manifest={url} holds other samples than data.manifest: {key} {there}, not {here}; name "
+            "samples packed or encoded alike"
+        )
+    return held_out
 
 
 def describe(prepared: PreparedRun) -> str:
@@ -93,7 +122,7 @@ def describe(prepared: PreparedRun) -> str:
         + flops.spared(config.method, net, layout.alignment),
         f"data               {samples:,} images, {samples // layout.global_batch_size} steps per epoch, "
         f"{config.train.max_steps * layout.global_batch_size / samples:.4g} epochs in all"
-        + (f"; {prepared.manifest.num_samples - samples:,} images held out" if config.data.holdout else ""),
+        + (f"; {prepared.num_held_out:,} images held out" if prepared.num_held_out else ""),
         f"run folder         {config.run_dir}",
         *(f"note               {caution}" for caution in prepared.cautions),
     ]

@@ -12,7 +12,10 @@ from typing import TypeVar
 from imm_scale.choices import BackboneConfig, Choice, MethodConfig, MetricConfig, SpaceConfig
 from imm_scale.errors import UserError
 
-BUILT_IN = ("imm_scale.methods", "imm_scale.models", "imm_scale.data.spaces", "imm_scale.evaluation.metrics")
+BUILT_IN = (
+    *("imm_scale.methods", "imm_scale.models", "imm_scale.data.spaces", "imm_scale.data.tokens.spaces"),
+    "imm_scale.evaluation.metrics",
+)
 ENTRY_POINTS = "imm_scale.plugins"
 
 Class = TypeVar("Class", bound=type)

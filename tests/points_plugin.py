@@ -189,7 +189,7 @@ class Denoiser(Method):
     def wrap(self, backbone: Backbone, space: SampleSpace) -> DenoiserNet:
         return DenoiserNet(backbone, space)
 
-    def grid(self, kind: str, steps: int) -> Tensor:
+    def grid(self, kind: str, steps: int, space: SampleSpace) -> Tensor:
         return torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
 
     def sample(self, net: DenoiserNet, start: Tensor, condition: Tensor, steps: Steps) -> Tensor:

@@ -25,7 +25,6 @@ from imm_scale.checkpoint.format import COMMITTED, Checkpoint, committed_steps, 
 from imm_scale.checkpoint.origin import Origin
 from imm_scale.config.load import from_yaml
 from imm_scale.errors import UserError
-from imm_scale.methods.flow_map import FlowMap
 
 Result = TypeVar("Result")
 RAW_WEIGHTS = 0.0
@@ -214,32 +213,32 @@ def read_tensors(url: str) -> tuple[dict[str, str], dict[str, Tensor]]:
             raise UserError(f"{url} is not a safetensors file: {error}") from error
 
 
-def load_flow_map(source: str, ema: float | None = None, step: int | None = None) -> tuple[ModelSpec, FlowMap]:
-    """A flow map ready to sample: in eval mode, without gradients."""
+def load_net(source: str, ema: float | None = None, step: int | None = None) -> tuple[ModelSpec, Any]:
+    """A net as its method wraps it, ready to sample: in eval mode, without gradients."""
     return load(source, ema, step)[:2]
 
 
-def load(source: str, ema: float | None = None, step: int | None = None) -> tuple[ModelSpec, FlowMap, Origin]:
-    """As `load_flow_map`, and which weights they are."""
+def load(source: str, ema: float | None = None, step: int | None = None) -> tuple[ModelSpec, Any, Origin]:
+    """As `load_net`, and which weights they are."""
     spec, weights, origin = _read(source, ema, step)
-    flow_map = build.net(spec)
-    put(flow_map, weights, source)
-    return spec, flow_map.eval().requires_grad_(False), origin
+    net = build.net(spec)
+    put(net, weights, source)
+    return spec, net.eval().requires_grad_(False), origin
 
 
-def identity(spec: ModelSpec, flow_map: FlowMap) -> str:
+def identity(spec: ModelSpec, net: Any) -> str:
     """sha256 of the spec and of every weight: equal for an export and the run it came from."""
     digest = hashlib.sha256(spec.to_json().encode())
-    for name, value in sorted(flow_map.model.state_dict().items()):
+    for name, value in sorted(net.model.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def put(flow_map: FlowMap, weights: dict[str, Tensor], source: str) -> None:
+def put(net: Any, weights: dict[str, Tensor], source: str) -> None:
     """Copies weights into the net. Raises UserError where names or shapes do not fit."""
     try:
-        flow_map.model.load_state_dict(weights)
+        net.model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"the weights of {source} do not fit this model: {error}") from error
 

@@ -13,7 +13,6 @@ from imm_scale.build import ModelSpec
 from imm_scale.checkpoint import export
 from imm_scale.config.schema import TrainConfig
 from imm_scale.errors import UserError
-from imm_scale.methods.flow_map import FlowMap
 from imm_scale.models.base import Architecture, Backbone
 from imm_scale.preflight import PreparedRun
 
@@ -45,7 +44,7 @@ def check(prepared: PreparedRun) -> None:
     _adapted(net, weights, source, prepared)
 
 
-def load(flow_map: FlowMap, prepared: PreparedRun) -> None:
+def load(net: Any, prepared: PreparedRun) -> None:
     """Puts the weights of `train.init_from`, if it is set, into a fresh net, and logs what is new in it.
 
     Raises:
@@ -55,8 +54,8 @@ def load(flow_map: FlowMap, prepared: PreparedRun) -> None:
     if train.init_from is None:
         return
     source, weights = export.read(train.init_from, train.init_ema, train.init_step)
-    weights, notes = _adapted(flow_map.model, weights, source, prepared)
-    export.put(flow_map, weights, train.init_from)
+    weights, notes = _adapted(net.model, weights, source, prepared)
+    export.put(net, weights, train.init_from)
     log.info("starts from the weights of %s", export.read_spec(train.init_from, train.init_ema, train.init_step)[1])
     for note in notes:
         log.info("%s: %s", train.init_from, note)

@@ -12,8 +12,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="folder to write to, any fsspec URL; default RUN/samples/step-N")
     parser.add_argument(
         "--format",
-        default="grid,npz",
-        help="one or more of grid (a PNG, a row a class), folder (PNG files), npz (as ADM reads it), webdataset (tars)",
+        help="one or more of grid (a PNG, a row a class), folder (PNG files), npz (as ADM reads it), webdataset, "
+        "of tokens text and jsonl; default grid,npz, of text text,npz",
     )
     parser.add_argument("--latents", action="store_true", help="keep the latents too, in npz and webdataset")
 
@@ -31,7 +31,8 @@ def _run(args: argparse.Namespace) -> int:
     whole = sources.config_of(source, settings, job.READS)
     config, guidance = whole.sampling, guidance_of(args, whole)
     typed = tuple(configs.settings_of(settings))
-    request = job.Request(args.out, guidance, tuple(args.format.split(",")), args.latents, typed)
+    formats = () if args.format is None else tuple(args.format.split(","))
+    request = job.Request(args.out, guidance, formats, args.latents, typed)
     world = distributed.detect()
     distributed.init(world)
     job.run(source, config, request, world, say)

@@ -22,8 +22,16 @@ def add_sampling_flags(parser: argparse.ArgumentParser, section: str) -> None:
     parser.add_argument("--guide-step", type=int, help="step of the guide; without --guide of the same run")
     parser.add_argument("--guide-ema", type=float, help="decay of the guide's average, 0 for its raw weights")
     parser.add_argument("--labels", help="classes in turn: all, 0-9 or 3,7; or counts of each: 0:500,3-4:100")
-    parser.add_argument("--grid", help="time grid: auto, uniform, edm, eta_1.4 or times as in 0.994,0.5,0")
-    parser.add_argument("--sampler", help="pushforward, restart, pushforward_restart or heun")
+    parser.add_argument(
+        "--grid",
+        help="time grid: auto, uniform, edm, eta_1.4 or times as in 0.994,0.5,0; of tokens how many a step draws: "
+        "uniform, cosine, best or a list",
+    )
+    parser.add_argument(
+        "--sampler",
+        help="auto, pushforward, restart, pushforward_restart, heun; of tokens unmask, blocks, verified",
+    )
+    parser.add_argument("--order", help="order in which unmask draws tokens: random, left_to_right or confidence")
     parser.add_argument("--ema", type=float, help="decay of the average to use; 0 for the raw weights")
     parser.add_argument("--batch-size", type=int, help="images held at once; sample i is the same whatever it is")
     parser.add_argument("--precision", help="of the network: fp32 (default), tf32, bf16 or fp16")
@@ -51,6 +59,7 @@ def overrides(args: argparse.Namespace) -> list[str]:
         "sampling.batch_size": args.batch_size,
         "sampling.grid": args.grid,
         "sampling.sampler": args.sampler,
+        "sampling.order": args.order,
         "sampling.precision": args.precision,
         "sampling.compile": "true" if args.compile else None,
         "sampling.vae": args.vae,

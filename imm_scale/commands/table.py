@@ -40,6 +40,10 @@ COMMANDS = {
     "evaluate": Entry(
         "imm_scale.commands.evaluate:EVALUATE", "Measure samples, or a set of images, against a reference."
     ),
+    "profile": Entry(
+        "imm_scale.commands.profile:PROFILE",
+        "Say from one held-out pass of a token model what drawing several tokens at once must cost.",
+    ),
     "report": Entry(
         "imm_scale.commands.report:REPORT",
         "Write one self-contained HTML page about runs, or about a sweep and its laws.",

@@ -50,7 +50,8 @@ def _sampling(config: Config) -> None:
             f"sampling.guidance_interval={[low, high]} is empty: give the lower time first, as in [0.1,0.8]; "
             "sampling.guidance_scale=1 is without guidance"
         )
-    config.method.check_sampler(config.sampling.sampler, (*config.sampling.steps, *config.evaluation.steps))
+    sampler = config.method.sampler_named(config.sampling.sampler)
+    config.method.check_sampler(sampler, (*config.sampling.steps, *config.evaluation.steps))
     config.method.check_guidance(config.sampling.guidance_scale, config.sampling.guidance_interval)
     scale, drop = config.sampling.guidance_scale, getattr(config.method, "label_drop", None)
     if scale != 1.0 and drop == 0.0 and not config.sampling.guide.is_set:
@@ -119,6 +120,16 @@ def _going_on(config: Config) -> None:
     steps = train.profile_steps
     if steps and (len(steps) != 2 or steps[0] > steps[1]):
         raise UserError(f"train.profile_steps={steps} must be the first and the last step to trace, as in [100,105]")
+    if data.latent_shape is not None and len(data.latent_shape) == 2:
+        raise UserError(
+            f"data.latent_shape={data.latent_shape} must be channels, height and width, or one number, the length of "
+            "sequences of tokens"
+        )
+    if data.holdout and data.holdout_manifest is not None:
+        raise UserError(
+            f"data.holdout={data.holdout:g} and data.holdout_manifest={data.holdout_manifest} both say which samples "
+            "are held out: set one of them"
+        )
     if data.holdout > 1 and data.holdout % 1:
         raise UserError(f"data.holdout={data.holdout} must be a share below 1 or a whole number of samples")
 

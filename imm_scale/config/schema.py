@@ -32,13 +32,17 @@ class RunConfig:
 class DataConfig:
     manifest: str | None = option(None, "manifest.json of the latent shards, a path or any fsspec URL.", is_path=True)
     codec: str | None = option(
-        None, "Codec the shards must come from: pixels or vae; null takes what the manifest says."
+        None, "Codec the shards must come from: pixels, vae or tokens; null takes what the manifest says."
     )
     latent_shape: list[int] | None = option(
         None,
-        "Channels, height and width the shards must have; null: the manifest's.",
+        "Channels, height and width the shards must have, or the length of their sequences of tokens; null: the "
+        "manifest's.",
         range="[1, inf)",
-        length="[3, 3]",
+        length="[1, 3]",
+    )
+    vocabulary: int | None = option(
+        None, "Vocabulary the shards' tokens must have; null takes the manifest's.", range="[2, 2147483647]"
     )
     num_classes: int | None = option(
         None, "Number of classes the shards must have; null takes the manifest's.", range="[1, inf)"
@@ -62,6 +66,11 @@ class DataConfig:
         0.0,
         "Samples never trained on, whose loss is logged: a share below 1, or a count; whole blocks, by the seed.",
         range="[0, inf)",
+    )
+    holdout_manifest: str | None = option(
+        None,
+        "manifest.json of samples never trained on, whose loss is logged in place of data.holdout's share.",
+        is_path=True,
     )
     space: SpaceConfig = _chosen(SPACES, "latents")
 
@@ -109,7 +118,9 @@ class TrainConfig:
     grad_clip: float | None = option(
         None, "Clip the global gradient norm to this; null does not (as published).", range="(0, inf)"
     )
-    holdout_every: int = option(1000, "Steps between losses of the held-out samples (data.holdout).", range="[1, inf)")
+    holdout_every: int = option(
+        1000, "Steps between losses of the held-out samples (data.holdout, data.holdout_manifest).", range="[1, inf)"
+    )
     stop_signals: list[str] = option(
         ["SIGTERM", "SIGUSR1"],
         "Signals that ask the run to commit a checkpoint and leave; one rank that hears suffices.",
@@ -259,8 +270,15 @@ class SamplingConfig:
         range="[1, inf)",
     )
     guide: GuideConfig = field(default_factory=GuideConfig)
-    sampler: Literal["pushforward", "restart", "pushforward_restart", "heun"] = option(
-        "pushforward", "pushforward (Euler for flow matching), restart (noise added between jumps), both, or heun."
+    sampler: Literal[
+        "auto", "pushforward", "restart", "pushforward_restart", "heun", "unmask", "blocks", "verified"
+    ] = option(
+        "auto",
+        "auto: the first that fits the method. Flow maps: pushforward (Euler for flow matching), restart (noise added "
+        "between jumps), both, or heun. Tokens: unmask of masked nets; blocks or verified of causal ones.",
+    )
+    order: Literal["random", "left_to_right", "confidence"] = option(
+        "random", "Order in which unmask draws tokens: random, left to right, or the most probable of each step."
     )
     guidance_interval: list[float] = option(
         [0.0, 1.0],
@@ -271,7 +289,8 @@ class SamplingConfig:
     grid: str = option(
         "auto",
         "Times visited: uniform, edm (rho = 7 in eta), eta_1.4 (two steps), or a list as in 0.994,0.5,0; "
-        "auto takes eta_1.4 for imm in two steps, else uniform.",
+        "auto takes eta_1.4 for imm in two steps, else uniform. Of masked tokens how many each step draws: uniform, "
+        "cosine, best (of the evaluation's profile), or a list as in 1,3,12,48.",
     )
     vae: str | None = option(
         None,

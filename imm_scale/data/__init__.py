@@ -1,1 +1,2 @@
-"""From shards on storage to one step's batch: format (manifest, shards), order (plan), reading (dataset, loader)."""
+"""From shards on storage to one step's batch: format (manifest, shards), order (sample_order), reading (dataset,
+blocks, loader)."""

@@ -57,7 +57,7 @@ class Stored:
 
     Attributes:
         images_seen: the clock before this step's batch.
-        latents: (samples, C', H, W) fp16.
+        latents: (samples, C', H, W) fp16; or (samples, T) tokens of uint8, uint16 or int32.
         label: (slots * M,) int64 class indices; 0 in padded slots.
     """
 

@@ -4,6 +4,7 @@ import bisect
 import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from imm_scale import storage
 from imm_scale.data import sample_order
 from imm_scale.data.manifest import Manifest, ShardInfo
-from imm_scale.data.shards import ShardReader, open_shard
+from imm_scale.data.shards import ShardReader, open_of
 from imm_scale.data.spaces import Latents, LatentsConfig, SampleSpace
 
 _OPENING_THREADS = 16
@@ -44,8 +45,7 @@ class Dataset:
         self._first = [0, *itertools.accumulate(self.shard_samples)]
 
     def _open(self, info: ShardInfo) -> ShardReader:
-        manifest = self.manifest
-        return open_shard(self.folder, info, manifest.stored_shape, manifest.num_classes, manifest.flipped)
+        return open_of(self.manifest, self.folder, info)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,8 +57,8 @@ class Dataset:
         first = self._first[shard]
         return shard, start - first, stop - first
 
-    def read(self, start: int, stop: int) -> NDArray[np.float16]:
-        """Stored arrays (n, C', H, W) of samples [start, stop), which must lie in one shard, by one ranged read.
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Stored arrays (n, C', H, W) or (n, T) of samples [start, stop) of one shard, by one ranged read.
 
         Raises:
             UserError: a shard that is short or damaged.
@@ -66,13 +66,13 @@ class Dataset:
         shard, first, last = self.place(start, stop)
         return self.shards[shard].read(first, last)
 
-    def gather(self, index: NDArray[np.int64]) -> NDArray[np.float16]:
-        """Stored arrays (n, C', H, W) of ascending sample indices, a ranged read for each run of neighbours.
+    def gather(self, index: NDArray[np.int64]) -> NDArray[Any]:
+        """Stored arrays (n, C', H, W) or (n, T) of ascending sample indices, a ranged read for each run of neighbours.
 
         Raises:
             UserError: as `read` does.
         """
-        out = np.empty((len(index), *self.manifest.stored_shape), np.float16)
+        out = np.empty((len(index), *self.manifest.stored_shape), self.manifest.stored_dtype)
         shard = np.searchsorted(self._first, index, side="right")
         cuts = np.nonzero((np.diff(index) != 1) | (np.diff(shard) != 0))[0] + 1
         for first, last in zip([0, *cuts], [*cuts, len(index)], strict=True):

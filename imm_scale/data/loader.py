@@ -16,9 +16,9 @@ from torch import Tensor
 from imm_scale import devices, rng, storage
 from imm_scale.data import sample_order
 from imm_scale.data.batch import Batch, BatchMaker, BufferPool, Stored
-from imm_scale.data.block_cache import BlockCache
-from imm_scale.data.block_reader import BlockReader
-from imm_scale.data.block_window import OnBadBlock, Visit, Window
+from imm_scale.data.blocks.cache import BlockCache
+from imm_scale.data.blocks.reader import BlockReader
+from imm_scale.data.blocks.window import OnBadBlock, Visit, Window
 from imm_scale.data.dataset import Dataset
 from imm_scale.data.manifest import Manifest
 from imm_scale.data.prefetch import Prefetcher
@@ -128,7 +128,7 @@ class Loader:
         self.memory_bound_bytes = self._window.bound_bytes(threads) + self._batch_bytes()
         self._make_batch = BatchMaker(self._positions, layout, self._space, seed, self._device)
         self._stored_shape = (len(self._positions), *self.manifest.stored_shape)
-        self._stored_memory = BufferPool(self._stored_shape, np.float16)
+        self._stored_memory = BufferPool(self._stored_shape, self.manifest.stored_dtype)
         self.data_seconds = 0.0
         gathered = map(self._gather, self._located(first_step))
         # A GPU draws and normalizes in the consumer's stream; on CPU that is done ahead, in the background.
@@ -154,8 +154,9 @@ class Loader:
         return self._flip and self.manifest.codec.kind != "pixels"
 
     def _batch_bytes(self) -> int:
-        """Of the batches that wait, each as stored (fp16) and as the net sees it."""
-        stored = 2 * int(np.prod(self.manifest.stored_shape)) + self._space.sample_bytes
+        """Of the batches that wait, each as stored and as the net sees it."""
+        width = self.manifest.stored_dtype.itemsize
+        stored = width * int(np.prod(self.manifest.stored_shape)) + self._space.sample_bytes
         return (_BATCHES_AHEAD + 1) * self._layout.slots * self._layout.particles * stored
 
     def __enter__(self) -> "Loader":
@@ -222,7 +223,8 @@ class Loader:
     def _new_stored(self) -> Tensor:
         """Memory for samples as stored; torch keeps pinned memory for later use itself."""
         if self._pins:
-            return torch.empty(self._stored_shape, dtype=torch.float16, pin_memory=True)
+            dtype = torch.from_numpy(np.empty(0, self.manifest.stored_dtype)).dtype
+            return torch.empty(self._stored_shape, dtype=dtype, pin_memory=True)
         return self._stored_memory.take()
 
     def _new_label(self) -> Tensor:
@@ -235,6 +237,8 @@ class Loader:
 
 
 def _check_flip(flip: bool, manifest: Manifest) -> None:
+    if flip and manifest.vocabulary is not None:
+        raise UserError("data.flip=true: sequences of tokens have no mirror image; set data.flip=false")
     if flip and manifest.codec.kind != "pixels" and not manifest.flipped:
         raise UserError(
             "data.flip needs pixels or shards with mirrored latents: a mirrored image's vae latent is not the "

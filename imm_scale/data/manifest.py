@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import math
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
+
+import numpy as np
 
 from imm_scale import storage
 from imm_scale.errors import UserError
@@ -11,6 +14,7 @@ from imm_scale.errors import UserError
 FORMAT_VERSION = 2  # written where a codec says more than version 1 could
 _OWN_HASH = "sha256"
 CODEC_KINDS = ("pixels", "vae")
+TOKENS_KIND = "tokens"
 MOMENTS = ("mean_std", "mean_logvar", "sample")
 PIXEL_RANGES = ("signed", "unit")
 
@@ -64,6 +68,56 @@ class Codec:
 
 
 @dataclass(frozen=True)
+class TokenCodec:
+    """How texts or images became sequences of tokens.
+
+    Attributes:
+        vocabulary: tokens are 0 to vocabulary - 1; a mask is none of them and is never stored.
+        tokenizer: "bytes", "text27", "binary" (pixels as 0 or 1), "codes" (of an autoencoder), "hf" (a tokenizer.json).
+        tokenizer_hash: sha256 of what defines it: a sentence, a tokenizer.json, or an autoencoder's file.
+        image_shape: height and width of the images that sequences stand for, None where they stand for text.
+        bits_in: bits of the text or the 8-bit pixels that one sequence stands for, on average.
+        kind: "tokens".
+    """
+
+    vocabulary: int
+    tokenizer: str
+    tokenizer_hash: str
+    image_shape: tuple[int, int] | None = None
+    bits_in: float = 0.0
+    kind: str = TOKENS_KIND
+
+    @property
+    def has_posterior(self) -> bool:
+        """Tokens are stored as they are."""
+        return False
+
+    @property
+    def stored_dtype(self) -> "np.dtype[Any]":
+        """The narrowest of uint8, uint16 and int32 that holds the vocabulary."""
+        return np.dtype("u1" if self.vocabulary <= 1 << 8 else "<u2" if self.vocabulary <= 1 << 16 else "<i4")
+
+    def to_fields(self) -> dict[str, Any]:
+        """For JSON; the images' shape only where there is one."""
+        values = {key: value for key, value in asdict(self).items() if value is not None}
+        return values if self.image_shape is None else {**values, "image_shape": list(self.image_shape)}
+
+    @classmethod
+    def from_fields(cls, values: dict[str, Any]) -> "TokenCodec":
+        """From what `to_fields` gave, by way of JSON."""
+        shape = values.get("image_shape")
+        return cls(
+            **{**values, "bits_in": float(values["bits_in"]), "image_shape": None if shape is None else tuple(shape)}
+        )
+
+    def unlike(self, other: "TokenCodec") -> dict[str, tuple[Any, Any]]:
+        """In what the tokens of another data set mean something else: {field: (there, here)}."""
+        names = ("vocabulary", "tokenizer", "tokenizer_hash", "image_shape")
+        pairs = {name: (getattr(other, name), getattr(self, name)) for name in names}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+@dataclass(frozen=True)
 class ShardInfo:
     """One shard: its file name (relative to the manifest), and size and sha256 that make damage visible."""
 
@@ -84,13 +138,13 @@ class Manifest:
     """A data set.
 
     Attributes:
-        latent_shape: (C, H, W) as the network sees it.
+        latent_shape: (C, H, W) as the network sees it; (T,) of sequences of tokens.
         class_names: a name per class, or none.
         flipped: the shards also hold the latents of the mirrored images.
     """
 
-    codec: Codec
-    latent_shape: tuple[int, int, int]
+    codec: Codec | TokenCodec
+    latent_shape: tuple[int, ...]
     num_classes: int
     class_names: tuple[str, ...]
     shards: tuple[ShardInfo, ...]
@@ -102,15 +156,46 @@ class Manifest:
         return sum(shard.samples for shard in self.shards)
 
     @property
-    def stored_shape(self) -> tuple[int, int, int]:
+    def stored_shape(self) -> tuple[int, ...]:
         """Shape of one stored array: two halves stacked along the channels where there is a posterior."""
-        channels, height, width = self.latent_shape
-        return (2 * channels if self.codec.has_posterior else channels, height, width)
+        channels, *sides = self.latent_shape
+        return (2 * channels if self.codec.has_posterior else channels, *sides)
+
+    @property
+    def stored_dtype(self) -> "np.dtype[Any]":
+        """Type of the stored arrays: fp16 latents, or tokens in as few bytes as their vocabulary needs."""
+        return self.codec.stored_dtype if isinstance(self.codec, TokenCodec) else np.dtype("<f2")
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Tokens are 0 to vocabulary - 1; None of latents."""
+        return self.codec.vocabulary if isinstance(self.codec, TokenCodec) else None
+
+    @property
+    def latent_codec(self) -> Codec:
+        """The codec of latents. Raises UserError for tokens."""
+        if isinstance(self.codec, TokenCodec):
+            raise UserError(
+                "the data set holds tokens, where latents or pixels are needed: name another data.manifest, or choose "
+                "a sample space of tokens (data.space.name)"
+            )
+        return self.codec
+
+    @property
+    def token_codec(self) -> TokenCodec:
+        """The codec of tokens. Raises UserError for latents."""
+        if isinstance(self.codec, TokenCodec):
+            return self.codec
+        raise UserError(
+            f"the data set holds {self.codec.kind}, where tokens are needed: name one that imm-scale pack-tokens wrote "
+            "in data.manifest, or set data.space.name=latents"
+        )
 
     @property
     def format_version(self) -> int:
         """1 where that says all, so that programs which know no other still read it."""
-        return 1 if len(self.codec.to_fields()) == len(_required(Codec)) else FORMAT_VERSION
+        plain = isinstance(self.codec, Codec) and len(self.codec.to_fields()) == len(_required(Codec))
+        return 1 if plain else FORMAT_VERSION
 
     def _document(self) -> dict[str, Any]:
         return {**asdict(self), "codec": self.codec.to_fields(), "format_version": self.format_version}
@@ -158,8 +243,10 @@ def other_width(height: int, width: int) -> int | None:
     return None if width == height else width
 
 
-def unseen(shape: tuple[int, int, int], num_classes: int) -> Manifest:
-    """A manifest of no shards, to plan for data of which no more is known."""
+def unseen(shape: tuple[int, ...], num_classes: int, vocabulary: int | None = None) -> Manifest:
+    """A manifest of no shards, to plan for data of which no more is known; with a vocabulary, of tokens."""
+    if vocabulary is not None:
+        return Manifest(TokenCodec(vocabulary, "", ""), shape, num_classes, (), ())
     channels, height, width = shape
     codec = Codec("pixels", "", height, channels, 1, (0.0,) * channels, (1.0,) * channels, other_width(height, width))
     return Manifest(codec, shape, num_classes, (), ())
@@ -201,11 +288,22 @@ def parse(text: str | bytes, where: str) -> Manifest:
     return manifest
 
 
-def _parse_codec(document: Any, where: str) -> Codec:
+def _parse_codec(document: Any, where: str) -> Codec | TokenCodec:
+    if isinstance(document, dict) and document.get("kind") == TOKENS_KIND:
+        return _parse_token_codec(document, where)
     values = _checked(document, Codec, where)
     for name in ("mean", "std"):
         values[name] = tuple(float(v) for v in _items(values[name], float, f"{where}.{name}"))
     return Codec(**values)
+
+
+def _parse_token_codec(document: dict[str, Any], where: str) -> TokenCodec:
+    values = _checked(document, TokenCodec, where)
+    shape = values.get("image_shape")
+    if shape is not None and (not isinstance(shape, list) or len(shape) != 2):
+        raise UserError(f"{where}: image_shape is {shape!r}: a list of height and width, or null, is needed")
+    _items(shape or [], int, f"{where}.image_shape")
+    return TokenCodec.from_fields({"bits_in": 0.0, **values})
 
 
 def _checked(document: Any, target: type, where: str) -> dict[str, Any]:
@@ -245,11 +343,35 @@ def _items(values: list[Any], kind: type, where: str) -> list[Any]:
 
 
 def _check_consistent(manifest: Manifest, where: str) -> None:
-    codec = manifest.codec
-    expected = (codec.channels, *(side // max(codec.factor, 1) for side in codec.image_shape))
     counts = [shard.samples for shard in manifest.shards] + [shard.bytes for shard in manifest.shards]
+    codec = manifest.codec
+    of_codec = _token_rules(codec, manifest) if isinstance(codec, TokenCodec) else _latent_rules(codec, manifest)
     rules = [
-        (codec.kind in CODEC_KINDS, f"codec kind {codec.kind!r} is none of {', '.join(CODEC_KINDS)}"),
+        *of_codec,
+        (manifest.num_classes >= 1, f"num_classes is {manifest.num_classes}, it must be at least 1"),
+        (
+            len(manifest.class_names) in (0, manifest.num_classes),
+            f"{len(manifest.class_names)} class_names for num_classes {manifest.num_classes}",
+        ),
+        (len(manifest.shards) > 0, "there are no shards"),
+        (all(count >= 1 for count in counts), "a shard has no samples or no bytes"),
+        (
+            len({shard.name for shard in manifest.shards}) == len(manifest.shards),
+            "two shards have the same name",
+        ),
+    ]
+    writer = "pack-tokens" if isinstance(codec, TokenCodec) else "encode"
+    for holds, problem in rules:
+        if not holds:
+            raise UserError(f"{where}: {problem}; write the file again with imm-scale {writer}")
+
+
+def _latent_rules(codec: Codec, manifest: Manifest) -> list[tuple[bool, str]]:
+    """What has to hold of latents, and how to say that it does not."""
+    expected = (codec.channels, *(side // max(codec.factor, 1) for side in codec.image_shape))
+    kinds = ", ".join([*CODEC_KINDS, TOKENS_KIND])
+    return [
+        (codec.kind in CODEC_KINDS, f"codec kind {codec.kind!r} is none of {kinds}"),
         (codec.channels >= 1 and codec.factor >= 1, f"codec channels {codec.channels} or factor {codec.factor} < 1"),
         (
             manifest.latent_shape == expected,
@@ -263,21 +385,19 @@ def _check_consistent(manifest: Manifest, where: str) -> None:
         ),
         (all(0 < std < float("inf") for std in codec.std), f"codec std {list(codec.std)} must be positive"),
         (all(abs(mean) < float("inf") for mean in codec.mean), f"codec mean {list(codec.mean)} must be finite"),
-        (manifest.num_classes >= 1, f"num_classes is {manifest.num_classes}, it must be at least 1"),
-        (
-            len(manifest.class_names) in (0, manifest.num_classes),
-            f"{len(manifest.class_names)} class_names for num_classes {manifest.num_classes}",
-        ),
-        (len(manifest.shards) > 0, "there are no shards"),
-        (all(count >= 1 for count in counts), "a shard has no samples or no bytes"),
-        (
-            len({shard.name for shard in manifest.shards}) == len(manifest.shards),
-            "two shards have the same name",
-        ),
     ]
-    for holds, problem in rules:
-        if not holds:
-            raise UserError(f"{where}: {problem}; write the file again with imm-scale encode")
+
+
+def _token_rules(codec: TokenCodec, manifest: Manifest) -> list[tuple[bool, str]]:
+    """What has to hold of tokens, and how to say that it does not."""
+    shape, sides = manifest.latent_shape, codec.image_shape or (1, 1)
+    return [
+        (len(shape) == 1 and shape[0] >= 1, f"latent_shape {list(shape)} is no length of a sequence of tokens"),
+        (2 <= codec.vocabulary < 1 << 31, f"codec vocabulary {codec.vocabulary} is not from 2 to 2147483647"),
+        (min(sides) >= 1, f"codec image_shape {list(sides)} is no height and width"),
+        (0 <= codec.bits_in < math.inf, f"codec bits_in {codec.bits_in} must be finite and not negative"),
+        (not manifest.flipped, "flipped is true, but tokens have no mirrored ones beside them"),
+    ]
 
 
 def _convention_rules(codec: Codec) -> list[tuple[bool, str]]:
@@ -297,10 +417,11 @@ def check_expectations(
     manifest: Manifest,
     *,
     codec: str | None = None,
-    latent_shape: tuple[int, int, int] | None = None,
+    latent_shape: tuple[int, ...] | None = None,
     num_classes: int | None = None,
+    vocabulary: int | None = None,
 ) -> None:
-    """Refuses a data set other than the one expected; None expects nothing. `codec` is a kind, "pixels" or "vae".
+    """Refuses a data set other than the one expected; None expects nothing. `codec` is "pixels", "vae" or "tokens".
 
     Raises:
         UserError: naming both sides.
@@ -312,8 +433,14 @@ def check_expectations(
         )
     if latent_shape is not None and latent_shape != manifest.latent_shape:
         raise UserError(
-            f"the manifest's latents have shape {manifest.latent_shape}, the model expects {latent_shape}: "
+            f"the manifest's samples have shape {manifest.latent_shape}, the model expects {latent_shape}: "
             "change the model's shape or data.manifest"
         )
     if num_classes is not None and num_classes != manifest.num_classes:
         raise UserError(f"the manifest has {manifest.num_classes} classes, the model {num_classes}: change one of them")
+    if vocabulary is not None and vocabulary != manifest.vocabulary:
+        there = "no tokens" if manifest.vocabulary is None else f"{manifest.vocabulary} tokens"
+        raise UserError(
+            f"the manifest has a vocabulary of {there}, data.vocabulary expects {vocabulary}: name the data set the "
+            "model was made for in data.manifest, or change data.vocabulary"
+        )

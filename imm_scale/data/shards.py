@@ -1,6 +1,7 @@
 """One shard: a plain WebDataset tar of `KEY.latent.npy` and `KEY.cls`, and an index that lets a range be checked.
 
-Where mirrored images were encoded too, `KEY.latent_flip.npy` stands between the two. All samples of a shard of ours
+Where mirrored images were encoded too, `KEY.latent_flip.npy` stands between the two; sequences of tokens are
+`KEY.tokens.npy`, whole numbers of the type that their vocabulary needs. All samples of a shard of ours
 take the same number of bytes, so a block of neighbours is one ranged read and one strided view. Stock webdataset reads
 the same tar, and shards of its ShardWriter are read here once they have an index.
 """
@@ -17,11 +18,12 @@ from numpy.typing import NDArray
 
 from imm_scale import storage
 from imm_scale.data import tar
-from imm_scale.data.manifest import ShardInfo
+from imm_scale.data.manifest import Manifest, ShardInfo
 from imm_scale.errors import UserError
 
 LATENT_DTYPE = np.dtype("<f2")
-LATENT, FLIPPED, LABEL = "latent.npy", "latent_flip.npy", "cls"
+LATENT, FLIPPED, TOKENS, LABEL = "latent.npy", "latent_flip.npy", "tokens.npy", "cls"
+_STORED_DTYPES = ("<f2", "|u1", "<u2", "<i4")  # latents, then tokens
 _COLUMNS = [("offset", "<i8"), ("length", "<i8"), ("crc32", "<u4"), ("label", "<i4")]
 # offset and length: byte range of the npy file inside the tar; crc32: of those bytes.
 INDEX_DTYPE = np.dtype(_COLUMNS)
@@ -38,9 +40,14 @@ def index_dtype(flipped: bool) -> np.dtype[Any]:
     return FLIPPED_INDEX_DTYPE if flipped else INDEX_DTYPE
 
 
-def npy_header(shape: tuple[int, ...]) -> bytes:
-    """The bytes of a npy file before its data, for a C-ordered fp16 array."""
-    return _npy_header(LATENT_DTYPE.str, shape)
+def stored_name(dtype: np.dtype[Any]) -> str:
+    """What the file of a stored array is called in a tar, behind its key."""
+    return LATENT if dtype.kind == "f" else TOKENS
+
+
+def npy_header(shape: tuple[int, ...], dtype: np.dtype[Any] = LATENT_DTYPE) -> bytes:
+    """The bytes of a npy file before its data, for a C-ordered array."""
+    return _npy_header(dtype.str, shape)
 
 
 def _npy_header(descr: Any, shape: tuple[int, ...]) -> bytes:
@@ -54,9 +61,9 @@ def write_shard(
     folder: str,
     name: str,
     keys: Sequence[str],
-    latents: NDArray[np.float16],
+    latents: NDArray[Any],
     labels: Sequence[int],
-    mirrored: NDArray[np.float16] | None = None,
+    mirrored: NDArray[Any] | None = None,
 ) -> ShardInfo:
     """Writes `NAME.tar`, then `NAME.index.npy`, each whole or not at all.
 
@@ -64,14 +71,14 @@ def write_shard(
         folder: URL of the manifest's folder.
         name: file name of the shard, ending in .tar.
         keys: n sample names without dots.
-        latents: (n, C', H, W) fp16, finite.
+        latents: (n, C', H, W) fp16, finite; or (n, T) tokens of uint8, uint16 or int32.
         labels: n class indices.
         mirrored: latents of the mirrored images, if the data set holds them.
 
     Raises:
         UserError: values that are not finite, or a key that would not come back from the tar.
     """
-    assert len(keys) == len(latents) == len(labels) > 0 and latents.dtype == LATENT_DTYPE
+    assert len(keys) == len(latents) == len(labels) > 0 and latents.dtype.str in _STORED_DTYPES
     for values in (latents, mirrored):
         if values is not None and not np.isfinite(values).all():
             bad = int(np.argmin(np.isfinite(values).reshape(len(values), -1).all(axis=1)))
@@ -90,19 +97,19 @@ def write_shard(
 def _build(
     name: str,
     keys: Sequence[str],
-    latents: NDArray[np.float16],
+    latents: NDArray[Any],
     labels: Sequence[int],
-    mirrored: NDArray[np.float16] | None,
+    mirrored: NDArray[Any] | None,
 ) -> tuple[bytes, NDArray[Any]]:
     """The tar's bytes and its index."""
-    header = npy_header(latents.shape[1:])
+    header, file_name = npy_header(latents.shape[1:], latents.dtype), stored_name(latents.dtype)
     index = np.empty(len(keys), index_dtype(mirrored is not None))
     pieces: list[bytes] = []
     position = 0
 
-    def add(file_name: str, content: bytes) -> int:
+    def add(member: str, content: bytes) -> int:
         nonlocal position
-        pieces.append(tar.member(file_name, content))
+        pieces.append(tar.member(member, content))
         offset = position + tar.BLOCK
         position += len(pieces[-1])
         return offset
@@ -111,7 +118,7 @@ def _build(
         if "." in key:
             raise UserError(f"shard {name}: key {key!r} has a dot, which ends the key in a WebDataset tar: rename it")
         payload = header + latents[i].tobytes()
-        index["offset"][i] = add(f"{key}.{LATENT}", payload)
+        index["offset"][i] = add(f"{key}.{file_name}", payload)
         index["length"][i], index["crc32"][i], index["label"][i] = len(payload), isal_zlib.crc32(payload), label
         if mirrored is not None:
             payload = header + mirrored[i].tobytes()
@@ -127,12 +134,19 @@ def _sha256(data: bytes) -> str:
 
 @dataclass(frozen=True)
 class ShardReader:
-    """Checked samples out of ranges of one shard. Make it with `open_shard`."""
+    """Checked samples out of ranges of one shard. Make it with `open_shard`.
+
+    Attributes:
+        dtype: of the stored arrays.
+        vocabulary: tokens are 0 to vocabulary - 1; None of latents.
+    """
 
     url: str
     sha256: str
     index: NDArray[Any]
-    stored_shape: tuple[int, int, int]
+    stored_shape: tuple[int, ...]
+    dtype: np.dtype[Any] = LATENT_DTYPE
+    vocabulary: int | None = None
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -150,14 +164,14 @@ class ShardReader:
         end = last["flip_offset"] if self.variants == 2 else last["offset"]
         return int(first["offset"]), int(end + last["length"])
 
-    def decode(self, data: bytes | memoryview, start: int, stop: int, out: NDArray[np.float16]) -> None:
-        """Checks the bytes of `span(start, stop)` and copies their latents to `out`, (n, variants, C', H, W).
+    def decode(self, data: bytes | memoryview, start: int, stop: int, out: NDArray[Any]) -> None:
+        """Checks the bytes of `span(start, stop)` and copies what they hold to `out`, (n, variants, *stored shape).
 
         `out` with one variant takes the latents of the images as they are.
 
         Raises:
             DamagedBlockError: too few bytes, or a sample whose checksum is wrong.
-            UserError: an array that is not of the stored shape.
+            UserError: an array that is not of the stored shape, or a token outside the vocabulary.
         """
         rows = self.index[start:stop]
         first, end = self.span(start, stop)
@@ -166,7 +180,7 @@ class ShardReader:
                 f"shard {self.url} ends at byte {first + len(data)}, samples {start} to {stop - 1} reach to byte "
                 f"{end}: the file was cut short, copy or encode it again"
             )
-        header = np.frombuffer(npy_header(self.stored_shape), np.uint8)
+        header = np.frombuffer(npy_header(self.stored_shape, self.dtype), np.uint8)
         for variant in range(out.shape[1]):
             prefix = "flip_" if variant else ""
             offsets = rows[f"{prefix}offset"] - first
@@ -176,14 +190,29 @@ class ShardReader:
             alike = (files[:, : len(header)] == header).all(axis=1)
             if not alike.all():
                 raise UserError(
-                    f"shard {self.url}: sample {start + int(np.argmin(alike))} is no fp16 array of shape "
-                    f"{self.stored_shape}: the shard was not written by imm-scale encode, encode it again"
+                    f"shard {self.url}: sample {start + int(np.argmin(alike))} is no {_shown(self.dtype)} array of "
+                    f"shape {self.stored_shape}: the shard was not written by imm-scale encode, encode it again"
                 )
-            out[:, variant] = files[:, len(header) :].view(LATENT_DTYPE).reshape(-1, *self.stored_shape)
+            out[:, variant] = files[:, len(header) :].view(self.dtype).reshape(-1, *self.stored_shape)
+        self._check_tokens(out, start)
 
-    def read(self, start: int, stop: int) -> NDArray[np.float16]:
-        """Samples [start, stop) by one ranged read: a (n, C', H, W) fp16 array. Raises UserError as `decode` does."""
-        out = np.empty((stop - start, 1, *self.stored_shape), LATENT_DTYPE)
+    def _check_tokens(self, out: NDArray[Any], start: int) -> None:
+        if self.vocabulary is None or (int(out.max()) < self.vocabulary and int(out.min()) >= 0):
+            return
+        bad = (out >= self.vocabulary) | (out < 0)
+        first = int(np.argmax(bad.reshape(len(bad), -1).any(axis=1)))
+        raise UserError(
+            f"shard {self.url}: sample {start + first} holds the token {out[first][bad[first]][0]}, the vocabulary has "
+            f"0 to {self.vocabulary - 1}: it was written with another tokenizer, pack it again"
+        )
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Samples [start, stop) by one ranged read: a (n, C', H, W) fp16 or (n, T) token array.
+
+        Raises:
+            UserError: as `decode` does.
+        """
+        out = np.empty((stop - start, 1, *self.stored_shape), self.dtype)
         self.decode(storage.read_range(self.url, *self.span(start, stop)), start, stop, out)
         return out[:, 0]
 
@@ -199,6 +228,10 @@ class ShardReader:
                 )
 
 
+def _shown(dtype: np.dtype[Any]) -> str:
+    return "fp16" if dtype == LATENT_DTYPE else str(dtype)
+
+
 def _files(data: bytes | memoryview, offsets: NDArray[np.int64], length: int) -> NDArray[np.uint8]:
     """(n, length) bytes of files of one length: a view where they lie at equal distances, as in shards of ours."""
     strides = np.diff(offsets)
@@ -210,9 +243,18 @@ def _files(data: bytes | memoryview, offsets: NDArray[np.int64], length: int) ->
 
 
 def open_shard(
-    folder: str, info: ShardInfo, stored_shape: tuple[int, int, int], num_classes: int, flipped: bool = False
+    folder: str,
+    info: ShardInfo,
+    stored_shape: tuple[int, ...],
+    num_classes: int,
+    flipped: bool = False,
+    dtype: np.dtype[Any] = LATENT_DTYPE,
+    vocabulary: int | None = None,
 ) -> ShardReader:
     """Checks a shard's size and index against the manifest, without reading its samples.
+
+    Args:
+        stored_shape, num_classes, flipped, dtype, vocabulary: what the manifest says.
 
     Raises:
         UserError: a missing, short or long shard; an index that is missing, changed, or describes something else.
@@ -229,8 +271,22 @@ def open_shard(
             f"the file is {'cut short' if size < info.bytes else 'another one'}, copy or encode it again"
         )
     index = _parse_index(_read_index(index_url, info), index_url, info, flipped)
-    _check_index(index, index_url, info, stored_shape, num_classes, flipped)
-    return ShardReader(url=url, sha256=info.sha256, index=index, stored_shape=stored_shape)
+    length = len(npy_header(stored_shape, dtype)) + int(np.prod(stored_shape)) * dtype.itemsize
+    _check_index(index, index_url, info, length, num_classes, flipped)
+    return ShardReader(url, info.sha256, index, stored_shape, dtype, vocabulary)
+
+
+def open_of(manifest: Manifest, folder: str, info: ShardInfo) -> ShardReader:
+    """`open_shard` of one of a manifest's shards."""
+    return open_shard(
+        folder,
+        info,
+        manifest.stored_shape,
+        manifest.num_classes,
+        manifest.flipped,
+        manifest.stored_dtype,
+        manifest.vocabulary,
+    )
 
 
 def _read_index(url: str, info: ShardInfo) -> bytes:
@@ -263,11 +319,10 @@ def _check_index(
     index: NDArray[Any],
     index_url: str,
     info: ShardInfo,
-    stored_shape: tuple[int, int, int],
+    length: int,
     num_classes: int,
     flipped: bool,
 ) -> None:
-    length = len(npy_header(stored_shape)) + int(np.prod(stored_shape)) * LATENT_DTYPE.itemsize
     if (index["length"] != length).any():
         raise UserError(f"index {index_url}: samples are not of one length {length}: encode the shard again")
     offsets = [index["offset"]] if not flipped else [index["offset"], index["flip_offset"]]

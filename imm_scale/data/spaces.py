@@ -1,11 +1,15 @@
 """Sample spaces: what samples look like, where sampling starts, and how stored samples become a batch."""
 
+import io
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from imm_scale import rng
@@ -136,17 +140,33 @@ def _what_made(space: SampleSpace) -> str:
 
 
 class Artifacts(ABC):
-    """Samples as images.
+    """Samples as what people look at: images, unless `formats` says otherwise.
 
     Attributes:
         precision: of the network that decodes, None where there is none.
+        formats: those of `imm-scale sample --format` that they can be written in; the first two are the default.
     """
 
     precision: str | None = None
+    formats: tuple[str, ...] = ("grid", "npz", "folder", "webdataset")
 
     @abstractmethod
     def __call__(self, x_N: Tensor) -> Tensor:
-        """uint8 (N, H, W, channels) images of samples."""
+        """uint8 (N, H, W, channels) images of samples. Raises UserError for samples that are none."""
+
+    def files(self, x_N: Tensor) -> list[dict[str, bytes]]:
+        """Of each of N samples, the files it is kept as, by ending."""
+        return [{"png": png(image)} for image in self(x_N).numpy()]
+
+
+def png(image_HWC: NDArray[np.uint8]) -> bytes:
+    """The file of an image (H, W, 3 or 1). Raises UserError for another number of channels."""
+    channels = image_HWC.shape[-1]
+    if channels not in (1, 3):
+        raise UserError(f"images have {channels} channels: PNG takes 1 or 3")
+    stream = io.BytesIO()
+    Image.fromarray(image_HWC[:, :, 0] if channels == 1 else image_HWC).save(stream, "PNG")
+    return stream.getvalue()
 
 
 @dataclass(frozen=True)
@@ -189,8 +209,9 @@ class Latents(SampleSpace):
     @classmethod
     def of(cls, config: LatentsConfig, manifest: Manifest) -> Self:
         names = tuple(manifest.class_names)
-        codec = config.normalized(manifest.codec)
-        return cls(config.sigma_data, manifest.latent_shape, codec, manifest.num_classes, names)
+        codec = config.normalized(manifest.latent_codec)
+        channels, height, width = manifest.latent_shape
+        return cls(config.sigma_data, (channels, height, width), codec, manifest.num_classes, names)
 
     def to_fields(self) -> dict[str, Any]:
         return {**asdict(self), "codec": self.codec.to_fields()}
@@ -219,7 +240,7 @@ class Latents(SampleSpace):
         return z
 
     def reading(self, manifest: Manifest) -> Self:
-        stored, differing = manifest.codec, Latents.of(LatentsConfig(), manifest).unlike(self)
+        stored, differing = manifest.latent_codec, Latents.of(LatentsConfig(), manifest).unlike(self)
         differing.pop("data.space.sigma_data", None)
         if manifest.latent_shape != self.shape:
             differing["data.latent_shape"] = (self.shape, manifest.latent_shape)

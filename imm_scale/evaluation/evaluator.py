@@ -222,7 +222,7 @@ class Evaluator:
             "reference_file": None if reference_url is None else _identity(reference_url, evaluation.reference_entry),
             "extractor": extractors.describe(self.extractor),
             "seed": sampling.seed,
-            "sampler": sampling.sampler,
+            "sampler": (self.config.method if meta else self.model.spec.method).sampler_named(sampling.sampler),
             "guidance_scale": sampling.guidance_scale,
             "guidance_interval": list(sampling.guidance_interval),
             "labels": sampling.labels,
@@ -293,7 +293,7 @@ class Evaluator:
         collector = Collector(plan.num, num_vectors)
         model, name = self.model, f"{plan.steps} steps, seed {plan.seed}"
         small = dataclasses.replace(plan, batch_size=SAMPLES_PER_CALL)  # all that is held at once
-        for index, _, z in sample(model.flow_map, model.spec, small, self.world, progress=name):
+        for index, _, z in sample(model.net, model.spec, small, self.world, progress=name):
             collector.add(index, self.extractor(z if self.extractor.takes == "latents" else model.decode(z)))
         return collector.merge_ranks()
 

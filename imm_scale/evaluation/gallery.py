@@ -129,7 +129,7 @@ def _caption(source: Source, steps: int, sampling: SamplingConfig) -> str:
 def draw(model: Model, sampling: SamplingConfig, steps: int, num: int) -> Tensor:
     """The first samples of a plan, (n, C, H, W) fp64 normalized latents."""
     plan = plan_of(dataclasses.replace(sampling, grid="auto"), model.spec, steps, num, sampling.seed)
-    return Drawer(model.flow_map, model.spec, plan).draw(0, min(num, plan.num))[2]
+    return Drawer(model.net, model.spec, plan).draw(0, min(num, plan.num))[2]
 
 
 # --- nearest training images ---

@@ -9,6 +9,8 @@ from imm_scale.methods.mmd import grouped_mmd
 from imm_scale.methods.probability_path import OTFlowMatching, VPCosine, ddim
 from imm_scale.methods.shortcut import Shortcut
 from imm_scale.methods.special_cases import ConsistencyTraining, GenerativeMomentMatching
+from imm_scale.methods.tokens.masked import MaskedDiffusion
+from imm_scale.methods.tokens.next_block import NextBlock
 from imm_scale.methods.tvm import TerminalVelocityMatching
 
 __all__ = [
@@ -18,6 +20,8 @@ __all__ = [
     "FlowMatching",
     "GenerativeMomentMatching",
     "InductiveMomentMatching",
+    "MaskedDiffusion",
+    "NextBlock",
     "OTFlowMatching",
     "Shortcut",
     "TerminalVelocityMatching",

@@ -127,6 +127,8 @@ class Steps(NamedTuple):
         sampler: name of the sampler, as in `sampling.sampler`.
         guidance: scale and interval of classifier-free guidance.
         fresh_noise: samples of the prior for the i-th step of samplers that add some.
+        uniform: uniform(stream, count), fp64 uniforms (N, count) of samplers that draw tokens, a stream for each call.
+        order: in which order tokens are drawn, as in `sampling.order`.
         block_times: `times` of each block of a sample, where they have their own.
         given: the first blocks of the samples, (N, C, rows, W), where they are known.
     """
@@ -135,6 +137,8 @@ class Steps(NamedTuple):
     sampler: str = "pushforward"
     guidance: Guidance = NO_GUIDANCE
     fresh_noise: Callable[[int], Tensor] | None = None
+    uniform: Callable[[int, int], Tensor] | None = None
+    order: str = "random"
     block_times: Sequence[Tensor] = ()
     given: Tensor | None = None
 
@@ -147,11 +151,13 @@ class Method(ABC):
     Attributes:
         group_size: samples that must stay together on one rank, neighbours in a batch.
         passes: forward passes of a step.
+        batch_size: samples of a step over all ranks, for draws that are spread evenly over them; who trains sets it.
         teacher: where `config.teacher_decay` names an average, a net as `wrap` gave it with those weights. Who trains
             the method sets it and keeps its weights up to date.
     """
 
     Config: ClassVar[type[MethodConfig]]
+    batch_size: int = 1
     teacher: Any = None
 
     def __init__(self, config: Any):
@@ -174,8 +180,12 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def grid(self, kind: str, steps: int) -> Tensor:
-        """Times (steps + 1,) fp64 that a sampler visits; kinds as in `sampling.grid`. Raises UserError."""
+    def grid(self, kind: str, steps: int, space: SampleSpace) -> Tensor:
+        """Times (steps + 1,) fp64 that a sampler of samples of a space visits; kinds as in `sampling.grid`.
+
+        Raises:
+            UserError: an unknown kind, or steps that do not fit.
+        """
 
     def default_grid(self, steps: int) -> str:
         """The kind that `sampling.grid=auto` stands for."""
@@ -241,7 +251,7 @@ class FlowMapMethod(Method):
                 "method.guidance.kind=condition and a net built with guidance=True belong together"
             )
 
-    def grid(self, kind: str, steps: int) -> Tensor:
+    def grid(self, kind: str, steps: int, space: SampleSpace) -> Tensor:
         interp = probability_path.build(self.config.flow_map.trajectory)
         return time_grid(interp, kind, steps, self.config.t_min, self.config.t_max)
 

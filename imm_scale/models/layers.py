@@ -130,9 +130,9 @@ class Mlp(nn.Module):
         return tangent.affine(self.fc2, *tangent.gelu(hidden, dhidden, live), live)
 
 
-def adaln_projection(width: int, parts: int) -> nn.Sequential:
+def adaln_projection(width: int, parts: int, condition_width: int | None = None) -> nn.Sequential:
     """The projection under its name in DiT, where a SiLU comes before it: all blocks share that one, outside them."""
-    return nn.Sequential(OrderedDict({"1": Fp32Linear(width, parts * width)}))
+    return nn.Sequential(OrderedDict({"1": Fp32Linear(condition_width or width, parts * width)}))
 
 
 class Block(nn.Module):

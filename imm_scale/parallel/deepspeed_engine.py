@@ -156,6 +156,7 @@ class Engine:
             config, dist.get_world_size(), layout.accumulation, layout.samples_per_micro_batch, block_numel(backbone)
         )
         deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
+        method.batch_size = layout.global_batch_size
         self._module = LossModule(net, method, config.seed, layout.alignment)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=self._module,

@@ -5,6 +5,7 @@ over published peaks (hardware.py) with the shares below, none of them measured 
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from imm_scale import build, storage
 from imm_scale import config as configs
 from imm_scale.config.schema import Config
-from imm_scale.data.manifest import Manifest, unseen
+from imm_scale.data.manifest import Manifest, TokenCodec, unseen
 from imm_scale.data.sample_order import Layout
 from imm_scale.errors import UserError
 from imm_scale.models.base import Architecture
@@ -49,15 +50,17 @@ class Data:
     """What the planner knows of the data set without opening it.
 
     Attributes:
-        shape: (C, H, W) of a latent.
+        shape: (C, H, W) of a latent, (T,) of a sequence of tokens.
         record_bytes: of one sample in a shard, tar headers included.
         num_samples: None where neither config nor a reachable manifest says.
+        vocabulary: of the tokens, None of latents.
     """
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     num_classes: int
     record_bytes: float
     num_samples: int | None
+    vocabulary: int | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str, link: str
 
 def planned_net(config: Config, data: Data) -> Architecture:
     """The net for data of which no more is known than its shape and classes. Raises UserError where it does not fit."""
-    return build.architecture(config, build.space(config, unseen(data.shape, data.num_classes)))
+    return build.architecture(config, build.space(config, unseen(data.shape, data.num_classes, data.vocabulary)))
 
 
 def describe_data(config: Config) -> Data:
@@ -158,23 +161,37 @@ def describe_data(config: Config) -> Data:
         except (UserError, OSError) as error:
             raise UserError(f"{error}; or {_SAY_SHAPE}") from error
         size = sum(shard.bytes for shard in manifest.shards) / max(manifest.num_samples, 1)
-        return Data(manifest.latent_shape, manifest.num_classes, size, manifest.num_samples)
+        shape, classes = manifest.latent_shape, manifest.num_classes
+        return Data(shape, classes, size, manifest.num_samples, manifest.vocabulary)
     if data.latent_shape is None or data.num_classes is None:
         raise UserError(f"nothing says what the data looks like: {_SAY_SHAPE}")
-    if len(data.latent_shape) != 3:
-        raise UserError(f"data.latent_shape={data.latent_shape} must be channels, height and width")
-    channels, height, width = data.latent_shape
-    return Data((channels, height, width), data.num_classes, _record_bytes(config, channels * height * width), None)
+    return _unseen_data(config, tuple(data.latent_shape), data.num_classes)
 
 
-_SAY_SHAPE = "set data.latent_shape=[C,H,W] and data.num_classes=K to plan without the data"
+def _unseen_data(config: Config, shape: tuple[int, ...], num_classes: int) -> Data:
+    """What a config alone says. Raises UserError where shape and vocabulary are of latents and tokens mixed."""
+    vocabulary = config.data.vocabulary
+    if (len(shape) == 1) != (vocabulary is not None):
+        raise UserError(
+            f"data.latent_shape={list(shape)} with data.vocabulary={vocabulary}: latents have channels, height and "
+            "width and no vocabulary; tokens have one length, as in data.latent_shape=[64] data.vocabulary=256"
+        )
+    return Data(shape, num_classes, _record_bytes(config, math.prod(shape)), None, vocabulary)
+
+
+_SAY_SHAPE = (
+    "set data.latent_shape=[C,H,W] and data.num_classes=K to plan without the data (tokens: data.latent_shape=[T] and "
+    "data.vocabulary=V)"
+)
 
 
 def _record_bytes(config: Config, elements: int) -> float:
-    """A sample as docs/data_format.md lays it out: fp16 latents (and mirrored ones) and a label, each a tar member."""
-    stored = 2 * elements * (2 if config.data.codec != "pixels" else 1)
-    member = _TAR_BLOCK + -(-(_NPY_HEADER + stored) // _TAR_BLOCK) * _TAR_BLOCK
-    members = 2 if config.data.flip and config.data.codec != "pixels" else 1
+    """A sample as docs/data_format.md lays it out: the array (and a mirrored one) and a label, each a tar member."""
+    vocabulary = config.data.vocabulary
+    has_halves = vocabulary is None and config.data.codec != "pixels"
+    width = 2 if vocabulary is None else TokenCodec(vocabulary, "", "").stored_dtype.itemsize
+    member = _TAR_BLOCK + -(-(_NPY_HEADER + width * elements * (1 + has_halves)) // _TAR_BLOCK) * _TAR_BLOCK
+    members = 2 if config.data.flip and has_halves else 1
     return float(members * member + 2 * _TAR_BLOCK)
 
 

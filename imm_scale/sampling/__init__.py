@@ -1,7 +1,7 @@
 """Samples of a trained flow map.
 
-spec, flow_map = export.load_flow_map("runs/demo/imm")
-for index, label, z in sampling.sample(flow_map, spec, sampling.SamplingPlan(steps=2, num=1000)):
+spec, net = export.load_net("runs/demo/imm")
+for index, label, z in sampling.sample(net, spec, sampling.SamplingPlan(steps=2, num=1000)):
     ...
 """
 

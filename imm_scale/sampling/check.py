@@ -1,7 +1,7 @@
 """What can be said of samples before any weights are read, and before a job waits in a queue."""
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -76,11 +76,15 @@ def _check_plans(
     _refuse_idle(spec, config, drawers, typed)
 
 
-def _refuse_idle(spec: ModelSpec, config: SamplingConfig, drawers: Iterable[Drawer], typed: Collection[str]) -> None:
+def _refuse_idle(spec: ModelSpec, config: SamplingConfig, drawers: Sequence[Drawer], typed: Collection[str]) -> None:
     """Raises UserError for what was typed and does nothing."""
     for key in ("sampling.vae", "sampling.vae_precision"):
         if key in typed and not spec.space.needs_decoder:
             raise UserError(f"{key} does nothing here: no autoencoder decodes what this model draws; leave it out")
+    if "sampling.order" in typed and not any(one.plan.sampler == "unmask" for one in drawers):
+        raise UserError(
+            f"sampling.order={config.order} does nothing here: sampling.sampler=unmask reads it; leave it out"
+        )
     if "sampling.guidance_interval" in typed and not any(
         one.plan.guidance.at(t) != 1.0 for one in drawers for t in one.times[:-1]
     ):

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from imm_scale import build, precision
+from imm_scale import build, precision, rng
 from imm_scale.build import ModelSpec
 from imm_scale.config.schema import SamplingConfig
 from imm_scale.errors import UserError
 from imm_scale.methods import samplers
 from imm_scale.methods.base import Steps
 from imm_scale.methods.flow_map import FlowMap
-from imm_scale.methods.samplers import SAMPLERS, Guidance
+from imm_scale.methods.samplers import Guidance
 from imm_scale.models.base import Backbone
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
@@ -40,7 +40,7 @@ class SamplingPlan:
         batch_size: samples held at once, rounded up to whole calls of the net; decides none of their bits.
         compile: whether the net's blocks are compiled.
         tells_guidance: whether the net is told scale and interval, and evaluated once a step.
-        sampler, num, seed, guidance_scale, precision: as in the `sampling` section of the config.
+        sampler, order, num, seed, guidance_scale, precision: as in the `sampling` section of the config.
     """
 
     steps: int
@@ -55,10 +55,9 @@ class SamplingPlan:
     precision: str = "fp32"
     compile: bool = False
     tells_guidance: bool = False
+    order: str = "random"
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise UserError(f"sampler={self.sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
         low, high = self.guidance_interval
         if not 0.0 <= low < high <= 1.0:
             raise UserError(f"guidance_interval={(low, high)} is no interval of times within 0 to 1, as in (0.1, 0.8)")
@@ -91,7 +90,7 @@ class SamplingPlan:
 
 def times_of(spec: ModelSpec, plan: SamplingPlan) -> Tensor:
     """The plan's time grid for this model, (steps + 1,) fp64, falling."""
-    return build.method(spec).grid(plan.grid, plan.steps)
+    return build.method(spec).grid(plan.grid, plan.steps, spec.space)
 
 
 def plan_of(config: SamplingConfig, spec: ModelSpec, steps: int, num: int, seed: int) -> SamplingPlan:
@@ -101,7 +100,8 @@ def plan_of(config: SamplingConfig, spec: ModelSpec, steps: int, num: int, seed:
     and guidance that the model never learned.
     """
     labels, method = parse_labels(config.labels, spec.space.num_classes), build.method(spec)
-    method.config.check_sampler(config.sampler, [steps])
+    sampler = method.config.sampler_named(config.sampler)
+    method.config.check_sampler(sampler, [steps])
     method.config.check_guidance(config.guidance_scale, config.guidance_interval)
     return SamplingPlan(
         steps=steps,
@@ -111,7 +111,8 @@ def plan_of(config: SamplingConfig, spec: ModelSpec, steps: int, num: int, seed:
         seed=seed,
         guidance_scale=config.guidance_scale,
         batch_size=config.batch_size,
-        sampler=config.sampler,
+        sampler=sampler,
+        order=config.order,
         guidance_interval=(config.guidance_interval[0], config.guidance_interval[1]),
         precision=config.precision,
         compile=config.compile,
@@ -208,8 +209,16 @@ class Drawer:
     def _call(self, first: int) -> Tensor:
         index = torch.arange(first, first + SAMPLES_PER_CALL)
         label, there = self.plan.label(index).to(self._device), index.to(self._device)
-        start = self._space.prior(self.plan.seed, STARTING_NOISE, there).double()
-        steps = Steps(self.times, self.plan.sampler, self.plan.guidance, partial(self._fresh_noise, there))
+        start = self._space.prior(self.plan.seed, STARTING_NOISE, there)
+        start = start.double() if start.is_floating_point() else start
+        steps = Steps(
+            self.times,
+            self.plan.sampler,
+            self.plan.guidance,
+            partial(self._fresh_noise, there),
+            lambda stream, count: rng.uniform(self.plan.seed, "tokens", there, count, stream),
+            self.plan.order,
+        )
         # Around the net in fp64 there are no matrix products, and autocast leaves its conditioning in fp32.
         with precision.computing(self.plan.precision, self._device), torch.no_grad():
             z = self._method.sample(self._net, start, label, steps)

@@ -29,7 +29,7 @@ class Guide:
     """
 
     spec: ModelSpec
-    flow_map: FlowMap
+    net: FlowMap
     weights_id: str
     text: str
 
@@ -64,11 +64,11 @@ def load_spec(source: Source, config: SamplingConfig) -> tuple[ModelSpec, str] |
 
 def read(url: str, ema: float | None = None, step: int | None = None) -> Guide:
     """A guide from a run, a checkpoint or an export, as `export.load` reads it."""
-    spec, flow_map, origin = export.load(url, ema, step)
+    spec, net, origin = export.load(url, ema, step)
     known = [("step", origin.step), ("ema", origin.ema), ("width", origin.width)]
     parts = [f"{name} {value!r}" for name, value in known if value is not None]
     text = ", ".join([storage.name(url.rstrip("/")), *parts])
-    return Guide(spec, flow_map, export.identity(spec, flow_map), text)
+    return Guide(spec, net, export.identity(spec, net), text)
 
 
 def _place(source: Source, config: SamplingConfig) -> tuple[str, float | None, int | None]:
@@ -93,13 +93,13 @@ def put(flow_map: FlowMap, spec: ModelSpec, weights_id: str, guide: Guide) -> Fl
         UserError: a method that has no flow map, a net that is told its guidance, a guide on other samples or another
             trajectory, or the model itself.
     """
-    check_fits(flow_map, spec, guide.flow_map, guide.spec, guide.text)
+    check_fits(flow_map, spec, guide.net, guide.spec, guide.text)
     if guide.weights_id == weights_id:
         raise UserError(
             f"the guide ({guide.text}) is the model itself, so guidance would do nothing: take an earlier step, a "
             "shorter average or a smaller net"
         )
-    return flow_map.guided_by(guide.flow_map)
+    return flow_map.guided_by(guide.net)
 
 
 def check_fits(net: Any, spec: ModelSpec, guide: Any, guide_spec: ModelSpec, text: str) -> None:

@@ -18,7 +18,6 @@ from imm_scale.checkpoint import export, run_folder
 from imm_scale.config.schema import SamplingConfig
 from imm_scale.data.spaces import Artifacts, SampleSpace
 from imm_scale.errors import UserError
-from imm_scale.methods.flow_map import FlowMap
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
 from imm_scale.sampling import guides, outputs, set_record
@@ -30,6 +29,9 @@ from imm_scale.sampling.source import Source
 
 Announce = Callable[[str], None]
 TELL_SECONDS = 60.0
+_ENDINGS = {
+    "grid": ".png", "text": ".txt", "jsonl": ".jsonl", "npz": ".npz", "folder": "", "webdataset": ".shards"
+}  # fmt: skip
 READS = ("plugins", "sampling.")  # keys of the config
 
 
@@ -39,7 +41,7 @@ class Request:
 
     Attributes:
         out: folder to write to; None: `folder_of` what is drawn from.
-        formats: of `outputs.FORMATS`.
+        formats: of `outputs.FORMATS`; none takes those that the samples are usually looked at in.
         latents: whether the normalized latents are kept in npz and WebDataset.
         guidance: scales, each with all step counts.
         typed: keys of the config that were given for this job.
@@ -47,15 +49,15 @@ class Request:
 
     out: str | None
     guidance: tuple[float, ...]
-    formats: tuple[str, ...] = ("grid", "npz")
+    formats: tuple[str, ...] = ()
     latents: bool = False
     typed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.formats if name not in outputs.FORMATS]
-        if unknown or not self.formats:
+        if unknown:
             raise UserError(f"--format {','.join(self.formats)}: choose of {', '.join(outputs.FORMATS)}")
-        if self.latents and not {"npz", "webdataset"} & set(self.formats):
+        if self.latents and self.formats and not {"npz", "webdataset"} & set(self.formats):
             raise UserError(f"--latents does nothing with --format {','.join(self.formats)}: add npz or webdataset")
 
 
@@ -71,7 +73,7 @@ class Model:
     """Weights ready to draw images with, or latents alone where there is no codec."""
 
     spec: ModelSpec
-    flow_map: FlowMap
+    net: Any
     artifacts: Artifacts | None
     weights_id: str
     guide: Guide | None = None
@@ -80,27 +82,38 @@ class Model:
     def load(cls, source: Source, config: SamplingConfig, device: torch.device, decoding: bool = True) -> "Model":
         """Raises UserError for weights or a codec that are not there, or what this machine cannot compute."""
         check_machine(config)
-        spec, flow_map = export.load_flow_map(source.weights_url, config.ema)
+        spec, net = export.load_net(source.weights_url, config.ema)
         artifacts = open_artifacts(spec.space, config, device) if decoding else None
-        model = cls(spec, flow_map.to(device), artifacts, export.identity(spec, flow_map))
+        model = cls(spec, net.to(device), artifacts, export.identity(spec, net))
         guide = guides.load(source, config)
         return model if guide is None else model.guided_by(guide)
 
     def guided_by(self, guide: Guide) -> "Model":
         """The model with a guide. Raises UserError for one that does not fit."""
-        guide.flow_map.to(next(self.flow_map.parameters()).device)
-        return dataclasses.replace(
-            self, flow_map=guides.put(self.flow_map, self.spec, self.weights_id, guide), guide=guide
-        )
+        guide.net.to(next(self.net.parameters()).device)
+        guided = guides.put(self.net, self.spec, self.weights_id, guide)
+        return dataclasses.replace(self, net=guided, guide=guide)
 
     def guide_of(self, plan: SamplingPlan) -> Guide | None:
         """The guide where a plan uses it."""
         return self.guide if plan.guidance_scale != 1.0 else None
 
     def decode(self, z_N: Tensor) -> Tensor:
-        """uint8 (N, H, W, channels) images of samples (N, ...)."""
+        """uint8 (N, H, W, channels) images of samples (N, ...). Raises UserError for samples that are none."""
+        return self.shown(z_N)
+
+    @property
+    def shown(self) -> Artifacts:
+        """What makes files and images of samples."""
         assert self.artifacts is not None, "loaded for latents alone"
-        return self.artifacts(z_N)
+        return self.artifacts
+
+    def formats(self, wanted: tuple[str, ...]) -> tuple[str, ...]:
+        """Formats of samples, as a request has them. Raises UserError for what these samples cannot be written in."""
+        for name in wanted:
+            if name not in self.shown.formats:
+                raise UserError(f"--format {name}: these samples can be {', '.join(self.shown.formats)}")
+        return wanted or self.shown.formats[:2]
 
 
 def open_artifacts(space: SampleSpace, config: SamplingConfig, device: torch.device) -> Artifacts:
@@ -167,9 +180,10 @@ class _SetOfSamples:
         announce: Announce,
         shown: Mapping[str, str],
     ):
-        self.model, self.plan, self.request, self.world = model, plan, request, world
+        self.model, self.plan, self.world = model, plan, world
+        self.request = dataclasses.replace(request, formats=model.formats(request.formats))
         self.source, self.announce = source, announce
-        self.drawer = Drawer(model.flow_map, model.spec, plan)
+        self.drawer = Drawer(model.net, model.spec, plan)
         self.settings = self._settings()
         self.identity = set_record.identity(self.settings)
         self.folder, base = request.out or folder_of(source), stem(plan, model.guide_of(plan))
@@ -200,9 +214,10 @@ class _SetOfSamples:
             "vae_precision": self.model.artifacts.precision if self.model.artifacts is not None else None,
             "latents": self.request.latents,
             "samples_per_call": SAMPLES_PER_CALL,
-            "device": next(self.model.flow_map.parameters()).device.type,
+            "device": next(self.model.net.parameters()).device.type,
             "torch": torch.__version__,
             **({} if guide is None else {"guide": guide.weights_id}),
+            **({"order": plan.order} if plan.sampler == "unmask" else {}),
         }
 
     # --- drawing ---
@@ -242,7 +257,7 @@ class _SetOfSamples:
         hidden = None if self.world.is_main else True  # None: shown on a terminal only
         name = self.name + (f", rank 0 of {self.world.size}" if self.world.size > 1 else "")
         last_report = began = time.monotonic()
-        with tqdm(total=total, desc=name, unit="image", disable=hidden) as bar:
+        with tqdm(total=total, desc=name, unit="sample", disable=hidden) as bar:
             for done, part in enumerate(mine):
                 # No terminal: a line in the job's log.
                 if bar.disable and time.monotonic() - last_report > TELL_SECONDS:
@@ -251,7 +266,7 @@ class _SetOfSamples:
                 start, stop = self.parts.ranges[part]
                 _, label, z = self.drawer.draw(start, stop)
                 latents = z.float().numpy() if self.request.latents else None
-                self.parts.write(part, self.model.decode(z).numpy(), label.tolist(), latents)
+                self.parts.write(part, self.model.shown.files(z), label.tolist(), latents)
                 bar.update(stop - start)
 
     # --- outputs ---
@@ -270,12 +285,14 @@ class _SetOfSamples:
         return bool(distributed.all_sum(torch.tensor(int(finished))))
 
     def _output(self, name: str) -> str:
-        return self.stem + {"grid": ".png", "npz": ".npz", "folder": "", "webdataset": ".shards"}[name]
+        return self.stem + _ENDINGS[name]
 
     def _write_outputs(self) -> list[str]:
         formats = self.request.formats
-        if self.world.is_main and "grid" in formats:
-            outputs.write_grid(self._output("grid"), self.parts)
+        of_rank_0 = {"grid": outputs.write_grid, "text": outputs.write_text, "jsonl": outputs.write_jsonl}
+        for name, write in of_rank_0.items() if self.world.is_main else ():
+            if name in formats:
+                write(self._output(name), self.parts)
         if self.world.is_main and "npz" in formats:
             outputs.write_npz(self._output("npz"), self.parts, {"num": self.plan.num, **self.settings})
         if "folder" in formats:

@@ -18,7 +18,7 @@ from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
 from imm_scale.sampling.parts import Parts, Sample
 
-FORMATS = ("grid", "folder", "npz", "webdataset")
+FORMATS = ("grid", "folder", "text", "jsonl", "npz", "webdataset")
 GRID_IMAGES = 400  # a sheet of more is not looked at
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the same bytes whenever it is written
 
@@ -79,15 +79,36 @@ def write_folder(url: str, parts: Parts, world: World) -> None:
         if mine or world.is_main:
             for sample in parts.read(part):
                 if mine:
-                    storage.write_bytes(storage.join(url, f"{sample.key}.png"), sample.png)
+                    storage.write_bytes(storage.join(url, f"{sample.key}.png"), sample.files["png"])
                 labels.append([f"{sample.key}.png", sample.label])
     distributed.barrier()
     if world.is_main:
         storage.write_text(storage.join(url, "dataset.json"), json.dumps({"labels": labels}))
 
 
+def write_text(url: str, parts: Parts) -> None:
+    """The texts of all samples, each behind a line that numbers it and names its class."""
+    lines = []
+    for sample in _samples(parts):
+        lines += [f"--- sample {int(sample.key)}, class {sample.label}", sample.files["txt"].decode()]
+    storage.write_text(url, "\n".join([*lines, ""]))
+
+
+def write_jsonl(url: str, parts: Parts) -> None:
+    """A JSON object a line for each sample: its key, label, tokens, and text where they stand for some."""
+    lines = []
+    for sample in _samples(parts):
+        said: dict[str, Any] = {"key": sample.key, "label": sample.label, "tokens": sample.tokens.tolist()}
+        if "txt" in sample.files:
+            said["text"] = sample.files["txt"].decode()
+        lines.append(json.dumps(said))
+    storage.write_text(url, "\n".join([*lines, ""]))
+
+
 def write_npz(url: str, parts: Parts, settings: dict[str, Any]) -> None:
     """arr_0 (N, H, W, C) uint8 images and arr_1 labels, as the ADM evaluation suite reads them; latents if kept.
+
+    Of tokens that are no images arr_0 are the ids (N, T).
 
     Written array by array through a temporary file, so memory holds one part at a time.
     """
@@ -96,7 +117,8 @@ def write_npz(url: str, parts: Parts, settings: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         path = os.path.join(temporary, "samples.npz")
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-            _stream(archive, "arr_0", first.image, num, (sample.image for sample in _samples(parts)))
+            shown = "image" if "png" in first.files else "tokens"
+            _stream(archive, "arr_0", getattr(first, shown), num, (getattr(one, shown) for one in _samples(parts)))
             label = np.int64(0)
             _stream(archive, "arr_1", label, num, (np.int64(sample.label) for sample in _samples(parts)))
             if first.latent is not None:

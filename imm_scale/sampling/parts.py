@@ -1,14 +1,16 @@
 """Finished samples, part by part: what a job that was stopped need not draw again.
 
-A part is a WebDataset shard of KEY.png, KEY.cls and, where asked for, KEY.latent.npy; beside it a record says what it
-holds and its sha256. It is written after the shard, so a part with a record that fits is whole.
+A part is a WebDataset shard of a sample's files (KEY.png; of tokens KEY.tokens.npy and KEY.txt), KEY.cls and, where
+asked for, KEY.latent.npy; beside it a record says what it holds and its sha256. It is written
+after the shard, so a part with a record that fits is whole.
 """
 
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,23 +18,34 @@ from PIL import Image
 
 from imm_scale import storage
 from imm_scale.data import tar
-from imm_scale.errors import UserError
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A finished sample: its PNG file, label, and latent where it was kept."""
+    """A finished sample: its files by ending, and its label."""
 
     key: str
-    png: bytes
+    files: Mapping[str, bytes]
     label: int
-    latent: NDArray[np.float32] | None
 
     @property
     def image(self) -> NDArray[np.uint8]:
         """(H, W, channels)."""
-        pixels = np.asarray(Image.open(io.BytesIO(self.png)))
+        pixels = np.asarray(Image.open(io.BytesIO(self.files["png"])))
         return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+    @property
+    def latent(self) -> NDArray[np.float32] | None:
+        """As the net drew it, where it was kept."""
+        return self._array("latent.npy") if "latent.npy" in self.files else None
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """(T,) ids, of samples that are tokens."""
+        return self._array("tokens.npy")
+
+    def _array(self, ending: str) -> NDArray[Any]:
+        return np.load(io.BytesIO(self.files[ending]), allow_pickle=False)
 
 
 def key_of(index: int) -> str:
@@ -75,15 +88,19 @@ class Parts:
             return False
 
     def write(
-        self, part: int, images: NDArray[np.uint8], labels: list[int], latents: NDArray[np.float32] | None
+        self,
+        part: int,
+        files: Sequence[Mapping[str, bytes]],
+        labels: Sequence[int],
+        latents: NDArray[np.float32] | None = None,
     ) -> None:
-        """Writes one part: images (n, H, W, 3 or 1), labels n, latents (n, C, H', W') or None."""
+        """Writes one part: n samples' files by ending, n labels, and latents (n, C, H', W') or None."""
         start, stop = self.ranges[part]
-        assert len(images) == len(labels) == stop - start
+        assert len(files) == len(labels) == stop - start
         members = []
         for i, label in enumerate(labels):
             key = key_of(start + i)
-            members.append(tar.member(f"{key}.png", _png(images[i])))
+            members += [tar.member(f"{key}.{ending}", content) for ending, content in files[i].items()]
             members.append(tar.member(f"{key}.cls", str(label).encode()))
             if latents is not None:
                 members.append(tar.member(f"{key}.latent.npy", _npy(latents[i])))
@@ -96,8 +113,7 @@ class Parts:
         data = storage.read_bytes(self.url(part))
         for key, files in tar.samples(data, self.url(part)):
             content = {name: data[file.offset : file.offset + file.size] for name, file in files.items()}
-            latent = np.load(io.BytesIO(content["latent.npy"])) if "latent.npy" in content else None
-            yield Sample(key, content["png"], int(content["cls"]), latent)
+            yield Sample(key, content, int(content["cls"]))
 
     def clear(self) -> None:
         """Removes what killed writers left, and parts beyond the last, of a job that wanted more."""
@@ -106,15 +122,6 @@ class Parts:
         for name in storage.list_names(self.folder):
             if name not in names:
                 storage.remove(storage.join(self.folder, name))
-
-
-def _png(image_HWC: NDArray[np.uint8]) -> bytes:
-    channels = image_HWC.shape[-1]
-    if channels not in (1, 3):
-        raise UserError(f"images have {channels} channels: PNG takes 1 or 3")
-    stream = io.BytesIO()
-    Image.fromarray(image_HWC[:, :, 0] if channels == 1 else image_HWC).save(stream, "PNG")
-    return stream.getvalue()
 
 
 def _npy(array: NDArray[np.float32]) -> bytes:

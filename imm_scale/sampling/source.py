@@ -61,7 +61,7 @@ class Source:
 
     @property
     def weights_url(self) -> str:
-        """What `export.load_flow_map` reads: a checkpoint's folder or an export."""
+        """What `export.load_net` reads: a checkpoint's folder or an export."""
         if self.run_dir is None or self.step is None:
             return self.url
         return checkpoints.folder(self.run_dir, self.step)

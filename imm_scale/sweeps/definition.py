@@ -346,15 +346,19 @@ def _steps(config: Config, net: Architecture, unit: str, budget: float) -> int:
 
 
 @lru_cache(maxsize=16)
-def _data(manifest: str | None, shape: tuple[int, ...] | None, classes: int | None) -> Data:
+def _data(
+    manifest: str | None, shape: tuple[int, ...] | None, classes: int | None, vocabulary: int | None = None
+) -> Data:
     """Read once for all cells."""
-    return describe_data(Config(data=DataConfig(manifest, latent_shape=list(shape or []) or None, num_classes=classes)))
+    known = DataConfig(manifest, latent_shape=list(shape or []) or None, num_classes=classes, vocabulary=vocabulary)
+    return describe_data(Config(data=known))
 
 
 def net_of(config: Config) -> Architecture:
     """The net a config means, by data.latent_shape and data.num_classes or by the manifest. Raises UserError."""
     shape = config.data.latent_shape
-    data = _data(config.data.manifest, None if shape is None else tuple(shape), config.data.num_classes)
+    known = (None if shape is None else tuple(shape), config.data.num_classes, config.data.vocabulary)
+    data = _data(config.data.manifest, *known)
     return planned_net(config, data)
 
 

@@ -119,7 +119,8 @@ def _results(cell: Cell) -> Iterator[dict[str, Any]]:
 def _is_as_configured(config: Config, evaluation: Mapping[str, Any]) -> bool:
     """By what the file says; what an older one does not say was as it is by default."""
     sampling, evaluated = config.sampling, config.evaluation
-    wanted = {key: getattr(sampling, key) for key in ("seed", "sampler", "grid", "labels", "guidance_interval")}
+    wanted = {key: getattr(sampling, key) for key in ("seed", "grid", "labels", "guidance_interval")}
+    wanted["sampler"] = config.method.sampler_named(sampling.sampler)
     wanted |= {key: getattr(evaluated, key) for key in ("repeats", "num", "metrics", "compared")}
     network, decay = networks.identity(evaluated.extractor), sampling.ema
     decay = config.ema.decays[0] if decay is None else decay

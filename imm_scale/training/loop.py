@@ -223,11 +223,10 @@ class Loop:
 
 def _held_out(state: State) -> HeldOut | None:
     config = state.prepared.config
-    if config.data.holdout == 0:
+    if config.data.holdout == 0 and state.prepared.held_out is None:
         return None
-    return HeldOut(
-        config, state.prepared.dataset, state.prepared.spec.space, state.prepared.layout, state.world.rank, state.device
-    )
+    dataset = state.prepared.dataset if state.prepared.held_out is None else state.prepared.held_out
+    return HeldOut(config, dataset, state.prepared.spec.space, state.prepared.layout, state.world.rank, state.device)
 
 
 def _loader(state: State) -> Loader:

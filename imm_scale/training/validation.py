@@ -3,7 +3,9 @@
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from imm_scale.config.schema import Config
 from imm_scale.data import sample_order
@@ -25,6 +27,10 @@ class HeldOut:
     The loss is that of the current weights, its times and noise the same at each call, so that its changes are the
     net's. The M particles of a group lie on one rank; the H mod M samples left over are not used.
 
+    Args:
+        dataset: of which `data.holdout` is a share, or what `data.holdout_manifest` names.
+        space: of training; it reads samples as `dataset` stores them.
+
     Raises:
         UserError: fewer held-out samples than one group.
     """
@@ -32,14 +38,12 @@ class HeldOut:
     def __init__(
         self, config: Config, dataset: Dataset, space: SampleSpace, layout: Layout, rank: int, device: torch.device
     ):
-        held_out = sample_order.held_out(
-            dataset.shard_samples, config.data.block_samples, config.seed, config.data.holdout
-        )
+        held_out = _held_out_indices(config, dataset)
         particles = layout.particles
         num_groups = len(held_out) // particles
         if num_groups == 0:
             raise UserError(
-                f"data.holdout={config.data.holdout:g} holds out {len(held_out)} samples, fewer than one group of "
+                f"{_said(config)} holds out {len(held_out)} samples, fewer than one group of "
                 f"{particles} samples: hold out more"
             )
         # Not plan.rank_groups: more ranks than groups are fine here.
@@ -47,7 +51,7 @@ class HeldOut:
         self.num_groups, self._seed = num_groups, config.seed
         self._particles, self._micro = particles, layout.slots_per_micro_batch
         self._rounds = math.ceil(math.ceil(num_groups / layout.world_size) / self._micro)
-        self._space, self._device = space, device
+        self._space, self._device = space.reading(dataset.manifest), device
         index = held_out[first * particles : last * particles]
         self._stored = torch.from_numpy(dataset.gather(index))
         self._label = torch.from_numpy(dataset.labels[index]).to(device)
@@ -76,3 +80,15 @@ class HeldOut:
                 stored = self._stored[part].to(self._device)
                 self._space.from_stored(stored, self._seed, "posterior", ordinal[:real], out=x[:real])
             yield Batch(0, x, label, ordinal, weight)
+
+
+def _held_out_indices(config: Config, dataset: Dataset) -> NDArray[np.int64]:
+    """Which samples of the data set are held out: all of `data.holdout_manifest`, else the share of `data.holdout`."""
+    if config.data.holdout_manifest is not None:
+        return np.arange(len(dataset))
+    return sample_order.held_out(dataset.shard_samples, config.data.block_samples, config.seed, config.data.holdout)
+
+
+def _said(config: Config) -> str:
+    data = config.data
+    return f"data.holdout={data.holdout:g}" if data.holdout_manifest is None else "data.holdout_manifest"

@@ -32,7 +32,7 @@ SURFACE = {
     "sample": (
         "(source: str | imm_scale.sampling.job.Model, steps: int = 1, num: int | None = None, *,"
         " labels: str | collections.abc.Sequence[int] = 'all', seed: int = 0, guidance: float = 1.0,"
-        " guidance_interval: tuple[float, float] = (0.0, 1.0), sampler: str = 'pushforward', grid: str = 'auto',"
+        " guidance_interval: tuple[float, float] = (0.0, 1.0), sampler: str = 'auto', grid: str = 'auto',"
         " latents: bool = False) -> torch.Tensor"
     ),
     "evaluate": (
@@ -178,7 +178,7 @@ def test_an_evaluation_is_the_one_the_command_reads_again(trained, digits, tmp_p
         (lambda run: imm_scale.load(run, ema=0.5), "no moving average of decay 0.5; it has 0.99"),
         (lambda run: imm_scale.sample(run, steps=0), "steps=0 must be at least 1"),
         (lambda run: imm_scale.sample(run, labels=[3, 10]), "the model knows classes 0 to 9"),
-        (lambda run: imm_scale.sample(run, sampler="euler"), "sampler='euler' is unknown"),
+        (lambda run: imm_scale.sample(run, sampler="euler"), "sampling.sampler=euler does not draw"),
         (lambda run: imm_scale.evaluate("nowhere"), "nowhere is not a run folder"),
         (lambda run: imm_scale.evaluate(run, overrides=["evaluation.nmu=5"]), "evaluation.num"),
         (lambda run: imm_scale.train("dmeo"), "did you mean demo"),

@@ -40,6 +40,7 @@ DOORS = {
     "xformers": {"imm_scale/models/layers.py"},
     "diffusers": {"imm_scale/data/autoencoder.py", "imm_scale/checkpoint/standalone/"},
     "shtab": {"imm_scale/commands/completion.py"},
+    "transformers": {"imm_scale/evaluation/foreign/hugging_face.py"},
     "onnxruntime": {"imm_scale/evaluation/networks.py"},
 }
 

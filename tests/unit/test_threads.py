@@ -16,7 +16,7 @@ FILES_ONLY = {  # threads that read and write files, or decode images, in NumPy'
     "imm_scale/checkpoint/format.py: commit",
     "imm_scale/checkpoint/run_lock.py: keep",
     "imm_scale/data/dataset.py: __init__",
-    "imm_scale/data/block_window.py: __init__",
+    "imm_scale/data/blocks/window.py: __init__",
     "data_tools/encode.py: _finished",
     "data_tools/encode.py: encode_shards",
     "data_tools/encode.py: read_batches",

@@ -167,7 +167,7 @@ def test_its_grids_are_ours(trajectory):
         for kind, steps in itertools.product(("auto", "uniform", "edm", "eta_1.4"), (1, 2, 4, 8)):
             chosen = ours.default_grid(steps) if kind == "auto" else kind
             try:
-                expected = ours.grid(chosen, steps).tolist()
+                expected = ours.grid(chosen, steps, spec.space).tolist()
             except UserError:
                 with pytest.raises(ValueError, match=f"grid='{kind}'"):
                     time_grid(theirs, kind, steps)
@@ -195,9 +195,9 @@ def _job(
 
 def _ours(job: Job, vae: str | None = None) -> np.ndarray:
     """What `imm-scale sample` draws of a job."""
-    spec, flow_map = export.load_flow_map(job["folder"])
+    spec, flow_map = export.load_net(job["folder"])
     if job["guide"] is not None:
-        flow_map = flow_map.guided_by(export.load_flow_map(job["guide"])[1])
+        flow_map = flow_map.guided_by(export.load_net(job["guide"])[1])
     call = dict(job["call"])
     config = SamplingConfig(
         guidance_scale=call.get("guidance_scale", 1.0),

@@ -149,7 +149,7 @@ def test_the_command_writes_a_model_that_works(tmp_path):
     source, out = files.write(tmp_path / "net.pkl", net), str(tmp_path / "net.safetensors")
     code, output = ranks.command_and_output("import", source, "--out", out)
     assert code == 0 and out in output and "second_time=t_minus_s, as the file records" in output and "--vae" in output
-    spec, flow_map = export.load_flow_map(out)
+    spec, flow_map = export.load_net(out)
     assert spec.method.flow_map.second_time == "t_minus_s"
     times = (torch.tensor([u], dtype=torch.float64) for u in (0.1, 0.6))
     torch.testing.assert_close(

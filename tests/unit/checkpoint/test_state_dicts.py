@@ -162,7 +162,7 @@ def test_the_command_writes_a_model_that_works(tmp_path):
     out = str(tmp_path / "sit.safetensors")
     code, text = ranks.command_and_output("import", source, "--from", "sit", "--heads", "2", "--out", out)
     assert code == 0 and "its 'ema' is taken" in text and "--vae" in text
-    flow_map, x = export.load_flow_map(out)[1].double(), _image()
+    flow_map, x = export.load_net(out)[1].double(), _image()
     expected = x + 0.5 * published.Net(weights)(x, 0.3, 2)[: published.CHANNELS]
     np.testing.assert_allclose(_moved(flow_map, x, 0.2, 0.7, 2), expected, rtol=0, atol=TOLERANCE)
 

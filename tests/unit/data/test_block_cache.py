@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from imm_scale.data.block_cache import BlockCache
+from imm_scale.data.blocks.cache import BlockCache
 from imm_scale.errors import UserError
 
 SIZE = 1000

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from imm_scale.data.spaces import png
 from imm_scale.errors import UserError
 from imm_scale.evaluation import images
 from imm_scale.evaluation.collect import Collector, chosen, group_of
@@ -75,7 +76,7 @@ def test_other_homes_of_images_give_the_same(reference_and_images, tmp_path, kin
 
         parts = Parts(str(tmp_path / "shards"), "", [(0, 130), (130, 300)])
         for part, (start, stop) in enumerate(parts.ranges):
-            parts.write(part, array[start:stop], [0] * (stop - start), None)
+            parts.write(part, [{"png": png(image)} for image in array[start:stop]], [0] * (stop - start))
         source = images.find(parts.folder)
     assert len(source) == 300
     again = of_images(source, Flat("pixels"), 50, ALONE)

@@ -14,7 +14,7 @@ import webdataset as wds
 from sklearn.datasets import load_digits
 from torch import nn
 
-from imm_scale.checkpoint.export import load_flow_map
+from imm_scale.checkpoint.export import load_net
 from imm_scale.config.schema import SamplingConfig
 from imm_scale.data import codec as codecs
 from imm_scale.evaluation import cost_quality, gallery
@@ -122,7 +122,7 @@ def test_a_file_holds_what_is_needed_to_get_its_numbers_again(evaluated, flow):
     assert any("256 samples" in warning for warning in late["warnings"]) is False, (
         "256 samples of 32 features are enough"
     )
-    spec, _ = load_flow_map(flow)
+    spec, _ = load_net(flow)
     for result in late["results"]:
         assert result["metric"] == "frechet_digits"
         assert result["function_evaluations"] == 2 * result["steps"], "guidance costs a second pass"

@@ -142,7 +142,7 @@ BAD = [
     (["--gpu", "h100-80gb", "train.micro_batch_size=6"], "not a multiple"),
     (["--gpu", "v100-32gb", "precision=bf16"], "precision=fp16"),
     (["--gpu", "h100-80gb", "data.latent_shape=null"], "data.latent_shape"),
-    (["--gpu", "h100-80gb", "data.latent_shape=[4,32]"], "must have 3 values"),
+    (["--gpu", "h100-80gb", "data.latent_shape=[4,32]"], "must be channels, height and width, or"),
 ]
 
 

@@ -19,7 +19,7 @@ def _latents(run_dir: str, plan: SamplingPlan) -> np.ndarray:
 
     world = distributed.detect()
     distributed.init(world)
-    spec, flow_map = export.load_flow_map(run_dir)
+    spec, flow_map = export.load_net(run_dir)
     return collect(flow_map, spec, plan, world).numpy()
 
 
@@ -44,14 +44,14 @@ def test_image_i_does_not_depend_on_the_batch_size(trained):
 
 
 def test_seed_label_steps_and_guidance_matter(trained):
-    spec, flow_map = export.load_flow_map(trained)
+    spec, flow_map = export.load_net(trained)
     first = collect(flow_map, spec, PLAN, World())
     for changed in (_with(seed=4), _with(labels=(3,)), _with(steps=3), _with(guidance_scale=1.0)):
         assert not torch.equal(collect(flow_map, spec, changed, World()), first), changed
 
 
 def test_labels_go_round(trained):
-    spec, flow_map = export.load_flow_map(trained)
+    spec, flow_map = export.load_net(trained)
     drawn = torch.cat([label for _, label, _ in sample(flow_map, spec, _with(labels=(7, 2, 5)), World())])
     assert drawn.tolist() == [(7, 2, 5)[i % 3] for i in range(40)]
 
@@ -93,8 +93,8 @@ def test_the_command_writes_grids_and_arrays(trained, tmp_path):
 def test_an_exported_file_samples_as_its_run(trained, tmp_path):
     file = str(tmp_path / "digits.safetensors")
     assert ranks.run(ranks.command, 1, "export", trained, "--out", file, "--ema", "0.99") == [0]
-    spec, flow_map = export.load_flow_map(trained)
-    exported_spec, exported = export.load_flow_map(file)
+    spec, flow_map = export.load_net(trained)
+    exported_spec, exported = export.load_net(file)
     assert exported_spec == spec
     assert torch.equal(collect(exported, spec, PLAN, World()), collect(flow_map, spec, PLAN, World()))
     raw = export.read(trained, export.RAW_WEIGHTS)[1]

@@ -57,7 +57,7 @@ def test_another_average_of_the_run(trained, tmp_path):
     argv = ("sample", trained, *ARGV, "--ema", "0.99", "--guide-ema", "0", "--guidance", "1,3", "--out", str(tmp_path))
     code, output = ranks.run(ranks.command_and_output, 1, *argv)[0]
     assert code == 0, output
-    expected = _by_hand(export.load_flow_map(trained, 0.99), export.load_flow_map(trained, 0.0), 3.0)
+    expected = _by_hand(export.load_net(trained, 0.99), export.load_net(trained, 0.0), 3.0)
     (name,) = [path.stem for path in tmp_path.glob("steps-2-guidance-3-guide-????????.npz")]
     drawn = np.load(tmp_path / f"{name}.npz")
     np.testing.assert_allclose(drawn["latents"], expected, rtol=FP32, atol=FP32)
@@ -73,9 +73,7 @@ def test_another_model_and_what_it_costs(trained, smaller):
     guide = guides.read(smaller)
     model = imm_scale.load(trained).guided_by(guide)
     z = imm_scale.sample(model, 2, 5, labels="0-4", guidance=2.0, latents=True).numpy()
-    np.testing.assert_allclose(
-        z, _by_hand(export.load_flow_map(trained), export.load_flow_map(smaller), 2.0), atol=FP32
-    )
+    np.testing.assert_allclose(z, _by_hand(export.load_net(trained), export.load_net(smaller), 2.0), atol=FP32)
     assert guide.text == "smaller.safetensors"
     plan = draw.SamplingPlan(steps=3, guidance_scale=2.0, guidance_interval=(0.0, 0.5), sampler="heun")
     times = torch.tensor([0.9, 0.6, 0.3, 0.0], dtype=torch.float64)
@@ -162,5 +160,5 @@ def test_a_guide_is_compiled_with_its_model(trained, smaller, monkeypatch):
     compiled = []
     monkeypatch.setattr(draw, "_set_compiled", lambda net, enabled: compiled.append((net, enabled)))
     model = imm_scale.load(trained).guided_by(guides.read(smaller))
-    draw.Drawer(model.flow_map, model.spec, draw.SamplingPlan(steps=1, guidance_scale=2.0, compile=True))
-    assert compiled == [(model.flow_map.model, True), (model.flow_map.guide.model, True)]
+    draw.Drawer(model.net, model.spec, draw.SamplingPlan(steps=1, guidance_scale=2.0, compile=True))
+    assert compiled == [(model.net.model, True), (model.net.guide.model, True)]

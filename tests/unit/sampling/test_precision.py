@@ -31,7 +31,7 @@ def _plan(**changes: object) -> SamplingPlan:
 def _latents(*plans: SamplingPlan) -> list[np.ndarray]:
     world = distributed.detect()
     distributed.init(world)
-    spec, flow_map = export.load_flow_map(DEMO)
+    spec, flow_map = export.load_net(DEMO)
     return [collect(flow_map, spec, plan, world).numpy() for plan in plans]
 
 
@@ -57,7 +57,7 @@ def test_tf32_on_a_cpu_is_fp32(fp32):
 
 def _watched(plan: SamplingPlan) -> tuple[dict[str, set], list[tuple[Tensor, Tensor]], Tensor]:
     """Draws once: dtypes of what each kind of layer computes in, inputs and outputs of the net, the sample."""
-    spec, flow_map = export.load_flow_map(DEMO)
+    spec, flow_map = export.load_net(DEMO)
     seen: dict[str, set] = {}
     calls: list[tuple[Tensor, Tensor]] = []
 
@@ -98,7 +98,7 @@ def test_around_the_net_nothing_rounds():
 
 
 def test_plans_do_not_leave_the_net_compiled():
-    spec, flow_map = export.load_flow_map(DEMO)
+    spec, flow_map = export.load_net(DEMO)
     blocks = flow_map.model.blocks
     for compiled in (True, True, False, True, False):
         Drawer(flow_map, spec, _plan(compile=compiled))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from imm_scale import build, rng
-from imm_scale.checkpoint.export import load_flow_map
+from imm_scale.checkpoint.export import load_net
 from imm_scale.checkpoint.format import Checkpoint
 from imm_scale.checkpoint.run_folder import read_metrics
 from imm_scale.data import codec as codecs
@@ -105,7 +105,7 @@ def _held_out_loss(run_dir: Path, manifest: str) -> float:
     """By the method itself, one group at a time, on the weights of the last checkpoint."""
     dataset = Dataset(manifest)
     held = sample_order.held_out(dataset.shard_samples, 32, 0, 102.0)
-    spec, net = load_flow_map(str(run_dir), 0.0, STEPS)
+    spec, net = load_net(str(run_dir), 0.0, STEPS)
     net.model.eval()
     method, losses = build.method(spec), []
     for group in range(102 // 4):

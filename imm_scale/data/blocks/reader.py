@@ -5,12 +5,13 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from imm_scale import storage
-from imm_scale.data.block_cache import BlockCache
+from imm_scale.data.blocks.cache import BlockCache
 from imm_scale.data.dataset import Dataset
 from imm_scale.data.sample_order import BlockTable
 from imm_scale.data.shards import DamagedBlockError
@@ -45,10 +46,10 @@ class Counters:
 
 @dataclass(frozen=True)
 class Target:
-    """A block to read and where its (n, variants, C', H, W) latents and (n,) labels go."""
+    """A block to read and where its (n, variants, C', H, W) latents, or (n, 1, T) tokens, and (n,) labels go."""
 
     block: int
-    latents: NDArray[np.float16]
+    latents: NDArray[Any]
     labels: NDArray[np.int64]
 
 

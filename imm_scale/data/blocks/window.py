@@ -5,7 +5,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from imm_scale.data import sample_order
-from imm_scale.data.block_reader import BlockError, BlockReader, Target
+from imm_scale.data.blocks.reader import BlockError, BlockReader, Target
 from imm_scale.data.dataset import Dataset
 from imm_scale.data.sample_order import BlockTable
 
@@ -70,7 +70,7 @@ class Window:
         self._visits, self._seed, self._on_bad_block = visits, seed, on_bad_block
         self._longest = int(table.size.max())
         shape = (slots, self._longest, variants, *dataset.manifest.stored_shape)
-        self._latents: NDArray[np.float16] = np.empty(shape, np.float16)
+        self._latents: NDArray[Any] = np.empty(shape, dataset.manifest.stored_dtype)
         self._labels = np.empty(shape[:2], np.int64)
         self._flat = self._latents.reshape(-1, *shape[3:])
         self._free = deque(range(slots))
@@ -114,7 +114,7 @@ class Window:
         return rows, torch.from_numpy(self._labels.reshape(-1)[samples])
 
     def take(self, rows: NDArray[np.int64], out: Tensor) -> None:
-        """Copies rows of the last `locate` to (n, C', H, W) fp16 memory."""
+        """Copies rows of the last `locate` to memory of their type, (n, C', H, W) or (n, T)."""
         self._flat.take(rows, axis=0, out=out.numpy(), mode="clip")  # other modes copy once more
 
     def _release(self, step: int) -> None:
@@ -172,7 +172,9 @@ class Window:
         for attempt in range(_ATTEMPTS):
             other = sample_order.replacement(target.block, attempt, blocks, self._seed)
             size = int(self._table.size[other])
-            spare = Target(other, np.empty((size, *target.latents.shape[1:]), np.float16), np.empty(size, np.int64))
+            spare = Target(
+                other, np.empty_like(target.latents, shape=(size, *target.latents.shape[1:])), np.empty(size, np.int64)
+            )
             if other != target.block and other not in self._held_out_blocks and self._reader.read([spare]) == [None]:
                 rows = np.arange(len(target.labels)) % size
                 target.latents[:], target.labels[:] = spare.latents[rows], spare.labels[rows]

@@ -1,0 +1,1 @@
+"""Texts and images as tokens: sources, the split by document, shards, and what is said about them."""

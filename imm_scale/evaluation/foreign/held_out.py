@@ -1,0 +1,69 @@
+"""DATA of `imm-scale profile`: held-out sequences of tokens of one length, spread evenly over what there is."""
+
+import io
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from imm_scale import storage
+from imm_scale.errors import UserError
+from imm_scale.evaluation.foreign import hugging_face
+
+BYTES = "bytes"  # the tokenizer that needs no folder
+
+
+def check(url: str, tokenizer: str | None, length: int | None) -> None:
+    """What can be known before a model is loaded. Raises UserError."""
+    if not storage.exists(url):
+        raise UserError(f"{url} does not exist: give an .npy file of tokens, or a text file")
+    if url.endswith(".npy"):
+        if tokenizer is not None:
+            raise UserError(f"--tokenizer {tokenizer}: {url} holds tokens already; leave it out")
+    elif url.endswith(".json"):
+        raise UserError(f"{url}: manifests are not read here yet; give an .npy file of (N, T) tokens, or a text file")
+    elif length is None or length < 1:
+        raise UserError(f"{url} is text: give --length T, the tokens of a sequence")
+    elif tokenizer is None:
+        raise UserError(f"{url} is text: give --tokenizer FOLDER, or --tokenizer {BYTES}")
+
+
+def read(url: str, tokenizer: str | None, length: int | None, samples: int) -> Tensor:
+    """(N, T) int64 tokens, N at most `samples`. Raises UserError."""
+    check(url, tokenizer, length)
+    if url.endswith(".npy"):
+        return torch.from_numpy(_spread(_array(url, length), samples).astype(np.int64))
+    assert length is not None and tokenizer is not None
+    tokens = _tokens(storage.read_text(url), tokenizer)
+    count = len(tokens) // length
+    if count == 0:
+        raise UserError(f"{url} has {len(tokens)} tokens, fewer than --length {length}: give more text")
+    return torch.from_numpy(_spread(tokens[: count * length].reshape(count, length), samples))
+
+
+def _spread(rows: NDArray[np.integer], most: int) -> NDArray[np.integer]:
+    return rows[np.arange(min(most, len(rows))) * len(rows) // min(most, len(rows))]
+
+
+def _array(url: str, length: int | None) -> NDArray[np.integer]:
+    try:
+        array = np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{url} is no .npy file of integers ({error})") from error
+    if array.ndim != 2 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
+        raise UserError(f"{url} holds {array.dtype} of shape {array.shape}: it must be integers of shape (N, T)")
+    if array.min() < 0:
+        raise UserError(f"{url} holds {array.min()}: tokens are 0 or more")
+    if length is not None and length != array.shape[1]:
+        raise UserError(f"--length {length}: {url} has sequences of {array.shape[1]}; leave it out")
+    return np.asarray(array)
+
+
+def _tokens(text: str, tokenizer: str) -> NDArray[np.int64]:
+    if tokenizer == BYTES:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
+    if not hugging_face.is_folder(tokenizer):
+        raise UserError(f"--tokenizer {tokenizer} is no folder: give one with a tokenizer, or {BYTES}")
+    encoded = hugging_face.tokenizer(tokenizer)(text, add_special_tokens=False, verbose=False)
+    return np.asarray(encoded["input_ids"], np.int64)

@@ -1,0 +1,1 @@
+"""Methods for tokens: masked diffusion, and prediction of the next ones."""

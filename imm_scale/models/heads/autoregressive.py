@@ -1,0 +1,95 @@
+"""The autoregressive head: a small causal transformer over the tokens of S. No law is beyond it.
+
+Legend: N samples, K positions with a state, D width, V vocabulary.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from imm_scale.models.heads.base import Head, HeadOutput, prefix_of
+from imm_scale.models.heads.causal import Caches, CausalTransformer
+from imm_scale.models.heads.unembedding import inverse_cdf
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What was observed: keys and values of the places asked for, which of them are in S, and the last token.
+
+    Attributes:
+        steps: for each place that was asked for, what the transformer answered, so that it is asked once.
+    """
+
+    h_NKD: Tensor
+    scored_NK: Tensor
+    caches: Caches
+    kept_NK: Tensor
+    token_N: Tensor
+    steps: dict[int, tuple[Tensor, Caches]] = field(default_factory=dict)
+
+
+class AutoregressiveHead(Head):
+    """q(x^S | h) = prod_i q(x_i | h, x_<i): the transformer's input is h_i + embedding of the token of S before i."""
+
+    def __init__(self, width: int, vocabulary: int, heads: int, depth: int):
+        super().__init__(width, vocabulary)
+        self.start = vocabulary  # what stands before the first token
+        self.embed = nn.Embedding(vocabulary + 1, width)
+        nn.init.normal_(self.embed.weight, std=0.5)  # half of what a normalized state has
+        self.transformer = CausalTransformer(width, heads, depth)
+
+    def states(self, h_NKD: Tensor, x_NK: Tensor) -> Tensor:
+        """What the transformer makes of a prefix, (N, K, D): each place knows its own h and the tokens before it."""
+        start_N1 = torch.full_like(x_NK[:, :1], self.start)
+        return self.transformer(h_NKD + self.embed(torch.cat([start_N1, x_NK[:, :-1]], dim=1)))
+
+    def forward(self, h_NKD: Tensor, x_NK: Tensor, scored_NK: Tensor, uniform_NK: Tensor | None = None) -> HeadOutput:
+        prefix = prefix_of(scored_NK)
+        x_NK = prefix.take(x_NK).masked_fill(~prefix.scored_NK, 0)
+        log_prob_NK = self.unembed(self.states(prefix.take(h_NKD), x_NK), x_NK)
+        return HeadOutput(log_prob_NK.masked_fill(~prefix.scored_NK, 0.0).sum(dim=1))
+
+    @torch.no_grad()
+    def sample(self, h_NKD: Tensor, scored_NK: Tensor, uniform_NK2: Tensor) -> Tensor:
+        """One step of the transformer for each scored token of the sample that has most."""
+        prefix = prefix_of(scored_NK)
+        uniform_NK, tokens = prefix.take(uniform_NK2[..., 0]), []
+        state = self.begin(prefix.take(h_NKD), prefix.scored_NK)
+        for i in range(int(scored_NK.sum(dim=1).max())):
+            tokens.append(inverse_cdf(self.conditional(state, i), uniform_NK[:, i]))
+            state = self.observe(state, i, tokens[-1])
+        return prefix.put_back_tokens(tokens)
+
+    def begin(self, h_NKD: Tensor, scored_NK: Tensor) -> _Pass:
+        start_N = torch.full((len(h_NKD),), self.start, device=h_NKD.device)
+        return _Pass(h_NKD, scored_NK, [None] * len(self.transformer.blocks), scored_NK[:, :0], start_N)
+
+    def _step(self, state: _Pass, j: int) -> tuple[Tensor, Caches]:
+        if j not in state.steps:
+            itself_N1 = torch.ones_like(state.scored_NK[:, :1])
+            x_ND = state.h_NKD[:, j] + self.embed(state.token_N)
+            state.steps[j] = self.transformer.step(x_ND, state.caches, torch.cat([state.kept_NK, itself_N1], dim=1))
+        return state.steps[j]
+
+    def conditional(self, state: _Pass, j: int) -> Tensor:
+        return self.unembed(self._step(state, j)[0]).double().log_softmax(dim=-1)
+
+    def observe(self, state: _Pass, j: int, x_N: Tensor) -> _Pass:
+        scored_N = state.scored_NK[:, j]
+        return replace(
+            state,
+            caches=self._step(state, j)[1],
+            kept_NK=torch.cat([state.kept_NK, scored_N[:, None]], dim=1),
+            token_N=torch.where(scored_N, x_N, state.token_N),
+            steps={},
+        )
+
+    def marginals(self, h_NKD: Tensor, scored_NK: Tensor | None = None) -> Tensor:
+        """Of each token as the first, and only, one of S."""
+        first_NKD = self.states(h_NKD.flatten(0, 1)[:, None], self._nothing(h_NKD))
+        return self.unembed(first_NKD).view(*h_NKD.shape[:2], -1)
+
+    @staticmethod
+    def _nothing(h_NKD: Tensor) -> Tensor:
+        return torch.zeros(h_NKD.shape[0] * h_NKD.shape[1], 1, dtype=torch.int64, device=h_NKD.device)

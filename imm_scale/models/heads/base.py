@@ -1,0 +1,123 @@
+"""What is asked of a head: a law of the tokens of a set S, given the net's state at each of their positions.
+
+Legend: N samples, K positions with a state, D width, V vocabulary (without mask). `scored` says which positions are in
+S: any, none too, and others in each sample. Tokens of S are ordered by position.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from imm_scale.models.heads.unembedding import Unembedding
+
+
+class HeadOutput(NamedTuple):
+    """What training reads of a head.
+
+    Attributes:
+        log_prob_N: (N,) log q(x^S | h) in nats, fp32 or better, with gradient; 0 where S is empty.
+        teaching_N: (N,) a further loss, to be added to -log_prob_N; None where there is none.
+        monitors: {name: (N,)} for the metrics, without gradient.
+    """
+
+    log_prob_N: Tensor
+    teaching_N: Tensor | None = None
+    monitors: Mapping[str, Tensor] = {}
+
+
+class Prefix(NamedTuple):
+    """The tokens of S moved to the first places, in their order: causal order then hides the others by itself.
+
+    Attributes:
+        order_NK: for each place the position its token comes from.
+        scored_NK: which places hold tokens of S.
+    """
+
+    order_NK: Tensor
+    scored_NK: Tensor
+
+    def take(self, x: Tensor) -> Tensor:
+        """(N, K, ...) by position to (N, K, ...) by place."""
+        index = self.order_NK.view(*self.order_NK.shape, *[1] * (x.ndim - 2)).expand(x.shape)
+        return x.gather(1, index)
+
+    def put_back(self, x: Tensor) -> Tensor:
+        """(N, K, ...) by place to (N, K, ...) by position."""
+        return Prefix(self.order_NK.argsort(dim=1), self.scored_NK).take(x)
+
+    def put_back_tokens(self, tokens: Sequence[Tensor]) -> Tensor:
+        """int64 (N, K) by position from the tokens (N,) of the first places; 0 where not scored."""
+        x_NK = torch.zeros_like(self.order_NK)
+        for place, token_N in enumerate(tokens):
+            x_NK[:, place] = token_N
+        return self.put_back(x_NK.masked_fill(~self.scored_NK, 0))
+
+
+def prefix_of(scored_NK: Tensor) -> Prefix:
+    """The prefix of a set (N, K)."""
+    order_NK = (~scored_NK).to(torch.uint8).argsort(dim=1, stable=True)
+    return Prefix(order_NK, scored_NK.gather(1, order_NK))
+
+
+def masked_mean(x: Tensor, kept: Tensor) -> Tensor:
+    """Mean over the last axis but one of those of (..., K, D) that are kept (..., K): (..., D), 0 of none."""
+    total = x.masked_fill(~kept[..., None], 0.0).sum(dim=-2)
+    return total / kept.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+class Head(nn.Module, ABC):
+    """A law q(x^S | h). Heads and their parts are called as modules: ZeRO-3 gathers weights by hooks on calls.
+
+    Attributes:
+        independent: tokens of S are drawn independently, so that a set may be scored in parts.
+        takes_uniforms: it learns from noise: `forward` wants uniforms.
+    """
+
+    independent: bool = False
+    takes_uniforms: bool = False
+
+    def __init__(self, width: int, vocabulary: int):
+        super().__init__()
+        self.unembed = Unembedding(width, vocabulary)
+
+    @abstractmethod
+    def forward(self, h_NKD: Tensor, x_NK: Tensor, scored_NK: Tensor, uniform_NK: Tensor | None = None) -> HeadOutput:
+        """Scores the tokens of S of each sample jointly. Tokens elsewhere are not read.
+
+        Args:
+            h_NKD: a state for each position.
+            x_NK: int64 tokens below the vocabulary wherever scored.
+            scored_NK: bool, the set S.
+            uniform_NK: fp64 in [0, 1), for heads that learn from noise; others ignore it.
+        """
+
+    def log_prob(self, h_NKD: Tensor, x_NK: Tensor, scored_NK: Tensor) -> Tensor:
+        """(N,) log q(x^S | h) in nats."""
+        return self(h_NKD, x_NK, scored_NK).log_prob_N
+
+    @abstractmethod
+    def sample(self, h_NKD: Tensor, scored_NK: Tensor, uniform_NK2: Tensor) -> Tensor:
+        """A draw of x^S: int64 (N, K), 0 where not scored. A sample is a function of its own states and uniforms.
+
+        Args:
+            uniform_NK2: fp64 in [0, 1); of each pair the first is for the token, the second for latent variables.
+        """
+
+    @abstractmethod
+    def begin(self, h_NKD: Tensor, scored_NK: Tensor) -> Any:
+        """The state of a pass through S from left to right, of which nothing is known yet; (N, K, D) and (N, K)."""
+
+    @abstractmethod
+    def conditional(self, state: Any, j: int) -> Tensor:
+        """(N, V) fp64 log q(x_j | h, the tokens of S observed so far) at position j, after the last observed one."""
+
+    @abstractmethod
+    def observe(self, state: Any, j: int, x_N: Tensor) -> Any:
+        """The state once x_j (N,) is known; samples in which j is not scored keep theirs."""
+
+    @abstractmethod
+    def marginals(self, h_NKD: Tensor, scored_NK: Tensor | None = None) -> Tensor:
+        """(N, K, V) log-probabilities of each token of S alone; S is everything where it is not given."""
