@@ -63,8 +63,8 @@ class BlockCausal(Backbone):
     ) -> Tensor:
         """G of all blocks of x at once, of the shape of x, each given the clean blocks before; times (G, J)."""
         clean, condition = self.conditions([(context.c_noise, context.second), (c_noise, second)], label)
-        both, _ = self._through(self._beside(context.x, x), clean, condition, dropout_key)
-        return self.image_of(both[:, self._tokens_of_sample :], condition)
+        branch, _ = self._through(self._beside(context.x, x), clean, condition, dropout_key)
+        return self.image_of(branch, condition)
 
     def pair_in_context(
         self,
@@ -85,15 +85,12 @@ class BlockCausal(Backbone):
         )
         with torch.no_grad():
             still = self.tokens_of(x_r)
-        both, after = self._through(self._beside(context.x, x_t), clean, condition, dropout_key, still, still_condition)
+        both = self._beside(context.x, x_t)
+        branch, after = self._through(both, clean, condition, dropout_key, still, still_condition)
         assert after is not None
         with torch.no_grad():
             out_r = self.image_of(after, still_condition)
-        return self.image_of(both[:, self._tokens_of_sample :], condition), out_r
-
-    @property
-    def _tokens_of_sample(self) -> int:
-        return self.block_tokens * self.sequence_blocks
+        return self.image_of(branch, condition), out_r
 
     def _beside(self, clean: Tensor, branch: Tensor) -> Tensor:
         """(N, 2 T, D) tokens of the clean stream and behind them those of a branch, by one call of the embedder."""
@@ -108,13 +105,14 @@ class BlockCausal(Backbone):
         still: Tensor | None = None,
         still_condition: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
+        """The branch (N, T, D) of both streams (N, 2 T, D), and the one without gradient."""
         size, masks = self.block_tokens, training_masks(self.sequence_blocks, self.block_tokens, both.device)
         for block, key in zip(self.blocks, self.dropout_keys(dropout_key), strict=True):
+            given, ends = (both, clean, condition, size, masks, None, key), block is self.blocks[-1]
             if still is None or not self.recomputes:
-                given = both, clean, condition, size, masks, None, key, still, still_condition
-                both, _, still = self.run_block(block, *given)
+                both, _, still = self.run_block(block, *given, still, still_condition, ends)
             else:
-                both, seen, _ = self.run_block(block, both, clean, condition, size, masks, None, key)
+                both, seen, _ = self.run_block(block, *given, None, None, ends)
                 still = self._alone(block, still, still_condition, masks, seen, key)
         return both, still
 

@@ -182,8 +182,9 @@ class DiTConfig(Architecture):
     @property
     def hidden(self) -> tuple[int, int]:
         pairs, seen = self.tokens**2, self.tokens * (self.tokens + self.block_tokens) // 2
-        of_a_pair = 2 * self.width * self.depth  # a score, and a value
-        return of_a_pair * (pairs - seen), of_a_pair * (2 * pairs - seen)
+        of_a_pair = 2 * self.width  # a score, and a value
+        # The clean stream ends with the keys and values of the last block, before attention.
+        return of_a_pair * (self.depth - 1) * (pairs - seen), of_a_pair * self.depth * (2 * pairs - seen)
 
     @property
     def block_tokens(self) -> int:

@@ -156,6 +156,7 @@ class StreamBlock(Block):
         dropout_key_N: Tensor | None = None,
         still_NTD: Tensor | None = None,
         still_condition_NJD: Tensor | None = None,
+        ends: bool = False,
     ) -> tuple[Tensor, Seen, Tensor | None]:
         """Clean tokens, where they have a condition, and those of a branch's J blocks behind them in x.
 
@@ -166,6 +167,7 @@ class StreamBlock(Block):
             block: tokens of a block.
             past: what is seen of clean tokens before those of x.
             still_NTD: the branch without gradient.
+            ends: nobody looks at the clean tokens any more: past their keys and values they are left out.
 
         Returns:
             x; what is seen of all clean tokens, `past` included; the branch without gradient.
@@ -187,7 +189,9 @@ class StreamBlock(Block):
             if still is not None and still_qkv is not None:
                 out_still = self._rest(still, self._seeing(*still_qkv, seen.detach(), masks.branch))
         attended = self._seeing(query[:, clean:], key[:, clean:], value[:, clean:], seen, masks.branch)
-        if clean:
+        if clean and ends:
+            both = _Stream(x_NTD[:, clean:], modulation[:, clean // block :], dropout_key_N, 0)
+        elif clean:
             of_clean = attend_masked(query[:, :clean], seen.key, seen.value, masks.clean, self.attn.attention)
             attended = torch.cat([of_clean, attended], dim=1)
         return self._rest(both, attended), seen, out_still

@@ -116,7 +116,7 @@ def test_kept_keys_and_values_change_nothing(sampler, steps, guidance):
     net, index, label = flow_map(randomized()), torch.arange(6), torch.arange(6) % 5
     start, noise = starting_noise((3, 8, 4), index, 0), fresh_noise((3, 8, 4), index, 0)
     grids = [falling(count, 0.994) for count in steps]
-    how = Steps(falling(2, 0.994), sampler, guidance, noise, () if len(set(steps)) == 1 else grids)
+    how = Steps(falling(2, 0.994), sampler, guidance, noise, block_times=() if len(set(steps)) == 1 else grids)
     found = imm().sample(net, start, label, how)
     expected = without_cache(net, start, grids, label, sampler, guidance, noise)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)  # fp64 weights, values of order 1

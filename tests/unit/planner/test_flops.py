@@ -119,7 +119,7 @@ def stream_closed_form(net: DiTConfig) -> tuple[int, int]:
     """Multiply-adds of the clean stream and of a branch, what masks hide left out, by hand.
 
     A stream is a pass of the plain net but for attention, of which (1 + 1 / J) / 2 is allowed. A branch has a condition
-    for each block; the clean stream has one, and no final layer.
+    for each block; the clean stream has one, and no final layer, and nothing after the last keys and values.
     """
     tokens, width = net.tokens, net.width
     attention = net.depth * 2 * tokens**2 * width
@@ -128,7 +128,8 @@ def stream_closed_form(net: DiTConfig) -> tuple[int, int]:
     times = (2 if net.second_time else 1) * (256 * width + width**2)
     row = net.depth * 6 * width**2 + times  # a condition: its times, and what every block makes of it
     plain = closed_form(replace(net, blocks=1)) - attention + allowed
-    return plain - final, plain + (net.blocks - 1) * (row + 2 * width**2)
+    unseen = allowed // net.depth + tokens * width**2 + 2 * tokens * width * int(width * net.mlp_ratio)
+    return plain - final - unseen, plain + (net.blocks - 1) * (row + 2 * width**2)
 
 
 BLOCKS = [

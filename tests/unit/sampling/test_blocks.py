@@ -1,4 +1,4 @@
-"""A run whose samples are four blocks, from training to files: steps of blocks, blocks that are given, what is refused."""
+"""A run whose samples are four blocks, from training to files: steps of blocks, given ones, and what is refused."""
 
 import json
 from pathlib import Path
