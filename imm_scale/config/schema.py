@@ -299,9 +299,11 @@ class SamplingConfig:
     )
     given: str | None = option(
         None,
-        "model.blocks above 1: npz whose latents (sample --latents) are continued after their first blocks, in turn.",
+        "What samples are given, in turn. Tokens: ids (n, T), -1 what is to be drawn (.npy), or jsonl with `tokens`, "
+        "null the same. model.blocks above 1: npz whose latents (sample --latents) are continued after their first blocks.",
         is_path=True,
     )
+    prompt: str | None = option(None, "Text that every sample of tokens begins with.")
     given_blocks: int = option(1, "Blocks that are taken from sampling.given.", range="[1, inf)")
     profile: str | None = option(
         None,

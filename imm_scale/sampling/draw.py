@@ -18,8 +18,9 @@ from imm_scale.methods.samplers import Guidance
 from imm_scale.models.base import Backbone
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
-from imm_scale.sampling import blocks
+from imm_scale.sampling import blocks, prompts
 from imm_scale.sampling.blocks import Prefix
+from imm_scale.sampling.prompts import KnownTokens
 
 ALONE = World()
 # Matrix products of other shapes round differently. So the net always sees this many samples, those whose index has
@@ -43,6 +44,7 @@ class SamplingPlan:
         blocks: in which a sample is drawn, one after another.
         block_times: falling times of each, where they have their own.
         given: the first blocks of samples, where they are known.
+        known: tokens of samples that are known.
         sampler, order, num, seed, guidance_scale, precision: as in the `sampling` section of the config.
     """
 
@@ -62,6 +64,7 @@ class SamplingPlan:
     blocks: int = 1
     block_times: tuple[tuple[float, ...], ...] = ()
     given: Prefix | None = None
+    known: KnownTokens | None = None
 
     def __post_init__(self) -> None:
         low, high = self.guidance_interval
@@ -122,6 +125,7 @@ def plan_of(config: SamplingConfig, spec: ModelSpec, steps: int, num: int, seed:
     sampler = method.config.sampler_named(config.sampler)
     method.config.check_sampler(sampler, [steps])
     method.config.check_guidance(config.guidance_scale, config.guidance_interval)
+    known = prompts.known_tokens(config, spec)
     return SamplingPlan(
         steps=steps,
         grid=method.default_grid(steps) if config.grid == "auto" else config.grid,
@@ -138,7 +142,8 @@ def plan_of(config: SamplingConfig, spec: ModelSpec, steps: int, num: int, seed:
         tells_guidance=method.config.tells_guidance,
         blocks=spec.net.sequence_blocks,
         block_times=blocks.times(config, spec, method, steps),
-        given=blocks.prefix(config, spec),
+        given=None if known is not None else blocks.prefix(config, spec),
+        known=known,
     )
 
 
@@ -232,6 +237,8 @@ class Drawer:
         label, there = self.plan.label(index).to(self._device), index.to(self._device)
         start = self._space.prior(self.plan.seed, STARTING_NOISE, there)
         start = start.double() if start.is_floating_point() else start
+        if self.plan.known is not None:
+            start = self.plan.known.put(start, index)
         steps = Steps(
             self.times,
             self.plan.sampler,

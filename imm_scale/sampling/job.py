@@ -167,6 +167,7 @@ def stem(plan: SamplingPlan, guide: Guide | None = None) -> str:
     guidance = "" if plan.guidance_scale == 1.0 else f"-guidance-{plan.guidance_scale:g}"
     counts = "-".join(str(len(times) - 1) for times in plan.block_times) or str(plan.steps)
     given = "" if plan.given is None else f"-given-{plan.given.blocks}"
+    given += "" if plan.known is None else f"-given-{plan.known.sha256[:8]}"
     return f"steps-{counts}{guidance}{given}" + ("" if guide is None else f"-guide-{guide.weights_id[:8]}")
 
 
@@ -223,6 +224,7 @@ class _SetOfSamples:
             **({"order": plan.order} if plan.sampler == "unmask" else {}),
             **({"block_times": [list(times) for times in plan.block_times]} if plan.block_times else {}),
             **({"given": [plan.given.sha256, plan.given.blocks]} if plan.given is not None else {}),
+            **({"known": plan.known.sha256} if plan.known is not None else {}),
         }
 
     # --- drawing ---

@@ -44,6 +44,7 @@ from imm_scale.sampling.source import Source
 _NLL, _BRIER = "nll_per_token", "one_minus_brier_4"
 _BRIER_CONTEXTS = 256  # where the Brier score is all there is, unless evaluation.brier says otherwise
 _DECODED = 64  # samples by which verified decoding is measured
+_OF_DISTANCES = ("evaluation.repeats", "evaluation.metrics", "evaluation.compared", "evaluation.reference")
 Measures = dict[str, dict[str, Any]]
 
 
@@ -296,7 +297,7 @@ def _plain(value: float) -> dict[str, Any]:
 def refuse_idle(typed: Any) -> None:
     """Raises UserError for keys of distances, which do nothing for tokens."""
     for key in sorted(typed):
-        if key in ("evaluation.repeats", "evaluation.metrics", "evaluation.compared", "evaluation.reference") or (
-            key.startswith("evaluation.extractor.")
-        ):
+        if key in _OF_DISTANCES or key.startswith("evaluation.extractor."):
             raise UserError(f"{key} does nothing here: tokens are measured by likelihoods; leave it out")
+        if key in ("sampling.prompt", "sampling.given"):
+            raise UserError(f"{key} is for imm-scale sample: held-out tokens are measured whole; leave it out")
