@@ -104,8 +104,8 @@ class GroupLosses(NamedTuple):
     Attributes:
         loss_G: carries the gradient.
         t_G: where on the trajectory each group was.
-        monitors: further quantities per group (G,), detached. With "gap", t - s, among them the means of the others
-            are logged by thirds of t and of t - s.
+        monitors: further quantities per group (G,), detached, whose means are logged; with "gap", t - s, among them
+            those of the others by thirds of t and of t - s.
     """
 
     loss_G: Tensor
