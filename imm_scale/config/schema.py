@@ -300,7 +300,7 @@ class SamplingConfig:
     given: str | None = option(
         None,
         "What samples are given, in turn. Tokens: ids (n, T), -1 what is to be drawn (.npy), or jsonl with `tokens`, "
-        "null the same. model.blocks above 1: npz whose latents (sample --latents) are continued after their first ones.",
+        "null the same. model.blocks above 1: npz whose latents (sample --latents) are continued after the first.",
         is_path=True,
     )
     prompt: str | None = option(None, "Text that every sample of tokens begins with.")
