@@ -2,8 +2,8 @@
 
     python -m benchmarks.pack_tokens [--source python] [--tokenizer bytes] [--length 64] [--repeats 3]
 
-Both read the same documents, encode them by the same tokenizer, cut the same windows, shuffle them once and write tars of
-KEY.tokens.npy and KEY.cls; ours also writes checked indices, hashes and the manifest, and holds out documents. Runs
+Both read the same documents, encode them by the same tokenizer, cut the same windows, shuffle them once and write tars
+of KEY.tokens.npy and KEY.cls; ours also writes checked indices, hashes and the manifest, and holds out documents. Runs
 alternate, and the ratio is of the medians: of wall-clock time, and of this process's CPU time, which neighbours on the
 machine disturb less.
 """
@@ -23,7 +23,7 @@ import webdataset as wds
 from data_tools import pack_tokens
 from data_tools.tokens.texts import texts
 from imm_scale.data.manifest import Manifest, TokenCodec
-from imm_scale.data.tokenizers import open_tokenizer
+from imm_scale.data.tokens.tokenizers import open_tokenizer
 
 SHARD = 8192
 

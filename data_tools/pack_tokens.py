@@ -22,7 +22,7 @@ from data_tools.tokens.writing import HELD_OUT, IDENTITY, MANIFEST, Target
 from imm_scale import storage
 from imm_scale.cli import entry
 from imm_scale.data.manifest import Manifest, TokenCodec
-from imm_scale.data.token_images import CODES
+from imm_scale.data.tokens.images import CODES
 from imm_scale.errors import UserError
 
 _OF_CODES = ("images", "autoencoder", "train_steps")
@@ -78,9 +78,9 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UserError(
             "--train-steps trains an autoencoder, --autoencoder names one that is trained: give one of them"
         )
-    source, out = os.path.realpath(os.path.expanduser(args.source)), storage.address(args.out)
+    source = os.path.realpath(os.path.expanduser(args.source))
     if os.path.isdir(source) and storage.is_local(args.out):
-        target = os.path.realpath(storage.local_path(out))
+        target = os.path.realpath(storage.local_path(args.out))
         if os.path.commonpath([source, target]) == source:
             raise UserError(f"--out {args.out} lies inside --source {args.source}: choose a folder outside of it")
     storage.check_writable(args.out)

@@ -108,7 +108,7 @@ def describe(prepared: PreparedRun) -> str:
     config, world_size = prepared.config, prepared.layout.world_size
     layout, net, samples = prepared.layout, prepared.spec.net, trained_samples(config, prepared.manifest)
     counted, forward = flops.parameters(net), flops.forward_multiply_adds(net)
-    passes = config.method.passes_at(layout.alignment)
+    passes = flops.step_passes(config.method, net, layout.alignment)
     step = flops.training_multiply_adds(net, passes, layout.global_batch_size)
     micro = layout.samples_per_micro_batch
     lines = [
@@ -119,7 +119,7 @@ def describe(prepared: PreparedRun) -> str:
         + f" ({counted.fixed:,} of them fixed)" * (counted.fixed > 0),
         f"forward pass       {forward / 1e9:.4g} G multiply-adds per image",
         f"training step      {step / 1e12:.4g} T multiply-adds, {passes.forwards:.4g} forward passes an image"
-        + config.method.spared(layout.alignment),
+        + flops.spared(config.method, net, layout.alignment),
         f"data               {samples:,} images, {samples // layout.global_batch_size} steps per epoch, "
         f"{config.train.max_steps * layout.global_batch_size / samples:.4g} epochs in all"
         + (f"; {prepared.num_held_out:,} images held out" if prepared.num_held_out else ""),

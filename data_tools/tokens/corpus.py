@@ -12,8 +12,8 @@ from data_tools.encode import load_images, read_batches
 from data_tools.records import class_names
 from data_tools.sources.built_in import BUILT_IN
 from data_tools.tokens.texts import texts
-from imm_scale.data.token_images import AUTOENCODER_FILE, BINARY, BINARY_HASH, CODES, FSQAutoencoder, binarized
-from imm_scale.data.tokenizers import TOKENIZER_FILE, FromFile, Tokenizer, open_tokenizer
+from imm_scale.data.tokens.images import AUTOENCODER_FILE, BINARY, BINARY_HASH, CODES, FSQAutoencoder, binarized
+from imm_scale.data.tokens.tokenizers import TOKENIZER_FILE, FromFile, Tokenizer, open_tokenizer
 from imm_scale.errors import UserError
 
 _IMAGES_AT_ONCE = 256

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from data_tools.encode import load_images
 from data_tools.tokens.corpus import all_images
 from imm_scale import rng, storage
-from imm_scale.data.token_images import AUTOENCODER_FILE, FSQAutoencoder, FSQShape, read_autoencoder, to_signed
+from imm_scale.data.tokens.images import AUTOENCODER_FILE, FSQAutoencoder, FSQShape, read_autoencoder, to_signed
 from imm_scale.errors import UserError
 
 _BATCH = 64
@@ -60,8 +60,9 @@ def train(images_NHWC: torch.Tensor, steps: int, seed: int, trained_on: str = ""
     height, width, channels = images_NHWC.shape[1:]
     if height != width:
         raise UserError(f"images of {height}x{width}: the autoencoder takes squares, pack them with --size")
-    torch.manual_seed(seed)
-    net = FSQAutoencoder(FSQShape(height, channels, trained_on=trained_on))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = FSQAutoencoder(FSQShape(height, channels, trained_on=trained_on))
     optimizer = torch.optim.Adam(net.parameters(), _LR)
     for step in tqdm(range(steps), desc="autoencoder", unit="step", disable=None):
         optimizer.param_groups[0]["lr"] = _LR * (1 - step / steps)

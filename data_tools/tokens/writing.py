@@ -14,8 +14,8 @@ from data_tools.tokens.spool import Spool
 from imm_scale import rng, storage
 from imm_scale.data.manifest import Manifest, ShardInfo, TokenCodec
 from imm_scale.data.shards import write_shard
-from imm_scale.data.token_images import AUTOENCODER_FILE
-from imm_scale.data.tokenizers import TOKENIZER_FILE
+from imm_scale.data.tokens.images import AUTOENCODER_FILE
+from imm_scale.data.tokens.tokenizers import TOKENIZER_FILE
 from imm_scale.errors import UserError
 
 MANIFEST, IDENTITY, HELD_OUT = "manifest.json", "tokens.json", "heldout"

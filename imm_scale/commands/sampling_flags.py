@@ -32,6 +32,13 @@ def add_sampling_flags(parser: argparse.ArgumentParser, section: str) -> None:
         help="auto, pushforward, restart, pushforward_restart, heun; of tokens unmask, blocks, verified",
     )
     parser.add_argument("--order", help="order in which unmask draws tokens: random, left_to_right or confidence")
+    parser.add_argument("--block-steps", metavar="L-L...", help="steps of each block, of a net of several: 4-2-1-1")
+    parser.add_argument(
+        "--given",
+        metavar="FILE",
+        help="tokens whose gaps are filled (.npy, .jsonl), or latents (.npz) that are continued",
+    )
+    parser.add_argument("--given-blocks", type=int, help="how many blocks of --given are taken; 1 by default")
     parser.add_argument("--ema", type=float, help="decay of the average to use; 0 for the raw weights")
     parser.add_argument("--batch-size", type=int, help="images held at once; sample i is the same whatever it is")
     parser.add_argument("--precision", help="of the network: fp32 (default), tf32, bf16 or fp16")
@@ -49,7 +56,10 @@ def overrides(args: argparse.Namespace) -> list[str]:
     if wrong:
         raise UserError(f"{wrong[0]!r} is not an override (key=value)")
     flags = {
-        f"{args.section}.steps": None if args.steps is None else f"[{args.steps}]",
+        f"{args.section}.steps": _steps(args),
+        "sampling.block_steps": args.block_steps,
+        "sampling.given": args.given,
+        "sampling.given_blocks": args.given_blocks,
         "sampling.seed": args.seed,
         "sampling.labels": args.labels,
         "sampling.ema": args.ema,
@@ -70,6 +80,17 @@ def overrides(args: argparse.Namespace) -> list[str]:
     if args.num is not None and args.labels is not None and ":" in args.labels:
         raise UserError(f"--num {args.num} beside --labels {args.labels}: the counts say how many, leave --num out")
     return [f"{key}={value}" for key, value in flags.items() if value is not None] + args.positionals
+
+
+def _steps(args: argparse.Namespace) -> str | None:
+    """The step counts; of --block-steps alone their largest. Raises UserError."""
+    if args.steps is not None:
+        return f"[{args.steps}]"
+    if args.block_steps is None:
+        return None
+    from imm_scale.sampling import blocks
+
+    return f"[{max(blocks.parse(args.block_steps))}]"
 
 
 def guidance_of(args: argparse.Namespace, config: "Config") -> tuple[float, ...]:

@@ -292,6 +292,19 @@ class SamplingConfig:
         "auto takes eta_1.4 for imm in two steps, else uniform. Of masked tokens how many each step draws: uniform, "
         "cosine, best (of the evaluation's profile), or a list as in 1,3,12,48.",
     )
+    block_steps: str | None = option(
+        None,
+        "model.blocks above 1: steps of each block, as in 4-2-1-1, the largest of them the only one of sampling.steps; "
+        "null takes all in every block.",
+    )
+    given: str | None = option(
+        None,
+        "What samples are given, in turn. Tokens: ids (n, T), -1 what is to be drawn (.npy), or jsonl with `tokens`, "
+        "null the same. model.blocks above 1: npz whose latents (sample --latents) are continued after the first.",
+        is_path=True,
+    )
+    prompt: str | None = option(None, "Text that every sample of tokens begins with.")
+    given_blocks: int = option(1, "Blocks that are taken from sampling.given.", range="[1, inf)")
     profile: str | None = option(
         None,
         "Profile that grid=best takes its sizes from, as imm-scale evaluate writes it; null: the run's own.",

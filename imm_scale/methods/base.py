@@ -19,7 +19,9 @@ from imm_scale.data.batch import Batch
 from imm_scale.data.spaces import SampleSpace
 from imm_scale.errors import UserError
 from imm_scale.methods import probability_path, samplers
-from imm_scale.methods.flow_map import FlowMap, FlowMapConfig
+from imm_scale.methods.flow_map import FlowMap, FlowMapConfig, Given
+from imm_scale.methods.in_blocks import draws as block_draws
+from imm_scale.methods.in_blocks import sampling as block_sampling
 from imm_scale.methods.samplers import NO_GUIDANCE, SAMPLERS, Guidance
 from imm_scale.methods.time_grids import time_grid
 from imm_scale.models.base import Backbone
@@ -39,6 +41,11 @@ class FlowMapMethodConfig(MethodConfig):
     label_drop: float = option(
         0.1, "Share of samples trained without their label; guidance needs it above 0.", range="[0, 1)"
     )
+    context_noise: float = option(
+        0.0,
+        "model.blocks above 1: the blocks given to others are diffused to a time of up to this, which the net is told.",
+        range="[0, 1)",
+    )
 
     @property
     def has_second_time(self) -> bool:
@@ -48,6 +55,11 @@ class FlowMapMethodConfig(MethodConfig):
     def jumps_to_data_only(self) -> bool:
         """Whether s = t_min in all that is learned, as by a consistency model."""
         return False
+
+    @property
+    def why_not_blocks(self) -> str:
+        """What keeps this loss from samples of several blocks (`model.blocks`), "" where nothing does."""
+        return "its loss is of whole samples"
 
     def check_sampler(self, sampler: str, steps: Sequence[int]) -> None:
         if self.jumps_to_data_only and sampler != "restart" and max(steps, default=1) > 1:
@@ -117,6 +129,8 @@ class Steps(NamedTuple):
         fresh_noise: samples of the prior for the i-th step of samplers that add some.
         uniform: uniform(stream, count), fp64 uniforms (N, count) of samplers that draw tokens, a stream for each call.
         order: in which order tokens are drawn, as in `sampling.order`.
+        block_times: `times` of each block of a sample, where they have their own.
+        given: the first blocks of the samples, (N, C, rows, W), where they are known.
     """
 
     times: Tensor
@@ -125,6 +139,8 @@ class Steps(NamedTuple):
     fresh_noise: Callable[[int], Tensor] | None = None
     uniform: Callable[[int, int], Tensor] | None = None
     order: str = "random"
+    block_times: Sequence[Tensor] = ()
+    given: Tensor | None = None
 
 
 class Method(ABC):
@@ -218,6 +234,7 @@ class FlowMapMethod(Method):
                 f"sigma_data, as data.space.name=latents has; {type(space).__name__} has none"
             )
         self._check_told(backbone)
+        block_draws.check(self.config.name, self.config.why_not_blocks, self.config.context_noise, backbone)
         return FlowMap(
             backbone,
             probability_path.build(settings.trajectory),
@@ -246,7 +263,12 @@ class FlowMapMethod(Method):
         samplers.check(sampler, net)
 
     def sample(self, net: FlowMap, start: Tensor, condition: Tensor, steps: Steps) -> Tensor:
-        return SAMPLERS[steps.sampler](net, start, steps.times, condition, steps.guidance, steps.fresh_noise)
+        sampler = SAMPLERS[steps.sampler]
+        if net.blocks == 1:
+            return sampler(net, start, steps.times, condition, steps.guidance, steps.fresh_noise)
+        grids = steps.block_times or [steps.times] * net.blocks
+        more = condition, steps.guidance, steps.fresh_noise, steps.given
+        return block_sampling.sample(net, sampler, start, grids, *more)
 
     def drop_labels(
         self, flow_map: FlowMap, label: Tensor, ordinal: Tensor, seed: int, share: float | None = None
@@ -261,6 +283,10 @@ class FlowMapMethod(Method):
         assert flow_map.null_label is not None, "label drop needs a null label"
         dropped = rng.uniform(seed, "label_drop", ordinal)[:, 0] < share
         return torch.where(dropped, flow_map.null_label, label)
+
+    def given(self, flow_map: FlowMap, x: Tensor, ordinal: Tensor, seed: int) -> Given | None:
+        """What blocks of samples x (N, ...) are given; None for a net that draws samples at once."""
+        return block_draws.given(flow_map, x, ordinal, self.group(ordinal), seed, self.config.context_noise)
 
     @staticmethod
     def dropout_key(flow_map: FlowMap, ordinal: Tensor, seed: int) -> Tensor | None:

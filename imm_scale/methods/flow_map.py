@@ -2,7 +2,8 @@
 
     f_{s,t}(x_t) = c_skip(s,t) x_t + c_out(s,t) G(c_in(t) x_t, c_noise(t), second(s,t), label)
 
-Times are per group, in fp64, of shape (G,): the N = G * M samples of a call are G groups of M neighbours.
+Times are per group, in fp64, of shape (G,): the N = G * M samples of a call are G groups of M neighbours. Around a net
+of several blocks they are (G, J), of each block by itself, and what the blocks are given is a `Given`.
 """
 
 import copy
@@ -16,7 +17,7 @@ from imm_scale.choices import option
 from imm_scale.errors import UserError
 from imm_scale.fusion import fused
 from imm_scale.methods.probability_path import Interpolant, ddpm_step
-from imm_scale.models.base import Backbone
+from imm_scale.models.base import Backbone, Context
 
 PARAMETERIZATIONS = ("identity", "simple_edm", "euler_fm", "velocity", "epsilon")
 VELOCITIES = ("euler_fm", "velocity")  # sigma_d G is the mean velocity from t to s
@@ -160,8 +161,33 @@ def exact_target(
     return (interp.alpha(t).to(x.dtype) * eps - interp.sigma(t).to(x.dtype) * x) / scale
 
 
+class Given(NamedTuple):
+    """What blocks are given: samples x (N, ...) at times t (G,), of which each block sees those before it."""
+
+    x: Tensor
+    t: Tensor
+
+
+def by_block(x: Tensor, blocks: int) -> Tensor:
+    """(N J, elements of a block) of samples (N, C, H, W), a sample's blocks together; (N, elements) where J is 1."""
+    if blocks == 1:
+        return x.flatten(1)
+    return x.unflatten(2, (blocks, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def mean_of_blocks(values: Tensor, blocks: int) -> Tensor:
+    """(G,) means over blocks of (G J,) values."""
+    return values if blocks == 1 else values.view(-1, blocks).mean(dim=1)
+
+
 def per_sample(values_G: Tensor, x: Tensor) -> Tensor:
-    """(G,) values as (N, 1, ..., 1) beside x (N, ...), each repeated for the samples of its group."""
+    """(G,) values as (N, 1, ..., 1) beside x (N, ...), each repeated for the samples of its group.
+
+    (G, J) values, of blocks of rows, come as (N, 1, H, 1), each repeated for its block's rows too.
+    """
+    if values_G.dim() == 2:
+        rows = values_G.repeat_interleave(x.shape[2] // values_G.shape[1], dim=1)
+        return rows.repeat_interleave(x.shape[0] // rows.shape[0], dim=0)[:, None, :, None]
     return values_G.repeat_interleave(x.shape[0] // values_G.shape[0]).view(-1, *[1] * (x.dim() - 1))
 
 
@@ -211,17 +237,36 @@ class FlowMap(nn.Module):
         """The same map and weights with a guide (autoguidance, Karras et al. 2024, arXiv 2406.02507).
 
         Raises:
-            UserError: another trajectory: the two would mean different things by x_t.
+            UserError: another trajectory, or other blocks: the two would mean different things by x_t.
         """
         if guide.interp.name != self.interp.name:
             raise UserError(
                 f"the guide was trained on trajectory {guide.interp.name}, the model on {self.interp.name}: "
                 "at one time they expect different noise; take a guide of the same trajectory"
             )
+        if guide.blocks != self.blocks:
+            raise UserError(
+                f"the guide draws samples in model.blocks={guide.blocks}, the model in {self.blocks}: they would be "
+                "given different things; take a guide of as many blocks"
+            )
         guided = copy.copy(self)
         guided._modules = dict(self._modules)
         guided.guide = guide
         return guided
+
+    @property
+    def blocks(self) -> int:
+        """J, blocks of a sample that are drawn one after another."""
+        return self.model.sequence_blocks
+
+    def context(self, given: Given) -> Context:
+        """The clean stream as the net takes it: told that it stands at its time, and goes nowhere."""
+        c = self.coefficients(given.t, given.t)
+        return Context(self._net_input(given.x, c, self._net_dtype(given.x)), *self._c_noise(given.t, given.t))
+
+    def _with(self, given: Given | None) -> dict[str, Any]:
+        assert (given is None) == (self.blocks == 1), "a net of several blocks is given those before"
+        return {} if given is None else {"context": self.context(given)}
 
     def coefficients(self, s: Tensor, t: Tensor) -> Coefficients:
         """c_in, c_skip and c_out of this map (app C.5) for times (G,)."""
@@ -286,16 +331,23 @@ class FlowMap(nn.Module):
         """
         c = self.coefficients(s, t)
         scaled, times = self._net_input(x_t, c, self._net_dtype(x_t)), self._c_noise(s, t)
-        out = self.model(scaled, *times, label, **self._told(guidance, t)).to(x_t.dtype)
+        out = self._answer(scaled, times, label, **self._told(guidance, t)).to(x_t.dtype)
         if guidance_scale != 1.0 and self.guide is None:
             null = torch.full_like(label, self._unconditional(guidance_scale))
-            unconditional = self.model(scaled, *times, null).to(x_t.dtype)
+            unconditional = self._answer(scaled, times, null, labelled=False).to(x_t.dtype)
             out = guidance_scale * out + (1.0 - guidance_scale) * unconditional
         jump = self._assemble(x_t, c, out)
         if guidance_scale != 1.0 and self.guide is not None:
             # Of the maps, not of G: the guide may predict something else. Where it does not, the two are the same.
             jump = guidance_scale * jump + (1.0 - guidance_scale) * self.guide(x_t, s, t, label)
         return jump
+
+    def _answer(
+        self, scaled: Tensor, times: tuple[Tensor, Tensor | None], label: Tensor, labelled: bool = True, **told: Tensor
+    ) -> Tensor:
+        """What the net says of x_t, under a label, or under the null label, which is none."""
+        out: Tensor = self.model(scaled, *times, label, **told)
+        return out
 
     def _unconditional(self, guidance_scale: float) -> int:
         """The label of what is mixed in. Raises UserError where the net has none, or is told its guidance."""
@@ -314,12 +366,13 @@ class FlowMap(nn.Module):
         t: Tensor,
         label: Tensor,
         dropout_key: Tensor | None = None,
+        given: Given | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(f_{s,t}(x_t) with gradient, f_{s,r}(x_r) without), both from the current weights (alg 3).
 
         Shapes as in `forward`; dropout_key is (N,) keys of the dropout masks, or None to run without dropout.
         """
-        out_t, out_r, c_t, c_r = self.average_pair(x_t, x_r, s, r, t, label, dropout_key)
+        out_t, out_r, c_t, c_r = self.average_pair(x_t, x_r, s, r, t, label, dropout_key, given=given)
         return self._after_pair(x_t, x_r, out_t, out_r, c_t, c_r)
 
     def average_pair(
@@ -332,13 +385,15 @@ class FlowMap(nn.Module):
         label: Tensor,
         dropout_key: Tensor | None = None,
         guidance: Tensor | None = None,
+        given: Given | None = None,
     ) -> tuple[Tensor, Tensor, Coefficients, Coefficients]:
         """`average` over [s, t] with gradient and over [s, r] without, and the coefficients of f_{s,t} and f_{s,r}.
 
         x_r and r may be of the first samples and groups only.
         """
         inputs, c_t, c_r = self._before_pair(x_t, x_r, s, r, t, self._net_dtype(x_t))
-        out_t, out_r = self.model.pair(*inputs, label, dropout_key, **self._told(guidance, t))
+        more = self._told(guidance, t) | self._with(given)
+        out_t, out_r = self.model.pair(*inputs, label, dropout_key, **more)
         return out_t.to(x_t.dtype), out_r.detach().to(x_r.dtype), c_t, c_r
 
     @fused()
@@ -366,13 +421,15 @@ class FlowMap(nn.Module):
         label: Tensor,
         dropout_key: Tensor | None = None,
         guidance: Tensor | None = None,
+        given: Given | None = None,
     ) -> Tensor:
         """G(c_in(t) x_t, c_noise(t), second(s,t), label): for `euler_fm` the mean velocity over [s, t] / sigma_d.
 
         At s = t it is what flow matching regresses on. Shapes as in `forward`, dropout_key as in `pair`.
         """
         scaled, times = self._before_average(x_t, s, t, self._net_dtype(x_t))
-        return self.model(scaled, *times, label, dropout_key, **self._told(guidance, t)).to(x_t.dtype)
+        more = self._told(guidance, t) | self._with(given)
+        return self.model(scaled, *times, label, dropout_key, **more).to(x_t.dtype)
 
     @fused()
     def _before_average(

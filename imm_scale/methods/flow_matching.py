@@ -9,7 +9,8 @@ from imm_scale.choices import option
 from imm_scale.data.batch import Batch
 from imm_scale.fusion import fused
 from imm_scale.methods.base import FlowMapMethod, GroupLosses, prior_noise
-from imm_scale.methods.flow_map import FlowMap, exact_target, per_sample
+from imm_scale.methods.flow_map import FlowMap, Given, exact_target, mean_of_blocks, per_sample
+from imm_scale.methods.in_blocks import draws as block_draws
 from imm_scale.methods.one_time import OneTimeConfig
 from imm_scale.methods.probability_path import diffuse
 from imm_scale.registry import register_method
@@ -19,6 +20,10 @@ from imm_scale.registry import register_method
 class FlowMatchingConfig(OneTimeConfig):
     name: str = option("flow_matching", "")
 
+    @property
+    def why_not_blocks(self) -> str:
+        return ""
+
 
 @register_method("flow_matching")
 class FlowMatching(FlowMapMethod):
@@ -27,9 +32,10 @@ class FlowMatching(FlowMapMethod):
     Config = FlowMatchingConfig
 
     def loss(self, net: FlowMap, batch: Batch, seed: int) -> GroupLosses:
-        x_t, target, t, label, dropout_key = self.draw(net, batch.x, batch.condition, batch.ordinal, seed)
-        out = net.average(x_t, t, t, label, dropout_key)
-        return GroupLosses(_mean_square(out, target, t), t)
+        x_t, target, t, label, dropout_key, given = self.draw(net, batch.x, batch.condition, batch.ordinal, seed)
+        out = net.average(x_t, t, t, label, dropout_key, given=given)
+        # Blocks are of one size, so the mean over all elements is the mean over blocks.
+        return GroupLosses(_mean_square(out, target, t), mean_of_blocks(t.flatten(), net.blocks))
 
     def draw_times(self, group: Tensor, seed: int) -> Tensor:
         """t of each group, fp64, shape (G,)."""
@@ -39,15 +45,17 @@ class FlowMatching(FlowMapMethod):
     @fused()
     def draw(
         self, flow_map: FlowMap, x: Tensor, label: Tensor, ordinal: Tensor, seed: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """x_t, what the net shall answer, t (G,), labels and keys of the dropout masks."""
-        t = self.draw_times(self.group(ordinal), seed)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Given | None]:
+        """x_t, what the net shall answer, t (G,) or (G, J), labels, keys of dropout masks, what blocks are given."""
+        keys = block_draws.keys(self.group(ordinal), flow_map.blocks)
+        t = block_draws.shaped(self.draw_times(keys, seed), flow_map.blocks)
         eps = prior_noise(flow_map, x, ordinal, seed)
         t_N = per_sample(t, x)
         x_t = diffuse(flow_map.interp, x, eps, t_N)
         target = exact_target(flow_map.interp, flow_map.parameterization, x, eps, t_N, flow_map.sigma_data)
         label = self.drop_labels(flow_map, label, ordinal, seed)
-        return x_t, target, t, label, self.dropout_key(flow_map, ordinal, seed)
+        given = self.given(flow_map, x, ordinal, seed)
+        return x_t, target, t, label, self.dropout_key(flow_map, ordinal, seed), given
 
 
 @fused()

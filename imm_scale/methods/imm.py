@@ -12,7 +12,8 @@ from imm_scale.errors import UserError
 from imm_scale.fusion import fused
 from imm_scale.methods import imm_times
 from imm_scale.methods.base import FlowMapMethod, GroupLosses, prior_noise
-from imm_scale.methods.flow_map import FlowMap, per_sample
+from imm_scale.methods.flow_map import FlowMap, Given, by_block, mean_of_blocks, per_sample
+from imm_scale.methods.in_blocks import draws as block_draws
 from imm_scale.methods.mmd import KERNELS, grouped_mmd
 from imm_scale.methods.one_time import OneTimeConfig
 from imm_scale.methods.probability_path import diffuse
@@ -22,7 +23,7 @@ _MIN_C_OUT = 1e-8  # at s = t the bandwidth would be infinite, and the gradient 
 
 
 class Draws(NamedTuple):
-    """A micro-batch as both branches meet it; times are (G,) in fp64."""
+    """A micro-batch as both branches meet it; times are (G,), or (G, J) of blocks, in fp64."""
 
     x_t: Tensor
     x_r: Tensor
@@ -31,6 +32,7 @@ class Draws(NamedTuple):
     t: Tensor
     label: Tensor
     dropout_key: Tensor | None
+    given: Given | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,10 @@ class ImmConfig(OneTimeConfig):
     def passes(self) -> Passes:
         return Passes(grad=1, no_grad=1)
 
+    @property
+    def why_not_blocks(self) -> str:
+        return ""
+
     def resolved(self, precision: str) -> Self:
         gap = imm_times.default_min_gap(precision) if self.min_gap is None else self.min_gap
         return replace(super().resolved(precision), min_gap=gap)
@@ -102,7 +108,8 @@ class InductiveMomentMatching(FlowMapMethod):
     def loss(self, net: FlowMap, batch: Batch, seed: int) -> GroupLosses:
         draws = self.draw(net, batch.x, batch.condition, batch.ordinal, seed)
         y_t, y_r = net.pair(*draws)
-        return GroupLosses(self.discrepancy(net, y_t, y_r, draws.s, draws.t), draws.t)
+        loss = self.discrepancy(net, y_t, y_r, draws.s.flatten(), draws.t.flatten())
+        return GroupLosses(mean_of_blocks(loss, net.blocks), mean_of_blocks(draws.t.flatten(), net.blocks))
 
     def draw_times(self, flow_map: FlowMap, group: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """(s, r, t) of each group, fp64, shape (G,)."""
@@ -119,18 +126,26 @@ class InductiveMomentMatching(FlowMapMethod):
     @fused()
     def draw(self, flow_map: FlowMap, x: Tensor, label: Tensor, ordinal: Tensor, seed: int) -> Draws:
         """All that is random about a micro-batch of x (N, C, H, W), label (N,) and ordinal (N,)."""
-        s, r, t = self.draw_times(flow_map, self.group(ordinal), seed)
+        keys, blocks = block_draws.keys(self.group(ordinal), flow_map.blocks), flow_map.blocks
+        s, r, t = (block_draws.shaped(times, blocks) for times in self.draw_times(flow_map, keys, seed))
         eps = prior_noise(flow_map, x, ordinal, seed)
         # DDIM(x_t, x, r, t) in its division-free form: the same eps as x_t, never fresh noise.
         x_t = diffuse(flow_map.interp, x, eps, per_sample(t, x))
         x_r = diffuse(flow_map.interp, x, eps, per_sample(r, x))
         label = self.drop_labels(flow_map, label, ordinal, seed)
-        return Draws(x_t, x_r, s, r, t, label, self.dropout_key(flow_map, ordinal, seed))
+        given = self.given(flow_map, x, ordinal, seed)
+        return Draws(x_t, x_r, s, r, t, label, self.dropout_key(flow_map, ordinal, seed), given)
 
     @fused()
     def discrepancy(self, flow_map: FlowMap, y_t: Tensor, y_r: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        """w(s, t) times the V-statistic of each group, (G,) fp64."""
+        """w(s, t) times the V-statistic of each group, (G,) fp64; of each block of a group, (G J,) by times (G J,)."""
         bandwidth = 1.0 / flow_map.coefficients(s, t).c_out.abs().clamp_min(_MIN_C_OUT)
-        c, shape = self.config, (t.shape[0], self.group_size, -1)
-        mmd = grouped_mmd(y_t.reshape(shape), y_r.reshape(shape), bandwidth, c.kernel)
+        c = self.config
+        y_t, y_r = (self._particles(y, flow_map.blocks) for y in (y_t, y_r))
+        mmd = grouped_mmd(y_t, y_r, bandwidth, c.kernel)
         return imm_times.weight(flow_map.interp, t, c.a, c.b, c.weight_factors) * mmd
+
+    def _particles(self, y: Tensor, blocks: int) -> Tensor:
+        """(G J, M, elements of a block): the particles of a group are the same block of its samples."""
+        rows = by_block(y, blocks).view(-1, self.group_size, blocks, y[0].numel() // blocks)
+        return rows.transpose(1, 2).flatten(0, 1)

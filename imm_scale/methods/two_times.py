@@ -173,7 +173,9 @@ class TwoTimesMethod(FlowMapMethod):
     config: Any
 
     def loss(self, net: FlowMap, batch: Batch, seed: int) -> GroupLosses:
-        places, apart = order(self.config.times.equal, self.group(batch.ordinal), seed, batch.alignment)
+        # Blocks of one sample differ in whether s = t, so samples of several cannot be told apart by it.
+        alignment = batch.alignment if net.blocks == 1 else 1
+        places, apart = order(self.config.times.equal, self.group(batch.ordinal), seed, alignment)
         x, label, ordinal = batch.x, batch.condition, batch.ordinal
         if places is None:
             return self.ordered_loss(net, x, label, ordinal, apart, seed)

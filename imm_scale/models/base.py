@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,34 @@ class Architecture(ABC):
     def example(self, samples: int) -> tuple[Any, ...]:
         """Arguments of one forward pass, each sample a group of its own, on torch's default device."""
 
+    @property
+    def sequence_blocks(self) -> int:
+        """J, blocks of a sample that are drawn one after another; above 1 the net is a `BlockCausal`."""
+        return 1
+
+    @property
+    def at_once(self) -> "Architecture":
+        """The same net for samples that are drawn at once."""
+        return self
+
+    @property
+    def hidden(self) -> tuple[int, int]:
+        """Multiply-adds of attention that masks hide, in a pass of the clean stream and of a branch."""
+        return 0, 0
+
+
+class Context(NamedTuple):
+    """The clean stream that the blocks of a sample are given.
+
+    Attributes:
+        x: (N, ...) samples, or their blocks that are known, as the net takes them.
+        c_noise, second: (G,) their times, as the net is told times.
+    """
+
+    x: Tensor
+    c_noise: Tensor
+    second: Tensor | None
+
 
 class Backbone(nn.Module):
     """A network G. Its class has two more names, which a registered one must have:
@@ -50,6 +78,8 @@ class Backbone(nn.Module):
         activation_checkpointing: recompute each block in the backward pass.
         has_dropout: takes keys of dropout masks.
         null_label: the label that stands for "no condition", or None for a net that has none.
+        sequence_blocks: J, blocks of a sample that are drawn one after another. Above 1 the net is a `BlockCausal`, its
+            passes want one more keyword, `context`, and times are (G, J).
 
     `forward(x_NCHW, c_noise_G, second_G, label_N, dropout_key_N)` returns G of the shape of x; c_noise and second
     are per group (N is a multiple of G) and second is None where the second time is switched off.
@@ -63,6 +93,7 @@ class Backbone(nn.Module):
     activation_checkpointing: bool = False
     null_label: int | None = None
     has_dropout: bool = False
+    sequence_blocks: int = 1
 
     def compile_blocks(self) -> None:
         """Compiles each block on its own: one graph serves them all, and nothing around them breaks it."""

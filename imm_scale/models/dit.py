@@ -1,7 +1,7 @@
 """The diffusion transformer (DiT, arXiv 2212.09748) with (t, s, label) conditioning."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,8 @@ from imm_scale.choices import BackboneConfig, option
 from imm_scale.data.spaces import SampleSpace
 from imm_scale.errors import UserError
 from imm_scale.models import tangent
-from imm_scale.models.base import Architecture, Backbone
+from imm_scale.models.base import Architecture, Context
+from imm_scale.models.block_causal import BlockCausal
 from imm_scale.models.layers import (
     ATTENTIONS,
     Block,
@@ -22,6 +23,7 @@ from imm_scale.models.layers import (
     TimeEmbedder,
     position_table,
 )
+from imm_scale.models.streams import StreamBlock
 from imm_scale.registry import register_backbone
 
 # name: width, depth, heads
@@ -57,13 +59,22 @@ class ModelConfig(BackboneConfig):
     time_embedding: Literal["positional", "fourier"] = option(
         "positional", "Sinusoids of the times: geometric frequencies (stable) or random ones of scale 16."
     )
+    blocks: int = option(
+        1,
+        "J, blocks of whole rows of patches that a sample is drawn in, each given the ones before; 1 draws it at once.",
+        range="[1, inf)",
+    )
 
     @property
     def title(self) -> str:
         return self.size
 
     def cautions(self, takes_tangents: bool) -> list[str]:
-        if not takes_tangents or self.attention != "xformers":
+        if self.attention != "xformers":
+            return []
+        if self.blocks > 1:
+            return [f"model.attention=xformers serves one block alone: with model.blocks={self.blocks} torch's masks"]
+        if not takes_tangents:
             return []
         return [
             "model.attention=xformers computes attention's value alone: its tangent takes torch's matrix products, "
@@ -100,11 +111,14 @@ class DiTConfig(Architecture):
     time_embedding: str = "positional"
     second_time: bool = True
     guidance: bool = False
+    blocks: int = 1
 
-    MAY_DIFFER = frozenset({"dropout", "attention", "num_classes", "height", "image_width", "second_time", "guidance"})
+    MAY_DIFFER = frozenset(
+        {"dropout", "attention", "num_classes", "height", "image_width", "second_time", "guidance", "blocks"}
+    )
 
     def __post_init__(self) -> None:
-        for key in ("width", "depth", "heads", "patch_size"):
+        for key in ("width", "depth", "heads", "patch_size", "blocks"):
             if getattr(self, key) < 1:
                 raise UserError(f"model.{key}={getattr(self, key)} must be at least 1")
         if int(self.width * self.mlp_ratio) < 1:
@@ -115,10 +129,24 @@ class DiTConfig(Architecture):
             raise UserError(
                 f"model.patch_size={self.patch_size} must divide the latent's {self.height} x {self.image_width}"
             )
+        self._check_blocks()
         if self.attention not in ATTENTIONS:
             raise UserError(f"model.attention={self.attention!r} is unknown; choose one of {', '.join(ATTENTIONS)}")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"model.dropout={self.dropout} must be in [0, 1)")
+
+    def _check_blocks(self) -> None:
+        rows, columns = self.grid
+        if rows % self.blocks:
+            raise UserError(
+                f"model.blocks={self.blocks} must cut the {rows} x {columns} patches of a sample into blocks of whole "
+                f"rows: take a divisor of {rows}"
+            )
+        if self.blocks > 1 and self.guidance:
+            raise UserError(
+                f"model.blocks={self.blocks} and method.guidance.kind=condition: a net of several blocks is not told "
+                "its guidance; use model.blocks=1, or another method"
+            )
 
     def build(self) -> "DiT":
         return DiT(self)
@@ -126,7 +154,12 @@ class DiTConfig(Architecture):
     def example(self, samples: int) -> tuple[Any, ...]:
         x = torch.zeros(samples, self.channels, self.height, self.image_width)
         times = torch.zeros(samples, dtype=torch.float64)
-        needed = x, times, times if self.second_time else None, torch.zeros(samples, dtype=torch.int64)
+        label = torch.zeros(samples, dtype=torch.int64)
+        if self.blocks > 1:
+            second = times if self.second_time else None
+            of_blocks = [None if u is None else u[:, None].expand(-1, self.blocks) for u in (times, second)]
+            return x, *of_blocks, label, None, None, Context(x, times, second)
+        needed = x, times, times if self.second_time else None, label
         return (*needed, None, torch.zeros(samples, 3, dtype=torch.float64)) if self.guidance else needed
 
     @property
@@ -137,6 +170,26 @@ class DiTConfig(Architecture):
     @property
     def tokens(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    @property
+    def sequence_blocks(self) -> int:
+        return self.blocks
+
+    @property
+    def at_once(self) -> "DiTConfig":
+        return replace(self, blocks=1)
+
+    @property
+    def hidden(self) -> tuple[int, int]:
+        pairs, seen = self.tokens**2, self.tokens * (self.tokens + self.block_tokens) // 2
+        of_a_pair = 2 * self.width  # a score, and a value
+        # The clean stream ends with the keys and values of the last block, before attention.
+        return of_a_pair * (self.depth - 1) * (pairs - seen), of_a_pair * self.depth * (2 * pairs - seen)
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of one of the blocks that a sample is drawn in."""
+        return self.tokens // self.blocks
 
 
 def size_config(size: str, **overrides: Any) -> DiTConfig:
@@ -150,12 +203,13 @@ def size_config(size: str, **overrides: Any) -> DiTConfig:
 
 
 @register_backbone("dit")
-class DiT(Backbone):
+class DiT(BlockCausal):
     """The network G. Under autocast the blocks run in 16 bits, conditioning and the residual stream in fp32."""
 
     Config = ModelConfig
     Architecture = DiTConfig
     CAN_TAKE_GUIDANCE = True
+    pos_embed: Tensor
 
     @classmethod
     def architecture(
@@ -178,6 +232,7 @@ class DiT(Backbone):
             time_embedding=config.time_embedding,
             second_time=second_time,
             guidance=guidance,
+            blocks=config.blocks,
         )
 
     def __init__(self, config: DiTConfig):
@@ -185,13 +240,15 @@ class DiT(Backbone):
         self.config = config
         self.has_dropout = config.dropout > 0
         self.takes_guidance = config.guidance
+        self.sequence_blocks = config.blocks
         c = config
         self.x_embedder = nn.Conv2d(c.channels, c.width, c.patch_size, stride=c.patch_size)
         self.t_embedder = TimeEmbedder(c.width, c.time_embedding)
         self.s_embedder = TimeEmbedder(c.width, c.time_embedding) if c.second_time else None
         self.y_embedder = nn.Embedding(c.num_classes + 1, c.width)  # the last row is "no label"
+        kind = Block if c.blocks == 1 else StreamBlock
         self.blocks = nn.ModuleList(
-            Block(c.width, c.heads, c.mlp_ratio, c.qk_norm, c.dropout, c.attention) for _ in range(c.depth)
+            kind(c.width, c.heads, c.mlp_ratio, c.qk_norm, c.dropout, c.attention) for _ in range(c.depth)
         )
         self.final_layer = FinalLayer(c.width, c.patch_size, c.channels)
         table = position_table(c.width, *c.grid)
@@ -230,7 +287,7 @@ class DiT(Backbone):
         self, weights: dict[str, Tensor], source: DiTConfig, classes: Sequence[int | None], null_is_trained: bool
     ) -> tuple[dict[str, Tensor], list[str]]:
         """As in the base: rows of classes, embedders of a second time and guidance that answer 0, positions."""
-        made, notes = dict(weights), []
+        made, notes = dict(weights), self._notes_on_blocks(source)
         if source.grid != self.config.grid:
             there, here = (" x ".join(map(str, grid)) for grid in (source.grid, self.config.grid))
             notes.append(f"the net had {there} patches and has {here}: the sin-cos positions are computed for them")
@@ -250,6 +307,18 @@ class DiT(Backbone):
             made |= _silent(self.guidance_embedder, _GUIDANCE)
             notes.append("the embedder of the guidance is new and answers 0 at first: the net starts as it was")
         return made, notes
+
+    def _notes_on_blocks(self, source: DiTConfig) -> list[str]:
+        """A sentence where samples are drawn in other blocks. Raises UserError for weights that miss their context."""
+        there, here = source.blocks, self.config.blocks
+        if there > 1 and here == 1:
+            raise UserError(
+                f"the net was trained with model.blocks={there}, every block but the first given those before, which "
+                f"model.blocks=1 never shows it. Use model.blocks={there}, or start from other weights"
+            )
+        if there == here:
+            return []
+        return [f"samples were drawn in {there} blocks, and are in {here} here: the same weights see other tokens"]
 
     def _condition(
         self, c_noise_G: Tensor, second_G: Tensor | None, label_N: Tensor, guidance_G3: Tensor | None = None
@@ -290,17 +359,41 @@ class DiT(Backbone):
         times, dtimes = (part.repeat_interleave(particles, dim=0) for part in (times, dtimes))
         return tangent.silu(times + self.y_embedder(label_N), dtimes, live)
 
-    def _tokens(self, x_NCHW: Tensor) -> Tensor:
+    def conditions(self, times: list[tuple[Tensor, Tensor | None]], label_N: Tensor) -> list[Tensor]:
+        """As in the base: all times in one call of each embedder, and the labels in one."""
+        assert all((second is not None) == self.config.second_time for _, second in times), "see `_condition`"
+        sizes = [c_noise.numel() for c_noise, _ in times]
+        embedded = self.t_embedder(torch.cat([c_noise.flatten() for c_noise, _ in times]))
+        if self.s_embedder is not None:
+            embedded = embedded + self.s_embedder(torch.cat([second.flatten() for _, second in times]))  # type: ignore[union-attr]
+        label, found = self.y_embedder(label_N), []
+        for part, (c_noise, _) in zip(embedded.split(sizes), times, strict=True):
+            repeated = part.view(*c_noise.shape, -1).repeat_interleave(len(label_N) // len(c_noise), dim=0)
+            found.append(F.silu(repeated + (label if c_noise.dim() == 1 else label[:, None])))
+        return found
+
+    @property
+    def block_tokens(self) -> int:
+        return self.config.block_tokens
+
+    def tokens_of(self, x: Tensor, first: int = 0) -> Tensor:
+        """(N, tokens, D) of x (N, C, H, W), or of some of its rows, of which `first` tokens come before."""
         # Contiguous: sums keep the layout of their first term, and every norm would copy a transposed residual stream.
-        return self.x_embedder(x_NCHW).flatten(2).transpose(1, 2).contiguous() + self.pos_embed
+        tokens = self.x_embedder(x).flatten(2).transpose(1, 2).contiguous()
+        return tokens + self.pos_embed[:, first : first + tokens.shape[1]]
+
+    def image_of(self, tokens_NTD: Tensor, condition: Tensor) -> Tensor:
+        """What the final layer makes of tokens, as (N, C, H, W), or some of the rows."""
+        return self._image(self.final_layer(tokens_NTD, condition))
 
     def _image(self, tokens_NTD: Tensor) -> Tensor:
         """Tokens whose channels are ordered (row in patch, column in patch, channel) back to (N, C, H, W)."""
         c, p = self.config, self.config.patch_size
-        grid = tokens_NTD.view(-1, *c.grid, p, p, c.channels)
-        return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, c.channels, c.height, c.image_width)
+        rows, columns = tokens_NTD.shape[1] // c.grid[1], c.grid[1]
+        grid = tokens_NTD.view(-1, rows, columns, p, p, c.channels)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, c.channels, rows * p, c.image_width)
 
-    def _dropout_keys(self, dropout_key: Tensor | None) -> list[Tensor | None]:
+    def dropout_keys(self, dropout_key: Tensor | None) -> list[Tensor | None]:
         """A key for each block, mixed out here: a number read inside would cost the compiler a graph a block."""
         if dropout_key is None or not self.training or not self.config.dropout:
             return [None] * len(self.blocks)
@@ -314,13 +407,17 @@ class DiT(Backbone):
         label: Tensor,
         dropout_key: Tensor | None = None,
         guidance: Tensor | None = None,
+        context: Context | None = None,
     ) -> Tensor:
         """G, of the shape of x (N, C, H, W); c_noise and second (G,), label and dropout_key (N,), guidance (G, 3)."""
+        assert (context is not None) == (self.sequence_blocks > 1), "the flow map and the net disagree on the blocks"
+        if context is not None:
+            return self.forward_in_context(x, c_noise, second, label, context, dropout_key)
         condition = self._condition(c_noise, second, label, guidance)
-        x = self._tokens(x)
-        for block, key in zip(self.blocks, self._dropout_keys(dropout_key), strict=True):
+        x = self.tokens_of(x)
+        for block, key in zip(self.blocks, self.dropout_keys(dropout_key), strict=True):
             x = self.run_block(block, x, condition, key)
-        return self._image(self.final_layer(x, condition))
+        return self.image_of(x, condition)
 
     def pair(
         self,
@@ -333,25 +430,29 @@ class DiT(Backbone):
         label: Tensor,
         dropout_key: Tensor | None = None,
         guidance: Tensor | None = None,
+        context: Context | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Both branches block by block, the second without gradient: sharded weights are gathered once for both.
 
         The branch without gradient goes first: DeepSpeed's hooks take a module's last call for the one that comes back
         in the backward pass, and let go of its gathered weights then. After the other order they keep all to its end.
         """
+        if context is not None:
+            times = (c_noise_t, second_t), (c_noise_r, second_r)
+            return self.pair_in_context(x_t, x_r, *times, label, context, dropout_key)
         second = None if second_t is None or second_r is None else torch.cat([second_t, second_r])
         told = None if guidance is None else torch.cat([guidance, guidance[: len(c_noise_r)]])
         samples = [len(x_t), len(x_r)]
         both = self._condition(torch.cat([c_noise_t, c_noise_r]), second, torch.cat([label, label[: len(x_r)]]), told)
         condition_t, condition_r = both.split(samples)
         with torch.no_grad():
-            x_r = self._tokens(x_r)
-        x_t = self._tokens(x_t)
-        for block, key in zip(self.blocks, self._dropout_keys(dropout_key), strict=True):
+            x_r = self.tokens_of(x_r)
+        x_t = self.tokens_of(x_t)
+        for block, key in zip(self.blocks, self.dropout_keys(dropout_key), strict=True):
             x_t, x_r = self._both(block, x_t, condition_t, key, x_r, condition_r)
         with torch.no_grad():
-            out_r = self._image(self.final_layer(x_r, condition_r))
-        return self._image(self.final_layer(x_t, condition_t)), out_r
+            out_r = self.image_of(x_r, condition_r)
+        return self.image_of(x_t, condition_t), out_r
 
     def _both(
         self, block: nn.Module, x_t: Tensor, condition_t: Tensor, key: Tensor | None, x_r: Tensor, condition_r: Tensor
@@ -380,8 +481,8 @@ class DiT(Backbone):
         condition, dcondition = self._condition_with_tangent(c_noise, dc_noise, second, dsecond, label, guidance, live)
         with tangent.gradients(live):
             dx = tangent.affine_tangent(self.x_embedder, dx, row_dims=3).flatten(2).transpose(1, 2).contiguous()
-        x = self._tokens(x)
-        for block, key in zip(self.blocks, self._dropout_keys(dropout_key), strict=True):
+        x = self.tokens_of(x)
+        for block, key in zip(self.blocks, self.dropout_keys(dropout_key), strict=True):
             x, dx = self._block_with_tangent(block, x, dx, condition, dcondition, key, live)
         out, dout = self.final_layer(x, condition, dx, dcondition, live)
         return self._image(out), self._image(dout)

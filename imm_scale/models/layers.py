@@ -69,6 +69,10 @@ def keyed_dropout(x_NTD: Tensor, p: float, key_N: Tensor | None, stream: int) ->
 
 
 def modulate(x_NTD: Tensor, shift_ND: Tensor, scale_ND: Tensor) -> Tensor:
+    """x (1 + scale) + shift; both may be (N, S, D), of S neighbouring parts of the tokens, all of one length."""
+    if shift_ND.dim() == 3:
+        parts = x_NTD.unflatten(1, (shift_ND.shape[1], -1))
+        return (parts * (1.0 + scale_ND[:, :, None]) + shift_ND[:, :, None]).flatten(1, 2)
     return x_NTD * (1.0 + scale_ND[:, None]) + shift_ND[:, None]
 
 
@@ -84,12 +88,15 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(head_width) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(head_width) if qk_norm else nn.Identity()
 
-    def forward(self, x_NTD: Tensor) -> Tensor:
+    def project(self, x_NTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (N, T, H, K)."""
         n, t, d = x_NTD.shape
         q, k, v = self.qkv(x_NTD).view(n, t, 3, self.heads, d // self.heads).unbind(2)
         # The norms may answer in fp32 under autocast; attention wants one dtype.
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        return self.proj(attend(q, k, v, self.attention).reshape(n, t, d))
+        return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
+
+    def forward(self, x_NTD: Tensor) -> Tensor:
+        return self.proj(attend(*self.project(x_NTD), self.attention).reshape(x_NTD.shape))
 
     def with_tangent(self, x_NTD: Tensor, dx_NTD: Tensor, live: bool) -> tuple[Tensor, Tensor]:
         """`forward` and its tangent; the scores are formed for the tangent, whatever kernel computes the value."""
@@ -214,10 +221,14 @@ class FinalLayer(nn.Module):
         dcondition_ND: Tensor | None = None,
         live: bool = False,
     ) -> Any:
-        """(N, T, values of a patch); with tangents of both the pair of that and its tangent."""
+        """(N, T, values of a patch); with tangents of both the pair of that and its tangent.
+
+        The condition may be (N, S, D), as in `modulate`.
+        """
         if dx_NTD is not None and dcondition_ND is not None:
             return self._with_tangent(x_NTD, dx_NTD, condition_ND, dcondition_ND, live)
-        shift, scale = self.adaLN_modulation(condition_ND).chunk(2, dim=1)
+        rows = condition_ND.flatten(0, -2)  # fp32 products are of rows
+        shift, scale = self.adaLN_modulation(rows).unflatten(0, condition_ND.shape[:-1]).chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x_NTD), shift, scale))
 
     def _with_tangent(

@@ -4,6 +4,7 @@ Legend: T tokens, D width, r mlp_ratio, u = T D elements of the residual stream 
 """
 
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 from imm_scale.choices import Passes
 from imm_scale.models.base import Architecture
@@ -37,12 +38,23 @@ class Activations:
 
 def activations(net: Architecture, half: bool) -> Activations:
     """Of a net's passes in fp32, or under 16-bit autocast."""
-    if isinstance(net, DiTConfig):
+    if _is_plain_dit(net):
         return _of_dit(net, _HALF if half else _FP32)
     counts = footprint(net, half)
-    return Activations(
-        counts.kept_by_block, counts.block_input, counts.kept_around, counts.widest, counts.workspace, elements(net)
-    )
+    # Counted on a pass of all streams with gradient, of which the branch without is as one.
+    widest, workspace = counts.widest / streams(net), counts.workspace
+    if isinstance(net, DiTConfig):  # the count is of the whole way back, whose beginning holds more than its blocks do
+        workspace = streams(net) * _of_dit(net, _HALF if half else _FP32).workspace
+    return Activations(counts.kept_by_block, counts.block_input, counts.kept_around, widest, workspace, elements(net))
+
+
+def streams(net: Architecture) -> int:
+    """Streams of tokens in a pass with gradient: the clean one too, where samples are several blocks."""
+    return 1 if net.sequence_blocks == 1 else 2
+
+
+def _is_plain_dit(net: Architecture) -> TypeGuard[DiTConfig]:
+    return isinstance(net, DiTConfig) and net.blocks == 1
 
 
 @dataclass(frozen=True)
@@ -112,8 +124,8 @@ def elementwise_bytes(net: Architecture, half: bool) -> float:
     two residual sums 6, all in fp32; two gates 2 read, attention 4 and GELU 2 r in the type of the matrix products;
     under autocast two casts from fp32.
     """
-    if not isinstance(net, DiTConfig):
-        return footprint(net, half).moved
+    if not _is_plain_dit(net):
+        return footprint(net, half).moved / streams(net)
     size = _HALF if half else _FP32
     hidden = int(net.width * net.mlp_ratio) / net.width
     per_element = 20 * 4 + (6 + 2 * hidden) * size + (2 * (4 + 2) if half else 0)
@@ -132,7 +144,7 @@ def kernels(net: Architecture, passes: Passes, half: bool, checkpointing: bool, 
         of_a_block: the share of a block's operations that is launched, below 1 where blocks are compiled.
     """
     branches = passes.grad + passes.no_grad
-    if not isinstance(net, DiTConfig):
+    if not _is_plain_dit(net):
         counts = footprint(net, half)
         again = counts.block_operators * checkpointing
         share = counts.block_operators / (counts.block_operators + counts.other_operators)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -54,11 +54,38 @@ def elements(net: Architecture) -> int:
 
 @cache
 def forward_multiply_adds(net: Architecture) -> int:
-    """Multiply-adds of one forward pass of one sample, embedders included.
+    """Multiply-adds of one forward pass of one sample, embedders included; of blocks as if they were drawn at once.
 
     Raises:
         UserError: the net does not run on meta tensors.
     """
+    return _counted(net.at_once, lambda model, example: model(*example))
+
+
+class StreamCosts(NamedTuple):
+    """Multiply-adds of one pass of one sample through a net of several blocks, what masks hide left out."""
+
+    clean: int
+    branch: int
+
+
+@cache
+def stream_multiply_adds(net: Architecture) -> StreamCosts:
+    """Of the clean stream and of a branch, told apart by passes of one branch and of two. Raises UserError."""
+    assert net.sequence_blocks > 1, "a net that draws samples at once has one stream"
+
+    def pair(model: Any, example: tuple[Any, ...]) -> None:
+        x, c_noise, second, label, *_, context = example
+        model.pair(x, x, c_noise, c_noise, second, second, label, context=context)
+
+    one = _counted(net, lambda model, example: model(*example))
+    branch = _counted(net, pair) - one
+    of_clean, of_branch = net.hidden
+    return StreamCosts(one - branch - of_clean, branch - of_branch)
+
+
+def _counted(net: Architecture, run: Callable[[Any, tuple[Any, ...]], Any]) -> int:
+    """Multiply-adds of what `run` does with the net and its example of one sample."""
     model = on_meta(net)
     with torch.device("meta"):
         example = net.example(1)
@@ -69,7 +96,7 @@ def forward_multiply_adds(net: Architecture) -> int:
         FlopCounterMode(display=False) as counter,
         _once_of_each_kind(model.blocks, counter.get_total_flops) as skipped,
     ):
-        model(*example)
+        run(model, example)
     return (counter.get_total_flops() + sum(skipped)) // 2
 
 

@@ -237,7 +237,9 @@ def _estimate(
     memory_setting = setting(config, net, layout)
     peak = memory.peak(memory_setting, counted)
     forward = cost.forward_multiply_adds(net)
-    forwards = config.method.passes_at(layout.alignment).forwards + config.train.activation_checkpointing
+    passes = cost.step_passes(config.method, net, layout.alignment)
+    again = passes.grad if net.sequence_blocks > 1 else 1.0  # of a net of blocks all streams with gradient
+    forwards = passes.forwards + again * config.train.activation_checkpointing
     images = layout.slots * layout.particles  # of a rank, empty slots included
     traffic = _traffic(memory_setting, counted)
     compute = _compute_seconds(config, memory_setting, device, 2.0 * forwards * forward * images, forwards * images)
@@ -265,9 +267,8 @@ def _estimate(
         memory=peak,
         fits=peak.total + peak.reserved <= device.memory,
         forward_flops=2.0 * forward,
-        step_flops=2.0
-        * cost.training_multiply_adds(net, config.method.passes_at(layout.alignment), layout.global_batch_size),
-        spared=config.method.spared(layout.alignment),
+        step_flops=2.0 * cost.training_multiply_adds(net, passes, layout.global_batch_size),
+        spared=cost.spared(config.method, net, layout.alignment),
         executed_flops=2.0 * forwards * forward * images,
         traffic=traffic,
         compute_seconds=compute,

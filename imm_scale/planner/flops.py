@@ -5,11 +5,39 @@ from functools import cache
 
 from torch import nn
 
-from imm_scale.choices import Passes
+from imm_scale.choices import MethodConfig, Passes
 from imm_scale.models.base import Architecture
-from imm_scale.planner.counting import forward_multiply_adds, on_meta
+from imm_scale.planner.counting import forward_multiply_adds, on_meta, stream_multiply_adds
 
-__all__ = ["Parameters", "Traffic", "forward_multiply_adds", "parameters", "training_multiply_adds", "wire"]
+__all__ = [
+    "Parameters",
+    "Traffic",
+    "forward_multiply_adds",
+    "parameters",
+    "spared",
+    "step_passes",
+    "stream_multiply_adds",
+    "training_multiply_adds",
+    "wire",
+]
+
+
+def step_passes(method: MethodConfig, net: Architecture, alignment: int) -> Passes:
+    """What a method's step costs with a net, in forward passes of the same net for samples that are drawn at once.
+
+    Of several blocks the clean stream is one more pass with gradient, and no pass is whole: a branch's block attends to
+    the blocks before and itself alone. Blocks of one sample differ in whether s = t, so that spares nothing then.
+    """
+    if net.sequence_blocks == 1:
+        return method.passes_at(alignment)
+    passes, forward = method.passes_at(1), forward_multiply_adds(net)
+    clean, branch = (cost / forward for cost in stream_multiply_adds(net))
+    return Passes(grad=clean + passes.grad * branch, no_grad=passes.no_grad * branch)
+
+
+def spared(method: MethodConfig, net: Architecture, alignment: int) -> str:
+    """What other micro-batches would spare of a step, in words; "" where there is nothing to spare."""
+    return method.spared(alignment) if net.sequence_blocks == 1 else ""
 
 
 def training_multiply_adds(net: Architecture, passes: Passes, global_batch_size: int) -> int:

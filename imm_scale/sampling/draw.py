@@ -18,6 +18,9 @@ from imm_scale.methods.samplers import Guidance
 from imm_scale.models.base import Backbone
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
+from imm_scale.sampling import blocks, prompts
+from imm_scale.sampling.blocks import Prefix
+from imm_scale.sampling.prompts import KnownTokens
 
 ALONE = World()
 # Matrix products of other shapes round differently. So the net always sees this many samples, those whose index has
@@ -38,6 +41,10 @@ class SamplingPlan:
         batch_size: samples held at once, rounded up to whole calls of the net; decides none of their bits.
         compile: whether the net's blocks are compiled.
         tells_guidance: whether the net is told scale and interval, and evaluated once a step.
+        blocks: in which a sample is drawn, one after another.
+        block_times: falling times of each, where they have their own.
+        given: the first blocks of samples, where they are known.
+        known: tokens of samples that are known.
         sampler, order, num, seed, guidance_scale, precision: as in the `sampling` section of the config.
     """
 
@@ -54,6 +61,10 @@ class SamplingPlan:
     compile: bool = False
     tells_guidance: bool = False
     order: str = "random"
+    blocks: int = 1
+    block_times: tuple[tuple[float, ...], ...] = ()
+    given: Prefix | None = None
+    known: KnownTokens | None = None
 
     def __post_init__(self) -> None:
         low, high = self.guidance_interval
@@ -65,13 +76,26 @@ class SamplingPlan:
         """Scale and interval of the guidance."""
         return Guidance(self.guidance_scale, *self.guidance_interval)
 
-    def guide_evaluations(self, times: Tensor) -> int:
-        """Those of `function_evaluations` that guidance adds: of the null label, or of the guide."""
-        unguided = replace(self, guidance_scale=1.0)
-        return self.function_evaluations(times) - unguided.function_evaluations(times)
+    def guide_forwards(self, times: Tensor) -> float:
+        """Those of `forwards` that guidance adds: of the null label, or of the guide."""
+        return self.forwards(times) - replace(self, guidance_scale=1.0).forwards(times)
+
+    def forwards(self, times: Tensor) -> float:
+        """Passes over whole samples that `function_evaluations` amount to, but for 2 %.
+
+        Of several blocks a call is of one, and all but the last pass once more, clean, for each of label and guidance.
+        """
+        calls, clean = self.function_evaluations(times), 1.0 - 1.0 / self.blocks
+        guided = calls > replace(self, guidance_scale=1.0).function_evaluations(times)
+        return calls / self.blocks + clean * (1 + guided)
 
     def function_evaluations(self, times: Tensor) -> int:
-        """Forward passes of the network, and its guide, per image along a time grid, (steps + 1,)."""
+        """Calls of the network, and its guide, one after another per image, along (steps + 1,) times in every block."""
+        of_blocks = blocks.grids(self.block_times) or [times] * self.blocks
+        first = 0 if self.given is None else self.given.blocks
+        return sum(map(self._calls, of_blocks[first:]))
+
+    def _calls(self, times: Tensor) -> int:
         calls = [1 if self.tells_guidance or self.guidance.at(t) == 1.0 else 2 for t in times[:-1]]
         return sum(calls) + (sum(calls[1:]) if self.sampler == "heun" else 0)
 
@@ -101,6 +125,7 @@ def plan_of(config: SamplingConfig, spec: ModelSpec, steps: int, num: int, seed:
     sampler = method.config.sampler_named(config.sampler)
     method.config.check_sampler(sampler, [steps])
     method.config.check_guidance(config.guidance_scale, config.guidance_interval)
+    known = prompts.known_tokens(config, spec)
     return SamplingPlan(
         steps=steps,
         grid=method.default_grid(steps) if config.grid == "auto" else config.grid,
@@ -115,6 +140,10 @@ def plan_of(config: SamplingConfig, spec: ModelSpec, steps: int, num: int, seed:
         precision=config.precision,
         compile=config.compile,
         tells_guidance=method.config.tells_guidance,
+        blocks=spec.net.sequence_blocks,
+        block_times=blocks.times(config, spec, method, steps),
+        given=None if known is not None else blocks.prefix(config, spec),
+        known=known,
     )
 
 
@@ -208,6 +237,8 @@ class Drawer:
         label, there = self.plan.label(index).to(self._device), index.to(self._device)
         start = self._space.prior(self.plan.seed, STARTING_NOISE, there)
         start = start.double() if start.is_floating_point() else start
+        if self.plan.known is not None:
+            start = self.plan.known.put(start, index)
         steps = Steps(
             self.times,
             self.plan.sampler,
@@ -215,6 +246,8 @@ class Drawer:
             partial(self._fresh_noise, there),
             lambda stream, count: rng.uniform(self.plan.seed, "tokens", there, count, stream),
             self.plan.order,
+            blocks.grids(self.plan.block_times),
+            None if self.plan.given is None else self.plan.given.of(index, self.plan.blocks).to(self._device),
         )
         # Around the net in fp64 there are no matrix products, and autocast leaves its conditioning in fp32.
         with precision.computing(self.plan.precision, self._device), torch.no_grad():

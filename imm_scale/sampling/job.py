@@ -165,7 +165,10 @@ def _silent(line: str) -> None:
 def stem(plan: SamplingPlan, guide: Guide | None = None) -> str:
     """Name of a set of samples."""
     guidance = "" if plan.guidance_scale == 1.0 else f"-guidance-{plan.guidance_scale:g}"
-    return f"steps-{plan.steps}{guidance}" + ("" if guide is None else f"-guide-{guide.weights_id[:8]}")
+    counts = "-".join(str(len(times) - 1) for times in plan.block_times) or str(plan.steps)
+    given = "" if plan.given is None else f"-given-{plan.given.blocks}"
+    given += "" if plan.known is None else f"-given-{plan.known.sha256[:8]}"
+    return f"steps-{counts}{guidance}{given}" + ("" if guide is None else f"-guide-{guide.weights_id[:8]}")
 
 
 class _SetOfSamples:
@@ -219,6 +222,9 @@ class _SetOfSamples:
             "torch": torch.__version__,
             **({} if guide is None else {"guide": guide.weights_id}),
             **({"order": plan.order} if plan.sampler == "unmask" else {}),
+            **({"block_times": [list(times) for times in plan.block_times]} if plan.block_times else {}),
+            **({"given": [plan.given.sha256, plan.given.blocks]} if plan.given is not None else {}),
+            **({"known": plan.known.sha256} if plan.known is not None else {}),
         }
 
     # --- drawing ---

@@ -310,13 +310,17 @@ def _priced(name: str, factors: dict[str, Any], config: Config, net: Architectur
 
 def step_passes(config: Config) -> Passes:
     """What a step costs as one rank takes it: a sweep means the same cells on any machine."""
+    return _passes(config, net_of(config))
+
+
+def _passes(config: Config, net: Architecture) -> Passes:
     train = config.train
     layout = Layout(train.global_batch_size, config.method.group_size, 1, train.micro_batch_size)
-    return config.method.passes_at(layout.alignment)
+    return flops.step_passes(config.method, net, layout.alignment)
 
 
 def _step_multiply_adds(config: Config, net: Architecture) -> int:
-    return flops.training_multiply_adds(net, step_passes(config), config.train.global_batch_size)
+    return flops.training_multiply_adds(net, _passes(config, net), config.train.global_batch_size)
 
 
 def _name_part(key: str, value: Any) -> str:

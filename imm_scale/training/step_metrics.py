@@ -54,7 +54,7 @@ class Utilization:
     """
 
     def __init__(self, config: Config, spec: ModelSpec, layout: Layout, device: torch.device):
-        passes, world_size = config.method.passes_at(layout.alignment), layout.world_size
+        passes, world_size = flops.step_passes(config.method, spec.net, layout.alignment), layout.world_size
         multiply_adds = flops.training_multiply_adds(spec.net, passes, config.train.global_batch_size)
         self._flops_per_step = 2.0 * multiply_adds
         peak = config.train.peak_flops or measured_peak(device, config.precision)

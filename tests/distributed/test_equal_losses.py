@@ -111,3 +111,12 @@ def test_radam_does_not_depend_on_the_world_either(digits, tmp_path):
     cases = [(1, 0, 64, ""), (2, 0, 16, ""), (2, 2, 16, ""), (2, 3, 64, "zero.offload=optimizer")]
     _train_all(cases, tmp_path, [f"data.manifest={digits}", *FP32, "optimizer.name=radam"])
     _assert_equal(tmp_path, cases[1:], tmp_path / _name(cases[0]), 1e-5)
+
+
+def test_samples_of_several_blocks_do_not_depend_on_the_world_either(digits, tmp_path):
+    """Streams side by side, or the branch without gradient by itself where the others are recomputed."""
+    checkpointing = "train.activation_checkpointing=true"
+    cases = [(1, 0, 64, ""), (1, 3, 16, checkpointing), (2, 1, 16, checkpointing), (2, 3, 64, ""), (3, 2, 64, "")]
+    blocks = ["model.blocks=4", "model.dropout=0.1", "method.context_noise=0.1"]
+    _train_all(cases, tmp_path, [f"data.manifest={digits}", *FP32, *blocks])
+    _assert_equal(tmp_path, cases[1:], tmp_path / _name(cases[0]), 1e-5)

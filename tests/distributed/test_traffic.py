@@ -69,3 +69,11 @@ def test_a_tangent_comes_with_the_gathers_of_its_value(digits, both_branches_at_
         print(f"MeanFlow, {share} at s = t:", meanflow)
         assert meanflow["scatter"] == pytest.approx(both_branches_at_once["scatter"], rel=0.01)
         assert meanflow["gather"] == pytest.approx(both_branches_at_once["gather"], rel=0.02), meanflow
+
+
+def test_streams_of_a_net_of_blocks_come_with_the_gathers_of_one_block(digits, both_branches_at_once):
+    """A clean stream and both branches through a block in one call: a step sends the same for any `model.blocks`."""
+    in_blocks = ranks.run(_traffic, 2, digits, False, ["model.blocks=4"])[0]
+    print("four blocks:", in_blocks)
+    for kind in ("gather", "scatter", "other"):
+        assert in_blocks[kind] == pytest.approx(both_branches_at_once[kind], rel=0.02), in_blocks

@@ -16,8 +16,9 @@ from imm_scale import rng
 from imm_scale.choices import SpaceConfig, option
 from imm_scale.data.manifest import Manifest, TokenCodec
 from imm_scale.data.spaces import Artifacts, SampleSpace
-from imm_scale.data.tokenizers import tokenizer_of
-from imm_scale.data.tokens.artifacts import Texts, TokenImages, grey_pixels
+from imm_scale.data.tokens.artifacts import Texts, TokenImages
+from imm_scale.data.tokens.images import AUTOENCODER_FILE, CODES, open_decoder
+from imm_scale.data.tokens.tokenizers import TOKENIZER_FILE, FromFile, tokenizer_of
 from imm_scale.errors import UserError
 from imm_scale.registry import register_space
 
@@ -77,13 +78,19 @@ class TokenSpace(SampleSpace):
         return differing
 
     def artifacts(self, decoder: str | None, device: torch.device, precision: str = "fp32") -> Artifacts:
-        if self.codec.tokenizer == "binary":
-            return TokenImages(self.tokens, grey_pixels(self.codec))
+        if self.needs_decoder and decoder is None:
+            what = AUTOENCODER_FILE if self.codec.image_shape is not None else TOKENIZER_FILE
+            raise UserError(
+                f"the tokens of this model stand for what {what} makes of them: name the folder it is in, that of the "
+                "manifest, by --vae (sampling.vae)"
+            )
+        if self.codec.image_shape is not None:
+            return TokenImages(self.tokens, open_decoder(self.codec, decoder or ""))
         return Texts(self.tokens, tokenizer_of(self.codec, decoder or "").decode)
 
     @property
     def needs_decoder(self) -> bool:
-        return self.codec.tokenizer in ("hf", "codes")
+        return self.codec.tokenizer in (FromFile.name, CODES)
 
     @abstractmethod
     def tokens(self, x_N: Tensor) -> Tensor:

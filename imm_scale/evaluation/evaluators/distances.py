@@ -259,10 +259,10 @@ class DistanceEvaluator(Evaluator):
 
     def _flops(self, plan: SamplingPlan, times: Tensor) -> int:
         """Per image, those of the guide by its own net."""
-        guide, of_guide = self.model.guide_of(plan), plan.guide_evaluations(times)
+        guide, of_guide = self.model.guide_of(plan), plan.guide_forwards(times)
         own = forward_multiply_adds(self.model.spec.net)
         other = own if guide is None else forward_multiply_adds(guide.spec.net)
-        return 2 * (own * (plan.function_evaluations(times) - of_guide) + other * of_guide)
+        return round(2 * (own * (plan.forwards(times) - of_guide) + other * of_guide))
 
 
 def _summary(by_seed: Sequence[Measure]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from imm_scale.sampling.source import Source
 _NLL, _BRIER = "nll_per_token", "one_minus_brier_4"
 _BRIER_CONTEXTS = 256  # where the Brier score is all there is, unless evaluation.brier says otherwise
 _DECODED = 64  # samples by which verified decoding is measured
+_OF_DISTANCES = ("evaluation.repeats", "evaluation.metrics", "evaluation.compared", "evaluation.reference")
 Measures = dict[str, dict[str, Any]]
 
 
@@ -166,12 +167,13 @@ class TokenEvaluator(Evaluator):
     def _result(self, sampling: SamplingConfig, evaluation: EvaluationConfig, steps: int) -> dict[str, Any]:
         began = time.perf_counter()
         plan = self._plan(sampling, steps)
+        nll: Estimate | None = None
+        measures: Measures = {}
+        passes: float = steps
         if isinstance(self.method, MaskedDiffusion) and plan.order != "confidence":
-            nll, measures, passes = *self._of_masked(plan), steps
+            nll, measures = self._of_masked(plan)
         elif isinstance(self.method, NextBlock):
             nll, measures, passes = self._of_causal(plan)
-        else:
-            nll, measures, passes = None, {}, steps
         contexts = evaluation.brier or (_BRIER_CONTEXTS if nll is None else 0)
         if contexts:
             measures |= self._brier(plan, contexts)
@@ -295,7 +297,7 @@ def _plain(value: float) -> dict[str, Any]:
 def refuse_idle(typed: Any) -> None:
     """Raises UserError for keys of distances, which do nothing for tokens."""
     for key in sorted(typed):
-        if key in ("evaluation.repeats", "evaluation.metrics", "evaluation.compared", "evaluation.reference") or (
-            key.startswith("evaluation.extractor.")
-        ):
+        if key in _OF_DISTANCES or key.startswith("evaluation.extractor."):
             raise UserError(f"{key} does nothing here: tokens are measured by likelihoods; leave it out")
+        if key in ("sampling.prompt", "sampling.given"):
+            raise UserError(f"{key} is for imm-scale sample: held-out tokens are measured whole; leave it out")

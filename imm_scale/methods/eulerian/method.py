@@ -24,7 +24,8 @@ from imm_scale.methods.eulerian import condition, residuals, steps
 from imm_scale.methods.eulerian.guidance import TrainingGuidanceConfig, guided
 from imm_scale.methods.eulerian.residuals import ResidualConfig
 from imm_scale.methods.eulerian.steps import StepConfig
-from imm_scale.methods.flow_map import Coefficients, FlowMap, per_sample
+from imm_scale.methods.flow_map import Coefficients, FlowMap, Given, by_block, mean_of_blocks, per_sample
+from imm_scale.methods.in_blocks import draws as block_draws
 from imm_scale.methods.probability_path import diffuse, velocity
 from imm_scale.methods.two_times import TwoTimesMethod, TwoTimesMethodConfig
 from imm_scale.registry import register_method
@@ -35,11 +36,14 @@ _LEAST = 1e-12  # of a t - s that is divided by
 
 
 class Draws(NamedTuple):
-    """A micro-batch on its path, with the velocity v there, all (N, ...); times (N,) fp64. A tangent has r = t.
+    """A micro-batch on its path, with the velocity v there, all (N, ...); times (N,), or (N, J) of blocks, fp64.
+
+    A tangent has r = t.
 
     Attributes:
         guidance: (N, 3), what the net is told of it; None for a net that is told none.
         own: the net's velocity at s = t, where it is known.
+        given: what blocks are given.
     """
 
     x_t: Tensor
@@ -53,6 +57,7 @@ class Draws(NamedTuple):
     progress: Tensor
     guidance: Tensor | None = None
     own: Tensor | None = None
+    given: Given | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,17 @@ class EulerianConfig(TwoTimesMethodConfig):
     @property
     def takes_tangents(self) -> bool:
         return self.derivative == "tangent"
+
+    @property
+    def why_not_blocks(self) -> str:
+        if self.takes_tangents:
+            return (
+                "the tangent would have to go through the masked attention of several streams, which has none; "
+                "method.derivative=difference has no tangent"
+            )
+        if self.label_drop_at == "equal" and self.label_drop > 0.0:
+            return "method.label_drop_at=equal drops labels where s = t, in which the blocks of one sample differ"
+        return "velocities of its guidance are of whole samples" if self.guidance.is_on else ""
 
     @property
     def tells_guidance(self) -> bool:
@@ -199,8 +215,11 @@ class Eulerian(TwoTimesMethod):
     def draw(self, flow_map: FlowMap, x: Tensor, label: Tensor, ordinal: Tensor, seed: int) -> Draws:
         """All that is random about a micro-batch of x (N, ...), label (N,) and ordinal (N,)."""
         c, path = self.config, flow_map.interp
-        s, t, equal = two_times.draw(path, c.times, self.group(ordinal), seed, c.t_min, c.t_max)
+        keys, blocks = block_draws.keys(self.group(ordinal), flow_map.blocks), flow_map.blocks
+        drawn = two_times.draw(path, c.times, keys, seed, c.t_min, c.t_max)
+        s, t, equal = (block_draws.shaped(part, blocks) for part in drawn)
         progress = self.progress(ordinal)
+        progress = progress if blocks == 1 else progress[:, None]
         eps = prior_noise(flow_map, x, ordinal, seed)
         t_N = per_sample(t, x)
         x_t, v = diffuse(path, x, eps, t_N), velocity(path, x, eps, t_N)
@@ -212,7 +231,8 @@ class Eulerian(TwoTimesMethod):
         if c.tells_guidance:
             assert flow_map.null_label is not None, "guidance needs a null label"
             told = condition.draw(c.guidance, self.group(ordinal), equal, label == flow_map.null_label, seed)
-        return Draws(x_t, x_r, v, s, r, t, label, self.dropout_key(flow_map, ordinal, seed), progress, told)
+        key, given = self.dropout_key(flow_map, ordinal, seed), self.given(flow_map, x, ordinal, seed)
+        return Draws(x_t, x_r, v, s, r, t, label, key, progress, told, given=given)
 
     def _drop(self, flow_map: FlowMap, label: Tensor, ordinal: Tensor, equal: Tensor, seed: int) -> Tensor:
         if self.config.label_drop_at == "any" or self.config.label_drop == 0.0:
@@ -254,7 +274,7 @@ class Eulerian(TwoTimesMethod):
     def _by_difference(self, net: FlowMap, d: Draws, apart: int) -> tuple[Tensor, Tensor, Tensor]:
         """The same with D_t f as a difference quotient; where r = t it is the velocity's error, exactly."""
         times = d.s, d.r[:apart], d.t
-        pair = net.average_pair(d.x_t, d.x_r[:apart], *times, d.label, d.dropout_key, d.guidance)
+        pair = net.average_pair(d.x_t, d.x_r[:apart], *times, d.label, d.dropout_key, d.guidance, d.given)
         out, out_r, at_t, at_r = pair
         at_r = Coefficients(*(zero_filled(part, d.t) for part in at_r))
         return out, *self._quotient(net, out.detach(), zero_filled(out_r, out), at_t, at_r, d)
@@ -284,13 +304,14 @@ class Eulerian(TwoTimesMethod):
         derivative: Tensor,
         d: Draws,
     ) -> GroupLosses:
-        """wt ||e||^2 (N,) fp64 with the gradient 2 wt e dG, and what to watch."""
-        elements, square = residual[0].numel(), residual.double().flatten(1).square().sum(dim=1)
-        share = torch.where(d.t > d.s, (d.t - d.r) / (d.t - d.s).clamp_min(_LEAST), 1.0)
-        c_out = net.coefficients(d.s, d.t).c_out
-        wt = residuals.weights(
-            self.config.residual, square, elements, net.interp, d.t, d.r, share, c_out, net.sigma_data
-        )
-        loss = regression(out, residual, wt)
-        size = derivative.double().flatten(1).square().mean(dim=1).sqrt()
-        return GroupLosses(loss, d.t, {"residual": square / elements, "tangent_rms": size, "gap": d.t - d.s})
+        """wt ||e||^2 (N,) fp64 with the gradient 2 wt e dG, and what to watch; of blocks the mean."""
+        s, r, t = (times.flatten() for times in (d.s, d.r, d.t))
+        out, residual, derivative = (by_block(part, net.blocks) for part in (out, residual, derivative))
+        elements, square = residual[0].numel(), residual.double().square().sum(dim=1)
+        share = torch.where(t > s, (t - r) / (t - s).clamp_min(_LEAST), 1.0)
+        c_out = net.coefficients(s, t).c_out
+        wt = residuals.weights(self.config.residual, square, elements, net.interp, t, r, share, c_out, net.sigma_data)
+        size = derivative.double().square().mean(dim=1).sqrt()
+        whole = regression(out, residual, wt), t, square / elements, size, t - s
+        loss, t, square, size, gap = (mean_of_blocks(part, net.blocks) for part in whole)
+        return GroupLosses(loss, t, {"residual": square, "tangent_rms": size, "gap": gap})

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from imm_scale.data.manifest import TokenCodec
-from imm_scale.data.token_images import (
+from imm_scale.data.tokens.images import (
     AUTOENCODER_FILE,
     BINARY_HASH,
     FSQAutoencoder,

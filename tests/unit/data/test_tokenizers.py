@@ -9,7 +9,8 @@ import pytest
 import tokenizers
 
 from imm_scale.data.manifest import TokenCodec
-from imm_scale.data.tokenizers import FromFile, open_tokenizer, tokenizer_of
+from imm_scale.data.tokens.images import BINARY_HASH
+from imm_scale.data.tokens.tokenizers import FromFile, open_tokenizer, tokenizer_of
 from imm_scale.errors import UserError
 
 ODD = "Ünïcode 'Kelvin' \u212a, 3 naïve\tCAFÉS!\n\n — end… "
@@ -93,3 +94,9 @@ def test_tokens_may_be_a_tensor_or_an_array_of_any_type():
     tokenizer = open_tokenizer("text27")
     for dtype in (np.uint8, np.int32, np.int64):
         assert tokenizer.decode(np.array([1, 0, 26], dtype)) == "a z"
+
+
+def test_what_data_sets_recorded_stays_true():
+    """Hashes that manifests hold already: with others, their data could not be read as text or images any more."""
+    hashes = open_tokenizer("bytes").hash, open_tokenizer("text27").hash, BINARY_HASH
+    assert [value[:12] for value in hashes] == ["83b268ee0fdf", "390ad9288b6d", "a22bca4773ba"]

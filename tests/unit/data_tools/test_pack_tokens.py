@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 import tokenizers
@@ -16,8 +15,8 @@ from data_tools.tokens import train_fsq, writing
 from data_tools.tokens.texts import kjv, python
 from imm_scale.data.dataset import Dataset
 from imm_scale.data.manifest import Manifest
-from imm_scale.data.token_images import open_decoder
-from imm_scale.data.tokenizers import open_tokenizer, tokenizer_of
+from imm_scale.data.tokens.images import open_decoder
+from imm_scale.data.tokens.tokenizers import open_tokenizer, tokenizer_of
 
 LENGTH, STRIDE = 7, 3
 
@@ -205,12 +204,6 @@ def test_the_built_in_texts_are_the_known_ones():
     library = python()
     names = [next(library.documents).name for _ in range(3)]
     assert library.count > 500 and names == sorted(names)
-
-
-def test_a_store_takes_them(texts):
-    assert _pack("memory://tokens/out", *_words(texts)) == 0
-    assert len(Dataset("memory://tokens/out/manifest.json")) > 100
-    fsspec.filesystem("memory").rm("/tokens", recursive=True)
 
 
 REFUSED = [

@@ -239,12 +239,12 @@ def test_channels_of_a_token_are_ordered_row_column_channel():
 def test_tokens_are_patches_in_row_major_order():
     net = randomized(tiny(depth=1))
     x = torch.zeros(1, 3, 4, 6, dtype=torch.float64)
-    base = net._tokens(x)
+    base = net.tokens_of(x)
     for row in range(2):
         for column in range(3):
             delta = x.clone()
             delta[0, 1, 2 * row + 1, 2 * column] = 1.0
-            changed = (net._tokens(delta) != base).any(dim=2)[0]
+            changed = (net.tokens_of(delta) != base).any(dim=2)[0]
             assert changed.nonzero().flatten().tolist() == [3 * row + column]
 
 

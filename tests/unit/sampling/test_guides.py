@@ -78,11 +78,11 @@ def test_another_model_and_what_it_costs(trained, smaller):
     plan = draw.SamplingPlan(steps=3, guidance_scale=2.0, guidance_interval=(0.0, 0.5), sampler="heun")
     times = torch.tensor([0.9, 0.6, 0.3, 0.0], dtype=torch.float64)
     # Heun looks at 0.9, 0.6, 0.6, 0.3, 0.3; of these 0.3 lies in the interval.
-    assert (plan.function_evaluations(times), plan.guide_evaluations(times)) == (7, 2)
+    assert (plan.function_evaluations(times), plan.guide_forwards(times)) == (7, 2)
 
 
 def test_evaluations_with_a_guide_are_their_own(trained, smaller, tmp_path):
-    run = str(shutil.copytree(trained, tmp_path / "run"))
+    run = str(shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("evaluations")))
     few = ("--steps", "2", "--num", "64", "--repeats", "1", "--ema", "0")
     for guide in ((), ("--guide", smaller), ("--guide-ema", "0.99")):
         argv = ("evaluate", run, *few, "--guidance", "2", *guide)

@@ -65,7 +65,7 @@ def test_samples_are_the_loop_by_hand_at_one_evaluation_a_step():
     (batch,) = sampling.sample(net, SPEC, plan)
     torch.testing.assert_close(batch[2], x, rtol=1e-5, atol=1e-5)  # fp32 in batches of other sizes
     times = draw.times_of(SPEC, plan)
-    assert (plan.function_evaluations(times), plan.guide_evaluations(times)) == (4, 0)
+    assert (plan.function_evaluations(times), plan.guide_forwards(times)) == (4, 0)
     heun = replace(plan, sampler="heun")
     assert heun.function_evaluations(times) == 7
     plain = draw.plan_of(CHOSEN, PLAIN, 4, 6, 0)

@@ -1,0 +1,1 @@
+"""Samples that are drawn block by block: what losses draw for them, and their sampler."""

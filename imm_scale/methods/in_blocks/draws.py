@@ -1,0 +1,53 @@
+"""What a loss draws for samples of several blocks: times of each block of a group, and the blocks that are given.
+
+Legend: N samples, G groups, J blocks. Where J is 1 nothing here changes a bit of anything.
+"""
+
+import torch
+from torch import Tensor
+
+from imm_scale import rng
+from imm_scale.errors import UserError
+from imm_scale.methods.flow_map import FlowMap, Given, per_sample
+from imm_scale.methods.probability_path import diffuse
+from imm_scale.models.base import Backbone
+
+
+def keys(group_G: Tensor, blocks: int) -> Tensor:
+    """(G J,) numbers by which times are drawn, those of a group's blocks together: g J + j."""
+    if blocks == 1:
+        return group_G
+    return (group_G[:, None] * blocks + torch.arange(blocks, device=group_G.device)).flatten()
+
+
+def shaped(times: Tensor, blocks: int) -> Tensor:
+    """(G, J) of (G J,), as the flow map takes times; (G,) where J is 1."""
+    return times if blocks == 1 else times.view(-1, blocks)
+
+
+def given(flow_map: FlowMap, x: Tensor, ordinal: Tensor, group_G: Tensor, seed: int, noise: float) -> Given | None:
+    """The samples themselves, diffused to a time of U(0, noise) per group where that is above 0; None where J is 1."""
+    if flow_map.blocks == 1:
+        return None
+    t = torch.zeros(group_G.shape, dtype=torch.float64, device=x.device)
+    if noise == 0.0:
+        return Given(x, t)
+    t = noise * rng.uniform(seed, "context_times", group_G)[:, 0]
+    eps = flow_map.sigma_data * rng.normal(seed, "context_noise", ordinal, tuple(x.shape[1:])).to(x.dtype)
+    return Given(diffuse(flow_map.interp, x, eps, per_sample(t, x)), t)
+
+
+def check(name: str, why_not: str, context_noise: float, backbone: Backbone) -> None:
+    """Raises UserError for a method that cannot train such a backbone's blocks, and for noise on what nobody is given.
+
+    Args:
+        why_not: what keeps the method from samples of several blocks, "" where nothing does.
+    """
+    blocks = backbone.sequence_blocks
+    if blocks > 1 and why_not:
+        raise UserError(f"method.name={name} cannot train model.blocks={blocks}: {why_not}. Use model.blocks=1")
+    if blocks == 1 and context_noise > 0.0:
+        raise UserError(
+            f"method.context_noise={context_noise:g} does nothing with model.blocks=1, where nothing is given: leave "
+            "it at 0, or set model.blocks above 1"
+        )

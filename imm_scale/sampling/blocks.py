@@ -1,0 +1,112 @@
+"""What is asked of samples in several blocks: steps of each block, and the first blocks where they are given."""
+
+import hashlib
+import io
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imm_scale import storage
+from imm_scale.build import ModelSpec
+from imm_scale.config.schema import SamplingConfig
+from imm_scale.errors import UserError
+from imm_scale.methods.base import Method
+
+_ARRAY = "latents"  # of the npz that `imm-scale sample --latents` writes
+
+
+def parse(text: str) -> tuple[int, ...]:
+    """The step counts of "4-2-1-1". Raises UserError."""
+    counts = tuple(int(part) if part.isdigit() else 0 for part in str(text).split("-"))
+    if min(counts) < 1:
+        raise UserError(f"sampling.block_steps={text!r}: give a count of at least 1 for each block, as in 4-2-1-1")
+    return counts
+
+
+def times(config: SamplingConfig, spec: ModelSpec, method: Method, steps: int) -> tuple[tuple[float, ...], ...]:
+    """The falling times of each block where `sampling.block_steps` gives them their own, else none.
+
+    Raises:
+        UserError: a list of another length than the model has blocks, or whose largest count is not `steps`.
+    """
+    if config.block_steps is None:
+        return ()
+    counts, blocks = parse(config.block_steps), spec.net.sequence_blocks
+    if len(counts) != blocks:
+        raise UserError(
+            f"sampling.block_steps={config.block_steps} is of {len(counts)} blocks, and the model draws samples in "
+            f"{blocks} (model.blocks): give as many counts, or leave it out"
+        )
+    if max(counts) != steps:
+        raise UserError(
+            f"sampling.block_steps={config.block_steps} takes {max(counts)} steps at most, not {steps}: use --steps "
+            f"{max(counts)}"
+        )
+    return tuple(
+        tuple(method.grid(method.default_grid(n) if config.grid == "auto" else config.grid, n, spec.space).tolist())
+        for n in counts
+    )
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The first blocks of samples that are known: sample i continues the latents of number i, or around, in a file.
+
+    Attributes:
+        url: an npz with `latents` (n, C, H, W), as `imm-scale sample --latents` writes it.
+        blocks: how many are taken.
+        sha256: of the file.
+    """
+
+    url: str
+    blocks: int
+    sha256: str
+
+    def of(self, index_N: Tensor, sequence_blocks: int) -> Tensor:
+        """(N, C, rows, W) fp64: what is given of the samples of these numbers."""
+        latents = _latents(self.url)
+        rows = self.blocks * latents.shape[2] // sequence_blocks
+        return latents[index_N % len(latents), :, :rows].double()
+
+
+def prefix(config: SamplingConfig, spec: ModelSpec) -> Prefix | None:
+    """What `sampling.given` names. Raises UserError for a file without such samples, or where none is left to draw."""
+    if config.given is None:
+        if config.given_blocks != 1:
+            raise UserError(f"sampling.given_blocks={config.given_blocks} does nothing without sampling.given")
+        return None
+    blocks = spec.net.sequence_blocks
+    if config.given_blocks >= blocks:
+        raise UserError(
+            f"sampling.given_blocks={config.given_blocks} of the {blocks} that samples are drawn in (model.blocks) "
+            f"leaves nothing to draw" + (f": give 1 to {blocks - 1}" if blocks > 1 else "; leave out sampling.given")
+        )
+    found = tuple(_latents(config.given).shape[1:])
+    if found != tuple(spec.space.shape):
+        raise UserError(f"sampling.given={config.given} holds latents of {found}, not of {tuple(spec.space.shape)}")
+    return Prefix(config.given, config.given_blocks, hashlib.sha256(storage.read_bytes(config.given)).hexdigest())
+
+
+@lru_cache(maxsize=4)
+def _latents(url: str) -> Tensor:
+    """(n, C, H, W) fp32. Raises UserError."""
+    try:
+        with np.load(io.BytesIO(storage.read_bytes(url))) as arrays:
+            latents = arrays[_ARRAY] if _ARRAY in arrays else np.empty(0)
+    except FileNotFoundError as error:
+        raise UserError(f"sampling.given={url} is not there") from error
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"sampling.given={url} is no npz file ({error})") from error
+    if latents.ndim != 4 or not len(latents):
+        raise UserError(f"sampling.given={url} holds no latents: imm-scale sample --latents --format npz writes them")
+    return torch.from_numpy(latents).float()
+
+
+def grids(block_times: Sequence[Sequence[float]]) -> list[Tensor]:
+    """Each block's times as (steps + 1,) fp64."""
+    return [torch.tensor(each, dtype=torch.float64) for each in block_times]

@@ -1,0 +1,189 @@
+"""A DiT of several blocks: who sees whom, one call against many, all blocks at once against one after another."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from imm_scale.errors import UserError
+from imm_scale.models import streams
+from imm_scale.models.base import Context
+from imm_scale.models.block_causal import Cache
+from imm_scale.models.dit import DiT, DiTConfig
+
+NET = DiTConfig(16, 2, 2, 2, channels=3, height=8, image_width=4, num_classes=5, blocks=4)
+ROUNDING = 1e-12  # fp64, values of order 1, some hundred operations
+
+
+def randomized(config: DiTConfig = NET, dtype: torch.dtype = torch.float64) -> DiT:
+    """A net with every weight random: a fresh DiT answers 0."""
+    net, generator = DiT(config).to(dtype), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(0.2 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    return net
+
+
+def drawn(n: int = 4, groups: int = 2, blocks: int = 4):
+    """A clean stream, a branch, its times (G, J) and labels."""
+    generator = torch.Generator().manual_seed(0)
+    clean, x = torch.randn(2, n, 3, 8, 4, generator=generator, dtype=torch.float64)
+    c_noise, second = 1000 * torch.rand(2, groups, blocks, generator=generator, dtype=torch.float64)
+    still = torch.zeros(groups, dtype=torch.float64)
+    return Context(clean, still, still), x, c_noise, second, torch.arange(n)
+
+
+def rows(x: torch.Tensor, block: int) -> torch.Tensor:
+    """Block `block` of four of x (N, C, 8, W)."""
+    return x[:, :, 2 * block : 2 * block + 2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who sees whom
+
+
+def by_hand(blocks: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = blocks * size
+    clean, branch = torch.zeros(tokens, tokens, dtype=bool), torch.zeros(tokens, 2 * tokens, dtype=bool)
+    for i in range(tokens):
+        for j in range(tokens):
+            clean[i, j] = j // size <= i // size
+            branch[i, j] = j // size < i // size
+            branch[i, tokens + j] = j // size == i // size
+    return clean, branch
+
+
+@pytest.mark.parametrize(("blocks", "size"), [(1, 4), (2, 3), (4, 2), (6, 1)])
+def test_masks_are_those_written_out(blocks, size):
+    masks = streams.training_masks(blocks, size, torch.device("cpu"))
+    clean, branch = by_hand(blocks, size)
+    assert torch.equal(masks.clean, clean) and torch.equal(masks.branch, branch)
+    # What later blocks see of earlier ones in sampling is the lower part of the same.
+    for known in range(blocks - 1):
+        later = streams.known_masks(blocks - known, size, known, torch.device("cpu"))
+        assert torch.equal(later.clean, clean[known * size :]) and later.branch is None
+    assert streams.known_masks(1, size, 2, torch.device("cpu")) == (None, None), "one block sees all before it"
+
+
+def test_the_same_rule_drives_masks_that_skip_blocks():
+    """What a GPU runs, on the CPU: flex attention under the rule equals dense attention under its mask."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, t, 2, 8, generator=generator) for t in (8, 16, 16))
+    rule = streams.branch_sight(2, 8)
+    dense = streams.attend_masked(q, k, v, streams._mask(rule, 8, 16, torch.device("cpu")), "sdpa")
+    mask = create_block_mask(rule, None, None, 8, 16, "cpu")
+    sparse = flex_attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
+    torch.testing.assert_close(sparse, dense, rtol=1e-5, atol=1e-6)  # fp32 sums in another order
+    torch.testing.assert_close(streams.attend_masked(q, k, v, mask, "sdpa"), dense, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("device", "compiles", "skips"), [("cpu", True, False), ("cuda", False, False), ("cuda", True, True)]
+)
+def test_only_a_gpu_that_compiles_skips_what_masks_hide(device, compiles, skips, monkeypatch):
+    monkeypatch.setattr(streams.fusion, "gpu_compiles", lambda: compiles)
+    assert streams.takes_block_masks(torch.device(device)) == skips
+
+
+def test_a_block_depends_on_the_clean_blocks_before_and_on_itself():
+    net, (context, x, c_noise, second, label) = randomized(), drawn()
+    clean, x = context.x.requires_grad_(), x.requires_grad_()
+    out = net(x, c_noise, second, label, context=context._replace(x=clean))
+    for j in range(4):
+        by_clean, by_x = torch.autograd.grad(rows(out, j).sum(), (clean, x), retain_graph=True)
+        for i in range(4):
+            assert (rows(by_clean, i).abs().max() > 0) == (i < j), (j, i)
+            assert (rows(by_x, i).abs().max() > 0) == (i == j), (j, i)
+
+
+def test_times_of_a_block_reach_that_block_alone():
+    net, (context, x, c_noise, second, label) = randomized(), drawn()
+    out = net(x, c_noise, second, label, context=context)
+    c_noise[0, 2] += 1.0
+    moved = (net(x, c_noise, second, label, context=context) - out).abs()
+    assert (rows(moved, 2)[:2] > 0).any() and rows(moved, 2)[2:].max() == 0.0, "group 0 is samples 0 and 1"
+    assert all(rows(moved, j).max() == 0.0 for j in (0, 1, 3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One call against several
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_pair_is_two_calls(checkpointing):
+    net, (context, x, c_noise, second, label) = randomized(replace(NET, dropout=0.3)), drawn()
+    net.activation_checkpointing = checkpointing
+    x_r, times_r, key = x + 0.1, (0.9 * c_noise, 0.9 * second), torch.arange(4) + 7
+    x = x.requires_grad_()
+    out_t, out_r = net.pair(x, x_r, c_noise, times_r[0], second, times_r[1], label, key, context=context)
+    alone = net(x, c_noise, second, label, key, context=context)
+    torch.testing.assert_close(out_t, alone, rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(out_r, net(x_r, *times_r, label, key, context=context), rtol=0, atol=ROUNDING)
+    assert not out_r.requires_grad
+    weights = (x, *net.parameters())
+    whole, single = (torch.autograd.grad(out.square().sum(), weights) for out in (out_t, alone))
+    for one, other in zip(whole, single, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_blocks_one_after_another_are_all_of_them_at_once():
+    """The layout of training is that of sampling: clean keys and values kept, or all in one pass under a mask."""
+    net, (context, x, c_noise, second, label) = randomized(), drawn(groups=1)
+    at_once = net(x, c_noise, second, label, context=context)
+    for stretches in ([1, 1, 1], [2, 1], [3], [1, 2]):  # of how many blocks become known between calls
+        cache, known = Cache(), 0
+        out = net.next_block(rows(x, 0), c_noise[:, 0], second[:, 0], label, cache)
+        torch.testing.assert_close(out, rows(at_once, 0), rtol=0, atol=ROUNDING)
+        for new in stretches:
+            since = context._replace(x=context.x[:, :, 2 * known : 2 * (known + new)])
+            known += new
+            block = rows(x, known), c_noise[:, known], second[:, known], label, cache
+            first, again = net.next_block(*block, since), net.next_block(*block)
+            torch.testing.assert_close(first, rows(at_once, known), rtol=0, atol=ROUNDING)
+            torch.testing.assert_close(again, first, rtol=0, atol=ROUNDING)
+            assert cache.blocks == known
+
+
+def test_a_net_of_one_block_is_the_plain_net():
+    """Same class of blocks, same names and shapes, and so the same bits: nothing of the streams is there."""
+    plain, cut = DiT(replace(NET, blocks=1)), DiT(NET)
+    assert {type(block) for block in plain.blocks} == {streams.Block}
+    assert {n: p.shape for n, p in plain.named_parameters()} == {n: p.shape for n, p in cut.named_parameters()}
+    torch.manual_seed(3)
+    first = DiT(replace(NET, blocks=1)).state_dict()
+    torch.manual_seed(3)
+    assert all(torch.equal(value, first[name]) for name, value in DiT(NET).state_dict().items())
+
+
+def test_the_first_block_is_the_plain_net_on_its_rows():
+    """It sees nothing before it, so a DiT of these rows, whose positions are the same, answers the same."""
+    net, (context, x, c_noise, second, label) = randomized(), drawn()
+    small = DiT(replace(NET, blocks=1, height=2)).double()
+    small.load_state_dict(net.state_dict())
+    alone = small(rows(x, 0), c_noise[:, 0], second[:, 0], label)
+    torch.testing.assert_close(rows(net(x, c_noise, second, label, context=context), 0), alone, rtol=0, atol=ROUNDING)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+@pytest.mark.parametrize("blocks", [3, 8])
+def test_blocks_that_are_not_whole_rows_are_refused(blocks):
+    with pytest.raises(UserError, match=rf"model\.blocks={blocks}.*4 x 2 patches.*divisor of 4"):
+        replace(NET, blocks=blocks)
+
+
+def test_a_net_of_blocks_is_not_told_its_guidance():
+    with pytest.raises(UserError, match=r"model\.blocks=4.*guidance"):
+        replace(NET, guidance=True)
+
+
+def test_weights_of_one_block_start_a_net_of_four_and_not_the_reverse():
+    plain = replace(NET, blocks=1)
+    weights = DiT(plain).state_dict()
+    made, notes = DiT(NET).adapted(weights, plain, list(range(5)), True)
+    assert made.keys() == weights.keys() and len(notes) == 1 and "in 1 blocks, and are in 4 here" in notes[0]
+    with pytest.raises(UserError, match=r"model\.blocks=4.*model\.blocks=1"):
+        DiT(plain).adapted(weights, NET, list(range(5)), True)
