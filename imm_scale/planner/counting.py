@@ -205,7 +205,7 @@ def _footprint(net: Architecture, half: bool, samples: int) -> Footprint:
         for parameter in model.parameters():  # gradients of weights go as they come: they are counted elsewhere
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
         with _Watch(blocks) as backward:
-            out.sum().backward()
+            _total(out).backward()
     parameters = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
     inside, around = (
         {k: n for k, n in saved.items() if k not in parameters} for saved in (forward.inside, forward.around)
@@ -277,6 +277,12 @@ def _tangent_footprint(net: Architecture, half: bool, samples: int) -> TangentFo
         kept_around=sum(around.values()),
         workspace=live.peak - sum(inside.values()) - sum(around.values()),
     )
+
+
+def _total(out: Any) -> Tensor:
+    """The sum of all that a net answers with a gradient: a tensor, or what its head says."""
+    leaves = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    return torch.stack([leaf.sum() for leaf in leaves]).sum()
 
 
 def _drop_gradient(parameter: Tensor) -> None:
