@@ -251,8 +251,9 @@ STATS = Command(
     _add_stats,
     _stats,
     description="""\
-Prints mean and standard deviation of every channel and the norms of latents, how many samples each class has, and what
-the codec makes of an image: positions of the sequence a transformer sees, and how many bits of pixels stand for one
-bit of latent, beside the same figure for tokens of a vocabulary. With --page draws a page of decoded samples.""",
+Of tokens: which occur, the entropy of one alone, the classes, and how many bits of text or pixels stand for one of
+theirs. Of latents: mean and standard deviation of every channel and the norms, how many samples each class has, and
+what the codec makes of an image: positions of the sequence a transformer sees, and how many bits of pixels stand for
+one bit of latent, beside the same figure for tokens of a vocabulary. With --page draws a page of decoded samples.""",
     examples="example:\n  imm-scale stats data/digits/latents/manifest.json --page page.png",
 )

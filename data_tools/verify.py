@@ -27,6 +27,10 @@ from imm_scale.data.manifest import Codec, Manifest, ShardInfo
 from imm_scale.data.shards import FLIPPED, LABEL, ShardReader, open_of, stored_name
 from imm_scale.errors import UserError
 
+_REMEDY = "mend them with --repair --images FOLDER --codec ..., or copy these shards again"
+_OF_TOKENS = (
+    "remove the manifest and pack the same source again, which gives the same bytes, or copy these shards again"
+)
 # Options that say what foreign shards hold.
 _OF_ADOPT = ("image_size", "num_classes", "moments", "scale", "shift", "pixel_range")
 
@@ -46,8 +50,10 @@ def verify(args: argparse.Namespace) -> int:
     if not bad:
         return 0
     if not args.repair:
-        print("mend them with --repair --images FOLDER --codec ..., or copy these shards again", file=sys.stderr)
+        print(_REMEDY if manifest.vocabulary is None else _OF_TOKENS, file=sys.stderr)
         return 1
+    if manifest.vocabulary is not None:
+        raise UserError(f"--repair encodes images, {args.manifest} holds tokens: {_OF_TOKENS}")
     _repair(args, folder, manifest, bad)
     again = check(folder, manifest, [info for info in manifest.shards if info.name in bad], args.workers)
     _print(again, manifest)

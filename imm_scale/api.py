@@ -15,7 +15,7 @@ from imm_scale import config as configs
 from imm_scale.config.schema import Config, SamplingConfig
 from imm_scale.errors import UserError
 from imm_scale.evaluation import command as evaluation
-from imm_scale.evaluation.evaluator import Evaluator
+from imm_scale.evaluation import evaluators
 from imm_scale.evaluation.records import FOLDER
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
@@ -161,7 +161,7 @@ def evaluate(
     settings_overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items() if value is not None]
     config = sources.config_of(weights, [*settings_overrides, *overrides], evaluation.READS)
     with _ranks() as world:
-        evaluator = Evaluator(weights, config, world, lambda line: None, out or FOLDER)
+        evaluator = evaluators.choose(weights, config, world, lambda line: None, out or FOLDER)
         return evaluator.evaluate(config.sampling, config.evaluation)
 
 

@@ -21,7 +21,12 @@ from imm_scale.errors import UserError
 from imm_scale.sweeps import definition, results
 from imm_scale.sweeps.definition import Cell, Sweep
 
-_PRELOAD = ["launchers.cell", "imm_scale.training.trainer", "imm_scale.evaluation.evaluator", "imm_scale.sampling.draw"]
+_PRELOAD = [
+    "launchers.cell",
+    "imm_scale.training.trainer",
+    "imm_scale.evaluation.evaluators",
+    "imm_scale.sampling.draw",
+]
 _POLL_SECONDS = 0.2
 
 

@@ -10,6 +10,7 @@ from imm_scale.data.manifest import Manifest, TokenCodec
 from imm_scale.data.shards import write_shard
 
 SHARD_SAMPLES = 512
+NET = ("data.space.name=tokens", "model.name=token_transformer")
 
 
 def write(folder: Path, ids_NT: NDArray[np.integer], labels: list[int], codec: TokenCodec) -> str:

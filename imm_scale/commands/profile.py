@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODULE:CALLABLE | FOLDER", help="tokens to logits, or a Hugging Face folder")
-    parser.add_argument("data", metavar="TOKENS.npy | TEXT", help="held-out tokens (N, T), or text")
+    parser.add_argument("data", metavar="TOKENS.npy | MANIFEST | TEXT", help="held-out tokens (N, T), or text")
     parser.add_argument("--tokenizer", metavar="FOLDER | bytes", help="of a text; default that of the model's folder")
     parser.add_argument("--length", type=int, metavar="T", help="tokens of a sequence of a text")
     parser.add_argument("--samples", type=int, default=1024, help="sequences at most; default 1024")

@@ -9,6 +9,7 @@ from imm_scale.commands.sampling_flags import add_sampling_flags, guidance_of, o
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="RUN | CHECKPOINT | FILE.safetensors | FOLDER")
     add_sampling_flags(parser, "sampling")
+    parser.add_argument("--prompt", help="text that every sample begins with, of nets that draw tokens")
     parser.add_argument("--out", help="folder to write to, any fsspec URL; default RUN/samples/step-N")
     parser.add_argument(
         "--format",
@@ -29,8 +30,10 @@ def _run(args: argparse.Namespace) -> int:
     source = sources.find(args.source)
     settings = overrides(args)
     whole = sources.config_of(source, settings, job.READS)
-    config, guidance = whole.sampling, guidance_of(args, whole)
     typed = tuple(configs.settings_of(settings))
+    if args.prompt is not None:  # as it is: an override would be read as YAML, which takes newlines for spaces
+        whole, typed = configs.changed(whole, {"sampling.prompt": args.prompt}, "--prompt"), (*typed, "sampling.prompt")
+    config, guidance = whole.sampling, guidance_of(args, whole)
     formats = () if args.format is None else tuple(args.format.split(","))
     request = job.Request(args.out, guidance, formats, args.latents, typed)
     world = distributed.detect()

@@ -33,7 +33,11 @@ def add_sampling_flags(parser: argparse.ArgumentParser, section: str) -> None:
     )
     parser.add_argument("--order", help="order in which unmask draws tokens: random, left_to_right or confidence")
     parser.add_argument("--block-steps", metavar="L-L...", help="steps of each block, of a net of several: 4-2-1-1")
-    parser.add_argument("--given", metavar="FILE.npz", help="latents whose first blocks are continued")
+    parser.add_argument(
+        "--given",
+        metavar="FILE",
+        help="tokens whose gaps are filled (.npy, .jsonl), or latents (.npz) that are continued",
+    )
     parser.add_argument("--given-blocks", type=int, help="how many blocks of --given are taken; 1 by default")
     parser.add_argument("--ema", type=float, help="decay of the average to use; 0 for the raw weights")
     parser.add_argument("--batch-size", type=int, help="images held at once; sample i is the same whatever it is")

@@ -23,8 +23,11 @@ class Entry(NamedTuple):
 COMMANDS = {
     "pack": Entry("data_tools.commands:PACK", "Pack labelled images into shuffled WebDataset shards."),
     "encode": Entry("data_tools.commands:ENCODE", "Encode packed images to latent shards and their manifest."),
+    "pack-tokens": Entry(
+        "data_tools.tokens.command:PACK_TOKENS", "Pack texts or images as sequences of tokens, with their manifest."
+    ),
     "verify": Entry("data_tools.commands:VERIFY", "Compare shards with their manifest, mend or adopt them."),
-    "stats": Entry("data_tools.commands:STATS", "Print numbers about a latent data set, and draw a page of it."),
+    "stats": Entry("data_tools.commands:STATS", "Print numbers about a data set, and draw a page of it."),
     "plan": Entry(
         "imm_scale.commands.plan:PLAN",
         "Say what a run needs on given machines: memory, traffic, time, and what would make it fit.",

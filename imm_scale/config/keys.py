@@ -5,6 +5,7 @@ import difflib
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, get_type_hints
 
 from imm_scale.choices import ANY_LENGTH, ANY_NUMBER, Choice, Interval
@@ -53,9 +54,12 @@ def _mentions(hint: Any, kinds: tuple[type, ...]) -> bool:
     return hint in kinds or any(_mentions(inner, kinds) for inner in typing.get_args(hint))
 
 
+_hints = cache(get_type_hints)  # which compiles each text anew
+
+
 def _walk(config: Any, prefix: str) -> Iterator[Entry]:
     """Entries of a config object, which says which classes are chosen."""
-    hints = get_type_hints(type(config))
+    hints = _hints(config.__class__)
     for item in dataclasses.fields(config):
         value, key = getattr(config, item.name), prefix + item.name
         if dataclasses.is_dataclass(value):
@@ -113,13 +117,18 @@ def sections_of(keys: Mapping[str, Any]) -> set[str]:
     return sections
 
 
-def all_sections() -> set[str]:
+def all_sections() -> frozenset[str]:
     """Sections under whatever choices; a section of one method stands beside those of all others."""
+    chosen = [(section, registry.config(name)) for section, registry in UNIONS.items() for name in registry.names()]
+    return _sections_under(tuple(chosen))
+
+
+@cache  # each mapping of a file asks, and the answer changes only where a plugin adds a class
+def _sections_under(chosen: tuple[tuple[str, type[Choice]], ...]) -> frozenset[str]:
     sections = sections_of(entries(Config()))
-    for section, registry in UNIONS.items():
-        for name in registry.names():
-            sections |= sections_of({entry.key: entry for entry in _walk(registry.config(name)(), f"{section}.")})
-    return sections
+    for section, config in chosen:
+        sections |= sections_of({entry.key: entry for entry in _walk(config(), f"{section}.")})
+    return frozenset(sections)
 
 
 def is_section(key: str) -> bool:

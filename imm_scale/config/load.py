@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 from typing import Any
 
 import yaml
@@ -186,6 +186,12 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(inner)
 
 
+@cache
+def _defaults() -> Config:
+    """One object, so that `_typed_node` knows it again."""
+    return Config()
+
+
 _typed: list[tuple[Config, Any]] = []  # the last config and its node: the variants of a sweep share their base
 
 
@@ -243,14 +249,14 @@ def unfinished(files: Sequence[str]) -> Config:
     """`load` of files alone, but not validated: for `changed` to lay over it what they leave open. Raises UserError."""
     settings = [setting for path in files for setting in read_yaml(path)]
     load_named_plugins(settings)
-    return _apply(Config(), settings)
+    return _apply(_defaults(), settings)
 
 
 def _loaded(settings: list[Setting], overrides: Sequence[str]) -> Loaded:
     parsed = [parse_override(text) for text in overrides]
     load_named_plugins(parsed)
     settings = settings + parsed
-    config = _apply(Config(), settings)
+    config = _apply(_defaults(), settings)
     validate(config)
     return Loaded(config, {setting.key: setting.origin for setting in settings})
 
@@ -318,4 +324,4 @@ def from_yaml(text: str, source: str = "config.yaml") -> Config:
     settings = parse_yaml(text, source)
     if not settings:
         raise UserError(f"{source} is empty, and so is no config of a run: restore it, or start the run again")
-    return _apply(Config(), settings)
+    return _apply(_defaults(), settings)

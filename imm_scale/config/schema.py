@@ -299,13 +299,21 @@ class SamplingConfig:
     )
     given: str | None = option(
         None,
-        "model.blocks above 1: npz whose latents (sample --latents) are continued after their first blocks, in turn.",
+        "What samples are given, in turn. Tokens: ids (n, T), -1 what is to be drawn (.npy), or jsonl with `tokens`, "
+        "null the same. model.blocks above 1: npz whose latents (sample --latents) are continued after the first.",
         is_path=True,
     )
+    prompt: str | None = option(None, "Text that every sample of tokens begins with.")
     given_blocks: int = option(1, "Blocks that are taken from sampling.given.", range="[1, inf)")
+    profile: str | None = option(
+        None,
+        "Profile that grid=best takes its sizes from, as imm-scale evaluate writes it; null: the run's own.",
+        is_path=True,
+    )
     vae: str | None = option(
         None,
-        "Folder or hub name of the AutoencoderKL that decodes vae latents (FOLDER:vae: a pipeline's).",
+        "Folder or hub name of the AutoencoderKL that decodes vae latents (FOLDER:vae: a pipeline's); of tokens the "
+        "folder of their tokenizer.json, or of the autoencoder of their codes.",
         is_path=True,
     )
     ema: float | None = option(
@@ -373,6 +381,12 @@ class EvaluationConfig:
     )
     reference_entry: str | None = option(
         None, "Which statistics of a .pkl with several, as fd_dinov2; null takes fid with the Inception network."
+    )
+    brier: int = option(
+        0,
+        "Held-out sequences for each of which two samples are drawn, for the paired Brier score of short windows; 0: "
+        "none, or 256 for samplers without a likelihood.",
+        range="[0, inf)",
     )
     compared: int = option(
         10_000, "Most samples, of either side, that kernel and neighbour metrics compare.", range="[1, inf)"

@@ -13,9 +13,11 @@ from imm_scale.checkpoint.format import committed_steps
 from imm_scale.config.schema import Config, SamplingConfig
 from imm_scale.data.manifest import Manifest
 from imm_scale.errors import UserError
-from imm_scale.evaluation import cost_quality, gallery, images, measures, networks, reference, watch
+from imm_scale.evaluation import cost_quality, evaluators, gallery, images, measures, networks, reference, watch
 from imm_scale.evaluation import guidance_search as search
-from imm_scale.evaluation.evaluator import Evaluator, check_reference
+from imm_scale.evaluation.evaluators import tokens
+from imm_scale.evaluation.evaluators.base import Evaluator
+from imm_scale.evaluation.evaluators.distances import check_reference
 from imm_scale.evaluation.records import FOLDER, Conditions
 from imm_scale.evaluation.sets import measure_images
 from imm_scale.parallel import world as distributed
@@ -30,7 +32,7 @@ Announce = Callable[[str], None]
 _SAMPLING = (*(f"sampling.{item.name}" for item in dataclasses.fields(SamplingConfig)), "sampling.guide.")
 _OF_SAMPLES = tuple(key for key in _SAMPLING if key not in ("sampling.steps", "sampling.num"))
 _OF_GALLERY = tuple(key for key in _SAMPLING if key not in ("sampling.num", "sampling.grid", "sampling.batch_size"))
-_COMMON = ("plugins", "seed", "data.manifest")
+_COMMON = ("plugins", "seed", "data.manifest", "data.holdout_manifest")
 _IMAGE_READS = (
     *("plugins", "evaluation.metrics", "evaluation.reference", "evaluation.reference_entry"),
     *("evaluation.compared", "evaluation.extractor."),
@@ -117,9 +119,12 @@ def _check_samples(arguments: Arguments, source: Source, config: Config, typed: 
     scales, steps = _scales(arguments, config)
     for scale in scales:
         configs.changed(config, {"sampling.guidance_scale": scale}, f"guidance {scale:g}")
-    _check_measures(config, typed)
-    if arguments.gallery is None:
-        check_reference(config)
+    if evaluators.measures_tokens(source, config):
+        _check_tokens(arguments, config, typed)
+    else:
+        _check_measures(config, typed)
+        if arguments.gallery is None:
+            check_reference(config)
     sampling = config.sampling
     if arguments.gallery is not None:
         steps, sampling = sampling.steps, dataclasses.replace(sampling, grid="auto")
@@ -128,6 +133,13 @@ def _check_samples(arguments: Arguments, source: Source, config: Config, typed: 
     elif config.data.manifest is not None and storage.exists(config.data.manifest):
         spec = build.model_spec(config, Manifest.load(config.data.manifest))
         samples.check_before_training(spec, sampling, scales, steps, typed)
+
+
+def _check_tokens(arguments: Arguments, config: Config, typed: Collection[str]) -> None:
+    """Raises UserError where there is nothing to measure, or for what is asked of tokens and does nothing."""
+    _refuse(arguments, "tokens have likelihoods, no guidance to look for and no pictures", "search", "gallery")
+    tokens.check(config)
+    tokens.refuse_idle(typed)
 
 
 def run(arguments: Arguments, overrides: Sequence[str], world: World, announce: Announce) -> None:
@@ -209,7 +221,7 @@ def _evaluate(arguments: Arguments, source: Source, config: Config, world: World
             evaluator.evaluate(sampling, config.evaluation)
 
     def loaded(newest: Source) -> Evaluator:
-        evaluator = Evaluator(newest, config, world, announce, arguments.out or FOLDER)
+        evaluator = evaluators.choose(newest, config, world, announce, arguments.out or FOLDER)
         assert evaluator.model is not None  # read now, before the run removes it
         return evaluator
 

@@ -87,7 +87,7 @@ def conditions(evaluation: Mapping[str, Any], result: Mapping[str, Any]) -> Cond
     """
     extractor, count = evaluation.get("extractor") or {}, result.get("num")
     network = extractor.get("id")
-    images = extractor.get("kind") not in ("latents", None)
+    images = extractor.get("kind") not in ("latents", "tokens", None)
     return {
         "metric": result.get("metric"),
         "feature network": network and f"{extractor['name']} {network[:12]}",

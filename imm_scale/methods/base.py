@@ -18,7 +18,7 @@ from imm_scale.choices import MethodConfig, Passes, option
 from imm_scale.data.batch import Batch
 from imm_scale.data.spaces import SampleSpace
 from imm_scale.errors import UserError
-from imm_scale.methods import probability_path
+from imm_scale.methods import probability_path, samplers
 from imm_scale.methods.flow_map import FlowMap, FlowMapConfig, Given
 from imm_scale.methods.in_blocks import draws as block_draws
 from imm_scale.methods.in_blocks import sampling as block_sampling
@@ -104,8 +104,8 @@ class GroupLosses(NamedTuple):
     Attributes:
         loss_G: carries the gradient.
         t_G: where on the trajectory each group was.
-        monitors: further quantities per group (G,), detached. With "gap", t - s, among them the means of the others
-            are logged by thirds of t and of t - s.
+        monitors: further quantities per group (G,), detached, whose means are logged; with "gap", t - s, among them
+            those of the others by thirds of t and of t - s.
     """
 
     loss_G: Tensor
@@ -191,6 +191,10 @@ class Method(ABC):
         """The kind that `sampling.grid=auto` stands for."""
         return "uniform"
 
+    def check(self, net: Any, sampler: str, times: Tensor) -> None:  # noqa: B027 - most nets take every plan
+        """Raises UserError for a sampler or a grid (steps + 1,) that this net, whose weights are not looked at, cannot
+        be drawn with."""
+
     @abstractmethod
     def sample(self, net: Any, start: Tensor, condition: Tensor, steps: Steps) -> Tensor:
         """Samples (N, ...) in the dtype of `start`, (N, ...) of the prior; condition (N,)."""
@@ -254,6 +258,9 @@ class FlowMapMethod(Method):
     def grid(self, kind: str, steps: int, space: SampleSpace) -> Tensor:
         interp = probability_path.build(self.config.flow_map.trajectory)
         return time_grid(interp, kind, steps, self.config.t_min, self.config.t_max)
+
+    def check(self, net: FlowMap, sampler: str, times: Tensor) -> None:
+        samplers.check(sampler, net)
 
     def sample(self, net: FlowMap, start: Tensor, condition: Tensor, steps: Steps) -> Tensor:
         sampler = SAMPLERS[steps.sampler]

@@ -101,11 +101,14 @@ def _import_deepspeed() -> Any:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
     import deepspeed.ops
+    from deepspeed.runtime import compiler
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's to mend
     # Otherwise the first collective on CPU compiles an extension with g++.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Its Muon, which no config chooses, decorates functions by this, and so loads torch's compiler at every start.
+    compiler.compile = lambda: compiler.dummy_decorator
     return deepspeed
 
 

@@ -12,7 +12,7 @@ from imm_scale.evaluation.foreign.summary import Document
 from imm_scale.report.page import COLOURS, axes, image, page, svg
 
 PAGE, PICTURE = "profile.html", "profile.png"
-_MARKS = {"equal": "o", "cosine": "s", "best": "^"}
+_MARKS = {"uniform": "o", "cosine": "s", "best": "^"}
 
 
 def write(document: Document, folder: str) -> list[str]:

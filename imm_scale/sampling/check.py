@@ -1,7 +1,7 @@
 """What can be said of samples before any weights are read, and before a job waits in a queue."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from imm_scale.checkpoint import export
 from imm_scale.config.schema import SamplingConfig
 from imm_scale.errors import UserError
 from imm_scale.methods.flow_map import FlowMap
-from imm_scale.sampling import guides
+from imm_scale.sampling import guides, profiles
 from imm_scale.sampling.draw import Drawer, plan_of
 from imm_scale.sampling.source import Source
 
@@ -37,7 +37,8 @@ def check(
         guide_net = _net(guide[0])
         guides.check_fits(net, spec, guide_net, *guide)
         net = net.guided_by(guide_net)
-    _check_plans(net, spec, config, scales, step_counts, typed)
+    by_steps = profiles.written_out(newest, config, step_counts, None)
+    _check_plans(net, spec, by_steps, scales, typed)
 
 
 def check_before_training(
@@ -52,7 +53,9 @@ def check_before_training(
     net = _net(spec)
     if config.guide.is_set and isinstance(net, FlowMap):
         net = net.guided_by(net)  # which guide it is does not matter to a plan
-    _check_plans(net, spec, config, scales, step_counts, typed)
+    if config.grid == "best":  # of a profile that is still to come
+        config = dataclasses.replace(config, grid="uniform")
+    _check_plans(net, spec, dict.fromkeys(step_counts, config), scales, typed)
 
 
 def _net(spec: ModelSpec) -> Any:
@@ -63,17 +66,17 @@ def _net(spec: ModelSpec) -> Any:
 def _check_plans(
     net: Any,
     spec: ModelSpec,
-    config: SamplingConfig,
+    by_steps: Mapping[int, SamplingConfig],
     scales: Sequence[float],
-    step_counts: Sequence[int],
     typed: Collection[str],
 ) -> None:
     drawers = []
     for scale in scales:
-        for steps in step_counts:
+        for steps, config in by_steps.items():
             chosen = dataclasses.replace(config, guidance_scale=scale, compile=False)
             drawers.append(Drawer(net, spec, plan_of(chosen, spec, steps, config.num, config.seed)))
-    _refuse_idle(spec, config, drawers, typed)
+    for config in by_steps.values():
+        _refuse_idle(spec, config, drawers, typed)
 
 
 def _refuse_idle(spec: ModelSpec, config: SamplingConfig, drawers: Sequence[Drawer], typed: Collection[str]) -> None:

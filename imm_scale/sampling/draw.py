@@ -13,15 +13,14 @@ from imm_scale import build, precision, rng
 from imm_scale.build import ModelSpec
 from imm_scale.config.schema import SamplingConfig
 from imm_scale.errors import UserError
-from imm_scale.methods import samplers
 from imm_scale.methods.base import Steps
-from imm_scale.methods.flow_map import FlowMap
 from imm_scale.methods.samplers import Guidance
 from imm_scale.models.base import Backbone
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
-from imm_scale.sampling import blocks
+from imm_scale.sampling import blocks, prompts
 from imm_scale.sampling.blocks import Prefix
+from imm_scale.sampling.prompts import KnownTokens
 
 ALONE = World()
 # Matrix products of other shapes round differently. So the net always sees this many samples, those whose index has
@@ -45,6 +44,7 @@ class SamplingPlan:
         blocks: in which a sample is drawn, one after another.
         block_times: falling times of each, where they have their own.
         given: the first blocks of samples, where they are known.
+        known: tokens of samples that are known.
         sampler, order, num, seed, guidance_scale, precision: as in the `sampling` section of the config.
     """
 
@@ -64,6 +64,7 @@ class SamplingPlan:
     blocks: int = 1
     block_times: tuple[tuple[float, ...], ...] = ()
     given: Prefix | None = None
+    known: KnownTokens | None = None
 
     def __post_init__(self) -> None:
         low, high = self.guidance_interval
@@ -124,6 +125,7 @@ def plan_of(config: SamplingConfig, spec: ModelSpec, steps: int, num: int, seed:
     sampler = method.config.sampler_named(config.sampler)
     method.config.check_sampler(sampler, [steps])
     method.config.check_guidance(config.guidance_scale, config.guidance_interval)
+    known = prompts.known_tokens(config, spec)
     return SamplingPlan(
         steps=steps,
         grid=method.default_grid(steps) if config.grid == "auto" else config.grid,
@@ -140,7 +142,8 @@ def plan_of(config: SamplingConfig, spec: ModelSpec, steps: int, num: int, seed:
         tells_guidance=method.config.tells_guidance,
         blocks=spec.net.sequence_blocks,
         block_times=blocks.times(config, spec, method, steps),
-        given=blocks.prefix(config, spec),
+        given=None if known is not None else blocks.prefix(config, spec),
+        known=known,
     )
 
 
@@ -198,10 +201,9 @@ class Drawer:
                 f"guidance_scale={plan.guidance_scale} needs a net trained with method.label_drop above 0, or a guide "
                 "(sampling.guide); use 1"
             )
-        if isinstance(net, FlowMap):
-            samplers.check(plan.sampler, net)
         self.plan = plan
         self.times = times_of(spec, plan)
+        build.method(spec).check(net, plan.sampler, self.times)
         self._net, self._space, self._method = net, spec.space, build.method(spec)
         self._device = next(net.parameters()).device
         for backbone in (net.model, *([guide.model] if guide is not None else [])):
@@ -235,6 +237,8 @@ class Drawer:
         label, there = self.plan.label(index).to(self._device), index.to(self._device)
         start = self._space.prior(self.plan.seed, STARTING_NOISE, there)
         start = start.double() if start.is_floating_point() else start
+        if self.plan.known is not None:
+            start = self.plan.known.put(start, index)
         steps = Steps(
             self.times,
             self.plan.sampler,

@@ -20,7 +20,7 @@ from imm_scale.data.spaces import Artifacts, SampleSpace
 from imm_scale.errors import UserError
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
-from imm_scale.sampling import guides, outputs, set_record
+from imm_scale.sampling import guides, outputs, profiles, set_record
 from imm_scale.sampling.check import check
 from imm_scale.sampling.draw import SAMPLES_PER_CALL, Drawer, SamplingPlan, check_machine, plan_of
 from imm_scale.sampling.guides import Guide
@@ -140,10 +140,11 @@ def run(source: Source, config: SamplingConfig, request: Request, world: World, 
     for warning in export.warnings(source.weights_url, config.ema) if world.is_main else []:
         announce(f"warning: {warning}")
     shown = {"labels": f"labels-{config.labels}", "times": f"grid-{config.grid}", **_average(config)}
+    by_steps = profiles.written_out(source, config, config.steps, model.weights_id)
     sets = []  # all of them before the first is drawn: what cannot be drawn is said at once
     for scale in request.guidance:
-        for steps in config.steps:
-            chosen = dataclasses.replace(config, guidance_scale=scale)
+        for steps, section in by_steps.items():
+            chosen = dataclasses.replace(section, guidance_scale=scale)
             plan = plan_of(chosen, model.spec, steps, config.num, config.seed)
             sets.append(_SetOfSamples(model, plan, request, source, world, announce, shown))
     for one in sets:
@@ -166,6 +167,7 @@ def stem(plan: SamplingPlan, guide: Guide | None = None) -> str:
     guidance = "" if plan.guidance_scale == 1.0 else f"-guidance-{plan.guidance_scale:g}"
     counts = "-".join(str(len(times) - 1) for times in plan.block_times) or str(plan.steps)
     given = "" if plan.given is None else f"-given-{plan.given.blocks}"
+    given += "" if plan.known is None else f"-given-{plan.known.sha256[:8]}"
     return f"steps-{counts}{guidance}{given}" + ("" if guide is None else f"-guide-{guide.weights_id[:8]}")
 
 
@@ -222,6 +224,7 @@ class _SetOfSamples:
             **({"order": plan.order} if plan.sampler == "unmask" else {}),
             **({"block_times": [list(times) for times in plan.block_times]} if plan.block_times else {}),
             **({"given": [plan.given.sha256, plan.given.blocks]} if plan.given is not None else {}),
+            **({"known": plan.known.sha256} if plan.known is not None else {}),
         }
 
     # --- drawing ---

@@ -125,7 +125,11 @@ class Meter:
         weight_N = torch.cat([weight for _, weight in self._groups])
         names, sums = list(_QUARTERS), [_binned(groups.loss_G, weight_N, _parts(groups.t_G, 4), 4)]
         gap_N = groups.monitors.get("gap")
-        if gap_N is not None:
+        if gap_N is None:
+            names += groups.monitors
+            everywhere_N = torch.zeros_like(weight_N, dtype=torch.int64)
+            sums += [_binned(monitor_N, weight_N, everywhere_N, 1) for monitor_N in groups.monitors.values()]
+        else:
             regions = {"t": (_parts(groups.t_G, 3), 3), "gap": ((gap_N > 0) * (1 + _parts(gap_N, 3)), 4)}
             for name in (name for name in groups.monitors if name != "gap"):
                 names += [f"{name}_{region}" for region in _REGIONS]
@@ -145,7 +149,7 @@ class Meter:
 
         Returns:
             Without what follows from the clock. Losses are None where every step was skipped, or where no group fell
-            into a quarter of t; so are a method's monitors, by thirds of t and of t - s.
+            into a quarter of t; so are a method's monitors, by thirds of t and of t - s where it tells of gaps.
         """
         counts = torch.tensor(list(data.values()), dtype=torch.float64)
         statistics = self._statistics.sums(optimizer_steps)

@@ -4,10 +4,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from data_tools import pack_tokens
 from imm_scale import storage
+from imm_scale.data.dataset import Dataset
 from imm_scale.errors import UserError
 from imm_scale.storage import retries
 from tests.storage.conftest import use_store
@@ -37,6 +41,20 @@ def test_files_come_back(bucket: str) -> None:
     assert not storage.exists(url)
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(url)
+
+
+def test_tokens_are_packed_into_a_bucket_and_read_from_it(bucket: str, tmp_path: Path) -> None:
+    for i in range(10):
+        (tmp_path / f"{i}.txt").write_bytes(bytes(range(i, i + 40)))
+    words = ["--source", str(tmp_path), "--length", "8", "--shard-samples", "20"]
+    local, remote = str(tmp_path.parent / "tokens"), storage.join(bucket, "tokens")
+    for out in (local, remote, remote):  # the second time it finds itself finished
+        assert pack_tokens.main([*words, "--out", out]) == 0
+    for part in ("manifest.json", "heldout/manifest.json"):
+        here, there = (Dataset(storage.join(out, part)) for out in (local, remote))
+        assert here.manifest == there.manifest
+        rows = [np.concatenate([shard.read(0, len(shard.index)) for shard in one.shards]) for one in (here, there)]
+        np.testing.assert_array_equal(*rows)
 
 
 def _into(url: str, start: int, length: int) -> bytes:

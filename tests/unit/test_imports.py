@@ -39,6 +39,7 @@ DOORS = {
     "wandb": {"imm_scale/training/run_log.py"},
     "xformers": {"imm_scale/models/layers.py"},
     "diffusers": {"imm_scale/data/autoencoder.py", "imm_scale/checkpoint/standalone/"},
+    "tokenizers": {"imm_scale/data/tokens/tokenizers.py"},
     "shtab": {"imm_scale/commands/completion.py"},
     "transformers": {"imm_scale/evaluation/foreign/hugging_face.py"},
     "onnxruntime": {"imm_scale/evaluation/networks.py"},

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from imm_scale.data.manifest import TokenCodec
 from imm_scale.data.spaces import Artifacts, png
 from imm_scale.errors import UserError
 
@@ -66,11 +65,3 @@ class TokenImages(Artifacts):
         ids = self._ids(x_N).cpu()
         pairs = zip(ids.numpy(), self._decode(ids).numpy(), strict=True)
         return [{"tokens.npy": ids_file(row), "png": png(image)} for row, image in pairs]
-
-
-def grey_pixels(codec: TokenCodec) -> Callable[[Tensor], Tensor]:
-    """From ids (N, T), each a pixel, to images: the first id is black, the last white."""
-    assert codec.image_shape is not None
-    height, width = codec.image_shape
-    white = codec.vocabulary - 1
-    return lambda ids_NT: (ids_NT * 255 // white).byte().view(-1, height, width, 1)

@@ -16,8 +16,9 @@ from imm_scale import rng
 from imm_scale.choices import SpaceConfig, option
 from imm_scale.data.manifest import Manifest, TokenCodec
 from imm_scale.data.spaces import Artifacts, SampleSpace
-from imm_scale.data.tokenizers import tokenizer_of
-from imm_scale.data.tokens.artifacts import Texts, TokenImages, grey_pixels
+from imm_scale.data.tokens.artifacts import Texts, TokenImages
+from imm_scale.data.tokens.images import AUTOENCODER_FILE, CODES, open_decoder
+from imm_scale.data.tokens.tokenizers import TOKENIZER_FILE, FromFile, tokenizer_of
 from imm_scale.errors import UserError
 from imm_scale.registry import register_space
 
@@ -30,7 +31,7 @@ class TokensConfig(SpaceConfig):
 
 
 @dataclass(frozen=True)
-class _TokenSpace(SampleSpace):
+class TokenSpace(SampleSpace):
     """What all spaces of token sequences know.
 
     Attributes:
@@ -67,7 +68,7 @@ class _TokenSpace(SampleSpace):
         return self
 
     def unlike(self, source: SampleSpace) -> dict[str, tuple[Any, Any]]:
-        if not isinstance(source, _TokenSpace):
+        if not isinstance(source, TokenSpace):
             return super().unlike(source)
         differing = {f"data.codec.{key}": pair for key, pair in self.codec.unlike(source.codec).items()}
         if type(source) is not type(self):
@@ -77,13 +78,19 @@ class _TokenSpace(SampleSpace):
         return differing
 
     def artifacts(self, decoder: str | None, device: torch.device, precision: str = "fp32") -> Artifacts:
-        if self.codec.tokenizer == "binary":
-            return TokenImages(self.tokens, grey_pixels(self.codec))
+        if self.needs_decoder and decoder is None:
+            what = AUTOENCODER_FILE if self.codec.image_shape is not None else TOKENIZER_FILE
+            raise UserError(
+                f"the tokens of this model stand for what {what} makes of them: name the folder it is in, that of the "
+                "manifest, by --vae (sampling.vae)"
+            )
+        if self.codec.image_shape is not None:
+            return TokenImages(self.tokens, open_decoder(self.codec, decoder or ""))
         return Texts(self.tokens, tokenizer_of(self.codec, decoder or "").decode)
 
     @property
     def needs_decoder(self) -> bool:
-        return self.codec.tokenizer in ("hf", "codes")
+        return self.codec.tokenizer in (FromFile.name, CODES)
 
     @abstractmethod
     def tokens(self, x_N: Tensor) -> Tensor:
@@ -100,7 +107,7 @@ class _TokenSpace(SampleSpace):
 
 @register_space("tokens")
 @dataclass(frozen=True)
-class Tokens(_TokenSpace):
+class Tokens(TokenSpace):
     """Sequences of token ids; the prior is all masked, id K."""
 
     Config = TokensConfig
@@ -148,7 +155,7 @@ class BitsConfig(RealTokensConfig):
 
 
 @dataclass(frozen=True)
-class _RealTokens(_TokenSpace):
+class _RealTokens(TokenSpace):
     """Token sequences as (C, 1, T) real numbers, which a DiT of patch size 1 takes for an image of one row."""
 
     sigma_data: float = 0.5

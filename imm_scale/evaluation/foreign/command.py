@@ -76,7 +76,7 @@ def _why_not(is_causal: bool) -> str:
 def _tokenizer(arguments: Arguments) -> str | None:
     """What --tokenizer says, else the folder of the model for a text."""
     chosen = arguments.chosen
-    is_text = not arguments.data.endswith((".npy", ".json"))
+    is_text = not arguments.data.endswith(held_out.HOLD_TOKENS)
     if arguments.tokenizer is None and is_text and chosen.is_folder and hugging_face.has_tokenizer(chosen.model):
         return chosen.model
     return arguments.tokenizer

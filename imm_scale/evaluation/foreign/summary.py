@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from imm_scale.evaluation.tokens import profile, schedules
+from imm_scale.evaluation.tokens import profile
 from imm_scale.evaluation.tokens.causal import BlockLoss, LeftToRight
 from imm_scale.evaluation.tokens.estimates import Estimate
 from imm_scale.evaluation.tokens.profile import Profile, ScheduleCost, Scores
+from imm_scale.methods.tokens import schedules
 
 Document = dict[str, Any]
 SCHEMA_VERSION = 1
@@ -27,7 +28,7 @@ def of_masked(scores: Scores, steps: Sequence[int]) -> Document:
         **_as_dict("fall", estimated.fall),
         "alarm": profile.alarm(estimated),
         "schedules": [
-            {**_cost(cost), "bound": schedules.bound(fitted_T, cost.steps) if cost.kind == "equal" else None}
+            {**_cost(cost), "bound": schedules.bound(fitted_T, cost.steps) if cost.kind == "uniform" else None}
             for cost in costs
         ],
         "floor": [{"steps": steps, **_as_dict("nll", nll)} for steps, nll in profile.floor(costs).items()],

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
-from imm_scale.evaluation.tokens import schedules
 from imm_scale.evaluation.tokens.estimates import Estimate
-from imm_scale.evaluation.tokens.schedules import Floats
+from imm_scale.methods.tokens import schedules
+from imm_scale.methods.tokens.schedules import Floats
 
 ALL = 256  # the longest sequence whose every n is scored
 NODES = 64  # how many n of longer ones
@@ -111,7 +111,7 @@ class ScheduleCost:
     """What one schedule costs a sampler whose steps draw their tokens independently.
 
     Attributes:
-        kind: equal, cosine or best.
+        kind: uniform, cosine or best.
         sizes: tokens of each step; the best ones as chosen by all samples.
         nll, excess: nll@L and what of it is above NLL_T, in nats a sequence.
     """
@@ -139,11 +139,11 @@ def schedule_costs(scores: Scores, steps: Sequence[int]) -> list[ScheduleCost]:
     chosen, *crossed = (schedules.best_schedules(one.fitted(), most) for one in (everything, *halves))
     costs = []
     for count in steps:
-        equal = schedules.equal_sizes(scores.length, count)
-        costs.append(_cost(everything, "equal", equal))
-        costs.append(_cost(everything, "cosine", schedules.cosine_sizes(scores.length, count)))
+        uniform = schedules.sizes_of("uniform", scores.length, count)
+        costs.append(_cost(everything, "uniform", uniform))
+        costs.append(_cost(everything, "cosine", schedules.sizes_of("cosine", scores.length, count)))
         if count in (1, scores.length):
-            costs.append(_cost(everything, "best", equal))
+            costs.append(_cost(everything, "best", uniform))
         else:
             crosswise = zip(halves, reversed(crossed), strict=True)
             parts = [_cost(half, "best", other.sizes(count)) for half, other in crosswise]

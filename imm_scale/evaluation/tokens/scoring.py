@@ -11,6 +11,7 @@ from torch import Tensor
 from imm_scale import rng
 from imm_scale.errors import UserError
 from imm_scale.evaluation.tokens.profile import Scores, nodes
+from imm_scale.methods.tokens import masking
 
 Collect = Callable[[str, Callable[[int, int], NDArray[np.float64]], int], NDArray[np.float64]]
 
@@ -28,6 +29,13 @@ class Scorer(Protocol):
             x_NT: int64 tokens, (N, T).
             visible_NT: bool, (N, T); of the others the model may know nothing but their places.
         """
+
+
+class LabelledScorer(Protocol):
+    """The same of a model that is told each sample's class."""
+
+    def labelled_scores(self, x_NT: Tensor, visible_NT: Tensor, label_N: Tensor) -> Tensor:
+        """As `Scorer.token_scores`, of samples of these classes (N,)."""
 
 
 def enough_passes(samples: int, length: int) -> int:
@@ -58,29 +66,43 @@ def places(samples: int, length: int, passes: int) -> tuple[NDArray[np.int64], N
 
 def visible_of(seed: int, ordinal_N: Tensor, visible_N: Tensor, length: int) -> Tensor:
     """(N, T) bool: n of T tokens, those with the largest of uniforms that are keyed by the (N,) ordinals."""
-    uniform_NT = rng.uniform(seed, "profile", ordinal_N, length)
-    rank_NT = uniform_NT.argsort(dim=1, descending=True).argsort(dim=1)
-    return rank_NT < visible_N[:, None]
+    return masking.ranks(rng.uniform(seed, "profile", ordinal_N, length)) < visible_N[:, None]
 
 
 def score(scorer: Scorer, x_NT: Tensor, passes: int, seed: int, collect: Collect) -> Scores:
-    """The scores of a pass.
+    """The scores of a pass; arguments as of `score_labelled`."""
+    return _score(lambda x_NT, visible_NT, _: scorer.token_scores(x_NT, visible_NT), x_NT, passes, seed, collect)
+
+
+def score_labelled(
+    scorer: LabelledScorer, x_NT: Tensor, label_N: Tensor, passes: int, seed: int, collect: Collect
+) -> Scores:
+    """The scores of a pass of a model that is told classes.
 
     Args:
         x_NT: held-out tokens, int64, (N, T).
+        label_N: their classes.
         passes: at how many numbers of visible tokens each sample is scored.
         collect: calls what it is given for ranges of rows, and returns the values of all; see `parts.py`.
 
     Raises:
         UserError: too few samples, or scores that are not finite.
     """
+    return _score(
+        lambda x, visible, sample: scorer.labelled_scores(x, visible, label_N[sample]), x_NT, passes, seed, collect
+    )
+
+
+def _score(
+    scores: Callable[[Tensor, Tensor, Tensor], Tensor], x_NT: Tensor, passes: int, seed: int, collect: Collect
+) -> Scores:
     samples, length = x_NT.shape
     sample_R, visible_R = places(samples, length, passes)
 
     def rows(start: int, stop: int) -> NDArray[np.float64]:
-        x = x_NT[torch.from_numpy(sample_R[start:stop])]
+        sample = torch.from_numpy(sample_R[start:stop])
         visible = visible_of(seed, torch.arange(start, stop), torch.from_numpy(visible_R[start:stop]), length)
-        return mean_of_masked(scorer.token_scores(x, visible), visible).numpy()
+        return mean_of_masked(scores(x_NT[sample], visible, sample), visible).numpy()
 
     return Scores(length, sample_R, visible_R, collect("masked", rows, len(sample_R)))
 

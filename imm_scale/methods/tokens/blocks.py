@@ -73,6 +73,7 @@ def _advance(net: TokenNet, x_NT: Tensor, at_N: Tensor, size: int, label_N: Tens
     """States (N, D) after the tokens [at, at + B) of each sample, whose keys and values are kept."""
     model: Any = net.model
     # The state at place n has seen the tokens before n: that of at + B is the input token at + B - 1 at this place.
-    place = at_N[:, None] + torch.arange(1, size + 1, device=x_NT.device)
+    # Samples that end before others go on where there is room, and are not looked at again.
+    place = at_N.clamp_max(net.length - 1)[:, None] + torch.arange(1, size + 1, device=x_NT.device)
     h = model.states_kept(x_NT.gather(1, (place - 1).clamp_max(net.length - 1)), place, label_N, cache)
     return h[:, -1]

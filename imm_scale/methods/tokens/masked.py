@@ -97,10 +97,10 @@ class MaskedDiffusion(Method):
         key = rng.random_bits(seed, "dropout", batch.ordinal) if net.model.has_dropout else None
         taught = rng.uniform(seed, "head", batch.ordinal, net.length) if net.model.head.takes_uniforms else None
         out = net.model(draws.masked, batch.condition, batch.x, draws.scored, key, taught)
-        loss = -draws.weight * out.log_prob_N.double()
+        nll = -out.log_prob_N.double()
         if out.teaching_N is not None:
-            loss = loss + out.teaching_N.double()
-        return GroupLosses(loss, draws.t, out.monitors)
+            nll = nll + out.teaching_N.double()
+        return GroupLosses(draws.weight * nll, draws.t, out.monitors)
 
     def draw(self, net: TokenNet, batch: Batch, seed: int) -> Draws:
         """All that is random about a micro-batch: ids (N, T) of its samples, labels and ordinals (N,)."""
@@ -108,10 +108,10 @@ class MaskedDiffusion(Method):
         counts = self._counts_any if not self.config.steps else self._counts_of_steps
         first, last, weight = counts(batch.ordinal, net.length, seed)
         visible = rank < first[:, None]
-        # What draws independently scores all that is masked: the same mean with less variance (two_axes, eq 4).
-        scored = ~visible if net.model.head.independent else ~visible & (rank < last[:, None])
-        if net.model.head.independent:
-            weight = weight * (last - first) / (net.length - first)
+        scored = ~visible & (rank < last[:, None])
+        if net.model.head.independent and (self.config.order == "random" or not self.config.steps):
+            # What is drawn independently, and might be drawn next, is scored at once: the same mean, less variance.
+            scored, weight = ~visible, weight * (last - first) / (net.length - first)
         return Draws(torch.where(visible, batch.x, net.mask), scored, weight, 1.0 - first.double() / net.length)
 
     def ranks(self, ordinal: Tensor, length: int, seed: int) -> Tensor:
@@ -121,11 +121,11 @@ class MaskedDiffusion(Method):
         return masking.ranks(rng.uniform(seed, "mask", ordinal, length))
 
     def _counts_any(self, ordinal: Tensor, length: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(n, T, weight) (N,): n spread evenly over the samples of a step, and over steps by chance."""
+        """(n, n + 1, T) (N,): n spread evenly over the samples of a step, and over steps by chance."""
         step, position = ordinal // self.batch_size, ordinal % self.batch_size
         shift = rng.uniform(seed, "times", step)[:, 0]
         n = (length * ((shift + position / self.batch_size) % 1.0)).long().clamp_max(length - 1)
-        return n, torch.full_like(n, length), torch.full_like(shift, length)
+        return n, n + 1, torch.full_like(shift, length)
 
     def _counts_of_steps(self, ordinal: Tensor, length: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """(visible before, visible after, L) (N,) of a step of a sampler, both drawn for each sample."""

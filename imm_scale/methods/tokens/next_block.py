@@ -44,18 +44,18 @@ class NextBlock(Method):
         return token_net.wrap(backbone, space, self.config.name, causal=True)
 
     def grid(self, kind: str, steps: int, space: SampleSpace) -> Tensor:
-        """1 - n / T after each step: T / steps tokens in each, one block.
-
-        Raises:
-            UserError: another kind, or steps that are no divisor of the length.
-        """
+        """1 - n / T before each step, of blocks of one size, and after the last. Raises UserError for another kind."""
         if kind != "uniform":
             raise UserError(f"grid={kind!r}: a causal net draws blocks of one size; use auto or uniform")
-        if space.shape[0] % steps:
-            raise UserError(
-                f"{steps} steps do not divide {space.shape[0]} tokens: a step draws a block of model.block tokens"
-            )
         return torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
+
+    def check(self, net: TokenNet, sampler: str, times: Tensor) -> None:
+        block, steps = net.model.config.block, len(times) - 1
+        if steps * block != net.length:
+            raise UserError(
+                f"{steps} steps: this net draws {net.length} tokens in blocks of model.block={block}; use "
+                f"{-(-net.length // block)}"
+            )
 
     def sample(self, net: TokenNet, start: Tensor, condition: Tensor, steps: Steps) -> Tensor:
         return SAMPLERS[steps.sampler](net, start, condition, steps)

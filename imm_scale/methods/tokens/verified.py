@@ -99,7 +99,7 @@ class _Decoder:
         inside = place.clamp_max(self._length - 1)
         states = self._net.states_kept(draft.tokens, place[:, 1:], self._label, self._cache)
         states = torch.cat([self._h[:, None], states], dim=1)
-        log_p = self._next(states)
+        log_p = self._next(states, place)
         kept = self._kept(draft, log_p, inside)
         following = self._following(draft, log_p, kept, inside)
         self._take(draft, kept, following, states)
@@ -108,7 +108,7 @@ class _Decoder:
         """B tokens; the first is the known one that the net has not seen, where there is one."""
         ahead = self._net.states_ahead(self._h)
         head = self._net.head
-        state = head.begin(ahead, torch.ones(ahead.shape[:2], dtype=torch.bool, device=ahead.device))
+        state = head.begin(ahead, self._inside(self._seen))
         tokens, log_q = [], []
         for j in range(self._block):
             place = (self._seen + j).clamp_max(self._length - 1)
@@ -118,10 +118,14 @@ class _Decoder:
             state = head.observe(state, j, tokens[-1])
         return _Draft(torch.stack(tokens, dim=1), torch.stack(log_q, dim=1))
 
-    def _next(self, states_NJD: Tensor) -> Tensor:
-        """(N, J, V) log p of the token that follows each state."""
+    def _inside(self, place: Tensor) -> Tensor:
+        """(..., B) which of the tokens from each place (...) on there are: as in training, a last block is cut."""
+        return place[..., None] + torch.arange(self._block, device=place.device) < self._length
+
+    def _next(self, states_NJD: Tensor, place_NJ: Tensor) -> Tensor:
+        """(N, J, V) log p of the token at each place, whose state has seen those before."""
         ahead = self._net.states_ahead(states_NJD).flatten(0, 1)
-        state = self._net.head.begin(ahead, torch.ones(ahead.shape[:2], dtype=torch.bool, device=ahead.device))
+        state = self._net.head.begin(ahead, self._inside(place_NJ).flatten(0, 1))
         return self._net.head.conditional(state, 0).unflatten(0, states_NJD.shape[:2])
 
     def _kept(self, draft: _Draft, log_p: Tensor, inside: Tensor) -> Tensor:

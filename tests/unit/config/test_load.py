@@ -3,11 +3,14 @@
 import dataclasses
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from imm_scale import config as configs
+from imm_scale.choices import MethodConfig, option
 from imm_scale.errors import UserError
+from imm_scale.registry import METHODS
 
 ROOT = Path(__file__).parents[3]
 
@@ -167,3 +170,30 @@ def test_variants_of_one_config_know_nothing_of_each_other():
     assert (
         configs.changed(base, {"seed": 4}, "three").ema.decays == base.ema.decays == configs.load([]).config.ema.decays
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _InnerConfig:
+    depth: int = option(1, "")
+
+
+@dataclasses.dataclass(frozen=True)
+class _MineConfig(MethodConfig):
+    name: str = option("mine", "")
+    inner_of_mine: _InnerConfig = dataclasses.field(default_factory=_InnerConfig)
+
+
+def test_sections_of_a_class_that_is_registered_later_are_known(monkeypatch):
+    """What is kept of the sections that there are does not outlive a change of the registry."""
+    assert not configs.is_section("method.inner_of_mine")
+    with monkeypatch.context() as patch:
+        patch.setitem(METHODS._classes, "mine", SimpleNamespace(Config=_MineConfig))
+        assert configs.is_section("method.inner_of_mine")
+    assert not configs.is_section("method.inner_of_mine")
+
+
+def test_a_config_shares_no_list_with_the_next_one():
+    first = configs.load([], ["seed=1"]).config
+    kept = list(first.ema.decays)
+    first.ema.decays.append(0.5)
+    assert configs.load([], ["seed=1"]).config.ema.decays == kept == configs.Config().ema.decays

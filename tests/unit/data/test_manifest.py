@@ -33,6 +33,14 @@ def test_hash_depends_on_content_not_on_layout(tmp_path: Path) -> None:
     assert replace(MANIFEST, class_names=()).hash != MANIFEST.hash
 
 
+def test_hashes_that_checkpoints_hold_stay():
+    """Runs go on only with the data whose hash they recorded: these are of before there were tokens."""
+    assert MANIFEST.hash == "3a71285becaeff50fdbe3aa0f7d7f9b8597d9b576bd6c6662d12b0c68bc51fbf"
+    second = replace(MANIFEST, codec=replace(CODEC, moments="sample", scale=0.5))
+    assert second.hash == "8b6b437777e62b79f9d3e15757961927c749c1b4ae03615ca1db01cce93cb4b7"
+    assert (MANIFEST.format_version, second.format_version) == (1, 2)
+
+
 def _set(path: str, value: Any) -> Any:
     def change(document: dict[str, Any]) -> None:
         *parents, last = path.split(".")

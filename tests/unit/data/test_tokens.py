@@ -141,13 +141,16 @@ def test_a_gpu_gets_them_as_stored(tmp_path):
         assert next(loader).x.dtype == torch.int64
 
 
-def test_a_token_outside_the_vocabulary_is_named_with_sample_and_shard(tmp_path):
+def test_a_token_outside_the_vocabulary_is_named_with_sample_and_shard(tmp_path, capsys):
     url = _write(tmp_path, [10, 10], 200, TokenCodec(199, "bytes", "ab" * 32))
     with pytest.raises(UserError, match=r"t-1\.tar: sample 4 holds the token 199, the vocabulary has 0 to 198"):
         Dataset(url).read(14, 16)
     with pytest.raises(UserError, match=r"holds the token 199"):
         _rows(url, 1)
     assert verify.main([url, "--workers", "1"]) == 1
+    assert "pack the same source again" in capsys.readouterr().err
+    assert verify.main([url, "--workers", "1", "--repair", "--images", "x", "--codec", "pixels"]) == 2
+    assert "--repair encodes images" in capsys.readouterr().err
 
 
 def test_a_damaged_bit_is_found_and_named(tmp_path):

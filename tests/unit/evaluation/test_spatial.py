@@ -239,7 +239,7 @@ def test_files_of_adm_keep_their_places_and_damage_is_named(tmp_path):
 
 
 def test_the_record_of_an_evaluation_names_the_entry(edm2):
-    from imm_scale.evaluation.evaluator import _identity
+    from imm_scale.evaluation.evaluators.distances import _identity
 
     plain, chosen = _identity(edm2[0], None), _identity(edm2[0], "fid")
     assert plain == hashlib.sha256(Path(edm2[0]).read_bytes()).hexdigest()

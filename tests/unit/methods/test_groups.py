@@ -1,5 +1,7 @@
 """Particle groups: any spread of a global batch over ranks, accumulation and micro-batches draws the same things."""
 
+from functools import cache
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ PARTICLES, GROUPS, SEED, CLOCK = 4, 64, 7, 64 * 4 * 5
 OBJECTIVE = imm(particles=PARTICLES, t_min=0.0, t_max=0.994, k=10, label_drop=0.3)
 
 
+@cache
 def _flow_map() -> FlowMap:
     torch.manual_seed(0)
     net = DiT(DiTConfig(16, 2, 2, 2, 1, 4, 4, num_classes=3, dropout=0.2))
@@ -28,6 +31,12 @@ def _flow_map() -> FlowMap:
 
 def _draws(ordinal: torch.Tensor) -> dict[str, torch.Tensor]:
     """Everything random about these samples, a row per sample."""
+    return _drawn(tuple(ordinal.tolist()))
+
+
+@cache  # many worlds cut out the same parts
+def _drawn(ordinals: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    ordinal = torch.tensor(ordinals)
     flow_map = FlowMap(torch.nn.Identity(), OTFlowMatching(), null_label=3)  # type: ignore[arg-type]
     s, r, t = OBJECTIVE.draw_times(flow_map, OBJECTIVE.group(ordinal), SEED)
     key = OBJECTIVE.dropout_key(_flow_map(), ordinal, SEED)

@@ -82,7 +82,7 @@ def test_another_model_and_what_it_costs(trained, smaller):
 
 
 def test_evaluations_with_a_guide_are_their_own(trained, smaller, tmp_path):
-    run = str(shutil.copytree(trained, tmp_path / "run"))
+    run = str(shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("evaluations")))
     few = ("--steps", "2", "--num", "64", "--repeats", "1", "--ema", "0")
     for guide in ((), ("--guide", smaller), ("--guide-ema", "0.99")):
         argv = ("evaluate", run, *few, "--guidance", "2", *guide)

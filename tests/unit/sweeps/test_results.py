@@ -1,6 +1,8 @@
 """States of cells and the tidy table, from folders written by hand; and what a study says of a known law."""
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,10 @@ from launchers.sweep import main
 STEPS = (1, 2)
 
 
-@pytest.fixture
-def sweep(tmp_path) -> Sweep:
-    """5 sizes x 4 budgets x 2 seeds, the largest budget held out, submitted but not run."""
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """5 sizes x 4 budgets x 2 seeds, the largest budget held out."""
+    tmp_path = tmp_path_factory.mktemp("sweep")
     base = {"model": {"depth": 2, "heads": 2}, "data": {"latent_shape": [1, 8, 8], "num_classes": 10}}
     base["train"] = {"global_batch_size": 64, "micro_batch_size": 64}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
@@ -33,9 +36,15 @@ def sweep(tmp_path) -> Sweep:
     }
     path = tmp_path / "known.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False))
-    sweep = definition.load(str(path))
-    definition.write(sweep)
-    return sweep
+    return definition.load(str(path))
+
+
+@pytest.fixture
+def sweep(written: Sweep) -> Iterator[Sweep]:
+    """Submitted, but not run."""
+    definition.write(written)
+    yield written
+    shutil.rmtree(written.folder)
 
 
 def _record(step: int, loss: float = 0.1) -> str:
@@ -228,16 +237,15 @@ def test_a_study_of_nothing_is_refused(sweep):
         study.analyse(results.rows(sweep, results.outcomes(sweep)))
 
 
-def test_cells_that_do_not_fit_are_refused_by_the_planner(sweep, capsys):
+def test_cells_that_do_not_fit_are_refused_by_the_planner(sweep, tmp_path, capsys):
     machine = ["--nodes", "1", "--gpus-per-node", "1", "--gpu", "h100-80gb"]
     assert main(["plan", sweep.folder, *machine]) == 0
     assert "GPU-hours" in capsys.readouterr().out
-    base = Path(sweep.folder).parent / "base.yaml"
-    document = yaml.safe_load(base.read_text())
+    document = yaml.safe_load((Path(sweep.folder).parent / "base.yaml").read_text())
     document["model"] = {"size": "DiT-XL/2", "patch_size": 1, "width": 8192, "depth": 64, "heads": 64}
-    base.write_text(yaml.safe_dump(document))
-    path = base.parent / "large.yaml"
-    path.write_text(yaml.safe_dump({"configs": ["base.yaml"], "folder": str(base.parent / "large")}))
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(document))
+    path = tmp_path / "large.yaml"
+    path.write_text(yaml.safe_dump({"configs": ["base.yaml"], "folder": str(tmp_path / "large")}))
     for command in ("plan", "submit"):
         assert main([command, str(path), *machine]) == 2
         assert "do not fit in h100-80gb: seed0" in capsys.readouterr().err

@@ -6,17 +6,20 @@ pyproject.toml.
 
 import inspect
 import re
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
-from deepspeed.runtime import base_optimizer, engine, torch_autocast
+from deepspeed.runtime import base_optimizer, compiler, engine, torch_autocast
 from deepspeed.runtime.zero import parameter_offload, partition_parameters, stage3, stage_1_and_2
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import config as timers
 from packaging.requirements import Requirement
+
+from tests import ranks
 
 BOTH = stage_1_and_2.DeepSpeedZeroOptimizer
 THREE = stage3.DeepSpeedZeroOptimizer_Stage3
@@ -104,3 +107,14 @@ def test_the_installed_version_is_within_the_bound():
 def _unwrapped(function):
     """What DeepSpeed's instrument_w_nvtx wraps."""
     return inspect.getclosurevars(function).nonlocals.get("func", function)
+
+
+def _compiler_after(*argv: str) -> list[str]:
+    assert ranks.command("train", *argv) == 0
+    return [name for name in sys.modules if name.startswith("torch._inductor.") and name.endswith("lowering")]
+
+
+def test_a_start_that_compiles_nothing_loads_no_compiler(tiny):
+    """One to two seconds and 600 modules of every rank, for the decorators of an optimizer that no config chooses."""
+    assert inspect.signature(compiler.compile).parameters == {} and compiler.dummy_decorator(print) is print
+    assert ranks.run(_compiler_after, 1, *tiny, "train.max_steps=1", "zero.stage=1") == [[]]

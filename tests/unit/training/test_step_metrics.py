@@ -198,3 +198,13 @@ def test_held_out_draws_are_out_of_trainings_reach():
     # 1.2 M steps of 4,096 images are 2^32.2; the draws of other ordinals are others.
     ours, training = torch.arange(4) + (1 << 48), torch.arange(4)
     assert not torch.equal(rng.uniform(0, "times", ours, 2), rng.uniform(0, "times", training, 2))
+
+
+def test_monitors_without_gaps_are_averaged_over_all_groups():
+    meter = Meter(torch.device("cpu"), 8, _NoStatistics(), _Half())
+    monitors = {"component_entropy": torch.tensor([1.0, 2.0, 50.0])}
+    groups = GroupLosses(torch.ones(3).double(), torch.zeros(3).double(), monitors)
+    weight = torch.tensor([1.0, 1, 0])
+    for _ in range(2):
+        meter.add(StepResult(torch.tensor(1.0), 2.0, False, None, groups), weight, 0.1)
+    assert meter.record(1, 0.0, {})["component_entropy"] == 1.5

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from imm_scale import cli
-from imm_scale.evaluation.tokens import joints, schedules
+from imm_scale.evaluation.tokens import joints
+from imm_scale.methods.tokens import schedules
 
 CHAIN = joints.binary_chain(6, 0.1)
 # The models, as a user would write them: one knows the table of the chain, one that the next bit differs in one of ten.
@@ -171,7 +172,7 @@ def test_mistakes(model, flags, words, held_out, capsys):
         ("negative.npy", ["holds -1"]),
         ("large.npy", ["token 5 of the data is none of chain_models:net's 3"]),
         ("text.txt", ["--length"]),
-        ("manifest.json", ["not read here yet"]),
+        ("manifest.json", ["manifest.json"]),
     ],
 )
 def test_data_that_are_none(name, words, held_out, tmp_path, capsys):

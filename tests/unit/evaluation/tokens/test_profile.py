@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from imm_scale.errors import UserError
-from imm_scale.evaluation.tokens import joints, parts, profile, schedules, scoring
+from imm_scale.evaluation.tokens import joints, parts, profile, scoring
 from imm_scale.evaluation.tokens.joints import Joint
 from imm_scale.evaluation.tokens.parts import Parts
 from imm_scale.evaluation.tokens.profile import Profile, Scores
+from imm_scale.methods.tokens import schedules
 
 ERRORS = 4.0  # standard errors: one draw in 16,000 is farther, and the seeds are fixed
 

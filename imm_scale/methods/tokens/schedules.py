@@ -11,12 +11,13 @@ nll@L = sum_l k_l h_{n_l} under a random order; what is above H(x) = sum_n h_n i
 No loss, distillation or training of a net with such steps goes below E: it is in the data, not in the net.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from imm_scale.methods.tokens import masking
 
 Floats = NDArray[np.float64]
 
@@ -54,21 +55,9 @@ def bound(profile_T: Floats, steps: int) -> float:
     return (largest - 1) * float(profile_T[0] - profile_T[-1])
 
 
-def equal_sizes(length: int, steps: int) -> tuple[int, ...]:
-    """Sizes that differ by one at most."""
-    _check(length, steps)
-    ends = [length * step // steps for step in range(steps + 1)]
-    return tuple(b - a for a, b in itertools.pairwise(ends))
-
-
-def cosine_sizes(length: int, steps: int) -> tuple[int, ...]:
-    """Sizes that grow: T cos(pi l / 2L) tokens are masked after step l, rounded, one a step at least."""
-    _check(length, steps)
-    ends = [0]
-    for step in range(1, steps + 1):
-        wanted = length - round(length * float(np.cos(np.pi * step / (2 * steps))))
-        ends.append(min(max(wanted, ends[-1] + 1), length - (steps - step)))
-    return tuple(b - a for a, b in itertools.pairwise(ends))
+def sizes_of(kind: str, length: int, steps: int) -> tuple[int, ...]:
+    """Sizes of `uniform` or `cosine` steps, as the sampler has them."""
+    return tuple(masking.visible_counts(kind, steps, length).diff().tolist())
 
 
 def _check(length: int, steps: int) -> None:
@@ -97,30 +86,70 @@ class BestSchedules:
 
 
 def best_schedules(profile_T: Floats, most: int | None = None) -> BestSchedules:
-    """Recursion (3) for 1, 2, .., `most` steps at once: a row of minima over a (T, T + 1) table for each.
+    """Recursion (3) for 1, 2, .., `most` steps, a row of minima for each.
 
     Args:
-        profile_T: (T,), non-increasing for the sizes to mean something; noise would be taken for structure.
+        profile_T: (T,), non-increasing: rows of minima rest on it, and noise would be taken for structure.
         most: the largest number of steps; None for T.
     """
     length = len(profile_T)
     rows = length if most is None else most
     _check(length, rows)
-    cost_TE = _costs(profile_T)
-    least_LE = np.empty((rows, length + 1))
+    assert np.diff(profile_T).max(initial=0.0) < _ROUNDING, "fit the profile first: it rises"
+    step = _Step(np.asarray(profile_T, np.float64))
+    least_LE = np.full((rows, length + 1), np.inf)
     before_LE = np.zeros((rows, length + 1), np.int32)
-    least_LE[0] = cost_TE[0]
+    least_LE[0, 1:] = step.cost(np.zeros(length, np.int64), np.arange(1, length + 1))
     for row in range(1, rows):
-        through_TE = least_LE[row - 1, :-1, None] + cost_TE
-        before_LE[row] = through_TE.argmin(axis=0)
-        least_LE[row] = np.take_along_axis(through_TE, before_LE[row][None].astype(np.intp), axis=0)[0]
+        least_LE[row], before_LE[row] = step.added(least_LE[row - 1], row)
     return BestSchedules(least_LE[:, -1].copy(), before_LE)
 
 
-def _costs(profile_T: Floats) -> Floats:
-    """(T, T + 1): the excess of one step from a to n tokens visible; infinite for n <= a."""
-    length = len(profile_T)
-    known_E = np.concatenate([[0.0], np.cumsum(profile_T)])
-    start_T1, end_E = np.arange(length)[:, None], np.arange(length + 1)
-    cost_TE = (end_E - start_T1) * np.asarray(profile_T)[:, None] - (known_E - known_E[:-1, None])
-    return np.where(end_E > start_T1, cost_TE, np.inf)
+_ROUNDING = 1e-9  # what a flat profile that was computed may rise by
+
+
+class _Step:
+    """One step more, for a profile h (T,)."""
+
+    def __init__(self, profile_T: Floats):
+        self._h_T, self._known_E = profile_T, np.concatenate([[0.0], np.cumsum(profile_T)])
+
+    def cost(self, start: NDArray[np.int64], end: NDArray[np.int64]) -> Floats:
+        """Excess of single steps from `start` to `end` tokens visible, arrays of one shape."""
+        return (end - start) * self._h_T[start] - (self._known_E[end] - self._known_E[start])
+
+    def added(self, least_E: Floats, done: int) -> tuple[Floats, NDArray[np.int32]]:
+        """For every n > `done` the least over a < n of least_E[a] + cost(a, n), and that a; (T + 1,) each.
+
+        cost(a, n + 1) - cost(a, n) = h_a - h_n falls with a, so that the best a never falls with n (a Monge array). The
+        middle n of a range is searched first, and halves those of the others: T log T candidates in place of T^2, all
+        ranges of a level at once.
+        """
+        length = len(self._h_T)
+        best_E, before_E = np.full(length + 1, np.inf), np.zeros(length + 1, np.int32)
+        first, last = np.array([done + 1]), np.array([length])
+        low, high = np.array([done]), np.array([length - 1])
+        while len(first):
+            middle = (first + last) // 2
+            best_E[middle], chosen = self._search(least_E, middle, low, np.minimum(high, middle - 1))
+            before_E[middle] = chosen
+            first, last = np.concatenate([first, middle + 1]), np.concatenate([middle - 1, last])
+            low, high = np.concatenate([low, chosen]), np.concatenate([chosen, high])
+            some = first <= last
+            first, last, low, high = first[some], last[some], low[some], high[some]
+        return best_E, before_E
+
+    def _search(
+        self, least_E: Floats, end: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[np.int64]
+    ) -> tuple[Floats, NDArray[np.int64]]:
+        """For each `end` the least value of a from `low` to `high`, and the smallest a that has it."""
+        counts = high - low + 1
+        offsets = np.cumsum(counts) - counts
+        which = np.repeat(np.arange(len(end)), counts)
+        start = np.arange(len(which)) - (offsets - low)[which]
+        values = least_E[start] + self.cost(start, end[which])
+        least = np.minimum.reduceat(values, offsets)
+        found = np.flatnonzero(values == least[which])[::-1]  # backwards: of several a the smallest is written last
+        chosen = np.empty(len(end), np.int64)
+        chosen[which[found]] = start[found]
+        return least, chosen

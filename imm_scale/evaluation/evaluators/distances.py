@@ -5,7 +5,7 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -14,38 +14,22 @@ import torch
 from torch import Tensor
 
 from imm_scale import storage
-from imm_scale.checkpoint import export, run_folder
-from imm_scale.checkpoint.format import Checkpoint
+from imm_scale.checkpoint import export
 from imm_scale.config.schema import Config, EvaluationConfig, SamplingConfig
 from imm_scale.data.manifest import Manifest
 from imm_scale.errors import UserError
 from imm_scale.evaluation import extractors, measures, networks, reference
 from imm_scale.evaluation.collect import Collector, Features
+from imm_scale.evaluation.evaluators.base import Announce, Evaluator
 from imm_scale.evaluation.metrics import Measure
-from imm_scale.evaluation.records import (
-    FOLDER,
-    SCHEMA_VERSION,
-    arithmetic,
-    error_of,
-    evaluation_url,
-    guidance,
-    read_document,
-    read_evaluations,
-    samples,
-    with_error,
-)
+from imm_scale.evaluation.records import FOLDER, SCHEMA_VERSION
 from imm_scale.evaluation.reference import Reference
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
 from imm_scale.planner.flops import forward_multiply_adds
 from imm_scale.sampling import blocks
 from imm_scale.sampling.draw import SAMPLES_PER_CALL, SamplingPlan, plan_of, sample, times_of
-from imm_scale.sampling.job import Model
 from imm_scale.sampling.source import Source
-
-__all__ = ["Evaluator", "describe", "evaluate", "read_evaluations"]
-
-Announce = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -102,8 +86,8 @@ def check_reference(config: Config) -> None:
         raise UserError(f"evaluation.reference_entry={entry} chooses from an evaluation.reference, and there is none")
 
 
-class Evaluator:
-    """One checkpoint (or export), measured at any number of settings by one loaded model, extractor and reference.
+class DistanceEvaluator(Evaluator):
+    """Distances of samples to a reference, by one extractor.
 
     Args:
         source: where the weights come from; a run stands for its newest checkpoint.
@@ -115,23 +99,14 @@ class Evaluator:
     """
 
     def __init__(self, source: Source, config: Config, world: World, announce: Announce, folder: str = FOLDER):
-        self.folder = folder if source.run_dir is None else storage.join(source.run_dir, FOLDER)
-        self.source, self.config, self.world = source.at_newest(), config, world
-        self._announce = announce if world.is_main else lambda line: None
+        super().__init__(source, config, world, announce, folder)
         check_reference(config)
-        self.device = distributed.device(world)
         self.extractor = networks.open_extractor(config.evaluation.extractor, self.device)
         measures.check(config.evaluation)
 
-    @cached_property
-    def model(self) -> Model:
-        """The weights, read at the first use, with a decoder only where images are compared."""
-        return Model.load(self.source, self.config.sampling, self.device, decoding=self.extractor.takes == "images")
-
-    @cached_property
-    def checkpoint(self) -> Checkpoint | None:
-        """The checkpoint that is measured; None for exports."""
-        return Checkpoint(self.source.weights_url) if self.source.step is not None else None
+    @property
+    def _wants_images(self) -> bool:
+        return self.extractor.takes == "images"
 
     @cached_property
     def reference(self) -> Reference:
@@ -159,51 +134,6 @@ class Evaluator:
         if cache_url is not None and self.world.is_main:
             computed.save(cache_url)
         return computed
-
-    # --- one evaluation ---
-
-    def evaluate(self, sampling: SamplingConfig, evaluation: EvaluationConfig) -> dict[str, Any]:
-        """Measures every step count of `evaluation.steps` and writes a file for each, unless it is there already.
-
-        Returns:
-            What stands in the files, their `results` in one list.
-        """
-        each = [self._evaluate(sampling, evaluation, steps) for steps in evaluation.steps]
-        return {**each[0], "results": [result for one in each for result in one["results"]]}
-
-    def _evaluate(self, sampling: SamplingConfig, evaluation: EvaluationConfig, steps: int) -> dict[str, Any]:
-        settings = self._settings(sampling, evaluation, steps)
-        url = distributed.from_main(lambda: self._url(settings), self.world)
-        is_measured = distributed.all_sum(_flag(self.world.is_main and storage.exists(url)))
-        if is_measured:
-            document = read_document(url)
-            for result in document["results"]:
-                self._announce(describe(result))
-            return document
-        began = time.perf_counter()
-        result = asdict(self._distance(sampling, evaluation, steps))
-        written = {
-            **settings,
-            **self._provenance(),
-            "results": [result],
-            "warnings": self._warnings(result["count"]),
-            "seconds": time.perf_counter() - began,
-        }
-        if self.world.is_main:
-            storage.write_text(url, json.dumps(written, indent=1))
-        return written
-
-    def _url(self, settings: dict[str, Any]) -> str:
-        """Where the evaluation lies: beside one of another checkpoint of this step, should the run have begun anew."""
-        url, checkpoint = evaluation_url(self.folder, self.source.step, settings), self._committed
-        if storage.exists(url) and read_document(url).get("checkpoint", checkpoint) != checkpoint:
-            return evaluation_url(self.folder, self.source.step, {**settings, "checkpoint": checkpoint})
-        return url
-
-    @property
-    def _committed(self) -> str | None:
-        """What tells a checkpoint from another one of the same step; None for exports."""
-        return self.checkpoint.digest if self.checkpoint else None
 
     def _settings(self, sampling: SamplingConfig, evaluation: EvaluationConfig, steps: int) -> dict[str, Any]:
         """What makes two evaluations the same, known before anything is loaded."""
@@ -246,15 +176,9 @@ class Evaluator:
     def _provenance(self) -> dict[str, Any]:
         """What else a reader needs in order to get the numbers again."""
         return {
-            "run": self.config.run.name,
-            "checkpoint": self._committed,
-            "weights": self.model.weights_id,
             "reference": {"id": self.reference.id, "count": self.reference.count, **self.reference.source},
             "codec": self.model.spec.space.provenance,
             "rounding": "uint8, nearest" if self.extractor.takes == "images" else "none: latents are compared",
-            "device": self.device.type,
-            "ranks": self.world.size,
-            "versions": run_folder.versions(),
         }
 
     def _warnings(self, count: int) -> list[str]:
@@ -272,7 +196,7 @@ class Evaluator:
 
     # --- one step count ---
 
-    def _distance(self, sampling: SamplingConfig, evaluation: EvaluationConfig, steps: int) -> Distance:
+    def _result(self, sampling: SamplingConfig, evaluation: EvaluationConfig, steps: int) -> dict[str, Any]:
         began = time.perf_counter()
         measures.check_reference(evaluation.metrics, self.reference)
         num = evaluation.num or self.reference.count
@@ -282,9 +206,7 @@ class Evaluator:
         plans = [plan_of(sampling, self.model.spec, steps, num, seed) for seed in seeds]
         by_seed = [self._measure(plan, evaluation) for plan in plans]
         times = times_of(self.model.spec, plans[0])
-        distance = self._summarize(plans[0], times, seeds, by_seed, time.perf_counter() - began)
-        self._announce(describe(asdict(distance)))
-        return distance
+        return asdict(self._summarize(plans[0], times, seeds, by_seed, time.perf_counter() - began))
 
     def _measure(self, plan: SamplingPlan, evaluation: EvaluationConfig) -> dict[str, Measure]:
         features = self._features(plan, evaluation)
@@ -372,25 +294,3 @@ def _identity(reference_url: str, entry: str | None) -> str:
     """Hash of a reference's file, with the name of the statistics that were chosen there."""
     sha256 = hashlib.sha256(_read(reference_url)).hexdigest()
     return sha256 if entry is None else f"{sha256} {entry}"
-
-
-def evaluate(config: Config, world: World, announce: Announce, source: Source | None = None) -> dict[str, Any]:
-    """Measures one checkpoint, the newest of the config's run if no source is given, and writes the result."""
-    evaluator = Evaluator(source or Source(config.run_dir, config.run_dir), config, world, announce)
-    return evaluator.evaluate(config.sampling, config.evaluation)
-
-
-def describe(result: Mapping[str, Any]) -> str:
-    """A result in words: a line for the distance, and one for each further metric."""
-    steps = f"{result['steps']} step" + ("" if result["steps"] == 1 else "s")
-    guided = "" if result["guidance_scale"] == 1.0 else f", guidance {guidance(result)}"
-    computed = f", {arithmetic(result)}" if arithmetic(result) else ""
-    lines = [
-        f"{result['metric']}  {steps:>9}  {with_error(result['mean'], error_of(result))}"
-        f"  ({samples(result)} samples{guided}{computed})"
-    ]
-    for name, one in result.get("measures", {}).items():
-        if name != result["metric"]:
-            error = error_of(one)
-            lines.append(f"  {name}  {one['value']:.4g}" + ("" if error is None else f" +- {error:.2g}"))
-    return "\n".join(lines)
