@@ -12,7 +12,7 @@ from imm_scale.methods.tokens.unmask import unmask
 from tests.unit.methods.tokens import toy
 from tests.unit.models.heads.laws import KINDS, all_sequences, diagonal
 
-V, T, N = 3, 4, 20_000
+V, T, N = 3, 4, 10_000
 ORDERS = ["random", "left_to_right", "confidence"]
 
 

@@ -13,7 +13,7 @@ from imm_scale.models.heads import HeadConfig
 from tests.unit.methods.tokens import toy
 from tests.unit.models.heads.laws import KINDS
 
-V, T, N = 3, 4, 20_000
+V, T, N = 3, 4, 10_000
 CASES = [*((kind, 3) for kind in KINDS), ("mixture", 2), ("factorized", 1)]
 
 
