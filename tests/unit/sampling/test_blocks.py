@@ -52,6 +52,11 @@ def test_the_first_block_takes_the_steps_that_are_its_own(in_blocks):
     assert np.array_equal(_draw(in_blocks, 2, block_steps="2-2-2-2"), two)
 
 
+def test_sample_i_does_not_depend_on_how_many_are_drawn_at_once(in_blocks):
+    alone = _draw(in_blocks, 2, guidance_scale=1.5)
+    assert np.array_equal(_draw(in_blocks, 2, 70, guidance_scale=1.5, batch_size=128)[:8], alone)
+
+
 def test_blocks_that_are_given_are_continued(in_blocks, tmp_path):
     own, file = _draw(in_blocks, 2), str(tmp_path / "own.npz")
     np.savez(file, latents=own[:3])
