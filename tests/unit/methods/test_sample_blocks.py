@@ -207,6 +207,7 @@ TANGENT = ["method.name=eulerian", "method.flow_map.second_time=t_minus_s", "met
         (TANGENT, "tangent.*difference"),
         (["method.name=tvm"], "whole samples"),
         (["method.name=shortcut"], "whole samples"),
+        (["method.name=gmmn", "sampling.steps=[1]", "evaluation.steps=[1]"], "contexts differ"),
         ([*TANGENT, "method.derivative=difference", "method.step.end=0.1", "method.guidance.kappa=0.5"], "guidance"),
         (
             [*TANGENT, "method.derivative=difference", "method.step.end=0.1", "method.label_drop_at=equal"],
