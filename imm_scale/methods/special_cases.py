@@ -40,8 +40,8 @@ class GmmnConfig(ImmConfig):
     @property
     def why_not_blocks(self) -> str:
         return (
-            "one jump from noise matches what the blocks of a group have in common, and their contexts differ: without a "
-            "time close by nothing ties a block to its own"
+            "one jump from noise matches what the blocks of a group have in common, and their contexts differ: without "
+            "a time close by nothing ties a block to its own"
         )
 
     def check_sampler(self, sampler: str, steps: Sequence[int]) -> None:

@@ -32,7 +32,10 @@ def _draw(run_dir: str, steps: int, num: int = 8, **settings) -> np.ndarray:
     return collect(net, spec, plan_of(SamplingConfig(**settings), spec, steps, num, 0), World()).numpy()
 
 
-def test_a_run_is_sampled_measured_and_planned(in_blocks, tmp_path, capsys):
+def test_a_run_is_logged_and_sampled(in_blocks, tmp_path, capsys):
+    record = json.loads((Path(in_blocks) / "metrics.jsonl").read_text().splitlines()[0])
+    of_blocks = [record[f"loss_block_{j}"] for j in (1, 2, 3, 4)]
+    assert record["loss"] == pytest.approx(sum(of_blocks) / 4) and len(set(of_blocks)) == 4
     out = str(tmp_path / "samples")
     flags = ["--num", "20", "--guidance", "1.5", "--out", out, "--latents"]
     assert cli.main(["sample", in_blocks, "--steps", "1,2", *flags]) == 0
