@@ -10,7 +10,7 @@ from imm_scale.errors import UserError
 from imm_scale.models import streams
 from imm_scale.models.base import Context
 from imm_scale.models.block_causal import Cache
-from imm_scale.models.dit import DiT, DiTConfig
+from imm_scale.models.dit import DiT, DiTConfig, ModelConfig
 
 NET = DiTConfig(16, 2, 2, 2, channels=3, height=8, image_width=4, num_classes=5, blocks=4)
 ROUNDING = 1e-12  # fp64, values of order 1, some hundred operations
@@ -266,3 +266,8 @@ def test_compiled_blocks_of_streams_share_graphs_and_give_the_same_result():
         (outputs[0] - outputs[1]).square().sum().backward()
         assert len(graphs) == 2, f"after step {step}"
     torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-4)  # fp32 over ten blocks of random weights
+
+
+def test_another_attention_kernel_is_said_not_to_serve_masks():
+    assert any("model.blocks=4" in said for said in ModelConfig(attention="xformers", blocks=4).cautions(False))
+    assert ModelConfig(blocks=4).cautions(True) == []
