@@ -115,7 +115,9 @@ class TokenArchitecture(Architecture):
 
     def example(self, samples: int) -> tuple[Any, ...]:
         x = torch.zeros(samples, self.length, dtype=torch.int64)
-        return x, torch.zeros(samples, dtype=torch.int64), x, torch.ones_like(x, dtype=torch.bool)
+        taught = (samples * self.length, self.block) if self.causal else x.shape
+        uniform = torch.zeros(taught, dtype=torch.float64) if self.head.kind == "uniform_conditioned" else None
+        return x, torch.zeros(samples, dtype=torch.int64), x, torch.ones_like(x, dtype=torch.bool), None, uniform
 
     @property
     def tokens(self) -> int:

@@ -27,6 +27,7 @@ from imm_scale.models.base import Architecture
 _OWN = frozenset(vars(nn.Module()))  # attributes that every module has
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution")  # bound by arithmetic rather than by memory traffic
 _SAMPLES = 32
+_TOKENS = 8192  # of samples of many tokens so many at once: a long vocabulary is taken in pieces, each of them counted
 _LAUNCH_NOTHING = ("detach", "_unsafe_view", "empty", "empty_like", "empty_strided")
 
 
@@ -187,8 +188,9 @@ def footprint(net: Architecture, half: bool) -> Footprint:
 
     Batches are large, so that the most held at once is what samples hold, and not gradients of weights.
     """
-    few, many = (vars(_footprint(net, half, samples)) for samples in (_SAMPLES, 2 * _SAMPLES))
-    of_a_sample = {name: (many[name] - few[name]) / _SAMPLES for name in few}
+    size = max(4, min(_SAMPLES, _TOKENS // getattr(net, "tokens", 1)))
+    few, many = (vars(_footprint(net, half, samples)) for samples in (size, 2 * size))
+    of_a_sample = {name: (many[name] - few[name]) / size for name in few}
     return Footprint(**{**of_a_sample, **{name: few[name] for name in few if name.endswith("_operators")}})
 
 
@@ -205,7 +207,7 @@ def _footprint(net: Architecture, half: bool, samples: int) -> Footprint:
         for parameter in model.parameters():  # gradients of weights go as they come: they are counted elsewhere
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
         with _Watch(blocks) as backward:
-            out.sum().backward()
+            _total(out).backward()
     parameters = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
     inside, around = (
         {k: n for k, n in saved.items() if k not in parameters} for saved in (forward.inside, forward.around)
@@ -277,6 +279,12 @@ def _tangent_footprint(net: Architecture, half: bool, samples: int) -> TangentFo
         kept_around=sum(around.values()),
         workspace=live.peak - sum(inside.values()) - sum(around.values()),
     )
+
+
+def _total(out: Any) -> Tensor:
+    """The sum of all that a net answers with a gradient: a tensor, or what its head says."""
+    leaves = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    return torch.stack([leaf.sum() for leaf in leaves]).sum()
 
 
 def _drop_gradient(parameter: Tensor) -> None:

@@ -1,14 +1,17 @@
 """The recipes in configs/ hold the published settings (IMM, Table 5), which stand here as printed in the paper."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from imm_scale import cli
 from imm_scale import config as configs
 from imm_scale.checkpoint.released.state_dicts import FAMILIES
 from imm_scale.models import dit
 from imm_scale.planner.flops import forward_multiply_adds
+from tests import ranks, small_tokens
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 IMAGENET = {
@@ -116,3 +119,51 @@ def test_a_recipe_of_fine_tuning_means_what_the_imported_weights_do(family):
     space, scale = config.data.space, 0.18215
     assert (space.sigma_data, space.mean, space.std) == (1.0, [0.0] * 4, [1 / scale] * 4)
     assert config.model.size == "DiT-XL/2"
+
+
+# Sizes of the net and the data, for a run of a moment on one core
+SMALL = [
+    "precision=fp32",
+    "data.latent_shape=[64]",
+    "data.vocabulary=2",
+    "data.num_classes=10",
+    "model.width=32",
+    "model.depth=2",
+    "model.heads=2",
+    "train.global_batch_size=32",
+    "train.micro_batch_size=32",
+    "train.max_steps=2",
+    "train.compile=false",
+    "train.holdout_every=2",
+    "train.log_every=1",
+    "train.peak_flops=1e12",
+]
+# millions of trainable parameters: 12 T D^2 a block and the tables of tokens, D x V each
+TEXTS = {
+    "text_masked_small": (12 * 12 * 0.384**2 + 12 * 6 * 0.384 * 0.128, []),
+    "text_masked_base": (13 * 12 * 0.768**2 + 12 * 6 * 0.768 * 0.128 + 3 * 0.768 * 32.768, ["method.steps=[1,4]"]),
+    "text_mtp_base": ((13 * 12 + 4) * 0.768**2 + 12 * 6 * 0.768 * 0.128 + 3 * 0.768 * 32.768, []),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_recipe_of_text_is_planned_for_a_cluster(name, capsys):
+    millions, _ = TEXTS[name]
+    words = ["--nodes", "4", "--gpus-per-node", "8", "--gpu", "h100-80gb", "--json"]
+    assert cli.main(["plan", name, *words]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"]
+    assert plan["parameters"]["total"] / 1e6 == pytest.approx(millions, rel=0.02)  # biases, norms, tables of bytes
+
+
+def test_recipes_of_text_train(tmp_path):
+    train = small_tokens.binary_digits(tmp_path / "train", last=128)
+    held = small_tokens.binary_digits(tmp_path / "held", first=128, last=160)
+    data = [f"data.manifest={train}", f"data.holdout_manifest={held}"]
+    runs = [
+        [str(CONFIGS / f"{name}.yaml"), *SMALL, *more, *data, f"run.dir={tmp_path / name}"]
+        for name, (_, more) in TEXTS.items()
+    ]
+    ranks.train_each(1, runs)
+    for name in TEXTS:
+        assert json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])["holdout_loss"] > 0
