@@ -73,6 +73,7 @@ def test_costs_are_those_of_calls_and_clean_passes(in_blocks):
         times = times_of(spec, plan)
         assert plan.function_evaluations(times) == calls
         assert plan.forwards(times) == forwards
+        assert plan.sequence_passes == 4
     assert forward_multiply_adds(spec.net) == forward_multiply_adds(spec.net.at_once)
 
 
