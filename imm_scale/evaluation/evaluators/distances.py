@@ -27,6 +27,7 @@ from imm_scale.evaluation.reference import Reference
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
 from imm_scale.planner.flops import forward_multiply_adds
+from imm_scale.sampling import blocks
 from imm_scale.sampling.draw import SAMPLES_PER_CALL, SamplingPlan, plan_of, sample, times_of
 from imm_scale.sampling.source import Source
 
@@ -174,7 +175,14 @@ class DistanceEvaluator(Evaluator):
             "metrics": list(evaluation.metrics),
             "compared": evaluation.compared,
             **({} if guide is None else {"guide": guide.weights_id}),
+            **self._of_blocks(sampling),
         }
+
+    def _of_blocks(self, sampling: SamplingConfig) -> dict[str, Any]:
+        """What decides samples in several blocks beside that; other samples' settings stay as they were."""
+        steps = {} if sampling.block_steps is None else {"block_steps": sampling.block_steps}
+        given = None if sampling.given is None else blocks.prefix(sampling, self.model.spec)
+        return steps | ({} if given is None else {"given": [given.sha256, given.blocks]})
 
     def _provenance(self) -> dict[str, Any]:
         """What else a reader needs in order to get the numbers again."""
