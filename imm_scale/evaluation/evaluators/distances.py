@@ -177,14 +177,8 @@ class DistanceEvaluator(Evaluator):
             "metrics": list(evaluation.metrics),
             "compared": evaluation.compared,
             **({} if guide is None else {"guide": guide.weights_id}),
-            **self._of_blocks(sampling),
+            **blocks.identity(sampling),
         }
-
-    def _of_blocks(self, sampling: SamplingConfig) -> dict[str, Any]:
-        """What decides samples in several blocks beside that; other samples' settings stay as they were."""
-        steps = {} if sampling.block_steps is None else {"block_steps": sampling.block_steps}
-        given = None if sampling.given is None else blocks.prefix(sampling, self.model.spec)
-        return steps | ({} if given is None else {"given": [given.sha256, given.blocks]})
 
     def _provenance(self) -> dict[str, Any]:
         """What else a reader needs in order to get the numbers again."""
