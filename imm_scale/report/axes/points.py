@@ -179,12 +179,16 @@ def _left_out(
 ) -> Iterable[str]:
     if len(having) < len(results):
         names = sorted({one.run.name for one in results if metric not in one.result["measures"]})
-        yield f"{len(results) - len(having)} results of {', '.join(names)} have no {metric}"
+        yield f"{_count(len(results) - len(having))} of {', '.join(names)} without {metric}"
     if len(alike) < len(having):
-        yield f"{len(having) - len(alike)} results were measured otherwise"
+        yield f"{_count(len(having) - len(alike))} measured otherwise"
     unknown = sum(one.result["multiply_adds"] is None for one in alike)
     if unknown:
-        yield f"{unknown} results of older files do not say their work: evaluate again to see them in all figures"
+        yield f"{_count(unknown)} of older files without their work: evaluate again to see them in all figures"
+
+
+def _count(results: int) -> str:
+    return f"{results} result" + "s" * (results != 1)
 
 
 # --- variants ---
