@@ -7,6 +7,7 @@ given the blocks before, and all J of them run at once; in sampling the clean ke
 Legend: N samples, J blocks, T = J b tokens, D width, H heads, K head width, S parts of the tokens.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -56,9 +57,24 @@ def branch_sight(block: int, tokens: int) -> Sight:
     return sees
 
 
+@cache
 def takes_block_masks(device: torch.device) -> bool:
-    """Whether attention skips what a mask hides: compiled on a GPU. Elsewhere masks are dense."""
-    return device.type == "cuda" and fusion.gpu_compiles()
+    """Whether attention skips what a mask hides, tried once: compiled on a GPU. Elsewhere masks are dense."""
+    return device.type == "cuda" and fusion.gpu_compiles() and flex_works(device)
+
+
+def flex_works(device: torch.device) -> bool:
+    """Whether the kernel that skips what masks hide runs there, forward and back. Warns where it does not."""
+    q, k, v = (torch.ones(1, 2, count, 72, device=device, requires_grad=True) for count in (64, 128, 128))
+    try:
+        mask = create_block_mask(branch_sight(32, 64), None, None, 64, 128, device)
+        with torch.enable_grad():
+            _compiled_flex_attention()(q, k, v, block_mask=mask).sum().backward()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        warnings.warn(f"masks are dense: FlexAttention does not run on this {device.type} ({reason})", stacklevel=2)
+        return False
+    return True
 
 
 def _mask(sight: Sight, queries: int, keys: int, device: torch.device) -> Tensor | BlockMask:

@@ -47,6 +47,7 @@ class Distance:
         multiply_adds: per sample, of the network and of its guide.
         flops_per_image: two per multiply-add.
         guide: what guidance leads away from, in words; None is the null label.
+        block_steps: those of each block of a sample, where they have their own.
         measures: all metrics, {name: {value, error, values}}.
     """
 
@@ -77,6 +78,7 @@ class Distance:
     precision: str
     compile: bool
     guide: str | None = None
+    block_steps: str | None = None
 
 
 def check_reference(config: Config) -> None:
@@ -175,14 +177,8 @@ class DistanceEvaluator(Evaluator):
             "metrics": list(evaluation.metrics),
             "compared": evaluation.compared,
             **({} if guide is None else {"guide": guide.weights_id}),
-            **self._of_blocks(sampling),
+            **blocks.identity(sampling),
         }
-
-    def _of_blocks(self, sampling: SamplingConfig) -> dict[str, Any]:
-        """What decides samples in several blocks beside that; other samples' settings stay as they were."""
-        steps = {} if sampling.block_steps is None else {"block_steps": sampling.block_steps}
-        given = None if sampling.given is None else blocks.prefix(sampling, self.model.spec)
-        return steps | ({} if given is None else {"given": [given.sha256, given.blocks]})
 
     def _provenance(self) -> dict[str, Any]:
         """What else a reader needs in order to get the numbers again."""
@@ -275,6 +271,7 @@ class DistanceEvaluator(Evaluator):
             precision=plan.precision,
             compile=plan.compile,
             guide=None if guide is None else guide.text,
+            block_steps=self.config.sampling.block_steps,
         )
 
     def _multiply_adds(self, plan: SamplingPlan, times: Tensor) -> int:

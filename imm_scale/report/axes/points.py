@@ -126,6 +126,7 @@ class _Result(NamedTuple):
         parts += [f"in {interval}"] if scale not in (None, 1.0) and interval not in (None, [0.0, 1.0]) else []
         parts += [f"{result['passes']:g} passes"] if result["passes"] != result["steps"] and _is_fixed(result) else []
         parts += [str(self.evaluation["ema"])] if self.evaluation.get("ema") else []
+        parts += [f"blocks of {result['block_steps']}"] if result.get("block_steps") else []
         return ", ".join(map(str, parts))
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from imm_scale.errors import UserError
 from imm_scale.models import streams
@@ -79,11 +79,43 @@ def test_the_same_rule_drives_masks_that_skip_blocks():
 
 
 @pytest.mark.parametrize(
-    ("device", "compiles", "skips"), [("cpu", True, False), ("cuda", False, False), ("cuda", True, True)]
+    ("device", "compiles", "works", "skips"),
+    [
+        ("cpu", True, True, False),
+        ("cuda", False, True, False),
+        ("cuda", True, False, False),
+        ("cuda", True, True, True),
+    ],
 )
-def test_only_a_gpu_that_compiles_skips_what_masks_hide(device, compiles, skips, monkeypatch):
+def test_only_a_gpu_that_compiles_and_runs_it_skips_what_masks_hide(device, compiles, works, skips, monkeypatch):
+    tried = []
     monkeypatch.setattr(streams.fusion, "gpu_compiles", lambda: compiles)
-    assert streams.takes_block_masks(torch.device(device)) == skips
+    monkeypatch.setattr(streams, "flex_works", lambda where: tried.append(where) or works)
+    streams.takes_block_masks.cache_clear()
+    assert [streams.takes_block_masks(torch.device(device)) for _ in range(3)] == 3 * [skips]
+    assert len(tried) == (device == "cuda" and compiles), "chosen once"
+    streams.takes_block_masks.cache_clear()
+
+
+def test_a_kernel_that_fails_is_said(monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no kernel image\nis available")
+
+    monkeypatch.setattr(streams, "_compiled_flex_attention", lambda: fails)
+    with pytest.warns(UserWarning, match=r"masks are dense.*no kernel image\)"):
+        assert not streams.flex_works(torch.device("cpu"))
+
+
+def test_block_masks_are_made_once_where_they_are_taken(monkeypatch):
+    monkeypatch.setattr(streams, "takes_block_masks", lambda device: True)
+    masks = streams.training_masks(2, 8, torch.device("cpu"))
+    assert isinstance(masks.branch, BlockMask) and streams.training_masks(2, 8, torch.device("cpu")) is masks
+    streams._block_masks.cache_clear()
+    clean, branch = by_hand(2, 8)
+    for mask, dense in zip(masks, (clean, branch), strict=True):
+        assert torch.equal(
+            mask.mask_mod(None, None, *torch.meshgrid(*map(torch.arange, dense.shape), indexing="ij")), dense
+        )
 
 
 def test_a_block_depends_on_the_clean_blocks_before_and_on_itself():
@@ -187,3 +219,30 @@ def test_weights_of_one_block_start_a_net_of_four_and_not_the_reverse():
     assert made.keys() == weights.keys() and len(notes) == 1 and "in 1 blocks, and are in 4 here" in notes[0]
     with pytest.raises(UserError, match=r"model\.blocks=4.*model\.blocks=1"):
         DiT(plain).adapted(weights, NET, list(range(5)), True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled
+
+
+def test_compiled_blocks_of_streams_share_graphs_and_give_the_same_result():
+    """One graph for all blocks but the last, which ends the clean stream: none for each of ten, and none anew."""
+    torch.compiler.reset()
+    net = randomized(replace(NET, depth=10, dropout=0.3), torch.float32)
+    context, x, c_noise, second, label = drawn()
+    context, x = context._replace(x=context.x.float()), x.float()
+    args = (x, 0.9 * x, c_noise, 0.9 * c_noise, second, 0.9 * second, label, torch.arange(4))
+    expected = net.pair(*args, context=context)
+    graphs = []
+
+    def counting(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    for block in net.blocks:  # as compile_blocks does, with a backend that counts
+        block.compile(backend=counting, fullgraph=True)
+    for step in range(3):
+        outputs = net.pair(*args, context=context)
+        (outputs[0] - outputs[1]).square().sum().backward()
+        assert len(graphs) == 2, f"after step {step}"
+    torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-4)  # fp32 over ten blocks of random weights
