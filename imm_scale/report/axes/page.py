@@ -68,8 +68,10 @@ def _metric(column: Column) -> str:
 def _numbers(column: Column) -> str:
     name = _NAMES[column.modality]
     under = ", ".join(f"{key} {value or 'not recorded'}" for key, value in column.under.items())
-    parts = [f"<h2>{name}: scaling efficiency</h2><p>{html.escape(_EFFICIENCY)} {html.escape(_baseline(column))}</p>"]
-    parts.append(table(*_efficiencies(column)))
+    parts, (head, efficiencies) = list[str](), _efficiencies(column)
+    if efficiencies:
+        said = f"<p>{html.escape(_EFFICIENCY)} {html.escape(_baseline(column))}</p>"
+        parts.append(f"<h2>{name}: scaling efficiency</h2>{said}{table(head, efficiencies)}")
     head, slopes = _slopes(column)
     if slopes:
         parts.append(f"<h2>{name}: slopes</h2><p>{html.escape(_SLOPES)}</p>{table(head, slopes)}")
@@ -123,7 +125,9 @@ def lines(column: Column) -> Iterable[str]:
     """The column's tables as plain text."""
     yield f"{_NAMES[column.modality]}: {_metric(column)}"
     yield from _aligned(*_points(column))
-    yield from ("", f"scaling efficiency. {_baseline(column)}", *_aligned(*_efficiencies(column)))
+    head, efficiencies = _efficiencies(column)
+    if efficiencies:
+        yield from ("", f"scaling efficiency. {_baseline(column)}", *_aligned(head, efficiencies))
     head, slopes = _slopes(column)
     if slopes:
         yield from ("", "slopes d log(excess) / d log(cost)", *_aligned(head, slopes))

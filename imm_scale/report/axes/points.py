@@ -126,6 +126,7 @@ class _Result(NamedTuple):
         parts += [f"in {interval}"] if scale not in (None, 1.0) and interval not in (None, [0.0, 1.0]) else []
         parts += [f"{result['passes']:g} passes"] if result["passes"] != result["steps"] and _is_fixed(result) else []
         parts += [str(self.evaluation["ema"])] if self.evaluation.get("ema") else []
+        parts += [f"blocks of {result['block_steps']}"] if result.get("block_steps") else []
         return ", ".join(map(str, parts))
 
 
@@ -179,12 +180,16 @@ def _left_out(
 ) -> Iterable[str]:
     if len(having) < len(results):
         names = sorted({one.run.name for one in results if metric not in one.result["measures"]})
-        yield f"{len(results) - len(having)} results of {', '.join(names)} have no {metric}"
+        yield f"{_count(len(results) - len(having))} of {', '.join(names)} without {metric}"
     if len(alike) < len(having):
-        yield f"{len(having) - len(alike)} results were measured otherwise"
+        yield f"{_count(len(having) - len(alike))} measured otherwise"
     unknown = sum(one.result["multiply_adds"] is None for one in alike)
     if unknown:
-        yield f"{unknown} results of older files do not say their work: evaluate again to see them in all figures"
+        yield f"{_count(unknown)} of older files without their work: evaluate again to see them in all figures"
+
+
+def _count(results: int) -> str:
+    return f"{results} result" + "s" * (results != 1)
 
 
 # --- variants ---

@@ -148,8 +148,8 @@ def test_only_what_was_measured_alike_is_on_the_page_and_what_is_not_is_named(tm
     assert [point.value for point in column.variants[0].points] == [4.0, 2.0, 0.2]
     assert [point.work for point in column.variants[0].points] == [M, 2 * M, None]
     assert column.left_out == (
-        "1 results were measured otherwise",
-        "1 results of older files do not say their work: evaluate again to see them in all figures",
+        "1 result measured otherwise",
+        "1 result of older files without their work: evaluate again to see them in all figures",
     )
 
 
