@@ -22,6 +22,8 @@ from imm_scale.models.layers import Block, attend, keyed_dropout, modulate
 Sight = Callable[[Any, Any, Tensor, Tensor], Tensor]  # (sample, head, query, key): whether the query sees the key
 Mask = Tensor | BlockMask | None
 
+_SHARED_MEMORY = 160 << 10  # bytes a block of threads can have; cards of 99 KiB have too little for heads of 72
+
 
 class Seen(NamedTuple):
     """Keys and values of clean tokens in one layer, each (N, tokens, H, K)."""
@@ -57,13 +59,30 @@ def branch_sight(block: int, tokens: int) -> Sight:
 
 
 def takes_block_masks(device: torch.device) -> bool:
-    """Whether attention skips what a mask hides: compiled on a GPU. Elsewhere masks are dense."""
-    return device.type == "cuda" and fusion.gpu_compiles()
+    """Whether attention can skip what a mask hides: compiled, on a GPU of the class of an A100. Elsewhere all masks are
+    dense."""
+    return device.type == "cuda" and _shared_memory(device) >= _SHARED_MEMORY and fusion.gpu_compiles()
+
+
+def _shared_memory(device: torch.device) -> int:
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 0))  # which torch has for NVIDIA's cards alone
+
+
+def suits_block_masks(head_width: int, dtype: torch.dtype) -> bool:
+    """Whether FlexAttention's kernels fit such heads: their products take 16 channels and more, and beyond 128, or in
+    fp32, tiles outgrow an A100's shared memory, and compilation fails."""
+    return dtype in (torch.bfloat16, torch.float16) and 16 <= head_width <= 128
 
 
 def _mask(sight: Sight, queries: int, keys: int, device: torch.device) -> Tensor | BlockMask:
     if takes_block_masks(device):
         return create_block_mask(sight, None, None, queries, keys, device)
+    return dense_mask(sight, queries, keys, device)
+
+
+def dense_mask(sight: Sight, queries: int, keys: int, device: torch.device) -> Tensor:
+    """bool (queries, keys): what each query sees."""
     places = (torch.arange(count, device=device) for count in (queries, keys))
     query, key = torch.meshgrid(*places, indexing="ij")
     return sight(None, None, query, key)
@@ -105,6 +124,9 @@ def attend_masked(q_NTHK: Tensor, k_NUHK: Tensor, v_NUHK: Tensor, mask: Mask, at
     q, k, v = (x.transpose(1, 2) for x in (q_NTHK, k_NUHK, v_NUHK))
     if isinstance(mask, Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    if q.is_cuda and not suits_block_masks(q.shape[-1], q.dtype):
+        dense = dense_mask(mask.mask_mod, q.shape[2], k.shape[2], q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=dense).transpose(1, 2)
     # Uncompiled it would form all scores.
     compiled = q.is_cuda and not torch.compiler.is_compiling()
     flex: Any = _compiled_flex_attention() if compiled else flex_attention

@@ -1,5 +1,6 @@
 """A DiT of several blocks: who sees whom, one call against many, all blocks at once against one after another."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -78,12 +79,37 @@ def test_the_same_rule_drives_masks_that_skip_blocks():
     torch.testing.assert_close(streams.attend_masked(q, k, v, mask, "sdpa"), dense, rtol=1e-5, atol=1e-6)
 
 
+A100, RTX_4090 = 166_912, 101_376  # bytes of shared memory that CUDA's guide has for compute capability 8.0 and 8.9
+
+
 @pytest.mark.parametrize(
-    ("device", "compiles", "skips"), [("cpu", True, False), ("cuda", False, False), ("cuda", True, True)]
+    ("device", "compiles", "memory", "skips"),
+    [
+        ("cpu", True, A100, False),
+        ("cuda", False, A100, False),
+        ("cuda", True, A100, True),
+        ("cuda", True, RTX_4090, False),
+    ],
 )
-def test_only_a_gpu_that_compiles_skips_what_masks_hide(device, compiles, skips, monkeypatch):
+def test_only_a_large_gpu_that_compiles_skips_what_masks_hide(device, compiles, memory, skips, monkeypatch):
     monkeypatch.setattr(streams.fusion, "gpu_compiles", lambda: compiles)
+    monkeypatch.setattr(streams, "_shared_memory", lambda _: memory)
     assert streams.takes_block_masks(torch.device(device)) == skips
+
+
+@pytest.mark.parametrize(
+    ("head_width", "dtype", "fits"),
+    [
+        (72, torch.bfloat16, True),  # of XL
+        (16, torch.float16, True),
+        (8, torch.bfloat16, False),
+        (192, torch.bfloat16, False),
+        (72, torch.float32, False),
+        (64, torch.float64, False),
+    ],
+)
+def test_heads_that_no_kernel_fits_see_by_a_dense_mask(head_width, dtype, fits):
+    assert streams.suits_block_masks(head_width, dtype) == fits
 
 
 def test_a_block_depends_on_the_clean_blocks_before_and_on_itself():
@@ -187,3 +213,30 @@ def test_weights_of_one_block_start_a_net_of_four_and_not_the_reverse():
     assert made.keys() == weights.keys() and len(notes) == 1 and "in 1 blocks, and are in 4 here" in notes[0]
     with pytest.raises(UserError, match=r"model\.blocks=4.*model\.blocks=1"):
         DiT(plain).adapted(weights, NET, list(range(5)), True)
+
+
+def test_all_ways_a_block_is_called_are_compiled(monkeypatch):
+    """Training, a held-out loss and sampling in one process: beyond its limit torch would run blocks uncompiled."""
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    net, (context, x, c_noise, second, label) = randomized(), drawn(groups=1)
+    net.compile_blocks()
+    out_t, _ = net.pair(x, x, c_noise, c_noise, second, second, label, context=context)
+    out_t.sum().backward()
+    with torch.no_grad():
+        net(x, c_noise, second, label, context=context)
+        cache = Cache()
+        for j in range(4):
+            since = context._replace(x=rows(context.x, j - 1)) if j else None
+            block = rows(x, j), c_noise[:, j], second[:, j], label, cache
+            net.next_block(*block, since)
+            out = net.next_block(*block)
+    at_once = net(x, c_noise, second, label, context=context)
+    torch.testing.assert_close(out, rows(at_once, 3), rtol=0, atol=ROUNDING)
+    assert counters["stats"]["unique_graphs"] > 8
