@@ -69,9 +69,13 @@ HAVE ?=
 wheelhouse: setup ## collect the wheels that such a machine lacks: make wheelhouse TARGET_PYTHON=3.12 HAVE=torch==2.11.0,numpy
 	$(BIN)/python -m launchers.wheelhouse --python "$(TARGET_PYTHON)" --have "$(HAVE)"
 
+# By themselves: clusters, servers and storms that wait for each other, and the GPU benchmark, which is timed.
+ALONE := tests/slurm tests/storage tests/resume/test_storm.py tests/gpu/test_runner.py tests/gpu/test_small.py
+
 test: setup ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests --ignore tests/unit $(ALONE:%=--ignore %)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ALONE)
 
 docs: setup ## build the site of docs/ and docstrings into site/; a broken link is an error
 	# Not --quiet: then --strict counts no warnings.

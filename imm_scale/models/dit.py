@@ -216,7 +216,10 @@ class DiT(BlockCausal):
         cls, config: ModelConfig, space: SampleSpace, second_time: bool, guidance: bool = False
     ) -> DiTConfig:
         if len(space.shape) != 3:
-            raise UserError(f"model.name=dit works on samples of (channels, height, width), not on {space.shape}")
+            raise UserError(
+                f"model.name=dit works on samples of (channels, height, width), not on {space.shape}: of tokens take a "
+                "view by data.space.name=onehot or bits, or use model.name=token_transformer"
+            )
         channels, height, width = space.shape
         return size_config(
             config.size,

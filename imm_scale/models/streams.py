@@ -7,6 +7,7 @@ given the blocks before, and all J of them run at once; in sampling the clean ke
 Legend: N samples, J blocks, T = J b tokens, D width, H heads, K head width, S parts of the tokens.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -21,8 +22,6 @@ from imm_scale.models.layers import Block, attend, keyed_dropout, modulate
 
 Sight = Callable[[Any, Any, Tensor, Tensor], Tensor]  # (sample, head, query, key): whether the query sees the key
 Mask = Tensor | BlockMask | None
-
-_SHARED_MEMORY = 160 << 10  # bytes a block of threads can have; cards of 99 KiB have too little for heads of 72
 
 
 class Seen(NamedTuple):
@@ -58,20 +57,31 @@ def branch_sight(block: int, tokens: int) -> Sight:
     return sees
 
 
+@cache
 def takes_block_masks(device: torch.device) -> bool:
-    """Whether attention can skip what a mask hides: compiled, on a GPU of the class of an A100. Elsewhere all masks are
-    dense."""
-    return device.type == "cuda" and _shared_memory(device) >= _SHARED_MEMORY and fusion.gpu_compiles()
+    """Whether attention skips what a mask hides, tried once: compiled on a GPU. Elsewhere all masks are dense."""
+    return device.type == "cuda" and fusion.gpu_compiles() and flex_works(device)
 
 
-def _shared_memory(device: torch.device) -> int:
-    properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", 0))  # which torch has for NVIDIA's cards alone
+def flex_works(device: torch.device) -> bool:
+    """Whether the kernel that skips what masks hide runs there, forward and back, at XL's heads, whose tiles are the
+    largest that `suits_block_masks`. Cards with 99 KiB of shared memory have too little. Warns where it does not."""
+    shapes = ((1, 2, count, 72) for count in (64, 128, 128))
+    q, k, v = (torch.ones(shape, dtype=torch.bfloat16, device=device, requires_grad=True) for shape in shapes)
+    try:
+        mask = create_block_mask(branch_sight(32, 64), None, None, 64, 128, device)
+        with torch.enable_grad():
+            _compiled_flex_attention()(q, k, v, block_mask=mask).sum().backward()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        warnings.warn(f"masks are dense: FlexAttention does not run on this {device.type} ({reason})", stacklevel=2)
+        return False
+    return True
 
 
 def suits_block_masks(head_width: int, dtype: torch.dtype) -> bool:
-    """Whether FlexAttention's kernels fit such heads: their products take 16 channels and more, and beyond 128, or in
-    fp32, tiles outgrow an A100's shared memory, and compilation fails."""
+    """Whether that kernel fits such heads: its products take 16 channels and more, and beyond 128, or in fp32, tiles
+    outgrow an A100's shared memory, and compilation fails."""
     return dtype in (torch.bfloat16, torch.float16) and 16 <= head_width <= 128
 
 

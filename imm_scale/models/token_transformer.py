@@ -40,7 +40,9 @@ class TokenModelConfig(BackboneConfig):
     causal: bool = option(False, "Each token sees those before it alone, as method.name=next_block needs.")
     block: int = option(1, "Tokens that a causal net predicts at once; 1 is plain autoregression.", range="[1, inf)")
     positions: Literal["learned", "rotary"] = option(
-        "rotary", "Positions: a learned vector each, or rotations of queries and keys by their distance."
+        "rotary",
+        "Positions: a learned vector each, or rotations of queries and keys by their distance. Where all is masked, "
+        "a net that knows distances alone cannot tell places apart: learned suits images.",
     )
     qk_norm: bool = option(False, "RMS-normalize queries and keys: steadier at high learning rates.")
     dropout: float = option(0.0, "Dropout inside the blocks, keyed by sample.", range="[0, 1)")

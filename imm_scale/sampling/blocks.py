@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,7 +90,20 @@ def prefix(config: SamplingConfig, spec: ModelSpec) -> Prefix | None:
     found = tuple(_latents(config.given).shape[1:])
     if found != tuple(spec.space.shape):
         raise UserError(f"sampling.given={config.given} holds latents of {found}, not of {tuple(spec.space.shape)}")
-    return Prefix(config.given, config.given_blocks, hashlib.sha256(storage.read_bytes(config.given)).hexdigest())
+    return Prefix(config.given, config.given_blocks, _sha256(config.given))
+
+
+def identity(config: SamplingConfig) -> dict[str, Any]:
+    """What of this tells an evaluation from another; nothing where samples are drawn as usual."""
+    steps = {} if config.block_steps is None else {"block_steps": config.block_steps}
+    return steps | ({} if config.given is None else {"given": [_sha256(config.given), config.given_blocks]})
+
+
+def _sha256(url: str) -> str:
+    try:
+        return hashlib.sha256(storage.read_bytes(url)).hexdigest()
+    except FileNotFoundError as error:
+        raise UserError(f"sampling.given={url} is not there") from error
 
 
 @lru_cache(maxsize=4)

@@ -2,8 +2,6 @@
 
 import math
 import os
-import subprocess
-import sys
 from itertools import pairwise
 
 import numpy as np
@@ -11,20 +9,18 @@ import pytest
 
 from imm_scale.data import sample_order
 from imm_scale.data.sample_order import Layout
+from tests import ranks
 from tests.unit.data.order import batch_indices
 
 PARTICLES, BATCH = 4, 4096
-SECONDS = 120  # for the four stages of one rank, start of the process included; 25 s on a quiet core
 
 
-def _child(manifest: str, rank: int, world_size: int) -> None:
-    """Starts an engine at every stage as that rank and takes a step; asserts what it holds."""
+def _child(manifest: str, rank: int, world_size: int) -> int:
+    """Starts an engine at every stage as that rank and takes a step; asserts what it holds. The number of stages."""
+    import deepspeed.runtime.zero.utils as peers
     import torch
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed.runtime.zero.utils as peers
 
     from imm_scale import build
     from imm_scale import config as configs
@@ -58,8 +54,8 @@ def _child(manifest: str, rank: int, world_size: int) -> None:
             assert shard.offset >= 0 and shard.offset + shard.numel <= math.prod(shard.shape)
             assert all(len(tensor) == shard.numel for tensor in shard.states.values())
         engine.step([batch] * layout.accumulation, 1e-3)
-        print(f"stage {stage}: {held} of {sum(sizes)} elements")
         engine.close()
+    return stage + 1
 
 
 def _share(sizes: list[int], stage: int, rank: int, world_size: int) -> int:
@@ -76,10 +72,7 @@ def _share(sizes: list[int], stage: int, rank: int, world_size: int) -> int:
 
 @pytest.mark.parametrize(("rank", "world_size"), [(5, 64), (0, 1024), (1023, 1024)])
 def test_a_rank_of_a_large_world_holds_its_share(rank, world_size, digits):
-    code = f"from tests.distributed.test_large_worlds import _child; _child({digits!r}, {rank}, {world_size})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("elements") == 4
+    assert ranks.run(_child, 1, digits, rank, world_size) == [4]
 
 
 @pytest.mark.parametrize(("world_size", "groups"), [(64, 1024), (1024, 1024), (1024, 1500), (1000, 1024)])

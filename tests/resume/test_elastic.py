@@ -14,8 +14,8 @@ from imm_scale.checkpoint.averages import initial_share
 from imm_scale.checkpoint.format import Checkpoint, folder
 from imm_scale.data.manifest import Manifest
 from imm_scale.parallel.ema import WARMUP_WIDTH, power_function_exponent
-from tests import ranks
-from tests.conftest import TINY, losses
+from tests import ranks, small_tokens
+from tests.conftest import ANY_METHOD, TINY, losses
 
 SOAK = int(os.environ.get("IMM_SOAK", "1")) > 1  # as `make soak` sets it
 World = tuple[int, int]  # ranks, ZeRO stage
@@ -94,6 +94,25 @@ def test_another_precision_and_micro_batch_go_on_as_well(digits, tmp_path, saved
     np.testing.assert_allclose(curve[:FIRST], whole[:FIRST], rtol=1e-5)
     np.testing.assert_allclose(curve, whole, rtol=1e-2)  # of the order of bf16's 8 bits
     assert np.max(np.abs(curve[FIRST:] / whole[FIRST:] - 1.0)) > 1e-5, "it did not compute in bf16"
+
+
+def test_token_nets_go_on_in_other_worlds(tmp_path):
+    """Draws and heads know of no ranks: saved by two at stage 2, gone on with by one and by three at stage 3."""
+    manifest = small_tokens.binary_digits(tmp_path / "data", last=512)
+    net = [*small_tokens.NET, "method.name=masked", "method.steps=[1,4,16]", "model.head.kind=chain"]
+    common = [*ANY_METHOD, *net, "model.head.components=3", "optimizer.eps=1e-4", f"data.manifest={manifest}"]
+
+    def argv(name: str, stage: int, max_steps: int) -> list[str]:
+        return [*common, f"zero.stage={stage}", f"train.max_steps={max_steps}", f"run.dir={tmp_path / name}"]
+
+    ranks.train_each(1, [argv("whole", 0, 6)])
+    ranks.train_each(2, [argv("one", 2, 3)])
+    shutil.copytree(tmp_path / "one", tmp_path / "three")
+    ranks.train_each(1, [argv("one", 0, 6)])
+    ranks.train_each(3, [argv("three", 3, 6)])
+    for name in ("one", "three"):
+        # fp32 sums in another order.
+        np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / "whole"), rtol=1e-5, err_msg=name)
 
 
 # --- averages ---

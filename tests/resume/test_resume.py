@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from imm_scale.checkpoint.format import COMMITTED, Checkpoint, committed_steps, folder
 from imm_scale.data.loader import Batch, Loader
 from imm_scale.data.sample_order import Layout
-from tests import ranks
+from tests import ranks, small_tokens
 from tests.conftest import ANY_METHOD, TINY, losses
 
 STEPS = 20
@@ -79,15 +80,42 @@ def test_other_methods_are_killed_and_restarted_to_the_same_bits(method, digits,
         files = blocks if method == "blocks" else [str(METHODS / f"{method}.yaml")]
         return [*files, *argv, f"data.manifest={digits}", f"run.dir={tmp_path / name}"]
 
+    _kill_and_restart(settings, tmp_path)
+
+
+TOKEN_NETS = {
+    "masked": ["method.name=masked", "method.steps=[1,4]", "model.head.kind=autoregressive", "model.dropout=0.1"],
+    "next_block": [
+        "method.name=next_block",
+        "model.causal=true",
+        "model.block=4",
+        "model.head.kind=uniform_conditioned",
+    ],
+}
+
+
+@pytest.mark.parametrize("net", TOKEN_NETS)
+def test_token_nets_are_killed_and_restarted_to_the_same_bits(net, tmp_path):
+    manifest = small_tokens.binary_digits(tmp_path / "data", last=512)
+
+    def settings(name: str) -> list[str]:
+        argv = [*ANY_METHOD, *small_tokens.NET, *TOKEN_NETS[net], f"train.max_steps={STEPS}", "zero.stage=2"]
+        return [*argv, "train.checkpoint_every=5", f"data.manifest={manifest}", f"run.dir={tmp_path / name}"]
+
+    _kill_and_restart(settings, tmp_path)
+
+
+def _kill_and_restart(settings: Callable[[str], list[str]], folder: Path) -> None:
+    """A run that is killed in the middle and goes on against one that is not, for the words of a run of a name."""
     ranks.train(2, *settings("whole"))
     started = ranks.start(ranks.command, 2, "train", *settings("killed"))
-    _wait_for_step(tmp_path / "killed", 10)
+    _wait_for_step(folder / "killed", 10)
     for process, _ in started:
         os.kill(process.pid, signal.SIGKILL)
         process.join()
     ranks.train(2, *settings("killed"))
-    _assert_same_states(tmp_path / "killed", tmp_path / "whole")
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    _assert_same_states(folder / "killed", folder / "whole")
+    assert losses(folder / "killed") == losses(folder / "whole")
 
 
 def test_sigterm_commits_and_leaves_with_75(digits, tmp_path, undisturbed):

@@ -96,7 +96,7 @@ def test_a_storm_of_sigkills(digits, tmp_path):
         life = _Life(run_dir, settings)
         moment = chance.random()
         if moment < 0.1:
-            time.sleep(chance.uniform(0.0, 3.0))  # somewhere in the start
+            time.sleep(chance.uniform(0.0, 1.0))  # somewhere in the start
         elif moment < 0.4:
             life.wait_for_a_save()
         else:

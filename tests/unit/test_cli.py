@@ -1,11 +1,15 @@
 """`imm-scale` as a whole: every command at hand at once, its help quick, its words completed."""
 
+import contextlib
 import errno
+import io
 import os
+import runpy
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +18,7 @@ import pytest
 from imm_scale import cli, shipped
 from imm_scale.commands import completion, table
 from imm_scale.commands.table import COMMANDS
+from tests import ranks
 from tests.full_disk import file_size_limit
 
 ROOT = Path(__file__).parents[2]
@@ -58,11 +63,29 @@ def test_help_is_quick():
     assert ours <= RATIO * LOADED * alone, f"{ours / alone:.1f} x `python -c pass`"
 
 
-@pytest.mark.parametrize("module", ["data_tools.pack", "data_tools.encode", "data_tools.verify", "data_tools.stats",
-                                    "launchers.submit", "launchers.sweep"])  # fmt: skip
-def test_python_m_is_the_same_command(module):
-    name = module.rpartition(".")[2]
-    assert _python("-m", module, "--help").stdout == _python("-m", "imm_scale", name, "--help").stdout
+_MODULES = (
+    "data_tools.pack", "data_tools.encode", "data_tools.verify", "data_tools.stats", "launchers.submit",
+    "launchers.sweep",
+)  # fmt: skip
+
+
+def _as_modules(each: Sequence[Sequence[str]]) -> list[tuple[int, str]]:
+    """(exit code, what is printed) of `python -m` with these words, one after the other in this process."""
+    seen = []
+    for module, *words in each:
+        sys.argv = [module, *words]
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as ended:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        seen.append((ended.value.code or 0, printed.getvalue()))
+    return seen
+
+
+def test_python_m_is_the_same_command():
+    (theirs,) = ranks.run(_as_modules, 1, [(module, "--help") for module in _MODULES])
+    (ours,) = ranks.run(_as_modules, 1, [("imm_scale", module.rpartition(".")[2], "--help") for module in _MODULES])
+    for module, (code, text), same in zip(_MODULES, theirs, ours, strict=True):
+        assert code == 0 and "example" in text and (code, text) == same, module
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -23,6 +23,7 @@ from imm_scale.registry import METHODS, METRICS
 from tests import ranks
 from tests.conftest import losses
 
+ROOT = Path(__file__).parents[2]
 PLUGIN = "plugins=[tests.points_plugin]"
 POINTS = (
     PLUGIN,
@@ -174,13 +175,11 @@ def test_a_kernel_of_its_own_is_that_of_its_formula():
 # --- bad input ---
 
 
-def _refused(*argv: str, env: dict[str, str] | None = None) -> str:
-    """What `imm-scale` says in a process of its own, where nothing is registered yet."""
-    command = [sys.executable, "-m", "imm_scale", *argv]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})})
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr
+def _refused(folder: Path, *argv: str) -> str:
+    """What `imm-scale` says in a process of its own, where nothing from outside is registered yet."""
+    code, printed = ranks.typed(folder, *argv)
+    assert code == 2 and "Traceback" not in printed, printed
+    return printed
 
 
 @pytest.mark.parametrize(
@@ -205,8 +204,7 @@ def _refused(*argv: str, env: dict[str, str] | None = None) -> str:
 )
 def test_a_plugin_that_is_none_is_named_with_what_it_lacks(source, phrases, tmp_path):
     (tmp_path / "broken.py").write_text(source)
-    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
-    message = _refused("explain", "plugins=[broken]", env={"PYTHONPATH": path})
+    message = _refused(tmp_path, "explain", "plugins=[broken]")
     assert all(phrase in message for phrase in phrases), message
 
 
@@ -228,7 +226,7 @@ def test_what_does_not_fit_together_is_refused_before_anything_starts(manifest, 
 
 def test_weights_of_an_unknown_plugin_say_how_to_give_it(runs, tmp_path):
     _done("export", runs[1], "--out", tmp_path / "points.safetensors")
-    message = _refused("sample", str(tmp_path / "points.safetensors"), "--out", str(tmp_path))
+    message = _refused(tmp_path, "sample", str(tmp_path / "points.safetensors"), "--out", str(tmp_path))
     assert "method 'denoiser'" in message and "plugins=[tests.points_plugin]" in message
 
 
@@ -251,14 +249,15 @@ def test_it_is_swept(manifest, tmp_path):
         "configs": [str(base)],
         "folder": str(tmp_path / "sweep"),
         "settings": cell,
-        "grid": {"model.width": [8, 16], "method.samples_per_time": [2, 4]},
+        "grid": {"model.width": [8, 16], "method.samples_per_time": [4]},
     }
     sweep.write_text(yaml.safe_dump(document))
-    command = [sys.executable, "-m", "imm_scale", "sweep"]
-    for args in (["submit", str(sweep), "--local", "1"], ["collect", str(sweep)]):
-        done = subprocess.run([*command, *args], capture_output=True, text=True, cwd=Path(__file__).parents[2])
-        assert done.returncode == 0, done.stderr + done.stdout
-    assert "4 of 4" in done.stdout, done.stdout
+    # Processes of their own: each has to register what the sweep's file names, and so has the one of each cell.
+    command = [sys.executable, "-m", "imm_scale", "sweep", "submit", str(sweep), "--local", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr + done.stdout
+    code, printed = ranks.typed(ROOT, "sweep", "collect", sweep)
+    assert code == 0 and "2 of 2" in printed, printed
 
 
 def test_names_that_are_taken_stay_whose_they_are():

@@ -1,13 +1,13 @@
 """docs/quickstart.md, typed as it stands: own pictures of any sizes to a trained net, a picture and a number."""
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from tests import ranks
 
 ROOT = Path(__file__).parents[2]
 # What is cut down for the test, and to what: steps of training, and samples of each measurement.
@@ -39,29 +39,30 @@ def _pictures(folder: Path) -> None:
             Image.fromarray(pixels, mode).save(folder / label / f"picture {i}.{suffix}")
 
 
+def _words(script: str) -> list[list[str]]:
+    """The words of each `imm-scale` of a script, as bash would hand them over."""
+    noting = 'imm-scale() { printf "%s\\0" "$@"; printf "\\n\\0"; }\nset -e\n'
+    done = subprocess.run(["bash", "-c", noting + script], text=True, capture_output=True, check=True)
+    assert done.stderr == ""
+    return [command.split("\0")[:-1] for command in done.stdout.split("\n\0")[:-1]]
+
+
 def test_a_newcomers_ten_minutes(tmp_path):
     _pictures(tmp_path / "my_images")
-    # The command of this checkout, whatever is installed.
-    command = f'imm-scale() {{ "{sys.executable}" -m imm_scale "$@"; }}\nset -e\n'
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        ["bash", "-c", command + _commands()],
-        cwd=tmp_path,
-        env=environment,
-        text=True,
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    printed = ""
+    commands = _words(_commands())
+    assert [words[0] for words in commands] == ["pack", "encode", "train", "train", "sample", "evaluate", "report"]
+    for words in commands:
+        code, output = ranks.typed(tmp_path, *words)
+        assert code == 0, output
+        printed += output
     sheets = sorted(path.name for path in tmp_path.glob("runs/mine/samples/*/*.png"))
     assert sheets == ["steps-1.png", "steps-2.png", "steps-4.png"]
     for sheet in tmp_path.glob("runs/mine/samples/*/*.png"):
         assert np.asarray(Image.open(sheet)).std() > 0
-    numbers = re.findall(
-        r"^frechet_latents +([124]) steps? +\d+\.\d+ \+- \d+\.\d+ +\(3 x 65 samples\)", done.stdout, re.M
-    )
+    numbers = re.findall(r"^frechet_latents +([124]) steps? +\d+\.\d+ \+- \d+\.\d+ +\(3 x 65 samples\)", printed, re.M)
     assert numbers == ["1", "2", "4"]
-    assert "features: their cov" not in done.stdout, "65 samples are enough for 64 numbers, as 500 are"
+    assert "features: their cov" not in printed, "65 samples are enough for 64 numbers, as 500 are"
     page = (tmp_path / "mine.html").read_text()
     assert page.count("data:image/png;base64,") >= 3
     assert "frechet_latents" in page

@@ -42,7 +42,9 @@ def _mathematics() -> list[str]:
 @pytest.mark.parametrize("name", _mathematics())
 def test_the_mathematics_point_to_code(name):
     home, part = name.split(".")
-    modules = [importlib.import_module(f"imm_scale.methods.{path.stem}") for path in METHODS.glob("*.py")]
+    paths = [*METHODS.rglob("*.py"), *(ROOT / "imm_scale" / "models").glob("*.py")]
+    dotted = (".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths)
+    modules = [importlib.import_module(name.removesuffix(".__init__")) for name in dotted]
     homes = [module for module in modules if module.__name__.endswith(f".{home}")]
     homes += [getattr(module, home) for module in modules if hasattr(module, home)]
     assert any(hasattr(one, part) for one in homes), f"docs/mathematics.md: {name}"

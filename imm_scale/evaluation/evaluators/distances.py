@@ -27,6 +27,7 @@ from imm_scale.evaluation.reference import Reference
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
 from imm_scale.planner.flops import forward_multiply_adds
+from imm_scale.sampling import blocks
 from imm_scale.sampling.draw import SAMPLES_PER_CALL, SamplingPlan, plan_of, sample, times_of
 from imm_scale.sampling.source import Source
 
@@ -43,6 +44,7 @@ class Distance:
         numerical_error: bound of what fp64 rounding has done.
         flops_per_image: two per multiply-add of the network and of its guide.
         guide: what guidance leads away from, in words; None is the null label.
+        block_steps: those of each block of a sample, where they have their own.
         measures: all metrics, {name: {value, error, values}}.
     """
 
@@ -69,6 +71,7 @@ class Distance:
     precision: str
     compile: bool
     guide: str | None = None
+    block_steps: str | None = None
 
 
 def check_reference(config: Config) -> None:
@@ -167,6 +170,7 @@ class DistanceEvaluator(Evaluator):
             "metrics": list(evaluation.metrics),
             "compared": evaluation.compared,
             **({} if guide is None else {"guide": guide.weights_id}),
+            **blocks.identity(sampling),
         }
 
     def _provenance(self) -> dict[str, Any]:
@@ -255,6 +259,7 @@ class DistanceEvaluator(Evaluator):
             precision=plan.precision,
             compile=plan.compile,
             guide=None if guide is None else guide.text,
+            block_steps=self.config.sampling.block_steps,
         )
 
     def _flops(self, plan: SamplingPlan, times: Tensor) -> int:

@@ -51,10 +51,10 @@ class NextBlock(Method):
 
     def check(self, net: TokenNet, sampler: str, times: Tensor) -> None:
         block, steps = net.model.config.block, len(times) - 1
-        if steps * block != net.length:
+        needed = -(-net.length // block)  # the last block may be cut
+        if steps != needed:
             raise UserError(
-                f"{steps} steps: this net draws {net.length} tokens in blocks of model.block={block}; use "
-                f"{-(-net.length // block)}"
+                f"{steps} steps: this net draws {net.length} tokens in blocks of model.block={block}; use {needed}"
             )
 
     def sample(self, net: TokenNet, start: Tensor, condition: Tensor, steps: Steps) -> Tensor:
