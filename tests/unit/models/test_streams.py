@@ -1,5 +1,6 @@
 """A DiT of several blocks: who sees whom, one call against many, all blocks at once against one after another."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -116,6 +117,21 @@ def test_block_masks_are_made_once_where_they_are_taken(monkeypatch):
         assert torch.equal(
             mask.mask_mod(None, None, *torch.meshgrid(*map(torch.arange, dense.shape), indexing="ij")), dense
         )
+
+
+@pytest.mark.parametrize(
+    ("head_width", "dtype", "fits"),
+    [
+        (72, torch.bfloat16, True),  # of XL
+        (16, torch.float16, True),
+        (8, torch.bfloat16, False),
+        (192, torch.bfloat16, False),
+        (72, torch.float32, False),
+        (64, torch.float64, False),
+    ],
+)
+def test_heads_that_no_kernel_fits_see_by_a_dense_mask(head_width, dtype, fits):
+    assert streams.suits_block_masks(head_width, dtype) == fits
 
 
 def test_a_block_depends_on_the_clean_blocks_before_and_on_itself():
@@ -271,3 +287,31 @@ def test_compiled_blocks_of_streams_share_graphs_and_give_the_same_result():
 def test_another_attention_kernel_is_said_not_to_serve_masks():
     assert any("model.blocks=4" in said for said in ModelConfig(attention="xformers", blocks=4).cautions(False))
     assert ModelConfig(blocks=4).cautions(True) == []
+
+
+def _call_in_all_ways() -> None:
+    net, (context, x, c_noise, second, label) = randomized(), drawn(groups=1)
+    net.compile_blocks()
+    out_t, _ = net.pair(x, x, c_noise, c_noise, second, second, label, context=context)
+    out_t.sum().backward()
+    with torch.no_grad():
+        at_once, cache = net(x, c_noise, second, label, context=context), Cache()
+        for j in range(4):
+            since = context._replace(x=rows(context.x, j - 1)) if j else None
+            block = rows(x, j), c_noise[:, j], second[:, j], label, cache
+            for given in (since, None):  # the first call of a block carries the one before it
+                out = net.next_block(*block, given)
+            torch.testing.assert_close(out, rows(at_once, j), rtol=0, atol=ROUNDING)
+
+
+def test_all_ways_a_block_is_called_are_compiled(monkeypatch):
+    """Training, a held-out loss and sampling in one process: beyond its limit torch would run blocks uncompiled."""
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        _call_in_all_ways()
+    assert counters["stats"]["unique_graphs"] > 8
