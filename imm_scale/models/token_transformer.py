@@ -39,10 +39,10 @@ class TokenModelConfig(BackboneConfig):
     mlp_ratio: float = option(4.0, "Hidden width of the MLP over the width.", range="(0, inf)")
     causal: bool = option(False, "Each token sees those before it alone, as method.name=next_block needs.")
     block: int = option(1, "Tokens that a causal net predicts at once; 1 is plain autoregression.", range="[1, inf)")
-    positions: Literal["learned", "rotary"] = option(
-        "rotary",
-        "Positions: a learned vector each, or rotations of queries and keys by their distance. Where all is masked, "
-        "a net that knows distances alone cannot tell places apart: learned suits images.",
+    positions: Literal["auto", "learned", "rotary"] = option(
+        "auto",
+        "Positions: a learned vector each, or rotations of queries and keys by their distance, for which masks alone "
+        "are all alike. auto: learned for tokens of images, rotary for others.",
     )
     qk_norm: bool = option(False, "RMS-normalize queries and keys: steadier at high learning rates.")
     dropout: float = option(0.0, "Dropout inside the blocks, keyed by sample.", range="[0, 1)")
@@ -66,13 +66,15 @@ class TokenModelConfig(BackboneConfig):
         self.head.validate()
         self.architecture(length=self.block, vocabulary=2, num_classes=1)
 
-    def architecture(self, **of_the_data: int) -> "TokenArchitecture":
+    def architecture(self, of_images: bool = False, **of_the_data: int) -> "TokenArchitecture":
         """The net for tokens of a length, vocabulary and number of classes. Raises UserError where keys do not fit."""
         width, depth, heads = SIZES[self.size]
         given = {key: value for key in ("width", "depth", "heads") if (value := getattr(self, key)) is not None}
-        shared = ("mlp_ratio", "causal", "block", "positions", "qk_norm", "dropout", "attention", "head")
+        shared = ("mlp_ratio", "causal", "block", "qk_norm", "dropout", "attention", "head")
+        chosen = "learned" if of_images else "rotary"
+        positions = chosen if self.positions == "auto" else self.positions
         numbers: dict[str, Any] = {"width": width, "depth": depth, "heads": heads, **given, **of_the_data}
-        return TokenArchitecture(**numbers, **{key: getattr(self, key) for key in shared})
+        return TokenArchitecture(**numbers, positions=positions, **{key: getattr(self, key) for key in shared})
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,9 @@ class TokenTransformer(Backbone):
             )
         if second_time:
             raise UserError("model.name=token_transformer is told no times: use method.name=masked or next_block")
-        return config.architecture(length=space.shape[0], vocabulary=vocabulary, num_classes=space.num_classes)
+        return config.architecture(
+            space.image_size is not None, length=space.shape[0], vocabulary=vocabulary, num_classes=space.num_classes
+        )
 
     def __init__(self, config: TokenArchitecture):
         super().__init__()

@@ -29,6 +29,7 @@ NETS = {
         "model.head.kind=mixture",
         "model.head.components=3",
         "model.qk_norm=true",
+        "model.positions=rotary",
     ],
 }
 

@@ -1,14 +1,19 @@
 """The transformer over tokens: what sees what, where positions come from, and what changes nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from imm_scale import rng
+from imm_scale.data.manifest import Manifest
+from imm_scale.data.tokens.spaces import Tokens, TokensConfig
 from imm_scale.errors import UserError
 from imm_scale.models import token_layers
 from imm_scale.models.heads import HeadConfig
 from imm_scale.models.token_layers import TokenAttention, rotary_angles, rotated
 from imm_scale.models.token_transformer import TokenModelConfig, TokenTransformer
+from tests import small_tokens
 from tests.unit.methods.tokens import toy
 from tests.unit.models.heads.laws import KINDS
 
@@ -172,6 +177,19 @@ def test_a_new_net_predicts_near_the_uniform_law():
 def test_settings_that_do_not_fit_are_refused(settings, said):
     with pytest.raises(UserError, match=said):
         TokenModelConfig(**settings).validate()
+
+
+def test_positions_are_learned_where_places_differ(tmp_path):
+    """Digits in 500 steps of a small masked net: 26.3 nats a held-out image by distances alone, 19.9 by places."""
+    config, images = TokenModelConfig(), Manifest.load(small_tokens.binary_digits(tmp_path, last=10))
+    texts = replace(images, codec=replace(images.codec, tokenizer="bytes", image_shape=None))
+    chosen = {}
+    for name, manifest in (("images", images), ("texts", texts)):
+        space = Tokens.of(TokensConfig(), manifest)
+        chosen[name] = TokenTransformer.architecture(config, space, second_time=False).positions
+        fixed = replace(config, positions="rotary")
+        assert TokenTransformer.architecture(fixed, space, second_time=False).positions == "rotary"
+    assert chosen == {"images": "learned", "texts": "rotary"}
 
 
 def test_a_block_longer_than_the_sequence_is_refused():
