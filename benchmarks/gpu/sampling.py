@@ -86,9 +86,9 @@ def _measure(context: Context, report: Report, budget: Budget, size: str) -> Non
 
 
 def _rate(context: Context, report: Report, model: Model, name: str, plan: SamplingPlan) -> float:
-    error = demo.error_against_fp64(model.net, model.spec, plan, model.exact[plan.steps])
+    error = demo.error_against_fp64(model.flow_map, model.spec, plan, model.exact[plan.steps])
     report.figure(f"{name}, {plan.steps} steps: error against fp64", error.mean)
-    drawer = Drawer(model.net, model.spec, plan)
+    drawer = Drawer(model.flow_map, model.spec, plan)
     (seconds,) = Stopwatch(context, _ROUNDS, warm_ups=1).medians(lambda: drawer.draw(0, plan.num))
     report.figure(f"{name}, {plan.steps} steps", plan.num / seconds, "images/s")
     return plan.num / seconds

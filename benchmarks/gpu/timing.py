@@ -113,3 +113,13 @@ def part(report: Report, name: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         report.skip(name, f"too little memory: {str(error).partition('. GPU')[0]}")
+
+
+def extra_memory(action: Action, device: torch.device) -> int:
+    """Bytes that a GPU's allocator hands out at most while an action runs, beyond those there were."""
+    wait(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    action()
+    wait(device)
+    return torch.cuda.max_memory_allocated(device) - before

@@ -47,6 +47,7 @@ def read_evaluation(url: str) -> dict[str, Any]:
     document = _from_1(document) if document["schema_version"] == 1 else document
     # Before there was a choice the net was drawn from in fp32, not compiled, and guided by the null label.
     results = [{"precision": "fp32", "compile": False, "guide": None, **result} for result in document["results"]]
+    results = [{**_axes(document, result), **result} for result in results]
     for result in results:
         if len(result.get("seeds", (0, 0))) == 1:
             result["std"] = None  # which files said to be 0
@@ -73,6 +74,17 @@ def arithmetic(result: Mapping[str, Any]) -> str:
 def guidance(result: Mapping[str, Any]) -> str:
     """Scale of the guidance of a result, and what it leads away from unless that is the null label: "2 by small"."""
     return f"{result['guidance_scale']:g}" + (f" by {result['guide']}" if result.get("guide") else "")
+
+
+def axes(sequence: float | None, passes: float | None, multiply_adds: int | None) -> dict[str, Any]:
+    """What a result says of its cost: passes along the sequence, each so often refined, all of them, and their work."""
+    refinement = None if passes is None or not sequence else passes / sequence
+    return {
+        "sequence_passes": sequence,
+        "refinement_passes": refinement,
+        "passes": passes,
+        "multiply_adds": multiply_adds,
+    }
 
 
 # --- what a result may be held against ---
@@ -148,6 +160,18 @@ def samples(result: Mapping[str, Any]) -> str:
 
 
 # --- older versions ---
+
+
+def _axes(document: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+    """Passes and work of a result that does not say them: then samples had one block, and causal nets no other pass.
+
+    The FLOPs of tokens were those of whole passes, which a net that keeps keys and values does not run.
+    """
+    passes, flops = result.get("function_evaluations"), result.get("flops_per_image")
+    is_tokens = (document.get("extractor") or {}).get("kind") == "tokens"
+    sequence = passes if result.get("sampler") in ("blocks", "verified") else 1
+    known = None if is_tokens or flops is None else flops // 2
+    return axes(sequence, passes, known)
 
 
 def _from_1(document: dict[str, Any]) -> dict[str, Any]:

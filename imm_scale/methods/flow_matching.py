@@ -9,7 +9,7 @@ from imm_scale.choices import option
 from imm_scale.data.batch import Batch
 from imm_scale.fusion import fused
 from imm_scale.methods.base import FlowMapMethod, GroupLosses, prior_noise
-from imm_scale.methods.flow_map import FlowMap, Given, exact_target, mean_of_blocks, per_sample
+from imm_scale.methods.flow_map import FlowMap, Given, by_block, exact_target, mean_of_blocks, per_sample
 from imm_scale.methods.in_blocks import draws as block_draws
 from imm_scale.methods.one_time import OneTimeConfig
 from imm_scale.methods.probability_path import diffuse
@@ -34,8 +34,10 @@ class FlowMatching(FlowMapMethod):
     def loss(self, net: FlowMap, batch: Batch, seed: int) -> GroupLosses:
         x_t, target, t, label, dropout_key, given = self.draw(net, batch.x, batch.condition, batch.ordinal, seed)
         out = net.average(x_t, t, t, label, dropout_key, given=given)
-        # Blocks are of one size, so the mean over all elements is the mean over blocks.
-        return GroupLosses(_mean_square(out, target, t), mean_of_blocks(t.flatten(), net.blocks))
+        out, target = by_block(out, net.blocks), by_block(target, net.blocks)
+        loss = _mean_square(out, target, t.flatten())
+        whole, t = (mean_of_blocks(values, net.blocks) for values in (loss, t.flatten()))
+        return GroupLosses(whole, t, block_draws.by_place(loss, net.blocks))
 
     def draw_times(self, group: Tensor, seed: int) -> Tensor:
         """t of each group, fp64, shape (G,)."""

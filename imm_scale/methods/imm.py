@@ -109,7 +109,8 @@ class InductiveMomentMatching(FlowMapMethod):
         draws = self.draw(net, batch.x, batch.condition, batch.ordinal, seed)
         y_t, y_r = net.pair(*draws)
         loss = self.discrepancy(net, y_t, y_r, draws.s.flatten(), draws.t.flatten())
-        return GroupLosses(mean_of_blocks(loss, net.blocks), mean_of_blocks(draws.t.flatten(), net.blocks))
+        whole, t = (mean_of_blocks(values, net.blocks) for values in (loss, draws.t.flatten()))
+        return GroupLosses(whole, t, block_draws.by_place(loss, net.blocks))
 
     def draw_times(self, flow_map: FlowMap, group: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """(s, r, t) of each group, fp64, shape (G,)."""

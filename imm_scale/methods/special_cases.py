@@ -37,6 +37,13 @@ class ConsistencyConfig(ImmConfig):
 class GmmnConfig(ImmConfig):
     name: str = option("gmmn", "")
 
+    @property
+    def why_not_blocks(self) -> str:
+        return (
+            "one jump from noise matches what the blocks of a group have in common, and their contexts differ: without "
+            "a time close by nothing ties a block to its own"
+        )
+
     def check_sampler(self, sampler: str, steps: Sequence[int]) -> None:
         if max(steps, default=1) > 1:
             raise UserError(

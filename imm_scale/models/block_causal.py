@@ -28,8 +28,20 @@ class Cache:
         return self.layers[layer] if self.layers else None
 
 
+# Of one block's code: training's with its last block, the same without gradient for a held-out loss, and sampling's
+# with and without clean tokens, kept ones, and kept ones of any number: 10, where torch by itself stops at 8.
+_GRAPHS = 24
+
+
 class BlockCausal(Backbone):
     """What such a net adds to its parts: tokens, conditions, blocks made of `StreamBlock`, and the way back."""
+
+    def compile_blocks(self) -> None:
+        """As in the base, with room for the graphs of all the ways a block is called."""
+        import torch._dynamo  # takes a second, which nets that are not compiled are spared
+
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
+        super().compile_blocks()
 
     @abstractmethod
     def tokens_of(self, x: Tensor, first: int = 0) -> Tensor:
@@ -151,5 +163,6 @@ class BlockCausal(Backbone):
             given = both, of_clean[0] if of_clean else None, condition[:, None], size, masks, cache.past(layer)
             both, seen, _ = block(*given)
             layers.append(seen)
-        cache.blocks, cache.layers = known + new, layers
+        # Of no block nothing is kept: tensors without tokens would be one more shape to compile for.
+        cache.blocks, cache.layers = known + new, layers if known + new else []
         return self.image_of(both[:, new * size :], condition)

@@ -59,13 +59,15 @@ def branch_sight(block: int, tokens: int) -> Sight:
 
 @cache
 def takes_block_masks(device: torch.device) -> bool:
-    """Whether attention skips what a mask hides, tried once: compiled on a GPU. Elsewhere masks are dense."""
+    """Whether attention skips what a mask hides, tried once: compiled on a GPU. Elsewhere all masks are dense."""
     return device.type == "cuda" and fusion.gpu_compiles() and flex_works(device)
 
 
 def flex_works(device: torch.device) -> bool:
-    """Whether the kernel that skips what masks hide runs there, forward and back. Warns where it does not."""
-    q, k, v = (torch.ones(1, 2, count, 72, device=device, requires_grad=True) for count in (64, 128, 128))
+    """Whether the kernel that skips what masks hide runs there, forward and back, at XL's heads, whose tiles are the
+    largest that `suits_block_masks`. Cards with 99 KiB of shared memory have too little. Warns where it does not."""
+    shapes = ((1, 2, count, 72) for count in (64, 128, 128))
+    q, k, v = (torch.ones(shape, dtype=torch.bfloat16, device=device, requires_grad=True) for shape in shapes)
     try:
         mask = create_block_mask(branch_sight(32, 64), None, None, 64, 128, device)
         with torch.enable_grad():
@@ -77,9 +79,20 @@ def flex_works(device: torch.device) -> bool:
     return True
 
 
+def suits_block_masks(head_width: int, dtype: torch.dtype) -> bool:
+    """Whether that kernel fits such heads: its products take 16 channels and more, and beyond 128, or in fp32, tiles
+    outgrow an A100's shared memory, and compilation fails."""
+    return dtype in (torch.bfloat16, torch.float16) and 16 <= head_width <= 128
+
+
 def _mask(sight: Sight, queries: int, keys: int, device: torch.device) -> Tensor | BlockMask:
     if takes_block_masks(device):
         return create_block_mask(sight, None, None, queries, keys, device)
+    return dense_mask(sight, queries, keys, device)
+
+
+def dense_mask(sight: Sight, queries: int, keys: int, device: torch.device) -> Tensor:
+    """bool (queries, keys): what each query sees."""
     places = (torch.arange(count, device=device) for count in (queries, keys))
     query, key = torch.meshgrid(*places, indexing="ij")
     return sight(None, None, query, key)
@@ -121,6 +134,9 @@ def attend_masked(q_NTHK: Tensor, k_NUHK: Tensor, v_NUHK: Tensor, mask: Mask, at
     q, k, v = (x.transpose(1, 2) for x in (q_NTHK, k_NUHK, v_NUHK))
     if isinstance(mask, Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    if q.is_cuda and not suits_block_masks(q.shape[-1], q.dtype):
+        dense = dense_mask(mask.mask_mod, q.shape[2], k.shape[2], q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=dense).transpose(1, 2)
     # Uncompiled it would form all scores.
     compiled = q.is_cuda and not torch.compiler.is_compiling()
     flex: Any = _compiled_flex_attention() if compiled else flex_attention

@@ -85,6 +85,25 @@ def stream_multiply_adds(net: Architecture) -> StreamCosts:
     return StreamCosts(one - branch - of_clean, branch - of_branch)
 
 
+class TokenCosts(NamedTuple):
+    """Multiply-adds of a token net on one sequence of T tokens.
+
+    Attributes:
+        states: of all positions.
+        head: of a law of all T tokens; of a causal net, of T laws, one for the block after each place.
+    """
+
+    states: int
+    head: int
+
+
+@cache
+def token_multiply_adds(net: Architecture) -> TokenCosts:
+    """Of the states, and of the head beside them. Raises UserError."""
+    states = _counted(net, lambda model, example: model(*example[:2]))
+    return TokenCosts(states, forward_multiply_adds(net) - states)
+
+
 def _counted(net: Architecture, run: Callable[[Any, tuple[Any, ...]], Any]) -> int:
     """Multiply-adds of what `run` does with the net and its example of one sample."""
     model = on_meta(net)

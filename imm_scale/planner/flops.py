@@ -7,7 +7,7 @@ from torch import nn
 
 from imm_scale.choices import MethodConfig, Passes
 from imm_scale.models.base import Architecture
-from imm_scale.planner.counting import forward_multiply_adds, on_meta, stream_multiply_adds
+from imm_scale.planner.counting import forward_multiply_adds, on_meta, stream_multiply_adds, token_multiply_adds
 
 __all__ = [
     "Parameters",
@@ -17,6 +17,7 @@ __all__ = [
     "spared",
     "step_passes",
     "stream_multiply_adds",
+    "token_multiply_adds",
     "training_multiply_adds",
     "wire",
 ]

@@ -92,8 +92,12 @@ class SamplingPlan:
     def function_evaluations(self, times: Tensor) -> int:
         """Calls of the network, and its guide, one after another per image, along (steps + 1,) times in every block."""
         of_blocks = blocks.grids(self.block_times) or [times] * self.blocks
-        first = 0 if self.given is None else self.given.blocks
-        return sum(map(self._calls, of_blocks[first:]))
+        return sum(map(self._calls, of_blocks[self.blocks - self.sequence_passes :]))
+
+    @property
+    def sequence_passes(self) -> int:
+        """Blocks that are drawn, one after another."""
+        return self.blocks - (0 if self.given is None else self.given.blocks)
 
     def _calls(self, times: Tensor) -> int:
         calls = [1 if self.tells_guidance or self.guidance.at(t) == 1.0 else 2 for t in times[:-1]]

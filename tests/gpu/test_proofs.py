@@ -1,5 +1,6 @@
 """The proofs notice what they are for: each is given a defect of its kind."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.gpu import branches, conditioning, draws, memory, stages
+from benchmarks.gpu import branches, conditioning, draws, heads, memory, stages, streams
 from benchmarks.gpu.report import Context, Report
 from imm_scale import rng
 from imm_scale.data.loader import Batch
-from imm_scale.models import fp32_linear, layers
+from imm_scale.models import block_causal, fp32_linear, layers
+from imm_scale.models.heads import unembedding
 from imm_scale.parallel.deepspeed_engine import Engine, StepResult
 from tests import ranks
 
@@ -88,6 +90,17 @@ def test_a_block_that_is_compiled_again_and_again_is_noticed(failing, monkeypatc
 
     monkeypatch.setattr(layers.Mlp, "forward", forward)
     assert "bf16, compiled: graphs after the second step" in failing(branches.run)
+
+
+def test_logits_in_16_bits_are_noticed(failing, monkeypatch):
+    monkeypatch.setattr(unembedding, "without_autocast", lambda _: contextlib.nullcontext())
+    failures = failing(lambda context, report: heads.prove(context, report, "factorized"))
+    assert failures[0].startswith("factorized, bf16: ") and len(failures) >= 1
+
+
+def test_a_block_that_is_not_kept_is_noticed(failing, monkeypatch):
+    monkeypatch.setattr(block_causal.Cache, "past", lambda cache, layer: None)
+    assert len(failing(streams.prove_sampling)) == 2
 
 
 # Engines have a process of their own each, where what is changed stays.

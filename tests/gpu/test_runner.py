@@ -179,6 +179,8 @@ def test_the_sections_fit_into_eight_minutes_and_proofs_come_first(capsys):
         "conditioning",
         "branches",
         "tangent",
+        "heads",
+        "streams",
         "stages",
         "overflow",
         "memory",

@@ -136,10 +136,18 @@ def describe(result: Mapping[str, Any]) -> str:
     computed = f", {arithmetic(result)}" if arithmetic(result) else ""
     lines = [
         f"{result['metric']}  {steps:>9}  {with_error(result['mean'], error_of(result))}"
-        f"  ({samples(result)} samples{guided}{computed})"
+        f"  ({samples(result)} samples{guided}{computed}{_cost(result)})"
     ]
     for name, one in result.get("measures", {}).items():
         if name != result["metric"]:
             error = error_of(one)
             lines.append(f"  {name}  {one['value']:.4g}" + ("" if error is None else f" +- {error:.2g}"))
     return "\n".join(lines)
+
+
+def _cost(result: Mapping[str, Any]) -> str:
+    """Passes along the sequence, how often each is refined, and the work of a sample; "" where a file does not say."""
+    if result.get("multiply_adds") is None:
+        return ""
+    sequence, refinement = result["sequence_passes"], result["refinement_passes"]
+    return f", {sequence:.4g} x {refinement:.4g} passes, {result['multiply_adds']:.3g} multiply-adds"

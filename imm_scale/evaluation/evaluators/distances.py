@@ -42,7 +42,10 @@ class Distance:
             the jackknife of the one seed there is.
         count: samples per seed (also `num`); times: the grid itself.
         numerical_error: bound of what fp64 rounding has done.
-        flops_per_image: two per multiply-add of the network and of its guide.
+        sequence_passes: blocks of a sample, one after another; refinement_passes: calls of the network for each, mean
+            over blocks; passes: their product, all calls one after another.
+        multiply_adds: per sample, of the network and of its guide.
+        flops_per_image: two per multiply-add.
         guide: what guidance leads away from, in words; None is the null label.
         block_steps: those of each block of a sample, where they have their own.
         measures: all metrics, {name: {value, error, values}}.
@@ -65,6 +68,10 @@ class Distance:
     error_kind: str
     count: int
     numerical_error: float
+    sequence_passes: int
+    refinement_passes: float
+    passes: int
+    multiply_adds: int
     flops_per_image: int
     seconds: float
     measures: dict[str, dict[str, Any]]
@@ -234,11 +241,12 @@ class DistanceEvaluator(Evaluator):
         name = measures.named("frechet", self.extractor)
         summaries = {key: _summary([one[key] for one in by_seed]) for key in by_seed[0]}
         distance = summaries[name]
-        guide = self.model.guide_of(plan)
+        guide, passes = self.model.guide_of(plan), plan.function_evaluations(times)
+        multiply_adds = self._multiply_adds(plan, times)
         return Distance(
             metric=name,
             steps=plan.steps,
-            function_evaluations=plan.function_evaluations(times),
+            function_evaluations=passes,
             sampler=plan.sampler,
             grid=plan.grid,
             times=tuple(times.tolist()),
@@ -253,7 +261,11 @@ class DistanceEvaluator(Evaluator):
             error_kind=f"standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else "jackknife over samples",
             count=plan.num,
             numerical_error=max(one[name].numerical_error or 0.0 for one in by_seed),
-            flops_per_image=self._flops(plan, times),
+            sequence_passes=plan.sequence_passes,
+            refinement_passes=passes / plan.sequence_passes,
+            passes=passes,
+            multiply_adds=multiply_adds,
+            flops_per_image=2 * multiply_adds,
             seconds=seconds,
             measures=summaries,
             precision=plan.precision,
@@ -262,12 +274,12 @@ class DistanceEvaluator(Evaluator):
             block_steps=self.config.sampling.block_steps,
         )
 
-    def _flops(self, plan: SamplingPlan, times: Tensor) -> int:
-        """Per image, those of the guide by its own net."""
+    def _multiply_adds(self, plan: SamplingPlan, times: Tensor) -> int:
+        """Per sample, those of the guide by its own net."""
         guide, of_guide = self.model.guide_of(plan), plan.guide_forwards(times)
         own = forward_multiply_adds(self.model.spec.net)
         other = own if guide is None else forward_multiply_adds(guide.spec.net)
-        return round(2 * (own * (plan.forwards(times) - of_guide) + other * of_guide))
+        return round(own * (plan.forwards(times) - of_guide) + other * of_guide)
 
 
 def _summary(by_seed: Sequence[Measure]) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from imm_scale.checkpoint import export
 from imm_scale.config.schema import Config, EvaluationConfig, SamplingConfig
 from imm_scale.errors import UserError
 from imm_scale.evaluation.evaluators.base import Announce, Evaluator
-from imm_scale.evaluation.records import FOLDER, SCHEMA_VERSION
-from imm_scale.evaluation.tokens import brier, estimates, held_out, likelihood, scoring
+from imm_scale.evaluation.records import FOLDER, SCHEMA_VERSION, axes
+from imm_scale.evaluation.tokens import brier, estimates, held_out, likelihood, scoring, work
 from imm_scale.evaluation.tokens.estimates import Estimate
 from imm_scale.evaluation.tokens.held_out import HeldOutTokens
 from imm_scale.evaluation.tokens.profile import Profile, Scores, alarm, schedule_costs
@@ -169,7 +169,7 @@ class TokenEvaluator(Evaluator):
         plan = self._plan(sampling, steps)
         nll: Estimate | None = None
         measures: Measures = {}
-        passes: float = steps
+        passes: float = plan.function_evaluations(times_of(self.model.spec, plan))
         if isinstance(self.method, MaskedDiffusion) and plan.order != "confidence":
             nll, measures = self._of_masked(plan)
         elif isinstance(self.method, NextBlock):
@@ -252,8 +252,22 @@ class TokenEvaluator(Evaluator):
             **{f"brier_{window}": _measure(score) for window, score in scores.items()},
         }
 
+    def _cost(self, plan: SamplingPlan, passes: float) -> dict[str, Any]:
+        """A causal net goes along the sequence, all others refine the whole of it."""
+        net, length = self.model.spec.net, self.model.spec.space.length
+        if isinstance(self.method, MaskedDiffusion):
+            return axes(1, passes, work.of_masked(net, plan.steps, plan.order == "confidence"))
+        if isinstance(self.method, NextBlock):
+            block = self.model.net.model.config.block
+            is_plain = plan.sampler == "blocks"
+            spent = work.of_blocks(net, block) if is_plain else work.of_verified(net, length, block, passes)
+            return axes(passes, passes, spent)
+        forwards = plan.forwards(times_of(self.model.spec, plan))
+        return axes(plan.sequence_passes, passes, round(forwards * forward_multiply_adds(net)))
+
     def _described(self, plan: SamplingPlan, measures: Measures, passes: float, seconds: float) -> dict[str, Any]:
         metric, first = next(iter(measures.items()))
+        cost = self._cost(plan, passes)
         count = len(self.held_out.ids_NT)
         return {
             "metric": metric,
@@ -274,7 +288,8 @@ class TokenEvaluator(Evaluator):
             "error_kind": "standard error over held-out samples",
             "count": count,
             "numerical_error": 0.0,
-            "flops_per_image": round(2 * forward_multiply_adds(self.model.spec.net) * passes),
+            **cost,
+            "flops_per_image": 2 * cost["multiply_adds"],
             "seconds": seconds,
             "measures": measures,
             "precision": plan.precision,

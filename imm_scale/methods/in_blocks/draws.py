@@ -37,6 +37,13 @@ def given(flow_map: FlowMap, x: Tensor, ordinal: Tensor, group_G: Tensor, seed: 
     return Given(diffuse(flow_map.interp, x, eps, per_sample(t, x)), t)
 
 
+def by_place(loss: Tensor, blocks: int) -> dict[str, Tensor]:
+    """Losses (G J,) of blocks by their place in the sample, {loss_block_1: (G,), ...}; nothing where J is 1."""
+    if blocks == 1:
+        return {}
+    return {f"loss_block_{j + 1}": part for j, part in enumerate(loss.detach().view(-1, blocks).unbind(dim=1))}
+
+
 def check(name: str, why_not: str, context_noise: float, backbone: Backbone) -> None:
     """Raises UserError for a method that cannot train such a backbone's blocks, and for noise on what nobody is given.
 

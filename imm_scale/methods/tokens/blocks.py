@@ -39,17 +39,19 @@ def blocks(net: TokenNet, start: Tensor, label: Tensor, steps: Steps) -> Tensor:
     assert steps.uniform is not None, "tokens are drawn by uniforms"
     model: Any = net.model
     size, length = model.config.block, net.length
-    x, at = start.clone(), known_prefix(net, start)
+    x, at, rows = start.clone(), known_prefix(net, start), torch.arange(len(start), device=start.device)
     cache = model.empty_cache(len(x))
-    h = _read_prompt(net, x, label, cache)[torch.arange(len(x), device=x.device), at.clamp_max(length - 1)]
+    h = _read_prompt(net, x, label, cache)[rows, at.clamp_max(length - 1)]
     uniforms = steps.uniform(0, 2 * length).unflatten(1, (length, 2))
-    while bool((at < length).any()):
+    rounds = -(-(length - int(at.min())) // size)  # asked for once: each answer waits for the device
+    for left in reversed(range(rounds)):
         place = at[:, None] + torch.arange(size, device=x.device)
         wanted = place < length
         inside = place.clamp_max(length - 1)
-        drawn = model.head.sample(model.states_ahead(h), wanted, uniforms[torch.arange(len(x))[:, None], inside])
+        drawn = model.head.sample(model.states_ahead(h), wanted, uniforms[rows[:, None], inside])
         x = _put(x, place, drawn, wanted)
-        h = _advance(net, x, at, size, label, cache)
+        if left:
+            h = _advance(net, x, at, size, label, cache)
         at = (at + size).clamp_max(length)
     return x
 

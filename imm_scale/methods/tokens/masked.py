@@ -130,12 +130,8 @@ class MaskedDiffusion(Method):
     def _counts_of_steps(self, ordinal: Tensor, length: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """(visible before, visible after, L) (N,) of a step of a sampler, both drawn for each sample."""
         u = rng.uniform(seed, "times", ordinal, 2)
-        kinds = [masking.visible_counts(self.config.grid, steps, length) for steps in self.config.steps]
-        table = torch.full((len(kinds), max(map(len, kinds))), length)
-        for row, counts in zip(table, kinds, strict=True):
-            row[: len(counts)] = counts
-        which = (u[:, 0] * len(kinds)).long()
-        steps = torch.tensor(self.config.steps, device=ordinal.device)[which]
+        table, numbers = masking.step_table(self.config.grid, tuple(self.config.steps), length, ordinal.device)
+        which = (u[:, 0] * len(numbers)).long()
+        steps = numbers[which]
         step = (u[:, 1] * steps).long()
-        table = table.to(ordinal.device)
         return table[which, step], table[which, step + 1], steps.double()

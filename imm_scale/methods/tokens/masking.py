@@ -3,10 +3,11 @@
 Token i of a sample has u^i ~ U(0, 1), and is masked at time t where u^i < t; so masks of all times are nested, and
 n tokens are visible at t = 1 - n / T: those of the n largest u.
 
-Legend: N samples, T tokens, L steps.
+Legend: N samples, T tokens, L steps, S samplers.
 """
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -59,6 +60,15 @@ def _listed(kind: str, steps: int, length: int) -> Tensor:
             f"grid={kind}: {len(sizes)} steps that draw {sum(sizes)} tokens, where {steps} steps have to draw {length}"
         )
     return torch.tensor([0, *sizes]).cumsum(0)
+
+
+@cache  # copied to a device once: each copy would wait for it
+def step_table(kind: str, steps: tuple[int, ...], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`visible_counts` of samplers of so many steps, (S, L + 1) padded with the length, and their steps (S,)."""
+    table = torch.full((len(steps), max(steps) + 1), length)
+    for row, number in zip(table, steps, strict=True):
+        row[: number + 1] = visible_counts(kind, number, length)
+    return table.to(device), torch.tensor(steps, device=device)
 
 
 def counts_at(times: Tensor, length: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 
@@ -26,3 +27,34 @@ def test_a_damaged_evaluation_is_named(data, tmp_path):
     (tmp_path / "evaluations" / "step-00000003-abc.json").write_bytes(data)
     with pytest.raises(UserError, match=r"step-00000003-abc\.json is no evaluation, or damaged: remove it"):
         read_evaluations(str(tmp_path))
+
+
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "version_1" / "run"
+OF_TOKENS = {"extractor": {"kind": "tokens"}}
+
+
+def test_older_files_are_read_as_if_they_stated_passes_and_work():
+    """One step of the run of version 0.1, and two; its net has 70,144 multiply-adds a pass."""
+    first, second = (one["results"][0] for one in read_evaluations(str(FIXTURES)))
+    keys = ("sequence_passes", "refinement_passes", "passes", "multiply_adds")
+    assert [first[key] for key in keys] == [1, 1, 1, 70_144]
+    assert [second[key] for key in keys] == [1, 2, 2, 140_288]
+
+
+@pytest.mark.parametrize(
+    ("result", "expected"),
+    [
+        ({"function_evaluations": 8, "sampler": "unmask", "flops_per_image": 80}, (1, 8, 8, None)),
+        ({"function_evaluations": 16, "sampler": "blocks", "flops_per_image": 80}, (16, 1, 16, None)),
+        ({"function_evaluations": 5.5, "sampler": "verified", "flops_per_image": 80}, (5.5, 1, 5.5, None)),
+        ({}, (1, None, None, None)),
+    ],
+)
+def test_older_files_of_tokens_state_the_passes_of_their_sampler(tmp_path, result, expected):
+    """Their FLOPs were of whole passes, more than a net with kept keys runs, so the work is not known."""
+    document = {"schema_version": SCHEMA_VERSION, "step": 1, **OF_TOKENS, "results": [{"steps": 1, **result}]}
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / "step-00000001-a.json").write_text(json.dumps(document))
+    (read,) = read_evaluations(str(tmp_path))[0]["results"]
+    keys = ("sequence_passes", "refinement_passes", "passes", "multiply_adds")
+    assert tuple(read[key] for key in keys) == expected

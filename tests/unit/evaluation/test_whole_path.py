@@ -127,6 +127,9 @@ def test_a_file_holds_what_is_needed_to_get_its_numbers_again(evaluated, flow):
         assert result["metric"] == "frechet_digits"
         assert result["function_evaluations"] == 2 * result["steps"], "guidance costs a second pass"
         assert result["flops_per_image"] == 2 * forward_multiply_adds(spec.net) * result["function_evaluations"]
+        axes = (result["sequence_passes"], result["refinement_passes"], result["passes"])
+        assert axes == (1, result["passes"], result["function_evaluations"]), "a guide's pass comes after the net's own"
+        assert result["multiply_adds"] == forward_multiply_adds(spec.net) * result["passes"]
         assert result["error_kind"] == "jackknife over samples"
         assert 0 < result["numerical_error"] < 1e-3 * result["value"]
         assert len(result["times"]) == result["steps"] + 1
@@ -224,6 +227,9 @@ def test_files_of_the_first_version_are_still_read(tmp_path):
     assert evaluation["results"][0]["measures"] == {
         "frechet_latents": {"value": 2.0, "error": 1.4, "values": [1.0, 3.0]}
     }
+    read = [evaluation["results"][0][key] for key in ("sequence_passes", "refinement_passes", "passes")]
+    assert read == [1, 1, 1], "samples had one block then"
+    assert evaluation["results"][0]["multiply_adds"] is None, "which the file does not tell"
     assert evaluation["extractor"] == {"name": "latents", "id": None}
     assert evaluation["reference"]["manifest_hash"] == "ab" * 32
     assert cost_quality.curves([evaluation])["frechet_latents"][0].value == 2.0

@@ -3,6 +3,7 @@
 The device is `meta`, which has no values at all; a real GPU would only be slower where these fail.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,8 +22,17 @@ from imm_scale.methods.flow_matching import FlowMatching
 from imm_scale.methods.imm_times import MAPPINGS
 from imm_scale.methods.mmd import KERNELS
 from imm_scale.methods.special_cases import ConsistencyTraining, GenerativeMomentMatching
+from imm_scale.methods.tokens.blocks import blocks
+from imm_scale.methods.tokens.masked import MaskedConfig, MaskedDiffusion
+from imm_scale.methods.tokens.next_block import NextBlock, NextBlockConfig
+from imm_scale.methods.tokens.token_net import TokenNet
 from imm_scale.models.base import Backbone
+from imm_scale.models.dit import DiT
+from imm_scale.models.token_transformer import TokenTransformer
 from tests.unit.methods.small import COSINE, OT, imm, losses
+from tests.unit.methods.tokens import toy
+from tests.unit.models.heads.laws import KINDS
+from tests.unit.models.test_streams import NET
 
 # Values that leave the device, and lists that are copied to it (behind the back of a dispatch mode).
 WAITING = (torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu)
@@ -107,6 +117,54 @@ def test_a_guided_velocity(net, derivative):
     _loss_on_meta(Eulerian(config.resolved("fp32")), OT, "euler_fm", net, time_scale=1.0)
 
 
+IN_BLOCKS = [
+    imm(particles=4, context_noise=0.2, **COMMON),
+    *(kind(kind.Config(**COMMON).resolved("fp32")) for kind in (FlowMatching, ConsistencyTraining)),
+    GenerativeMomentMatching(GenerativeMomentMatching.Config(**COMMON).resolved("fp32")),
+    Eulerian(EulerianConfig(derivative="difference", step=StepConfig(start=0.1, end=0.1)).resolved("fp32")),
+]
+
+
+@pytest.mark.parametrize("method", IN_BLOCKS, ids=lambda method: method.config.name)
+def test_samples_of_four_blocks(method):
+    with torch.device("meta"):
+        flow_map = FlowMap(DiT(replace(NET, dropout=0.1)), OT, "euler_fm", null_label=5, time_scale=1.0)
+        x, label, ordinal = torch.randn(8, 3, 8, 4), torch.zeros(8, dtype=torch.int64), torch.arange(8)
+    with NoLists(), OneDevice():
+        losses(method, flow_map, x, label, ordinal, seed=0).loss_G.sum().backward()
+    assert all(p.grad is not None for p in flow_map.parameters())
+
+
+def _tokens(method: Method, kind: str, **settings: Any) -> None:
+    """A loss on meta after another one: what that left on the device is there."""
+    length, vocabulary = 6, 5
+    with torch.device("meta"):
+        net = TokenNet(
+            TokenTransformer(toy.architecture(length, vocabulary, head=KINDS[kind], dropout=0.1, **settings)),
+            vocabulary,
+            length,
+        )
+        x, label = torch.zeros(4, length, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+        ordinal = torch.arange(4)
+    method.batch_size = 4
+    losses(method, net, x, label, ordinal, seed=0)
+    with NoLists(), OneDevice():
+        losses(method, net, x, label, ordinal, seed=1).loss_G.sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("order", ["random", "left_to_right"])
+@pytest.mark.parametrize("steps", [[], [1, 2, 4]])
+def test_masked_tokens(steps, order, kind):
+    _tokens(MaskedDiffusion(MaskedConfig(steps=steps, order=order, grid="cosine")), kind, causal=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_next_block_of_tokens(kind):
+    _tokens(NextBlock(NextBlockConfig()), kind, causal=True, block=3)
+
+
 @pytest.mark.parametrize(
     "waits",
     [
@@ -122,3 +180,24 @@ def test_what_waits_is_seen(waits):
     x = torch.ones(2, device="meta")
     with pytest.raises((AssertionError, RuntimeError)), NoLists(), OneDevice():
         waits(x)
+
+
+class Reads(TorchDispatchMode):
+    """Counts values that are read back."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function.name() == "aten::_local_scalar_dense"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("length", [2, 6])
+def test_drawing_blocks_waits_as_often_whatever_their_number_and_takes_a_pass_for_each(length, monkeypatch):
+    net = toy.token_net(length, 3, causal=True, block=2)
+    passes, plain = [], net.model.states_kept
+    monkeypatch.setattr(net.model, "states_kept", lambda *args: passes.append(1) or plain(*args))
+    with Reads() as reads:
+        blocks(net, toy.masks(net, 4), toy.no_label(4), toy.steps(torch.arange(4)))
+    assert reads.count == 3, "what is given is looked at: whether it comes first, the longest, the shortest"
+    assert len(passes) == length // 2

@@ -126,6 +126,8 @@ def test_the_loss_of_a_group_is_the_mean_over_blocks_of_the_loss_of_one():
     alone = flow_map(DiT(replace(NET, blocks=1, height=2)))
     each = [method.discrepancy(alone, rows(y_t, j), rows(y_r, j), d.s[:, j], d.t[:, j]) for j in range(J)]
     torch.testing.assert_close(found.loss_G, torch.stack(each).mean(dim=0), rtol=0, atol=ROUNDING)
+    for j in range(J):
+        torch.testing.assert_close(found.monitors[f"loss_block_{j + 1}"], each[j], rtol=0, atol=ROUNDING)
     torch.testing.assert_close(found.t_G, d.t.mean(dim=1), rtol=0, atol=ROUNDING)
     assert found.loss_G.min() > 0.0
 
@@ -155,6 +157,8 @@ def test_flow_matching_of_blocks_is_flow_matching_of_each():
     error = net.average(x_t, t, t, label, given=given) - target
     each = torch.stack([rows(error, j).square().mean(dim=(1, 2, 3)) for j in range(J)])
     torch.testing.assert_close(found.loss_G, each.mean(dim=0), rtol=0, atol=ROUNDING)
+    for j in range(J):
+        torch.testing.assert_close(found.monitors[f"loss_block_{j + 1}"], each[j], rtol=0, atol=ROUNDING)
 
 
 def soflow(**settings) -> Eulerian:
@@ -207,6 +211,7 @@ TANGENT = ["method.name=eulerian", "method.flow_map.second_time=t_minus_s", "met
         (TANGENT, "tangent.*difference"),
         (["method.name=tvm"], "whole samples"),
         (["method.name=shortcut"], "whole samples"),
+        (["method.name=gmmn", "sampling.steps=[1]", "evaluation.steps=[1]"], "contexts differ"),
         ([*TANGENT, "method.derivative=difference", "method.step.end=0.1", "method.guidance.kappa=0.5"], "guidance"),
         (
             [*TANGENT, "method.derivative=difference", "method.step.end=0.1", "method.label_drop_at=equal"],

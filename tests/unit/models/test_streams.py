@@ -1,5 +1,6 @@
 """A DiT of several blocks: who sees whom, one call against many, all blocks at once against one after another."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from imm_scale.errors import UserError
 from imm_scale.models import streams
 from imm_scale.models.base import Context
 from imm_scale.models.block_causal import Cache
-from imm_scale.models.dit import DiT, DiTConfig
+from imm_scale.models.dit import DiT, DiTConfig, ModelConfig
 
 NET = DiTConfig(16, 2, 2, 2, channels=3, height=8, image_width=4, num_classes=5, blocks=4)
 ROUNDING = 1e-12  # fp64, values of order 1, some hundred operations
@@ -118,6 +119,21 @@ def test_block_masks_are_made_once_where_they_are_taken(monkeypatch):
         )
 
 
+@pytest.mark.parametrize(
+    ("head_width", "dtype", "fits"),
+    [
+        (72, torch.bfloat16, True),  # of XL
+        (16, torch.float16, True),
+        (8, torch.bfloat16, False),
+        (192, torch.bfloat16, False),
+        (72, torch.float32, False),
+        (64, torch.float64, False),
+    ],
+)
+def test_heads_that_no_kernel_fits_see_by_a_dense_mask(head_width, dtype, fits):
+    assert streams.suits_block_masks(head_width, dtype) == fits
+
+
 def test_a_block_depends_on_the_clean_blocks_before_and_on_itself():
     net, (context, x, c_noise, second, label) = randomized(), drawn()
     clean, x = context.x.requires_grad_(), x.requires_grad_()
@@ -157,6 +173,26 @@ def test_a_pair_is_two_calls(checkpointing):
     whole, single = (torch.autograd.grad(out.square().sum(), weights) for out in (out_t, alone))
     for one, other in zip(whole, single, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_pair_in_bf16_has_the_gradient_of_two_calls(checkpointing):
+    """Autocast caches weights it cast: cast first without gradient, they would lose theirs."""
+    net, (context, x, c_noise, second, label) = randomized(dtype=torch.float32), drawn()
+    net.activation_checkpointing = checkpointing
+    context, x, weights = context._replace(x=context.x.float()), x.float(), list(net.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out_t, out_r = net.pair(x, 0.5 * x, c_noise, 0.9 * c_noise, second, second, label, context=context)
+    together = torch.autograd.grad((out_t.float() - out_r.float()).square().sum(), weights)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        out_r = net(0.5 * x, 0.9 * c_noise, second, label, context=context)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out_t = net(x, c_noise, second, label, context=context)
+    apart = torch.autograd.grad((out_t.float() - out_r.float()).square().sum(), weights)
+    for one, other in zip(together, apart, strict=True):
+        assert one.abs().max() > 0
+        # fp32 sums in another order: a few roundings of the largest; 16 bits would be 4e-3 off
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(other.abs().max()))
 
 
 def test_blocks_one_after_another_are_all_of_them_at_once():
@@ -246,3 +282,36 @@ def test_compiled_blocks_of_streams_share_graphs_and_give_the_same_result():
         (outputs[0] - outputs[1]).square().sum().backward()
         assert len(graphs) == 2, f"after step {step}"
     torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-4)  # fp32 over ten blocks of random weights
+
+
+def test_another_attention_kernel_is_said_not_to_serve_masks():
+    assert any("model.blocks=4" in said for said in ModelConfig(attention="xformers", blocks=4).cautions(False))
+    assert ModelConfig(blocks=4).cautions(True) == []
+
+
+def _call_in_all_ways() -> None:
+    net, (context, x, c_noise, second, label) = randomized(), drawn(groups=1)
+    net.compile_blocks()
+    out_t, _ = net.pair(x, x, c_noise, c_noise, second, second, label, context=context)
+    out_t.sum().backward()
+    with torch.no_grad():
+        at_once, cache = net(x, c_noise, second, label, context=context), Cache()
+        for j in range(4):
+            since = context._replace(x=rows(context.x, j - 1)) if j else None
+            block = rows(x, j), c_noise[:, j], second[:, j], label, cache
+            for given in (since, None):  # the first call of a block carries the one before it
+                out = net.next_block(*block, given)
+            torch.testing.assert_close(out, rows(at_once, j), rtol=0, atol=ROUNDING)
+
+
+def test_all_ways_a_block_is_called_are_compiled(monkeypatch):
+    """Training, a held-out loss and sampling in one process: beyond its limit torch would run blocks uncompiled."""
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        _call_in_all_ways()
+    assert counters["stats"]["unique_graphs"] > 8

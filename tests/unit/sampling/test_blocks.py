@@ -11,6 +11,7 @@ from imm_scale import config as configs
 from imm_scale.checkpoint import export, init_weights
 from imm_scale.config.schema import SamplingConfig
 from imm_scale.errors import UserError
+from imm_scale.evaluation.records import read_evaluations
 from imm_scale.parallel.world import World
 from imm_scale.planner.flops import forward_multiply_adds
 from imm_scale.preflight import prepare
@@ -32,7 +33,10 @@ def _draw(run_dir: str, steps: int, num: int = 8, **settings) -> np.ndarray:
     return collect(net, spec, plan_of(SamplingConfig(**settings), spec, steps, num, 0), World()).numpy()
 
 
-def test_a_run_is_sampled_measured_and_planned(in_blocks, tmp_path, capsys):
+def test_a_run_is_logged_and_sampled(in_blocks, tmp_path, capsys):
+    record = json.loads((Path(in_blocks) / "metrics.jsonl").read_text().splitlines()[0])
+    of_blocks = [record[f"loss_block_{j}"] for j in (1, 2, 3, 4)]
+    assert record["loss"] == pytest.approx(sum(of_blocks) / 4) and len(set(of_blocks)) == 4
     out = str(tmp_path / "samples")
     flags = ["--num", "20", "--guidance", "1.5", "--out", out, "--latents"]
     assert cli.main(["sample", in_blocks, "--steps", "1,2", *flags]) == 0
@@ -50,6 +54,11 @@ def test_the_first_block_takes_the_steps_that_are_its_own(in_blocks):
     two, mixed = _draw(in_blocks, 2), _draw(in_blocks, 3, block_steps="2-2-3-1")
     assert np.array_equal(mixed[:, :, :4], two[:, :, :4]) and not np.array_equal(mixed[:, :, 4:], two[:, :, 4:])
     assert np.array_equal(_draw(in_blocks, 2, block_steps="2-2-2-2"), two)
+
+
+def test_sample_i_does_not_depend_on_how_many_are_drawn_at_once(in_blocks):
+    alone = _draw(in_blocks, 2, guidance_scale=1.5)
+    assert np.array_equal(_draw(in_blocks, 2, 70, guidance_scale=1.5, batch_size=128)[:8], alone)
 
 
 def test_blocks_that_are_given_are_continued(in_blocks, tmp_path):
@@ -73,7 +82,23 @@ def test_costs_are_those_of_calls_and_clean_passes(in_blocks):
         times = times_of(spec, plan)
         assert plan.function_evaluations(times) == calls
         assert plan.forwards(times) == forwards
+        assert plan.sequence_passes == 4
     assert forward_multiply_adds(spec.net) == forward_multiply_adds(spec.net.at_once)
+
+
+def test_evaluations_are_told_apart_by_steps_of_blocks_and_by_what_is_given(in_blocks, tmp_path):
+    """Work in forwards of the net: L + 1 - 1 / J, L the mean over blocks; of two given blocks, two are drawn."""
+    np.savez(tmp_path / "own.npz", latents=_draw(in_blocks, 2)[:3])
+    argv = ["evaluate", in_blocks, "--num", "64", "--repeats", "1", "--steps", "2"]
+    for word in ("", "sampling.block_steps=2-1-1-1", f"sampling.given={tmp_path / 'own.npz'} sampling.given_blocks=2"):
+        assert cli.main([*argv, *word.split()]) == 0
+    results = [one["results"][0] for one in read_evaluations(in_blocks)]
+    keys = ("sequence_passes", "refinement_passes", "passes")
+    assert sorted(tuple(one[key] for key in keys) for one in results) == [(2, 2, 4), (4, 1.25, 5), (4, 2, 8)]
+    assert len({one["value"] for one in results}) == 3
+    forward = forward_multiply_adds(export.load_net(in_blocks)[0].net)
+    works = {(one["sequence_passes"], one["passes"]): one["multiply_adds"] for one in results}
+    assert works[4, 8] == round(2.75 * forward) and works[4, 5] == round(2.0 * forward)
 
 
 REFUSED = [
