@@ -46,8 +46,8 @@ def known_tokens(config: SamplingConfig, spec: ModelSpec) -> KnownTokens | None:
     """What `sampling.prompt` or `sampling.given` say of samples that are tokens; None where neither does.
 
     Raises:
-        UserError: both of them, samples that are no tokens, a prompt that leaves nothing to draw, or a file that holds
-            no such tokens.
+        UserError: both of them, samples that are no tokens, a prompt without tokens or that leaves nothing to draw, a
+            file that holds no such tokens, or a count of blocks, which is for latents.
     """
     space = spec.space
     if config.prompt is not None and not isinstance(space, Tokens):
@@ -56,6 +56,11 @@ def known_tokens(config: SamplingConfig, spec: ModelSpec) -> KnownTokens | None:
         )
     if not isinstance(space, Tokens) or (config.prompt is None and config.given is None):
         return None
+    if config.given_blocks != 1:
+        raise UserError(
+            f"sampling.given_blocks={config.given_blocks} is for latents: of tokens the file itself says which are "
+            "given; leave it out"
+        )
     if config.prompt is not None and config.given is not None:
         raise UserError("sampling.prompt beside sampling.given: give one of them")
     ids = _of_file(config.given, space) if config.given is not None else _of_text(config, space)
@@ -68,6 +73,11 @@ def _of_text(config: SamplingConfig, space: Tokens) -> Tensor:
     prompt = config.prompt
     assert prompt is not None
     ids = tokenizer_of(space.codec, config.vae or "").encode(prompt, "sampling.prompt")
+    if not len(ids):
+        raise UserError(
+            f"sampling.prompt={prompt!r} has no tokens of the tokenizer {space.codec.tokenizer}: give a text that has, "
+            "or leave it out"
+        )
     if len(ids) >= space.length:
         raise UserError(
             f"sampling.prompt has {len(ids)} tokens, where samples have {space.length}: shorten it to at most "
@@ -102,9 +112,10 @@ def _ids(url: str) -> Tensor:
     try:
         if url.endswith(".jsonl"):
             rows: list[Any] = [json.loads(line)["tokens"] for line in data.decode().splitlines() if line.strip()]
-            return torch.tensor([[UNKNOWN if one is None else one for one in row] for row in rows], dtype=torch.int64)
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, TypeError, KeyError, EOFError) as error:
+            array = np.array([_row(row) for row in rows], np.int64)
+        else:
+            array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, TypeError, KeyError, EOFError, OverflowError) as error:
         raise UserError(
             f"sampling.given={url} holds no tokens ({error}): give a .npy of (n, T) ids, or a .jsonl of `tokens`"
         ) from error
@@ -113,3 +124,11 @@ def _ids(url: str) -> Tensor:
             f"sampling.given={url} is of {array.dtype}: ids are whole numbers, {UNKNOWN} what is to be drawn"
         )
     return torch.from_numpy(array.astype(np.int64))
+
+
+def _row(row: list[Any]) -> list[int]:
+    """The ids of a sequence of a .jsonl. Raises TypeError for what json has else, which numpy would make whole."""
+    odd = [one for one in row if one is not None and type(one) is not int]
+    if odd:
+        raise TypeError(f"{odd[0]!r} is no whole number")
+    return [UNKNOWN if one is None else one for one in row]

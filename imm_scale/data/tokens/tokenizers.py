@@ -50,8 +50,9 @@ class Bytes:
     hash = hashlib.sha256(b"a token is a byte").hexdigest()
 
     def encode(self, text: bytes | str, where: str = "the text") -> NDArray[np.int64]:
-        """(n,) values of the bytes, of a str as UTF-8."""
-        return np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8).astype(np.int64)
+        """(n,) values of the bytes, of a str as UTF-8, with those that a command line could not read as they are."""
+        content = text.encode(errors="surrogateescape") if isinstance(text, str) else text
+        return np.frombuffer(content, np.uint8).astype(np.int64)
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
         """The bytes as UTF-8, with a replacement character where they are none."""
@@ -95,6 +96,9 @@ class Text27:
 class FromFile:
     """A tokenizer.json as Hugging Face's `tokenizers` writes it, without special tokens around a text.
 
+    The truncation and padding that such a file may carry are for batches of another job, and are turned off: here a
+    text has the tokens it has.
+
     Args:
         definition: the file's bytes.
         where: names it in messages.
@@ -115,12 +119,19 @@ class FromFile:
             self._library = Library.from_str(definition.decode())
         except Exception as error:  # the library raises nothing narrower
             raise UserError(f"{where} is no tokenizer.json ({error}): name the file that tokenizers saved") from error
+        self._library.no_truncation()
+        self._library.no_padding()
         self.definition, self.hash = definition, hashlib.sha256(definition).hexdigest()
         self.vocabulary = 1 + max(self._library.get_vocab(with_added_tokens=True).values(), default=0)
 
     def encode(self, text: bytes | str, where: str = "the text") -> NDArray[np.int64]:
-        """(n,) tokens. Raises UserError for bytes that are no UTF-8."""
-        return np.array(self._library.encode(_utf8(text, where), add_special_tokens=False).ids, np.int64)
+        """(n,) tokens. Raises UserError for bytes that are no UTF-8, or a text the tokenizer has no tokens for."""
+        plain = _utf8(text, where)
+        try:
+            ids = self._library.encode(plain, add_special_tokens=False).ids
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"{where} cannot be encoded ({error}): take a tokenizer that has tokens for it") from error
+        return np.array(ids, np.int64)
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
         """As the library joins them, special tokens shown."""

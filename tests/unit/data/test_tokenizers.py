@@ -65,6 +65,22 @@ def test_a_tokenizer_json_is_the_librarys(trained):
         assert ours.hash == hashlib.sha256(file.read()).hexdigest()
 
 
+def test_what_a_command_line_could_not_read_is_the_bytes_it_was():
+    assert open_tokenizer("bytes").encode(b"a\xff".decode(errors="surrogateescape")).tolist() == [0x61, 0xFF]
+
+
+def test_a_text_has_all_its_tokens_whatever_batches_the_file_was_saved_for(tmp_path):
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"the": 0, "fox": 1, "[PAD]": 2}, unk_token="[UNK]"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    library.enable_truncation(3)
+    library.enable_padding(length=10, pad_id=2)
+    library.save(str(tmp_path / "batches.json"))
+    tokenizer = open_tokenizer(f"hf:{tmp_path}/batches.json")
+    assert tokenizer.encode("the fox the fox the").tolist() == [0, 1, 0, 1, 0]
+    with pytest.raises(UserError, match=r"a\.txt cannot be encoded \(.*UNK.*\): take a tokenizer that has tokens"):
+        tokenizer.encode("the dog", "a.txt")
+
+
 def test_names_and_files_that_are_none_are_refused(tmp_path):
     (tmp_path / "other.json").write_text('{"model": 1}')
     for name, message in (

@@ -179,12 +179,26 @@ def test_what_cannot_be_given_is_refused(masked, tmp_path):
         np.save(url, array)
         return url
 
+    def lines(text: str) -> str:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        path.write_text(text)
+        return str(path)
+
+    archive = str(tmp_path / "samples.npz")
+    np.savez(archive, arr_0=np.full((1, 64), prompts.UNKNOWN))
     for settings, said in (
         ({"given": saved(np.zeros((1, 63), np.int64))}, r"\(n, 64\) is needed"),
         ({"given": saved(np.full((1, 64), 7))}, "token 0 of sequence 0 is 7; ids are 0 to 1"),
         ({"given": saved(np.zeros((1, 64), np.int64))}, "nothing left to draw"),
         ({"given": saved(np.zeros((1, 64)))}, "ids are whole numbers"),
         ({"given": str(tmp_path / "none.npy")}, "is not there"),
+        ({"given": lines('{"tokens": [0.5' + ", null" * 63 + "]}")}, r"holds no tokens \(0.5 is no whole number"),
+        ({"given": lines('{"tokens": [true' + ", null" * 63 + "]}")}, "True is no whole number"),
+        ({"given": lines('{"tokens": [%d' % 2**70 + ", null" * 63 + "]}")}, "holds no tokens"),
+        ({"given": lines('{"tokens": [1, null]}\n{"tokens": [1]}')}, "holds no tokens"),
+        ({"given": lines("")}, r"\(n, 64\) is needed"),
+        ({"given": archive}, "holds no tokens"),
+        ({"given": saved(np.full((1, 64), prompts.UNKNOWN)), "given_blocks": 2}, "given_blocks=2 is for latents"),
         ({"prompt": "a", "given": "x"}, "give one of them"),
         ({"prompt": "a"}, "stand for images"),
     ):
