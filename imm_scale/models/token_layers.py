@@ -115,3 +115,12 @@ class TokenBlock(nn.Module):
         mixed = self.mlp(modulate(self.norm2(x_NTD), shift_m, scale_m))
         mixed = keyed_dropout(mixed, self.dropout, dropout_key_N, stream=1)
         return x_NTD + gate_m[:, None] * mixed
+
+    @torch.no_grad()
+    def open_gates(self) -> None:
+        """Modulation that is told nothing yet: no shift, no scale, gates of 1."""
+        modulation = self.adaLN_modulation[-1]
+        assert isinstance(modulation, nn.Linear)
+        nn.init.zeros_(modulation.weight)
+        for part, value in enumerate((0.0, 0.0, 1.0, 0.0, 0.0, 1.0)):
+            modulation.bias.view(6, -1)[part] = value
