@@ -35,8 +35,9 @@ def rotary_angles(place_NT: Tensor, head_width: int) -> Tensor:
 
 
 def rotated(x_NTHK: Tensor, angles: Tensor) -> Tensor:
-    """Queries or keys (N, T, H, K), of each pair (k, k + K/2) rotated by its angle, in fp32."""
-    first, second = x_NTHK.float().chunk(2, dim=-1)
+    """Queries or keys (N, T, H, K), of each pair (k, k + K/2) rotated by its angle, in fp32 or better."""
+    wide = torch.promote_types(x_NTHK.dtype, torch.float32)
+    first, second = x_NTHK.to(wide).chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_NTHK.dtype)
 

@@ -9,6 +9,7 @@ import torch
 from imm_scale.evaluation import records
 from imm_scale.evaluation.tokens import likelihood
 from imm_scale.models.heads import HeadConfig
+from imm_scale.models.heads.base import positions
 from tests.unit.methods.tokens import toy
 
 T, V, GRID = 2, 3, 64
@@ -24,7 +25,7 @@ def _law_of_the_student(net, x_XT):
     head, points = net.model.head, (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID
     grid_PT = torch.cartesian_prod(points, points)
     h_TD = net.model(torch.full((1, T), net.mask), torch.zeros(1, dtype=torch.int64))[0]
-    states = head.student_states(h_TD.expand(len(grid_PT), T, -1), grid_PT)
+    states = head.student_states(h_TD.expand(len(grid_PT), T, -1), grid_PT, positions(grid_PT))
     return torch.stack([head.unembed(states, x.expand(len(grid_PT), T)).sum(dim=1).exp().mean() for x in x_XT])
 
 
