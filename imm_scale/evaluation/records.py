@@ -7,10 +7,14 @@ and nothing is measured twice.
 """
 
 import hashlib
+import io
 import json
 import math
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from imm_scale import storage
 from imm_scale.errors import UserError
@@ -52,6 +56,37 @@ def read_evaluation(url: str) -> dict[str, Any]:
         if len(result.get("seeds", (0, 0))) == 1:
             result["std"] = None  # which files said to be 0
     return {**document, "results": results}
+
+
+Values = dict[str, NDArray[np.float64]]
+
+
+def write_values(url: str, values: Mapping[str, NDArray[np.float64]]) -> None:
+    """Keeps what each held-out sample contributed to the evaluation at `url`: (N, ...) by name."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **values)  # type: ignore[arg-type]
+    storage.write_bytes(_values_url(url), buffer.getvalue())
+
+
+def read_values(run_dir: str, step: int) -> list[tuple[dict[str, Any], Values]]:
+    """The results of a checkpoint with kept values, each beside its own (N, ...) by name; by sampling steps.
+
+    Samples stand in one order in all evaluations of the same held-out tokens, so that differences are paired.
+    """
+    folder, found = storage.join(run_dir, FOLDER), []
+    names = storage.list_names(folder)
+    for name in names:
+        url = storage.join(folder, name)
+        if name.endswith(".json") and storage.name(_values_url(url)) in names:
+            evaluation = read_evaluation(url)
+            if evaluation["step"] == step:
+                with np.load(io.BytesIO(storage.read_bytes(_values_url(url))), allow_pickle=False) as arrays:
+                    found.append((evaluation["results"][0], dict(arrays)))
+    return sorted(found, key=lambda one: one[0]["steps"])
+
+
+def _values_url(url: str) -> str:
+    return url.removesuffix(".json") + ".values.npz"
 
 
 def read_document(url: str) -> dict[str, Any]:

@@ -35,8 +35,9 @@ def rotary_angles(place_NT: Tensor, head_width: int) -> Tensor:
 
 
 def rotated(x_NTHK: Tensor, angles: Tensor) -> Tensor:
-    """Queries or keys (N, T, H, K), of each pair (k, k + K/2) rotated by its angle, in fp32."""
-    first, second = x_NTHK.float().chunk(2, dim=-1)
+    """Queries or keys (N, T, H, K), of each pair (k, k + K/2) rotated by its angle, in fp32 or better."""
+    wide = torch.promote_types(x_NTHK.dtype, torch.float32)
+    first, second = x_NTHK.to(wide).chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_NTHK.dtype)
 
@@ -115,3 +116,12 @@ class TokenBlock(nn.Module):
         mixed = self.mlp(modulate(self.norm2(x_NTD), shift_m, scale_m))
         mixed = keyed_dropout(mixed, self.dropout, dropout_key_N, stream=1)
         return x_NTD + gate_m[:, None] * mixed
+
+    @torch.no_grad()
+    def open_gates(self) -> None:
+        """Modulation that is told nothing yet: no shift, no scale, gates of 1."""
+        modulation = self.adaLN_modulation[-1]
+        assert isinstance(modulation, nn.Linear)
+        nn.init.zeros_(modulation.weight)
+        for part, value in enumerate((0.0, 0.0, 1.0, 0.0, 0.0, 1.0)):
+            modulation.bias.view(6, -1)[part] = value

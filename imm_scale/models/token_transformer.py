@@ -3,6 +3,7 @@
 Legend: N samples, T tokens, D width, V vocabulary, B tokens that a causal net predicts at once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from imm_scale.models.layers import ATTENTIONS
 from imm_scale.models.token_layers import KeyValues, TokenAttention, TokenBlock
 from imm_scale.registry import register_backbone
 
+_HEAD = "head."
 _CONDITION_WIDTH = 128  # a label says less than a time: the projections to the blocks can be narrow
 
 
@@ -39,10 +41,10 @@ class TokenModelConfig(BackboneConfig):
     mlp_ratio: float = option(4.0, "Hidden width of the MLP over the width.", range="(0, inf)")
     causal: bool = option(False, "Each token sees those before it alone, as method.name=next_block needs.")
     block: int = option(1, "Tokens that a causal net predicts at once; 1 is plain autoregression.", range="[1, inf)")
-    positions: Literal["auto", "learned", "rotary"] = option(
+    positions: Literal["auto", "learned", "rotary", "both"] = option(
         "auto",
-        "Positions: a learned vector each, or rotations of queries and keys by their distance, for which masks alone "
-        "are all alike. auto: learned for tokens of images, rotary for others.",
+        "Positions: a learned vector each, or rotations of queries and keys by their distance, by which masks alone "
+        "cannot be told apart; both tell places, and find neighbours soonest. auto: both, of a causal net rotary.",
     )
     qk_norm: bool = option(False, "RMS-normalize queries and keys: steadier at high learning rates.")
     dropout: float = option(0.0, "Dropout inside the blocks, keyed by sample.", range="[0, 1)")
@@ -66,12 +68,12 @@ class TokenModelConfig(BackboneConfig):
         self.head.validate()
         self.architecture(length=self.block, vocabulary=2, num_classes=1)
 
-    def architecture(self, of_images: bool = False, **of_the_data: int) -> "TokenArchitecture":
+    def architecture(self, **of_the_data: int) -> "TokenArchitecture":
         """The net for tokens of a length, vocabulary and number of classes. Raises UserError where keys do not fit."""
         width, depth, heads = SIZES[self.size]
         given = {key: value for key in ("width", "depth", "heads") if (value := getattr(self, key)) is not None}
         shared = ("mlp_ratio", "causal", "block", "qk_norm", "dropout", "attention", "head")
-        chosen = "learned" if of_images else "rotary"
+        chosen = "rotary" if self.causal else "both"
         positions = chosen if self.positions == "auto" else self.positions
         numbers: dict[str, Any] = {"width": width, "depth": depth, "heads": heads, **given, **of_the_data}
         return TokenArchitecture(**numbers, positions=positions, **{key: getattr(self, key) for key in shared})
@@ -147,16 +149,14 @@ class TokenTransformer(Backbone):
             )
         if second_time:
             raise UserError("model.name=token_transformer is told no times: use method.name=masked or next_block")
-        return config.architecture(
-            space.image_size is not None, length=space.shape[0], vocabulary=vocabulary, num_classes=space.num_classes
-        )
+        return config.architecture(length=space.shape[0], vocabulary=vocabulary, num_classes=space.num_classes)
 
     def __init__(self, config: TokenArchitecture):
         super().__init__()
         self.config = c = config
         self.has_dropout = c.dropout > 0
         self.x_embedder = nn.Embedding(c.vocabulary + 1, c.width)
-        self.position_embedder = nn.Embedding(c.length, c.width) if c.positions == "learned" else None
+        self.position_embedder = nn.Embedding(c.length, c.width) if c.positions != "rotary" else None
         self.y_embedder = nn.Embedding(c.num_classes + 1, _CONDITION_WIDTH)  # the last row is "no label"
         self.blocks = nn.ModuleList(
             TokenBlock(
@@ -164,7 +164,7 @@ class TokenTransformer(Backbone):
                 _CONDITION_WIDTH,
                 c.mlp_ratio,
                 c.dropout,
-                TokenAttention(c.width, c.heads, c.qk_norm, c.attention, c.causal, c.positions == "rotary"),
+                TokenAttention(c.width, c.heads, c.qk_norm, c.attention, c.causal, c.positions != "learned"),
             )
             for _ in range(c.depth)
         )
@@ -175,23 +175,37 @@ class TokenTransformer(Backbone):
 
     @torch.no_grad()
     def _initialize(self) -> None:
-        """As the DiT: every block starts as the identity."""
+        """Blocks that do something from the first step on, whatever the label.
+
+        From the DiT's gates of 0 a net takes far longer to find that tokens say something of each other: it stays at
+        the marginals of each place.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
             if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=0.5)  # beside what a block adds
         nn.init.normal_(self.y_embedder.weight, std=1.0)  # it alone reaches the projections, behind a SiLU
         for block in self.blocks:
             assert isinstance(block, TokenBlock)
-            modulation = block.adaLN_modulation[-1]
-            assert isinstance(modulation, nn.Linear)
-            nn.init.zeros_(modulation.weight)
+            block.open_gates()
 
     @property
     def null_label(self) -> int:  # type: ignore[override]
         return self.config.num_classes
+
+    def adapted(
+        self, weights: dict[str, Tensor], source: Any, classes: Sequence[int | None], null_is_trained: bool
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """As in the base: of a head of another kind what has the same name and shape, the rest new."""
+        if source.head == self.config.head:
+            return weights, []
+        head = {name: value for name, value in self.state_dict().items() if name.startswith(_HEAD)}
+        shared = {name for name in head if name in weights and weights[name].shape == head[name].shape}
+        made = {name: value for name, value in weights.items() if not name.startswith(_HEAD)}
+        made |= {name: weights[name] if name in shared else value for name, value in head.items()}
+        return made, [f"the head is new, of kind {self.config.head.kind}, but for {len(shared)} of its weights"]
 
     def forward(
         self,

@@ -11,6 +11,7 @@ from imm_scale import storage
 from imm_scale.checkpoint import run_folder
 from imm_scale.checkpoint.export import RAW_WEIGHTS
 from imm_scale.config.schema import Config
+from imm_scale.data.manifest import TOKENS_KIND
 from imm_scale.errors import UserError
 from imm_scale.evaluation import networks
 from imm_scale.evaluation.records import conditions, error_of, read_evaluations
@@ -126,6 +127,8 @@ def _is_as_configured(config: Config, evaluation: Mapping[str, Any]) -> bool:
     decay = config.ema.decays[0] if decay is None else decay
     wanted["ema"] = "weight" if decay == RAW_WEIGHTS else state_name(decay)
     made_of = evaluation.get("extractor") or {}
+    if made_of.get("kind") == TOKENS_KIND:  # likelihoods of all held-out samples, by no network
+        network, wanted = {}, {**wanted, "labels": "all", "order": sampling.order, "brier": evaluated.brier}
     return (
         all(evaluation.get(key, value) == value for key, value in wanted.items())
         and all(made_of.get(key, value) == value for key, value in network.items())

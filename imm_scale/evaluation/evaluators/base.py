@@ -15,6 +15,7 @@ from imm_scale.checkpoint.format import Checkpoint
 from imm_scale.config.schema import Config, EvaluationConfig, SamplingConfig
 from imm_scale.evaluation.records import (
     FOLDER,
+    Values,
     arithmetic,
     error_of,
     evaluation_url,
@@ -22,6 +23,7 @@ from imm_scale.evaluation.records import (
     read_document,
     samples,
     with_error,
+    write_values,
 )
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
@@ -47,6 +49,7 @@ class Evaluator(ABC):
         self.folder = folder if source.run_dir is None else storage.join(source.run_dir, FOLDER)
         self.source, self.config, self.world = source.at_newest(), config, world
         self._announce = announce if world.is_main else lambda line: None
+        self._values: Values = {}  # what each held-out sample contributed to the last result, where there is such
         self.device = distributed.device(world)
 
     @cached_property
@@ -97,6 +100,8 @@ class Evaluator(ABC):
             "seconds": time.perf_counter() - began,
         }
         if self.world.is_main:
+            if self._values:
+                write_values(url, self._values)
             storage.write_text(url, json.dumps(written, indent=1))
         return written
 

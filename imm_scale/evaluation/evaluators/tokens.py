@@ -90,9 +90,11 @@ class TokenEvaluator(Evaluator):
         visible, means, fitted = (tuple(values.tolist()) for values in (found.nodes_M, found.mean_M, found.fitted()))
         return StoredProfile(self.model.weights_id, visible, means, errors, fitted)
 
-    def _collect(self, name: str, rows: Callable[[int, int], NDArray[np.float64]], total: int) -> NDArray[np.float64]:
-        """The values of all rows, computed by all ranks in turns."""
-        out = torch.zeros(total, dtype=torch.float64)
+    def _collect(
+        self, name: str, rows: Callable[[int, int], NDArray[np.float64]], total: int, *shape: int
+    ) -> NDArray[np.float64]:
+        """The values (total, *shape) of all rows, computed by all ranks in turns."""
+        out = torch.zeros(total, *shape, dtype=torch.float64)
         starts = range(self.world.rank * SAMPLES_PER_CALL, total, self.world.size * SAMPLES_PER_CALL)
         hidden = None if self.world.is_main else True  # None: shown on a terminal only
         with precision.computing(self.config.sampling.precision, self.device):
@@ -101,15 +103,19 @@ class TokenEvaluator(Evaluator):
                 out[start:stop] = torch.from_numpy(rows(start, stop))
         return distributed.all_sum(out).numpy()
 
-    def _each(self, name: str, of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """(N,) fp64 of each held-out sample: `of` is given ids, labels and numbers of some."""
+    def _each(self, name: str, of: Callable[[Tensor, Tensor, Tensor], Tensor], *shape: int) -> Tensor:
+        """(N, *shape) fp64 of each held-out sample: `of` is given ids, labels and numbers of some."""
         x, label = self.held_out.ids_NT, self.held_out.label_N
 
         def rows(start: int, stop: int) -> NDArray[np.float64]:
             index = torch.arange(start, stop)
             return of(x[index].to(self.device), label[index].to(self.device), index).double().cpu().numpy()
 
-        return torch.from_numpy(self._collect(name, rows, len(x)))
+        return torch.from_numpy(self._collect(name, rows, len(x), *shape))
+
+    def _uniforms(self, index: Tensor) -> Tensor:
+        """(N, T) of held-out samples of these numbers (N,)."""
+        return likelihood.uniforms(self.config.sampling.seed, index, self.model.spec.space.length).to(self.device)
 
     # --- the file ---
 
@@ -165,7 +171,7 @@ class TokenEvaluator(Evaluator):
     # --- one step count ---
 
     def _result(self, sampling: SamplingConfig, evaluation: EvaluationConfig, steps: int) -> dict[str, Any]:
-        began = time.perf_counter()
+        began, self._values = time.perf_counter(), {}
         plan = self._plan(sampling, steps)
         nll: Estimate | None = None
         measures: Measures = {}
@@ -195,9 +201,11 @@ class TokenEvaluator(Evaluator):
 
         def of(x: Tensor, label: Tensor, index: Tensor) -> Tensor:
             rank = likelihood.orders(plan.order, self.config.sampling.seed, index, length)
-            return likelihood.of_steps(net, x, label, counts, rank.to(x.device))
+            return likelihood.of_steps(net, x, label, counts, rank.to(x.device), self._uniforms(index))
 
-        nll = estimates.mean(self._each(f"{plan.steps} steps", of))
+        nll_N = self._each(f"{plan.steps} steps", of)
+        self._values = {"nll": nll_N.numpy()}
+        nll = estimates.mean(nll_N)
         whole = Profile(self.scores).nll
         measures = {
             "nll_one_at_a_time": _measure(_over(whole, length)),
@@ -209,8 +217,11 @@ class TokenEvaluator(Evaluator):
 
     def _of_causal(self, plan: SamplingPlan) -> tuple[Estimate, Measures, float]:
         net, length = self.model.net, self.model.spec.space.length
-        blocks = estimates.mean(self._each("blocks", lambda x, y, _: likelihood.of_blocks(net, x, y).sum(dim=1)))
-        single = estimates.mean(self._each("tokens", lambda x, y, _: likelihood.of_next_tokens(net, x, y).sum(dim=1)))
+        number = -(-length // net.model.config.block)
+        blocks_NJ = self._each("blocks", lambda x, y, i: likelihood.of_blocks(net, x, y, self._uniforms(i)), number)
+        single_NT = self._each("tokens", lambda x, y, _: likelihood.of_next_tokens(net, x, y), length)
+        self._values = {"nll_of_blocks": blocks_NJ.numpy(), "nll_one_at_a_time": single_NT.numpy()}
+        blocks, single = estimates.mean(blocks_NJ.sum(dim=1)), estimates.mean(single_NT.sum(dim=1))
         measures = {
             "nll_of_blocks": _measure(_over(blocks, length)),
             "nll_one_at_a_time": _measure(_over(single, length)),

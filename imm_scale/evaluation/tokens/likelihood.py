@@ -8,12 +8,14 @@ import itertools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from imm_scale import rng
 from imm_scale.methods.tokens import masking
 from imm_scale.methods.tokens.next_block import NextBlock
 from imm_scale.methods.tokens.token_net import TokenNet
+from imm_scale.models.heads import HeadOutput
 
 
 class MaskedScorer:
@@ -34,19 +36,35 @@ class MaskedScorer:
 
 
 @torch.no_grad()
-def of_steps(net: TokenNet, x_NT: Tensor, label_N: Tensor, counts: Tensor, rank_NT: Tensor) -> Tensor:
-    """(N,) fp64 -log q of steps by the net's own head.
+def of_steps(
+    net: TokenNet, x_NT: Tensor, label_N: Tensor, counts: Tensor, rank_NT: Tensor, uniform_NT: Tensor | None = None
+) -> Tensor:
+    """(N,) fp64 -log q of steps by the net's own head, each sample's own; their mean is nll@L.
 
     Args:
         counts: (L + 1,) visible tokens before each step, and after the last.
         rank_NT: place of each token in the order.
+        uniform_NT: fp64, for heads that draw by a student of theirs: then this bounds -log of what the student draws
+            from above in the mean over uniforms. Without them it is -log q of the student's teacher.
     """
     model: Any = net.model
     total = torch.zeros(len(x_NT), dtype=torch.float64, device=x_NT.device)
     for first, last in itertools.pairwise(counts.tolist()):
         h = model(torch.where(rank_NT < first, x_NT, net.mask), label_N)
-        total -= model.head.log_prob(h, x_NT, (rank_NT >= first) & (rank_NT < last)).double()
+        out = model.head(h, x_NT, (rank_NT >= first) & (rank_NT < last), uniform_NT)
+        total += _drawn(out)
     return total
+
+
+def _drawn(out: HeadOutput) -> Tensor:
+    """(N,) fp64 -log q of what the head draws, or a bound where it draws by a student."""
+    nll_N = -out.log_prob_N.double()
+    return nll_N if out.teaching_N is None else nll_N + out.teaching_N.double()
+
+
+def uniforms(seed: int, ordinal_N: Tensor, length: int) -> Tensor:
+    """(N, T) fp64 of samples, keyed by seed and ordinal, for heads that draw by a student."""
+    return rng.uniform(seed, "evaluation_head", ordinal_N, length)
 
 
 def orders(kind: str, seed: int, ordinal_N: Tensor, length: int) -> Tensor:
@@ -57,13 +75,20 @@ def orders(kind: str, seed: int, ordinal_N: Tensor, length: int) -> Tensor:
 
 
 @torch.no_grad()
-def of_blocks(net: TokenNet, x_NT: Tensor, label_N: Tensor) -> Tensor:
-    """(N, T / B) fp64 -log q of each block given all tokens before, by a causal net's own head."""
+def of_blocks(net: TokenNet, x_NT: Tensor, label_N: Tensor, uniform_NT: Tensor | None = None) -> Tensor:
+    """(N, T / B) fp64 -log q of each block given all tokens before, by a causal net's own head.
+
+    Args:
+        uniform_NT: as of `of_steps`.
+    """
     model: Any = net.model
     size, length = model.config.block, x_NT.shape[1]
     starts = torch.arange(length, device=x_NT.device) % size == 0
-    out = model(NextBlock.before(net, x_NT), label_N, x_NT, starts.expand_as(x_NT))
-    return -out.log_prob_N.double().view(x_NT.shape)[:, starts]
+    uniform = None
+    if uniform_NT is not None:  # of the blocks at every place, those which begin nowhere read none
+        uniform = F.pad(uniform_NT, (0, size - 1)).unfold(1, size, 1).flatten(0, 1)
+    out = model(NextBlock.before(net, x_NT), label_N, x_NT, starts.expand_as(x_NT), None, uniform)
+    return _drawn(out).view(x_NT.shape)[:, starts]
 
 
 @torch.no_grad()

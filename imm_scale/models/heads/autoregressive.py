@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from imm_scale.models.heads.base import Head, HeadOutput, prefix_of
+from imm_scale.models.heads.base import Head, HeadOutput, positions, prefix_of
 from imm_scale.models.heads.causal import Caches, CausalTransformer
 from imm_scale.models.heads.unembedding import inverse_cdf
 
@@ -18,11 +18,13 @@ class _Pass:
     """What was observed: keys and values of the places asked for, which of them are in S, and the last token.
 
     Attributes:
+        position_NK: of the token at each place.
         steps: for each place that was asked for, what the transformer answered, so that it is asked once.
     """
 
     h_NKD: Tensor
     scored_NK: Tensor
+    position_NK: Tensor
     caches: Caches
     kept_NK: Tensor
     token_N: Tensor
@@ -39,15 +41,15 @@ class AutoregressiveHead(Head):
         nn.init.normal_(self.embed.weight, std=0.5)  # half of what a normalized state has
         self.transformer = CausalTransformer(width, heads, depth)
 
-    def states(self, h_NKD: Tensor, x_NK: Tensor) -> Tensor:
+    def states(self, h_NKD: Tensor, x_NK: Tensor, position_NK: Tensor) -> Tensor:
         """What the transformer makes of a prefix, (N, K, D): each place knows its own h and the tokens before it."""
         start_N1 = torch.full_like(x_NK[:, :1], self.start)
-        return self.transformer(h_NKD + self.embed(torch.cat([start_N1, x_NK[:, :-1]], dim=1)))
+        return self.transformer(h_NKD + self.embed(torch.cat([start_N1, x_NK[:, :-1]], dim=1)), position_NK)
 
     def forward(self, h_NKD: Tensor, x_NK: Tensor, scored_NK: Tensor, uniform_NK: Tensor | None = None) -> HeadOutput:
         prefix = prefix_of(scored_NK)
         x_NK = prefix.take(x_NK).masked_fill(~prefix.scored_NK, 0)
-        log_prob_NK = self.unembed(self.states(prefix.take(h_NKD), x_NK), x_NK)
+        log_prob_NK = self.unembed(self.states(prefix.take(h_NKD), x_NK, prefix.order_NK), x_NK)
         return HeadOutput(log_prob_NK.masked_fill(~prefix.scored_NK, 0.0).sum(dim=1))
 
     @torch.no_grad()
@@ -55,21 +57,25 @@ class AutoregressiveHead(Head):
         """One step of the transformer for each scored token of the sample that has most."""
         prefix = prefix_of(scored_NK)
         uniform_NK, tokens = prefix.take(uniform_NK2[..., 0]), []
-        state = self.begin(prefix.take(h_NKD), prefix.scored_NK)
+        state = self._begin(prefix.take(h_NKD), prefix.scored_NK, prefix.order_NK)
         for i in range(int(scored_NK.sum(dim=1).max())):
             tokens.append(inverse_cdf(self.conditional(state, i), uniform_NK[:, i]))
             state = self.observe(state, i, tokens[-1])
         return prefix.put_back_tokens(tokens)
 
     def begin(self, h_NKD: Tensor, scored_NK: Tensor) -> _Pass:
+        return self._begin(h_NKD, scored_NK, positions(scored_NK))
+
+    def _begin(self, h_NKD: Tensor, scored_NK: Tensor, position_NK: Tensor) -> _Pass:
         start_N = torch.full((len(h_NKD),), self.start, device=h_NKD.device)
-        return _Pass(h_NKD, scored_NK, [None] * len(self.transformer.blocks), scored_NK[:, :0], start_N)
+        return _Pass(h_NKD, scored_NK, position_NK, [None] * len(self.transformer.blocks), scored_NK[:, :0], start_N)
 
     def _step(self, state: _Pass, j: int) -> tuple[Tensor, Caches]:
         if j not in state.steps:
             itself_N1 = torch.ones_like(state.scored_NK[:, :1])
             x_ND = state.h_NKD[:, j] + self.embed(state.token_N)
-            state.steps[j] = self.transformer.step(x_ND, state.caches, torch.cat([state.kept_NK, itself_N1], dim=1))
+            kept_NK = torch.cat([state.kept_NK, itself_N1], dim=1)
+            state.steps[j] = self.transformer.step(x_ND, state.position_NK[:, j], state.caches, kept_NK)
         return state.steps[j]
 
     def conditional(self, state: _Pass, j: int) -> Tensor:
@@ -87,7 +93,8 @@ class AutoregressiveHead(Head):
 
     def marginals(self, h_NKD: Tensor, scored_NK: Tensor | None = None) -> Tensor:
         """Of each token as the first, and only, one of S."""
-        first_NKD = self.states(h_NKD.flatten(0, 1)[:, None], self._nothing(h_NKD))
+        nothing = self._nothing(h_NKD)
+        first_NKD = self.states(h_NKD.flatten(0, 1)[:, None], nothing, nothing)
         return self.unembed(first_NKD).view(*h_NKD.shape[:2], -1)
 
     @staticmethod

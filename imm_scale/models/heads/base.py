@@ -62,6 +62,11 @@ def prefix_of(scored_NK: Tensor) -> Prefix:
     return Prefix(order_NK, scored_NK.gather(1, order_NK))
 
 
+def positions(like_NK: Tensor) -> Tensor:
+    """(N, K) int64 0, 1, 2, ..: where tokens stand that have not been moved."""
+    return torch.arange(like_NK.shape[1], device=like_NK.device).expand(like_NK.shape[:2])
+
+
 def masked_mean(x: Tensor, kept: Tensor) -> Tensor:
     """Mean over the last axis but one of those of (..., K, D) that are kept (..., K): (..., D), 0 of none."""
     total = x.masked_fill(~kept[..., None], 0.0).sum(dim=-2)

@@ -36,22 +36,23 @@ class UniformConditionedHead(Head):
         self.embed = TimeEmbedder(width, "positional")  # sinusoids of a number and an MLP, in fp32
         self.transformer = CausalTransformer(width, heads, depth)
 
-    def student_states(self, h_NKD: Tensor, uniform_NK: Tensor) -> Tensor:
+    def student_states(self, h_NKD: Tensor, uniform_NK: Tensor, position_NK: Tensor) -> Tensor:
         """What the student makes of a prefix (N, K, D): each place knows the uniforms of those before, and its own."""
         embedded_ND = self.embed(uniform_NK.flatten() * _LARGEST_ANGLE)
-        return self.transformer(h_NKD + embedded_ND.view(*uniform_NK.shape, -1))
+        return self.transformer(h_NKD + embedded_ND.view(*uniform_NK.shape, -1), position_NK)
 
     def forward(self, h_NKD: Tensor, x_NK: Tensor, scored_NK: Tensor, uniform_NK: Tensor | None = None) -> HeadOutput:
         """Without uniforms the student learns nothing."""
         prefix = prefix_of(scored_NK)
         h_NKD, x_NK = prefix.take(h_NKD), prefix.take(x_NK).masked_fill(~prefix.scored_NK, 0)
-        states_NKD = self.teacher.states(h_NKD, x_NK)
+        states_NKD = self.teacher.states(h_NKD, x_NK, prefix.order_NK)
         log_prob_N = self._summed(self.teacher.unembed(states_NKD, x_NK), prefix)
         if uniform_NK is None:
             return HeadOutput(log_prob_N)
         below_NK, mass_NK = self.teacher.unembed(states_NKD.detach(), x_NK, interval=True)
         placed_NK = below_NK + mass_NK * prefix.take(uniform_NK)
-        teaching_N = -self._summed(self.unembed(self.student_states(h_NKD, placed_NK), x_NK), prefix)
+        student_NKD = self.student_states(h_NKD, placed_NK, prefix.order_NK)
+        teaching_N = -self._summed(self.unembed(student_NKD, x_NK), prefix)
         return HeadOutput(log_prob_N, teaching_N, {"student_nll": teaching_N.detach()})
 
     @staticmethod
@@ -67,7 +68,7 @@ class UniformConditionedHead(Head):
         """
         prefix = prefix_of(scored_NK)
         uniform_NK2 = prefix.take(uniform_NK2)
-        states_NKD = self.student_states(prefix.take(h_NKD), uniform_NK2[..., 0])
+        states_NKD = self.student_states(prefix.take(h_NKD), uniform_NK2[..., 0], prefix.order_NK)
         drawn_NK = self.unembed.draw(states_NKD, uniform_NK2[..., 1])
         return prefix.put_back(drawn_NK.masked_fill(~prefix.scored_NK, 0))
 

@@ -194,7 +194,7 @@ def test_what_cannot_be_given_is_refused(masked, tmp_path):
         ({"given": str(tmp_path / "none.npy")}, "is not there"),
         ({"given": lines('{"tokens": [0.5' + ", null" * 63 + "]}")}, r"holds no tokens \(0.5 is no whole number"),
         ({"given": lines('{"tokens": [true' + ", null" * 63 + "]}")}, "True is no whole number"),
-        ({"given": lines('{"tokens": [%d' % 2**70 + ", null" * 63 + "]}")}, "holds no tokens"),
+        ({"given": lines(f'{{"tokens": [{2**70}' + ", null" * 63 + "]}")}, "holds no tokens"),
         ({"given": lines('{"tokens": [1, null]}\n{"tokens": [1]}')}, "holds no tokens"),
         ({"given": lines("")}, r"\(n, 64\) is needed"),
         ({"given": archive}, "holds no tokens"),

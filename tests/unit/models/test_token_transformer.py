@@ -1,19 +1,14 @@
 """The transformer over tokens: what sees what, where positions come from, and what changes nothing."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from imm_scale import rng
-from imm_scale.data.manifest import Manifest
-from imm_scale.data.tokens.spaces import Tokens, TokensConfig
 from imm_scale.errors import UserError
 from imm_scale.models import token_layers
 from imm_scale.models.heads import HeadConfig
 from imm_scale.models.token_layers import TokenAttention, rotary_angles, rotated
 from imm_scale.models.token_transformer import TokenModelConfig, TokenTransformer
-from tests import small_tokens
 from tests.unit.methods.tokens import toy
 from tests.unit.models.heads.laws import KINDS
 
@@ -39,11 +34,32 @@ def _sensitivity(net):
     return torch.stack([row.abs().amax(dim=(0, 2)) for row in rows])
 
 
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize("positions", ["learned", "rotary", "both"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_what_a_state_depends_on(causal, positions):
     seen = _sensitivity(_net(causal, positions=positions)) > 0
     assert torch.equal(seen, torch.ones(T, T).bool().tril() if causal else torch.ones(T, T).bool())
+
+
+def test_tokens_reach_each_other_from_the_first_step_on():
+    """Gates of 0 would leave each state to its own token, and the net at the marginals of each place for long."""
+    torch.manual_seed(0)
+    seen = _sensitivity(TokenTransformer(toy.architecture(T, V, causal=False)))
+    assert seen.min() > 1e-3 * seen.diag().min(), "of gates of 0 it would be 0, off the diagonal"
+
+
+def test_another_head_starts_on_a_trained_net():
+    """All but the head, and of the head what both have; nothing of either is changed by it."""
+    source, net = _net(False), TokenTransformer(toy.architecture(T, V, False, head=HeadConfig("mixture", 3))).double()
+    own = {name: value.clone() for name, value in net.state_dict().items()}
+    made, notes = net.adapted(source.state_dict(), source.config, (0, 1), True)
+    assert made.keys() == own.keys() and notes == ["the head is new, of kind mixture, but for 2 of its weights"]
+    for name, value in made.items():
+        there = source.state_dict().get(name)
+        assert torch.equal(value, own[name] if there is None else there), name
+    assert not any(torch.equal(value, own[name]) for name, value in made.items() if "unembed" in name)
+    assert net.adapted(source.state_dict(), source.config, (0, 1), True)[0] is not made
+    assert source.adapted(made, source.config, (0, 1), True) == (made, [])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -88,7 +104,7 @@ def test_rotary_attention_knows_distances_alone(causal):
     assert torch.equal(plain(x, place), plain(x, 2 * place)), "positions are added to what it is given"
 
 
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize("positions", ["learned", "rotary", "both"])
 def test_places_and_labels_tell_apart(positions):
     net = _net(False, positions=positions)
     with torch.no_grad():
@@ -179,17 +195,12 @@ def test_settings_that_do_not_fit_are_refused(settings, said):
         TokenModelConfig(**settings).validate()
 
 
-def test_positions_are_learned_where_places_differ(tmp_path):
+def test_positions_are_both_where_masks_stand_alone():
     """Digits in 500 steps of a small masked net: 26.3 nats a held-out image by distances alone, 19.9 by places."""
-    config, images = TokenModelConfig(), Manifest.load(small_tokens.binary_digits(tmp_path, last=10))
-    texts = replace(images, codec=replace(images.codec, tokenizer="bytes", image_shape=None))
-    chosen = {}
-    for name, manifest in (("images", images), ("texts", texts)):
-        space = Tokens.of(TokensConfig(), manifest)
-        chosen[name] = TokenTransformer.architecture(config, space, second_time=False).positions
-        fixed = replace(config, positions="rotary")
-        assert TokenTransformer.architecture(fixed, space, second_time=False).positions == "rotary"
-    assert chosen == {"images": "learned", "texts": "rotary"}
+    sizes = {"length": 8, "vocabulary": 2, "num_classes": 1}
+    chosen = {causal: TokenModelConfig(causal=causal).architecture(**sizes).positions for causal in (False, True)}
+    assert chosen == {False: "both", True: "rotary"}
+    assert TokenModelConfig(positions="learned").architecture(**sizes).positions == "learned"
 
 
 def test_a_block_longer_than_the_sequence_is_refused():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from imm_scale.models.heads import HeadConfig, build
+from imm_scale.models.heads.base import positions
 from imm_scale.models.heads.unembedding import inverse_cdf
 from tests.unit.models.heads import laws
 
@@ -22,9 +23,10 @@ def _case():
     return laws.random_head(CONFIG, D, V), laws.states(1, K, D).expand(len(x), -1, -1), x, torch.ones_like(x).bool()
 
 
-def _placed(head, h, x, uniforms):
+def _placed(head, h, x, uniforms, position=None):
     """Where the teacher's distribution functions put uniforms of the tokens."""
-    below, mass = head.teacher.unembed(head.teacher.states(h, x), x, interval=True)
+    position = positions(x) if position is None else position
+    below, mass = head.teacher.unembed(head.teacher.states(h, x, position), x, interval=True)
     return below + mass * uniforms
 
 
@@ -44,8 +46,9 @@ def test_likelihood_is_the_teachers_and_teaching_the_students_cross_entropy():
     assert out.log_prob_N.equal(head.teacher.log_prob(h, x, scored))
     assert head(h, x, scored).teaching_N is None
     short_h, short_x, everything = h[:, ::2], x[:, ::2], scored[:, ::2]
-    placed = _placed(head, short_h, short_x, uniforms[:, ::2])
-    log_NKV = head.unembed(head.student_states(short_h, placed))
+    position = torch.tensor([0, 2]).expand_as(short_x)
+    placed = _placed(head, short_h, short_x, uniforms[:, ::2], position)
+    log_NKV = head.unembed(head.student_states(short_h, placed, position))
     expected = -log_NKV.gather(2, short_x[..., None])[..., 0].sum(1)
     assert everything.all()
     torch.testing.assert_close(out.teaching_N, expected, rtol=0, atol=1e-12)  # six fp64 terms in another order
@@ -79,7 +82,7 @@ def test_draws_are_as_frequent_as_the_student_says():
     h = laws.states(1, K, D)
     uniforms = torch.stack([first.expand(draws, -1), _uniforms(draws, K)], dim=-1)
     drawn = head.sample(h.expand(draws, -1, -1), torch.ones(draws, K).bool(), uniforms)
-    p_K = head.unembed(head.student_states(h, first[None]))[0, :, 1].exp()
+    p_K = head.unembed(head.student_states(h, first[None], positions(first[None])))[0, :, 1].exp()
     x = laws.all_sequences(2, K)
     expected = torch.where(x == 1, p_K, 1 - p_K).prod(1).detach() * draws
     counts = torch.bincount((drawn * torch.tensor([4, 2, 1])).sum(1), minlength=8)
@@ -124,7 +127,7 @@ def test_the_law_of_its_draws_is_as_near_as_its_cross_entropy_says(trained):
     grid = (torch.arange(side, dtype=torch.float64) + 0.5) / side
     pairs = torch.cartesian_prod(grid, grid)
     with torch.no_grad():
-        log_NKV = head.unembed(head.student_states(h.expand(side**2, -1, -1), pairs)).double()
+        log_NKV = head.unembed(head.student_states(h.expand(side**2, -1, -1), pairs, positions(pairs))).double()
         drawn = torch.stack([(log_NKV[:, 0, c] + log_NKV[:, 1, c]).exp().mean() for c in range(4)])
         many, uniforms = hands.repeat(side**2 // 4, 1), pairs[torch.randperm(side**2)]
         out = head(h.expand(len(many), -1, -1), many, torch.ones_like(many).bool(), uniforms)
