@@ -113,6 +113,11 @@ class MethodConfig(Choice):
         return 1
 
     @property
+    def replicas(self) -> int:
+        """Times a sample goes through branches that are apart from the transformer, which it goes through once."""
+        return 1
+
+    @property
     def passes(self) -> Passes:
         """What a step costs in passes of the net."""
         return Passes()

@@ -234,7 +234,7 @@ class FlowMapMethod(Method):
                 f"sigma_data, as data.space.name=latents has; {type(space).__name__} has none"
             )
         self._check_told(backbone)
-        block_draws.check(self.config.name, self.config.why_not_blocks, self.config.context_noise, backbone)
+        block_draws.check(self.config, self.config.why_not_blocks, self.config.context_noise, backbone)
         return FlowMap(
             backbone,
             probability_path.build(settings.trajectory),

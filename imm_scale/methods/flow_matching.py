@@ -36,7 +36,8 @@ class FlowMatching(FlowMapMethod):
         out = net.average(x_t, t, t, label, dropout_key, given=given)
         out, target = by_block(out, net.blocks), by_block(target, net.blocks)
         loss = _mean_square(out, target, t.flatten())
-        whole, t = (mean_of_blocks(values, net.blocks) for values in (loss, t.flatten()))
+        loss, t = (block_draws.mean_of_replicas(v, self.config.replicas) for v in (loss, t.flatten()))
+        whole, t = (mean_of_blocks(values, net.blocks) for values in (loss, t))
         return GroupLosses(whole, t, block_draws.by_place(loss, net.blocks))
 
     def draw_times(self, group: Tensor, seed: int) -> Tensor:
@@ -49,14 +50,16 @@ class FlowMatching(FlowMapMethod):
         self, flow_map: FlowMap, x: Tensor, label: Tensor, ordinal: Tensor, seed: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Given | None]:
         """x_t, what the net shall answer, t (G,) or (G, J), labels, keys of dropout masks, what blocks are given."""
-        keys = block_draws.keys(self.group(ordinal), flow_map.blocks)
+        replicas = self.config.replicas
+        keys = block_draws.keys(block_draws.numbers(self.group(ordinal), replicas), flow_map.blocks)
         t = block_draws.shaped(self.draw_times(keys, seed), flow_map.blocks)
-        eps = prior_noise(flow_map, x, ordinal, seed)
+        given = self.given(flow_map, x, ordinal, seed)
+        label = block_draws.repeated(self.drop_labels(flow_map, label, ordinal, seed), replicas)
+        x = block_draws.repeated(x, replicas)
+        eps = prior_noise(flow_map, x, block_draws.numbers(ordinal, replicas), seed)
         t_N = per_sample(t, x)
         x_t = diffuse(flow_map.interp, x, eps, t_N)
         target = exact_target(flow_map.interp, flow_map.parameterization, x, eps, t_N, flow_map.sigma_data)
-        label = self.drop_labels(flow_map, label, ordinal, seed)
-        given = self.given(flow_map, x, ordinal, seed)
         return x_t, target, t, label, self.dropout_key(flow_map, ordinal, seed), given
 
 

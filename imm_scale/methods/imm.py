@@ -109,7 +109,8 @@ class InductiveMomentMatching(FlowMapMethod):
         draws = self.draw(net, batch.x, batch.condition, batch.ordinal, seed)
         y_t, y_r = net.pair(*draws)
         loss = self.discrepancy(net, y_t, y_r, draws.s.flatten(), draws.t.flatten())
-        whole, t = (mean_of_blocks(values, net.blocks) for values in (loss, draws.t.flatten()))
+        loss, t = (block_draws.mean_of_replicas(v, self.config.replicas) for v in (loss, draws.t.flatten()))
+        whole, t = (mean_of_blocks(values, net.blocks) for values in (loss, t))
         return GroupLosses(whole, t, block_draws.by_place(loss, net.blocks))
 
     def draw_times(self, flow_map: FlowMap, group: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,14 +128,16 @@ class InductiveMomentMatching(FlowMapMethod):
     @fused()
     def draw(self, flow_map: FlowMap, x: Tensor, label: Tensor, ordinal: Tensor, seed: int) -> Draws:
         """All that is random about a micro-batch of x (N, C, H, W), label (N,) and ordinal (N,)."""
-        keys, blocks = block_draws.keys(self.group(ordinal), flow_map.blocks), flow_map.blocks
+        blocks, replicas = flow_map.blocks, self.config.replicas
+        keys = block_draws.keys(block_draws.numbers(self.group(ordinal), replicas), blocks)
         s, r, t = (block_draws.shaped(times, blocks) for times in self.draw_times(flow_map, keys, seed))
-        eps = prior_noise(flow_map, x, ordinal, seed)
+        given = self.given(flow_map, x, ordinal, seed)
+        label = block_draws.repeated(self.drop_labels(flow_map, label, ordinal, seed), replicas)
+        x = block_draws.repeated(x, replicas)
+        eps = prior_noise(flow_map, x, block_draws.numbers(ordinal, replicas), seed)
         # DDIM(x_t, x, r, t) in its division-free form: the same eps as x_t, never fresh noise.
         x_t = diffuse(flow_map.interp, x, eps, per_sample(t, x))
         x_r = diffuse(flow_map.interp, x, eps, per_sample(r, x))
-        label = self.drop_labels(flow_map, label, ordinal, seed)
-        given = self.given(flow_map, x, ordinal, seed)
         return Draws(x_t, x_r, s, r, t, label, self.dropout_key(flow_map, ordinal, seed), given)
 
     @fused()

@@ -25,6 +25,11 @@ class OneTimeConfig(FlowMapMethodConfig):
         "Mean and standard deviation of the logit of t, as [0, 1] of Stable Diffusion 3; [] draws t uniformly.",
         length="[0, 2]",
     )
+    replicas: int = option(
+        1,
+        "model.branch=mlp: branches of each sample, with noise and times of their own, beside its one clean stream.",
+        range="[1, inf)",
+    )
 
     def validate(self) -> None:
         super().validate()

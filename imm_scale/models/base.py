@@ -39,6 +39,11 @@ class Architecture(ABC):
         return 1
 
     @property
+    def branches_apart(self) -> bool:
+        """Branches are a small net on states of the clean stream, which alone goes through the blocks."""
+        return False
+
+    @property
     def at_once(self) -> "Architecture":
         """The same net for samples that are drawn at once."""
         return self
@@ -80,6 +85,7 @@ class Backbone(nn.Module):
         null_label: the label that stands for "no condition", or None for a net that has none.
         sequence_blocks: J, blocks of a sample that are drawn one after another. Above 1 the net is a `BlockCausal`, its
             passes want one more keyword, `context`, and times are (G, J).
+        branches_apart: as in its architecture. Branches may have several times the samples of the context then.
 
     `forward(x_NCHW, c_noise_G, second_G, label_N, dropout_key_N)` returns G of the shape of x; c_noise and second
     are per group (N is a multiple of G) and second is None where the second time is switched off.
@@ -94,6 +100,7 @@ class Backbone(nn.Module):
     null_label: int | None = None
     has_dropout: bool = False
     sequence_blocks: int = 1
+    branches_apart: bool = False
 
     def compile_blocks(self) -> None:
         """Compiles each block on its own: one graph serves them all, and nothing around them breaks it."""

@@ -17,10 +17,12 @@ class Cache:
 
     Attributes:
         blocks: how many blocks that are.
+        states: what the branch of the next block is given, of a net whose branches are apart from its blocks.
     """
 
     def __init__(self) -> None:
         self.blocks = 0
+        self.states: Tensor | None = None
         self.layers: list[Seen] = []
 
     def past(self, layer: int) -> Seen | None:
@@ -135,6 +137,10 @@ class BlockCausal(Backbone):
         """The branch without gradient where the others, alone, are to be recomputed for the backward pass."""
         out: Tensor = block(still, None, condition, self.block_tokens, masks, seen.detach(), key)[0]
         return out
+
+    def starts(self, cache: Cache) -> bool:
+        """Whether `next_block` needs a context though no block is known: times of the clean stream, and no rows."""
+        return False
 
     def next_block(
         self,

@@ -14,7 +14,7 @@ from imm_scale.data.spaces import SampleSpace
 from imm_scale.errors import UserError
 from imm_scale.models import tangent
 from imm_scale.models.base import Architecture, Context
-from imm_scale.models.block_causal import BlockCausal
+from imm_scale.models.branch_mlp import BranchMlp, MixerLayer
 from imm_scale.models.layers import (
     ATTENTIONS,
     Block,
@@ -23,7 +23,8 @@ from imm_scale.models.layers import (
     TimeEmbedder,
     position_table,
 )
-from imm_scale.models.streams import StreamBlock
+from imm_scale.models.mlp_branches import MlpBranches
+from imm_scale.models.streams import CausalBlock, StreamBlock
 from imm_scale.registry import register_backbone
 
 # name: width, depth, heads
@@ -64,6 +65,12 @@ class ModelConfig(BackboneConfig):
         "J, blocks of whole rows of patches that a sample is drawn in, each given the ones before; 1 draws it at once.",
         range="[1, inf)",
     )
+    branch: Literal["transformer", "mlp"] = option(
+        "transformer",
+        "What draws a block given those before: the transformer itself, or a small MLP on its states, which runs once.",
+    )
+    branch_depth: int | None = option(None, "Layers of that MLP; null is 3.", range="[1, inf)")
+    branch_width: int | None = option(None, "Channels of that MLP; null takes the model's.", range="[1, inf)")
 
     @property
     def title(self) -> str:
@@ -84,6 +91,7 @@ class ModelConfig(BackboneConfig):
     def validate(self) -> None:
         side = self.patch_size or max(PATCH_SIZES)  # of samples it fits: what they are is not known here
         size_config(self.size, **self.given, height=side, image_width=side, mlp_ratio=self.mlp_ratio)
+        _check_branch(self.branch, self.branch_depth, self.branch_width, self.blocks)
 
     @property
     def given(self) -> dict[str, int]:
@@ -112,6 +120,9 @@ class DiTConfig(Architecture):
     second_time: bool = True
     guidance: bool = False
     blocks: int = 1
+    branch: str = "transformer"
+    branch_depth: int | None = None
+    branch_width: int | None = None
 
     MAY_DIFFER = frozenset(
         {"dropout", "attention", "num_classes", "height", "image_width", "second_time", "guidance", "blocks"}
@@ -130,6 +141,7 @@ class DiTConfig(Architecture):
                 f"model.patch_size={self.patch_size} must divide the latent's {self.height} x {self.image_width}"
             )
         self._check_blocks()
+        _check_branch(self.branch, self.branch_depth, self.branch_width, self.blocks)
         if self.attention not in ATTENTIONS:
             raise UserError(f"model.attention={self.attention!r} is unknown; choose one of {', '.join(ATTENTIONS)}")
         if not 0.0 <= self.dropout < 1.0:
@@ -177,12 +189,18 @@ class DiTConfig(Architecture):
 
     @property
     def at_once(self) -> "DiTConfig":
-        return replace(self, blocks=1)
+        return replace(self, blocks=1, branch="transformer", branch_depth=None, branch_width=None)
+
+    @property
+    def branches_apart(self) -> bool:
+        return self.branch == "mlp"
 
     @property
     def hidden(self) -> tuple[int, int]:
         pairs, seen = self.tokens**2, self.tokens * (self.tokens + self.block_tokens) // 2
         of_a_pair = 2 * self.width  # a score, and a value
+        if self.branches_apart:  # states of the last layer are wanted, and an MLP has no mask
+            return of_a_pair * self.depth * (pairs - seen), 0
         # The clean stream ends with the keys and values of the last block, before attention.
         return of_a_pair * (self.depth - 1) * (pairs - seen), of_a_pair * self.depth * (2 * pairs - seen)
 
@@ -190,6 +208,25 @@ class DiTConfig(Architecture):
     def block_tokens(self) -> int:
         """Tokens of one of the blocks that a sample is drawn in."""
         return self.tokens // self.blocks
+
+
+_BRANCHES, _BRANCH_DEPTH = ("transformer", "mlp"), 3
+
+
+def _check_branch(branch: str, depth: int | None, width: int | None, blocks: int) -> None:
+    """Raises UserError for an unknown branch, one that has nothing to branch from, and settings of one there is not."""
+    if branch not in _BRANCHES:
+        raise UserError(f"model.branch={branch!r} is unknown; choose one of {', '.join(_BRANCHES)}")
+    if branch == "mlp" and blocks == 1:
+        raise UserError(
+            "model.branch=mlp draws a block from the states of those before, and with model.blocks=1 there are none: "
+            "set model.blocks above 1, or leave model.branch at transformer"
+        )
+    for key, value in (("branch_depth", depth), ("branch_width", width)):
+        if value is not None and branch != "mlp":
+            raise UserError(f"model.{key}={value} is of model.branch=mlp, not of {branch}: leave it out")
+        if value is not None and value < 1:
+            raise UserError(f"model.{key}={value} must be at least 1")
 
 
 def size_config(size: str, **overrides: Any) -> DiTConfig:
@@ -203,7 +240,7 @@ def size_config(size: str, **overrides: Any) -> DiTConfig:
 
 
 @register_backbone("dit")
-class DiT(BlockCausal):
+class DiT(MlpBranches):
     """The network G. Under autocast the blocks run in 16 bits, conditioning and the residual stream in fp32."""
 
     Config = ModelConfig
@@ -236,6 +273,9 @@ class DiT(BlockCausal):
             second_time=second_time,
             guidance=guidance,
             blocks=config.blocks,
+            branch=config.branch,
+            branch_depth=config.branch_depth,
+            branch_width=config.branch_width,
         )
 
     def __init__(self, config: DiTConfig):
@@ -249,11 +289,16 @@ class DiT(BlockCausal):
         self.t_embedder = TimeEmbedder(c.width, c.time_embedding)
         self.s_embedder = TimeEmbedder(c.width, c.time_embedding) if c.second_time else None
         self.y_embedder = nn.Embedding(c.num_classes + 1, c.width)  # the last row is "no label"
-        kind = Block if c.blocks == 1 else StreamBlock
+        kind = CausalBlock if c.branches_apart else Block if c.blocks == 1 else StreamBlock
         self.blocks = nn.ModuleList(
             kind(c.width, c.heads, c.mlp_ratio, c.qk_norm, c.dropout, c.attention) for _ in range(c.depth)
         )
-        self.final_layer = FinalLayer(c.width, c.patch_size, c.channels)
+        last = c.branch_width or c.width
+        self.final_layer = FinalLayer(last, c.patch_size, c.channels, c.width)
+        self.branch_mlp = None
+        if c.branches_apart:
+            depth = c.branch_depth or _BRANCH_DEPTH
+            self.branch_mlp = BranchMlp(c.channels, c.patch_size, c.block_tokens, last, depth, c.mlp_ratio, c.width)
         table = position_table(c.width, *c.grid)
         self.register_buffer("pos_embed", table[None], persistent=False)
         self._initialize()
@@ -267,16 +312,20 @@ class DiT(BlockCausal):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.weight.view(self.x_embedder.weight.shape[0], -1))
-        assert self.x_embedder.bias is not None
-        nn.init.zeros_(self.x_embedder.bias)
-        nn.init.normal_(self.y_embedder.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
         for module in self.modules():
             if isinstance(module, TimeEmbedder):
                 for layer in module.mlp:
                     if isinstance(layer, nn.Linear):
                         nn.init.normal_(layer.weight, std=0.02)
-            if isinstance(module, Block | FinalLayer):
+            if isinstance(module, Block | MixerLayer | FinalLayer):
                 modulation = module.adaLN_modulation[-1]
                 assert isinstance(modulation, nn.Linear)
                 nn.init.zeros_(modulation.weight)

@@ -207,11 +207,11 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    def __init__(self, width: int, patch_size: int, channels: int):
+    def __init__(self, width: int, patch_size: int, channels: int, condition_width: int | None = None):
         super().__init__()
         self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(width, patch_size * patch_size * channels)
-        self.adaLN_modulation = adaln_projection(width, 2)
+        self.adaLN_modulation = adaln_projection(width, 2, condition_width)
 
     def forward(
         self,

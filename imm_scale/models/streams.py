@@ -259,3 +259,23 @@ class StreamBlock(Block):
         x = gated(x, gate_a, stream.dropout(attended, self.dropout, number=0))
         mixed = self.mlp(modulate(self.norm2(x), shift, scale))
         return gated(x, gate_m, stream.dropout(mixed, self.dropout, number=1))
+
+
+class CausalBlock(StreamBlock):
+    """The same of the clean stream alone: no branch goes through it."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x_NTD: Tensor,
+        condition_ND: Tensor,
+        mask: Mask,
+        past: Seen | None = None,
+        dropout_key_N: Tensor | None = None,
+    ) -> tuple[Tensor, Seen]:
+        """Clean tokens after those of `past`, and what is seen of all of them; the mask is (T, all tokens)."""
+        stream = _Stream(x_NTD, self.adaLN_modulation(condition_ND)[:, None], dropout_key_N, 0)
+        query, key, value = self._projected(stream)
+        if past is not None:
+            key, value = torch.cat([past.key, key], dim=1), torch.cat([past.value, value], dim=1)
+        attended = attend_masked(query, key, value, mask, self.attn.attention)
+        return self._rest(stream, attended), Seen(key, value)

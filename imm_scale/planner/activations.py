@@ -25,7 +25,7 @@ class Activations:
         around: what it keeps outside the blocks.
         widest: of the branch without gradient, inside a block.
         workspace: of the backward pass, inside a block.
-        elements: of a sample as the net sees it; a number.
+        elements: of a sample's branches as the net sees them; a number.
     """
 
     block: float
@@ -36,21 +36,23 @@ class Activations:
     elements: int
 
 
-def activations(net: Architecture, half: bool) -> Activations:
-    """Of a net's passes in fp32, or under 16-bit autocast."""
+def activations(net: Architecture, half: bool, replicas: int = 1) -> Activations:
+    """Of a net's passes in fp32, or under 16-bit autocast, with so many replicas of its branches."""
     if _is_plain_dit(net):
         return _of_dit(net, _HALF if half else _FP32)
-    counts = footprint(net, half)
+    counts = footprint(net, half, replicas)
     # Counted on a pass of all streams with gradient, of which the branch without is as one.
     widest, workspace = counts.widest / streams(net), counts.workspace
     if isinstance(net, DiTConfig):  # the count is of the whole way back, whose beginning holds more than its blocks do
         workspace = streams(net) * _of_dit(net, _HALF if half else _FP32).workspace
-    return Activations(counts.kept_by_block, counts.block_input, counts.kept_around, widest, workspace, elements(net))
+    size = replicas * elements(net)
+    return Activations(counts.kept_by_block, counts.block_input, counts.kept_around, widest, workspace, size)
 
 
 def streams(net: Architecture) -> int:
-    """Streams of tokens in a pass with gradient: the clean one too, where samples are several blocks."""
-    return 1 if net.sequence_blocks == 1 else 2
+    """Streams of tokens through the blocks of the net, of a pass with gradient: where samples are several blocks the
+    clean one too, or alone."""
+    return 1 if net.sequence_blocks == 1 or net.branches_apart else 2
 
 
 def _is_plain_dit(net: Architecture) -> TypeGuard[DiTConfig]:
@@ -148,7 +150,8 @@ def kernels(net: Architecture, passes: Passes, half: bool, checkpointing: bool, 
         counts = footprint(net, half)
         again = counts.block_operators * checkpointing
         share = counts.block_operators / (counts.block_operators + counts.other_operators)
-        inside = branches * counts.block_operators + share * counts.backward_operators + again
+        through = 1 if net.branches_apart else branches
+        inside = through * counts.block_operators + share * counts.backward_operators + again
         return of_a_block * inside + branches * counts.other_operators + (1 - share) * counts.backward_operators
     branch, casts, backward, once_more = (21, 8, 50, 27) if half else (19, 0, 38, 17)
     around = 64 + 40 * (branches - 1)

@@ -202,21 +202,22 @@ class Footprint:
 
 
 @cache
-def footprint(net: Architecture, half: bool) -> Footprint:
+def footprint(net: Architecture, half: bool, replicas: int = 1) -> Footprint:
     """Counts a sample's bytes from the difference of two batches, which leaves out what all samples share.
 
-    Batches are large, so that the most held at once is what samples hold, and not gradients of weights.
+    Batches are large, so that the most held at once is what samples hold, and not gradients of weights. Of branches
+    apart from the transformer there are so many replicas.
     """
     size = max(4, min(_SAMPLES, _TOKENS // getattr(net, "tokens", 1)))
-    few, many = (vars(_footprint(net, half, samples)) for samples in (size, 2 * size))
+    few, many = (vars(_footprint(net, half, samples, replicas)) for samples in (size, 2 * size))
     of_a_sample = {name: (many[name] - few[name]) / size for name in few}
     return Footprint(**{**of_a_sample, **{name: few[name] for name in few if name.endswith("_operators")}})
 
 
-def _footprint(net: Architecture, half: bool, samples: int) -> Footprint:
+def _footprint(net: Architecture, half: bool, samples: int, replicas: int) -> Footprint:
     """Of so many samples together, what they share included."""
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
-        model, example = net.build(), net.example(samples)
+        model, example = net.build(), _replicated(net.example(samples), replicas)
         blocks = list(model.blocks)
         with _explained(type(model)):
             with torch.no_grad(), _Watch(blocks) as still:
@@ -242,6 +243,14 @@ def _footprint(net: Architecture, half: bool, samples: int) -> Footprint:
         other_operators=still.operators - still.block_operators,
         backward_operators=backward.operators,
     )
+
+
+def _replicated(example: tuple[Any, ...], replicas: int) -> tuple[Any, ...]:
+    """An example whose branches, but not what they are given, have so many times the samples."""
+    if replicas == 1:
+        return example
+    branch = (None if x is None else x.repeat(replicas, *[1] * (x.dim() - 1)) for x in example[:4])
+    return (*branch, *example[4:])
 
 
 @dataclass(frozen=True)

@@ -215,6 +215,7 @@ def setting(config: Config, net: Architecture, layout: Layout) -> Setting:
         overlap=overlaps(config, layout.world_size),
         decays=tuple(config.ema.decays),
         teacher=config.method.teacher_decay is not None,
+        replicas=config.method.replicas,
     )
 
 
@@ -238,8 +239,7 @@ def _estimate(
     peak = memory.peak(memory_setting, counted)
     forward = cost.forward_multiply_adds(net)
     passes = cost.step_passes(config.method, net, layout.alignment)
-    again = passes.grad if net.sequence_blocks > 1 else 1.0  # of a net of blocks all streams with gradient
-    forwards = passes.forwards + again * config.train.activation_checkpointing
+    forwards = passes.forwards + cost.recomputed(net, passes) * config.train.activation_checkpointing
     images = layout.slots * layout.particles  # of a rank, empty slots included
     traffic = _traffic(memory_setting, counted)
     compute = _compute_seconds(config, memory_setting, device, 2.0 * forwards * forward * images, forwards * images)

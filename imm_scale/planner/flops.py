@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from torch import nn
 
@@ -11,9 +12,12 @@ from imm_scale.planner.counting import forward_multiply_adds, on_meta, stream_mu
 
 __all__ = [
     "Parameters",
+    "SamplingPasses",
     "Traffic",
     "forward_multiply_adds",
     "parameters",
+    "recomputed",
+    "sampling_passes",
     "spared",
     "step_passes",
     "stream_multiply_adds",
@@ -28,12 +32,43 @@ def step_passes(method: MethodConfig, net: Architecture, alignment: int) -> Pass
 
     Of several blocks the clean stream is one more pass with gradient, and no pass is whole: a branch's block attends to
     the blocks before and itself alone. Blocks of one sample differ in whether s = t, so that spares nothing then.
+    Of branches apart from the transformer, replicas are as many more of each.
     """
     if net.sequence_blocks == 1:
         return method.passes_at(alignment)
     passes, forward = method.passes_at(1), forward_multiply_adds(net)
     clean, branch = (cost / forward for cost in stream_multiply_adds(net))
+    branch *= method.replicas
     return Passes(grad=clean + passes.grad * branch, no_grad=passes.no_grad * branch)
+
+
+def recomputed(net: Architecture, passes: Passes) -> float:
+    """Passes, of those of `step_passes`, that activation checkpointing runs again: of blocks all streams with gradient,
+    the clean one alone where branches do not go through them."""
+    if net.branches_apart:
+        return stream_multiply_adds(net).clean / forward_multiply_adds(net)
+    return passes.grad if net.sequence_blocks > 1 else 1.0
+
+
+class SamplingPasses(NamedTuple):
+    """What sampling costs, in forward passes of the same net for samples that are drawn at once.
+
+    Attributes:
+        call: of a call, which is of one block.
+        clean: of the clean stream of a whole sample.
+    """
+
+    call: float
+    clean: float
+
+
+def sampling_passes(net: Architecture) -> SamplingPasses:
+    """Of several blocks all but the last go through the net once more, clean; 2 % are between this and a count."""
+    blocks = net.sequence_blocks
+    if not net.branches_apart:
+        return SamplingPasses(1.0 / blocks, 1.0 - 1.0 / blocks)
+    clean, branch = (cost / forward_multiply_adds(net) for cost in stream_multiply_adds(net))
+    return SamplingPasses(branch / blocks, clean)
 
 
 def spared(method: MethodConfig, net: Architecture, alignment: int) -> str:

@@ -37,6 +37,7 @@ class Setting:
         overlap: gradients are reduced beside the backward pass.
         decays: of the moving averages.
         teacher: one of them is kept whole beside the net, for the loss.
+        replicas: branches of each sample.
     """
 
     net: Architecture
@@ -56,6 +57,7 @@ class Setting:
     overlap: bool
     decays: tuple[float, ...]
     teacher: bool = False
+    replicas: int = 1
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Memory:
 
 def kept_by_block(s: Setting) -> float:
     """Bytes autograd keeps of one block without activation checkpointing, without 16-bit copies of its weights."""
-    return s.samples * activations(s.net, s.half).block
+    return s.samples * activations(s.net, s.half, s.replicas).block
 
 
 def _pairs(s: Setting, elements: int) -> float:
@@ -199,7 +201,7 @@ class _Kept:
 
 def _kept(s: Setting, depth: int) -> _Kept:
     """Of the passes whose graphs a step goes back through."""
-    sample = activations(s.net, s.half)
+    sample = activations(s.net, s.half, s.replicas)
     block, around, entry, workspace = sample.block, sample.around, sample.block_input, sample.workspace
     beside = s.samples * sample.widest if s.two_branches else 0.0
     if s.tangent_samples:
@@ -223,7 +225,7 @@ def moments(s: Setting, p: Parameters) -> Iterator[Memory]:
     lasting = 0.0 if s.stage == 3 else _buckets(s, p)  # `states` has those of stage 3
     depth = p.blocks
     kept = _kept(s, depth)
-    pairs = _pairs(s, activations(s.net, s.half).elements)
+    pairs = _pairs(s, activations(s.net, s.half, s.replicas).elements)
 
     def at(when: str, gradients: float, activations: float, buffers: float, communication: float) -> Memory:
         return replace(

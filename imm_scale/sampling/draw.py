@@ -76,18 +76,23 @@ class SamplingPlan:
         """Scale and interval of the guidance."""
         return Guidance(self.guidance_scale, *self.guidance_interval)
 
-    def guide_forwards(self, times: Tensor) -> float:
+    def guide_forwards(self, times: Tensor, passes: tuple[float, float] | None = None) -> float:
         """Those of `forwards` that guidance adds: of the null label, or of the guide."""
-        return self.forwards(times) - replace(self, guidance_scale=1.0).forwards(times)
+        return self.forwards(times, passes) - replace(self, guidance_scale=1.0).forwards(times, passes)
 
-    def forwards(self, times: Tensor) -> float:
+    def forwards(self, times: Tensor, passes: tuple[float, float] | None = None) -> float:
         """Passes over whole samples that `function_evaluations` amount to, but for 2 %.
 
         Of several blocks a call is of one, and all but the last pass once more, clean, for each of label and guidance.
+
+        Args:
+            passes: what a call and the clean stream of a whole sample are in place of that, as a net has it whose
+                branches are apart (`planner.flops.sampling_passes`).
         """
-        calls, clean = self.function_evaluations(times), 1.0 - 1.0 / self.blocks
+        call, clean = passes or (1.0 / self.blocks, 1.0 - 1.0 / self.blocks)
+        calls = self.function_evaluations(times)
         guided = calls > replace(self, guidance_scale=1.0).function_evaluations(times)
-        return calls / self.blocks + clean * (1 + guided)
+        return calls * call + clean * (1 + guided)
 
     def function_evaluations(self, times: Tensor) -> int:
         """Calls of the network, and its guide, one after another per image, along (steps + 1,) times in every block."""

@@ -107,6 +107,14 @@ def test_bf16_stages_agree_to_its_own_digits(digits, tmp_path):
     _assert_equal(tmp_path, BF16[1:], tmp_path / _name(BF16[0]), 1e-2)
 
 
+def test_branches_beside_the_transformer_do_not_depend_on_the_world_either(digits, tmp_path):
+    """Replicas of a branch MLP, whose groups are made on every rank alike; whole, or recomputed and gathered."""
+    cases = [(1, 0, 64, ""), (2, 3, 16, "train.activation_checkpointing=true")]
+    mlp = ["model.blocks=4", "model.branch=mlp", "method.replicas=2", "model.dropout=0.1", "method.context_noise=0.1"]
+    _train_all(cases, tmp_path, [f"data.manifest={digits}", *FP32, *mlp])
+    _assert_equal(tmp_path, cases[1:], tmp_path / _name(cases[0]), 1e-5)
+
+
 def test_radam_does_not_depend_on_the_world_either(digits, tmp_path):
     cases = [(1, 0, 64, ""), (2, 0, 16, ""), (2, 2, 16, ""), (2, 3, 64, "zero.offload=optimizer")]
     _train_all(cases, tmp_path, [f"data.manifest={digits}", *FP32, "optimizer.name=radam"])

@@ -26,7 +26,7 @@ from imm_scale.evaluation.records import FOLDER, SCHEMA_VERSION
 from imm_scale.evaluation.reference import Reference
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
-from imm_scale.planner.flops import forward_multiply_adds
+from imm_scale.planner.flops import forward_multiply_adds, sampling_passes
 from imm_scale.sampling import blocks
 from imm_scale.sampling.draw import SAMPLES_PER_CALL, SamplingPlan, plan_of, sample, times_of
 from imm_scale.sampling.source import Source
@@ -276,10 +276,10 @@ class DistanceEvaluator(Evaluator):
 
     def _multiply_adds(self, plan: SamplingPlan, times: Tensor) -> int:
         """Per sample, those of the guide by its own net."""
-        guide, of_guide = self.model.guide_of(plan), plan.guide_forwards(times)
-        own = forward_multiply_adds(self.model.spec.net)
-        other = own if guide is None else forward_multiply_adds(guide.spec.net)
-        return round(own * (plan.forwards(times) - of_guide) + other * of_guide)
+        guide, own = self.model.guide_of(plan), self.model.spec.net
+        other, alone = own if guide is None else guide.spec.net, dataclasses.replace(plan, guidance_scale=1.0)
+        of_own = alone.forwards(times, sampling_passes(own)) * forward_multiply_adds(own)
+        return round(of_own + plan.guide_forwards(times, sampling_passes(other)) * forward_multiply_adds(other))
 
 
 def _summary(by_seed: Sequence[Measure]) -> dict[str, Any]:

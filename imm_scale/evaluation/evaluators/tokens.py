@@ -35,7 +35,7 @@ from imm_scale.methods.tokens.masked import MaskedDiffusion
 from imm_scale.methods.tokens.next_block import NextBlock
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
-from imm_scale.planner.flops import forward_multiply_adds
+from imm_scale.planner.flops import forward_multiply_adds, sampling_passes
 from imm_scale.sampling import draw
 from imm_scale.sampling.draw import SAMPLES_PER_CALL, SamplingPlan, plan_of, times_of
 from imm_scale.sampling.profiles import StoredProfile
@@ -273,7 +273,7 @@ class TokenEvaluator(Evaluator):
             is_plain = plan.sampler == "blocks"
             spent = work.of_blocks(net, block) if is_plain else work.of_verified(net, length, block, passes)
             return axes(passes, passes, spent)
-        forwards = plan.forwards(times_of(self.model.spec, plan))
+        forwards = plan.forwards(times_of(self.model.spec, plan), sampling_passes(net))
         return axes(plan.sequence_passes, passes, round(forwards * forward_multiply_adds(net)))
 
     def _described(self, plan: SamplingPlan, measures: Measures, passes: float, seconds: float) -> dict[str, Any]:

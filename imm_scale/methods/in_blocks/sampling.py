@@ -54,7 +54,7 @@ class BlockMap(FlowMap):
         assert isinstance(net, BlockCausal), type(net)
         since = self.known[:, :, cache.blocks * scaled.shape[2] :]
         given = None
-        if since.shape[2]:
+        if since.shape[2] or net.starts(cache):
             given = self.context(Given(since, torch.zeros(1, dtype=torch.float64, device=scaled.device)))
         return net.next_block(scaled, *times, label, cache, given)
 
