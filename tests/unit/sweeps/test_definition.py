@@ -189,7 +189,11 @@ def test_a_mistake_ends_with_2_and_one_line(write, capsys):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_sweep_files_that_ship_are_valid(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(definition, "_data", lambda *known: Data((1, 8, 8), 10, 640.0, None))
+
+    def data(manifest, shape, classes, vocabulary=None):
+        return Data((1, 8, 8) if vocabulary is None else shape, 10, 640.0, None, vocabulary)
+
+    monkeypatch.setattr(definition, "_data", data)
     sweep = definition.load(str(path))
     assert sweep.description
     assert all(configs.validate(cell.config) is None for cell in sweep.cells)

@@ -1,0 +1,174 @@
+"""What was expected of the heads, and whether the runs agree: every verdict is computed from their numbers."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from experiments.joint_tokens import hands
+from experiments.joint_tokens.study import FLOORED, Study, over_seeds, paired
+
+ORDER = (FLOORED, "mixture", "chain", "autoregressive")  # from worst to best
+ERRORS = 5.0  # standard errors that a gap should be wide
+_NEAR = 0.05  # of the likelihood of one token at a time
+_PREDICTED = 0.01  # relative error allowed of formula (1)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement that was made before the runs, whether it holds for every seed, and what was measured."""
+
+    text: str
+    holds: bool
+    measured: str
+
+    def __str__(self) -> str:
+        return f"- {'**Holds**' if self.holds else '**Does not hold**'}: {self.text} {self.measured}"
+
+
+def gaps(study: Study, steps: int, name: str = "nll") -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """{(worse, better) neighbours of the order: (gap in nats, its standard error) of each seed}, sample by sample."""
+    found = {}
+    for worse, better in itertools.pairwise(ORDER):
+        pairs = [(_nats(study, head, seed, steps, name) for head in (worse, better)) for seed in study.seeds]
+        found[worse, better] = [paired(*pair) for pair in pairs]
+    return found
+
+
+def _nats(study: Study, head: str, seed: int, steps: int, name: str) -> NDArray[np.float64]:
+    """(N,) nats of a sequence, of a causal net those of its last block."""
+    values = study.values(head, seed, steps, name)
+    return values if values.ndim == 1 else values[:, -1]
+
+
+def order(study: Study, steps: int, name: str = "nll") -> Claim:
+    """Each head is ahead of the one before from every seed, by five standard errors."""
+    by_pair = gaps(study, steps, name)
+    least = {pair: min(seeds, key=lambda one: one[0] / one[1]) for pair, seeds in by_pair.items()}
+    said = "; ".join(f"{worse} - {better} {gap:.2f} ± {error:.2f}" for (worse, better), (gap, error) in least.items())
+    where = "the blocks of a causal net" if name != "nll" else f"{steps} pass" + "es" * (steps > 1)
+    return Claim(
+        f"In {where} {', '.join(ORDER)} follow each other from every seed, with gaps over {ERRORS:g} standard errors.",
+        all(gap > ERRORS * error for gap, error in least.values()),
+        f"The narrowest gaps of all seeds, in nats: {said}.",
+    )
+
+
+def between(study: Study, steps: int, name: str = "nll") -> Claim:
+    """The joint heads are ahead of the product head, and none of the autoregressive one."""
+    ends = {}
+    for head in ORDER[1:-1]:
+        for pair in ((FLOORED, head), (head, ORDER[-1])):
+            seeds = [paired(*(_nats(study, one, seed, steps, name) for one in pair)) for seed in study.seeds]
+            ends[pair] = min(seeds, key=lambda one: one[0] / one[1])
+    said = "; ".join(f"{worse} - {better} {gap:.2f} ± {error:.2f}" for (worse, better), (gap, error) in ends.items())
+    where = "of blocks" if name != "nll" else f"in {steps} pass" + "es" * (steps > 1)
+    return Claim(
+        f"Mixture and chain lie between the product and the autoregressive head {where}, by {ERRORS:g} errors.",
+        all(gap > ERRORS * error for gap, error in ends.values()),
+        f"The narrowest gaps of all seeds, in nats: {said}.",
+    )
+
+
+def floor(study: Study) -> Claim:
+    """No product head is below its floor."""
+    margins = []
+    for seed in study.seeds:
+        for steps in study.task.steps:
+            result = study.result(FLOORED, seed, steps)
+            least, error = study.measure(FLOORED, seed, steps, "product_floor_per_token")
+            margins.append(((result["mean"] - least) / (result["error"] ** 2 + (error or 0) ** 2) ** 0.5, steps))
+    lowest, steps = min(margins)
+    return Claim(
+        "The product head is nowhere below the floor of its own profile, by two standard errors.",
+        lowest > -2.0,
+        f"The lowest of all seeds and numbers of passes is {lowest:+.1f} standard errors from it, at {steps}.",
+    )
+
+
+def below_the_floor(study: Study, head: str, steps: int) -> Claim:
+    """A joint head draws in so many passes what no product of tokens of its own net can."""
+    margins = []
+    for seed in study.seeds:
+        result = study.result(head, seed, steps)
+        least, error = study.measure(head, seed, steps, "product_floor_per_token")
+        margins.append((result["mean"] - least) / (result["error"] ** 2 + (error or 0) ** 2) ** 0.5)
+    return Claim(
+        f"The {head} head is below the floor of its own net's products in {steps} pass{'es' * (steps > 1)}, by five "
+        "standard errors from every seed.",
+        max(margins) < -ERRORS,
+        f"Distances in standard errors: {', '.join(f'{margin:+.1f}' for margin in margins)}.",
+    )
+
+
+def prediction(study: Study) -> Claim:
+    """Formula (1) says from the profile what the product head has in any number of equal steps."""
+    far = []
+    for seed in study.seeds:
+        for steps in study.task.steps:
+            result = study.result(FLOORED, seed, steps)
+            said, error = study.measure(FLOORED, seed, steps, "product_uniform_per_token")
+            both = (result["error"] ** 2 + (error or 0) ** 2) ** 0.5
+            far.append(
+                (abs(said / result["mean"] - 1), both / result["mean"], abs(said - result["mean"]) / both, steps)
+            )
+    worst, error, _, steps = max(far)
+    return Claim(
+        f"The profile predicts nll@L of the product head to {_PREDICTED:.0%} (formula 1).",
+        worst <= _PREDICTED,
+        f"The farthest of all seeds is {worst:.2%} at {steps}, where both have an error of {error:.2%}; "
+        f"in standard errors the farthest is {max(one[2] for one in far):.1f}.",
+    )
+
+
+def near_one_at_a_time(study: Study, steps: int) -> Claim:
+    """The autoregressive head needs few passes for what one token at a time has."""
+    last = study.task.steps[-1]
+    ratios = [
+        float(study.values(ORDER[-1], seed, steps).mean() / study.values(ORDER[-1], seed, last).mean()) - 1
+        for seed in study.seeds
+    ]
+    return Claim(
+        f"The autoregressive head in {steps} passes is within {_NEAR:.0%} of one token a pass.",
+        max(map(abs, ratios)) <= _NEAR,
+        f"By seed: {', '.join(f'{ratio:+.1%}' for ratio in ratios)}.",
+    )
+
+
+def tokens_a_pass(study: Study) -> Claim:
+    """Verified decoding takes more tokens a pass from better drafts."""
+    (blocks,) = study.task.steps
+    by_head = {h: [study.measure(h, s, blocks, "tokens_a_pass")[0] for s in study.seeds] for h in ORDER}
+    ahead = [
+        by_head[better][i] > by_head[worse][i]
+        for worse, better in itertools.pairwise(ORDER)
+        for i in range(len(study.seeds))
+    ]
+    said = ", ".join(
+        f"{head} {mean:.2f} ± {spread:.2f}" for head in ORDER for mean, spread in [over_seeds(by_head[head])]
+    )
+    return Claim("Tokens a pass of verified decoding rise in the same order, from every seed.", all(ahead), f"{said}.")
+
+
+def hands_enumerated(study: Study, laws: dict[tuple[str, int, int], NDArray[np.float64]]) -> Iterator[Claim]:
+    """What is known in closed form of four hands; laws by head, seed and passes."""
+    one_pass = [laws[FLOORED, seed, 1] for seed in study.seeds]
+    kl, valid = [hands.divergence(law) for law in one_pass], [hands.validity(law) for law in one_pass]
+    yield Claim(
+        "In one pass a product head has KL log 4 = 1.386 and validity 1/4, to 1 %.",
+        max(abs(value / np.log(4) - 1) for value in kl) < 0.01 and max(abs(4 * value - 1) for value in valid) < 0.01,
+        f"KL {_listed(kl)}; validity {_listed(valid)}.",
+    )
+    twice = [hands.divergence(laws[FLOORED, seed, 2]) for seed in study.seeds]
+    yield Claim("In two passes it has KL 0, to 0.02.", max(twice) < 0.02, f"KL {_listed(twice)}.")
+    for head in ("mixture", "chain", "autoregressive", "uniform_conditioned"):
+        kl = [hands.divergence(laws[head, seed, 1]) for seed in study.seeds]
+        yield Claim(
+            f"In one pass {study.task.rows[head].title} has KL below 0.05.", max(kl) < 0.05, f"KL {_listed(kl)}."
+        )
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.3f}" for value in values)

@@ -1,0 +1,299 @@
+"""docs/joint_tokens.md: every figure in it is read from the runs."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from experiments import common
+from experiments.joint_tokens import claims, figures, hands
+from experiments.joint_tokens.claims import Claim
+from experiments.joint_tokens.scaling import Scaling
+from experiments.joint_tokens.study import FLOORED, Study, over_seeds
+from imm_scale.models.token_transformer import TokenArchitecture
+
+_IMAGES = "images/joint_tokens"
+
+
+def write(studies: dict[str, Study], scaling: Scaling | None, docs: Path) -> Path:
+    """Pictures and page of those tasks that were run. Returns the page's path."""
+    sections = {"digits": _digits, "kjv": _kjv, "hands": _hands}
+    parts = [sections[name](studies[name], docs) for name in sections if name in studies]
+    if scaling is not None:
+        parts.append(_scaling(scaling, docs))
+    minutes = sum(study.minutes for study in studies.values()) + (scaling.minutes if scaling else 0.0)
+    path = docs / "joint_tokens.md"
+    path.write_text(_PAGE.format(sections="\n\n".join(parts), minutes=minutes))
+    return path
+
+
+def _verdicts(found: Sequence[Claim]) -> str:
+    return "\n".join(map(str, found))
+
+
+def _protocol(study: Study) -> str:
+    outcome = next(iter(study.outcomes.values()))
+    config, net = outcome.cell.config, outcome.cell.net
+    assert isinstance(net, TokenArchitecture)
+    return (
+        f"Width {net.width}, depth {net.depth}, positions `{net.positions}`, {config.train.max_steps:,} steps of "
+        f"{config.train.global_batch_size}, learning rate {config.optimizer.lr:g}, average {config.ema.decays[0]:g}; "
+        f"{config.evaluation.num or 'all'} held-out sequences; seeds {', '.join(map(str, study.seeds))}; "
+        f"{study.minutes:.0f} minutes of training and measuring."
+    )
+
+
+# --- digits ---
+
+
+def _digits(study: Study, docs: Path) -> str:
+    steps = study.task.steps
+    figures.quality(study, steps[-1], docs / f"{_IMAGES}/quality.png")
+    few = [n for n in (1, 4, 16) if n in steps]
+    figures.samples(study, few, docs / f"{_IMAGES}/samples.png")
+    return _DIGITS.format(
+        images=_IMAGES,
+        before=study.task.before["train.max_steps"],
+        trained=", ".join(map(str, study.task.settings["method.steps"])),
+        protocol=_protocol(study),
+        nll=_nll(study),
+        floors=_floors(study),
+        gaps=_gaps(study),
+        claims=_verdicts(list(_digit_claims(study))),
+    )
+
+
+def _digit_claims(study: Study) -> Iterator[Claim]:
+    several = [n for n in study.task.steps if 1 < n < study.task.steps[-1]]
+    few = [n for n in (1, 2, 4) if n in study.task.steps]
+    for steps in few:
+        yield claims.order(study, steps)
+    for steps in few[:1]:
+        yield claims.between(study, steps)
+    yield claims.near_one_at_a_time(study, 4 if 4 in several else several[0])
+    yield claims.below_the_floor(study, claims.ORDER[-1], 1)
+    yield claims.floor(study)
+    yield claims.prediction(study)
+
+
+def _nll(study: Study) -> str:
+    """Nats a sequence by head and passes."""
+    steps = study.task.steps
+    rows = []
+    for name, row in study.task.rows.items():
+        cells = [over_seeds([float(study.values(name, seed, n).mean()) for seed in study.seeds]) for n in steps]
+        rows.append([row.title, *(f"{mean:.2f} ± {spread:.2f}" for mean, spread in cells)])
+    return common.table(["", *(_passes(n) for n in steps)], rows)
+
+
+def _passes(count: int) -> str:
+    return f"{count} pass" + "es" * (count > 1)
+
+
+def _floors(study: Study) -> str:
+    """What the profile of each net says of products of tokens, in nats a sequence."""
+    steps = study.task.steps
+    rows = []
+    for name, row in study.task.rows.items():
+        for kind, words in (("product_uniform_per_token", "equal sizes"), ("product_floor_per_token", "best sizes")):
+            cells = [
+                over_seeds([steps[-1] * study.measure(name, seed, n, kind)[0] for seed in study.seeds]) for n in steps
+            ]
+            rows.append([f"{row.title}, {words}", *(f"{mean:.2f} ± {spread:.2f}" for mean, spread in cells)])
+    return common.table(["", *(_passes(n) for n in steps)], rows)
+
+
+def _gaps(study: Study) -> str:
+    """Differences of neighbouring heads by seed, sample by sample."""
+    steps = [n for n in study.task.steps if n < study.task.steps[-1]]
+    by_steps = {n: claims.gaps(study, n) for n in steps}
+    rows = []
+    for worse, better in by_steps[steps[0]]:
+        cells = ["; ".join(f"{gap:.2f} ± {error:.2f}" for gap, error in by_steps[n][worse, better]) for n in steps]
+        rows.append([f"{worse} - {better}", *cells])
+    return common.table(["", *(_passes(n) for n in steps)], rows)
+
+
+# --- verses ---
+
+
+def _kjv(study: Study, docs: Path) -> str:
+    found = [
+        claims.order(study, study.task.steps[0], "nll_of_blocks"),
+        claims.between(study, study.task.steps[0], "nll_of_blocks"),
+        claims.tokens_a_pass(study),
+    ]
+    return _KJV.format(protocol=_protocol(study), blocks=_blocks(study), claims=_verdicts(found))
+
+
+def _blocks(study: Study) -> str:
+    (steps,) = study.task.steps
+    rows = []
+    for name, row in study.task.rows.items():
+        last, closed = zip(*(_last_block(study, name, seed) for seed in study.seeds), strict=True)
+        alone = over_seeds([float(study.values(name, seed, steps, "nll_one_at_a_time").mean()) for seed in study.seeds])
+        taken = over_seeds([study.measure(name, seed, steps, "tokens_a_pass")[0] for seed in study.seeds])
+        places = [
+            over_seeds([study.measure(name, seed, steps, f"accepted_{place}")[0] for seed in study.seeds])[0]
+            for place in range(1, _block_size(study) + 1)
+        ]
+        rows.append(
+            [
+                row.title,
+                "{:.2f} ± {:.2f}".format(*over_seeds(last)),
+                f"{over_seeds(closed)[0]:.0%}",
+                "{:.3f} ± {:.3f}".format(*alone),
+                "{:.2f} ± {:.2f}".format(*taken),
+                ", ".join(f"{place:.2f}" for place in places),
+            ]
+        )
+    head = [
+        "",
+        "nats of the last block",
+        "of the dependence",
+        "nats a letter, one at a time",
+        "letters a verified pass",
+    ]
+    return common.table([*head, "accepted by place"], rows)
+
+
+def _last_block(study: Study, name: str, seed: int) -> tuple[float, float]:
+    """Nats after the longest context, and the share of what the autoregressive head gains over the product head."""
+    (steps,) = study.task.steps
+    nats = {h: float(study.values(h, seed, steps, "nll_of_blocks")[:, -1].mean()) for h in study.task.rows}
+    best = nats[claims.ORDER[-1]]
+    return nats[name], (nats[FLOORED] - nats[name]) / (nats[FLOORED] - best)
+
+
+def _block_size(study: Study) -> int:
+    net = next(iter(study.outcomes.values())).cell.net
+    assert isinstance(net, TokenArchitecture)
+    return net.block
+
+
+# --- hands ---
+
+
+def _hands(study: Study, docs: Path) -> str:
+    laws = {
+        (name, seed, steps): hands.law(study.outcomes[name, seed].cell.run_dir, steps)
+        for name in study.task.rows
+        for seed in study.seeds
+        for steps in study.task.steps
+    }
+    rows = []
+    for name, row in study.task.rows.items():
+        cells = []
+        for steps in study.task.steps:
+            here = [laws[name, seed, steps] for seed in study.seeds]
+            cells.append("{:.3f} ± {:.3f}".format(*over_seeds([hands.divergence(one) for one in here])))
+            cells.append("{:.3f} ± {:.3f}".format(*over_seeds([hands.validity(one) for one in here])))
+        rows.append([row.title, *cells])
+    head = ["", *(f"{what}, {_passes(n)}" for n in study.task.steps for what in ("KL", "validity"))]
+    found = list(claims.hands_enumerated(study, laws))
+    return _HANDS.format(protocol=_protocol(study), table=common.table(head, rows), claims=_verdicts(found))
+
+
+# --- scaling ---
+
+
+def _scaling(scaling: Scaling, docs: Path) -> str:
+    figures.scaling(scaling.rows, docs / f"{_IMAGES}/scaling.png")
+    checks = scaling.found.checks
+    rows = [
+        [
+            one.cell,
+            f"{one.measured:.4f}",
+            f"{one.predicted.low:.4f} to {one.predicted.high:.4f}",
+            "yes" if one.inside else "no",
+        ]
+        for one in checks
+    ]
+    verdict = Claim(
+        "The law fitted to the smaller budgets predicts every size at the largest one inside its interval.",
+        bool(checks) and all(one.inside for one in checks),
+        f"{sum(one.inside for one in checks)} of {len(checks)} are inside.",
+    )
+    notes = "\n".join(f"- {note}." for note in scaling.found.notes)
+    return _SCALING.format(
+        images=_IMAGES,
+        minutes=scaling.minutes,
+        table=common.table(["cell", "measured, nats a letter", "predicted", "inside"], rows),
+        claims=str(verdict) + ("\n" + notes if notes else ""),
+    )
+
+
+_DIGITS = """## Black and white digits
+
+![nll@L against passes for every head, and the floor of products of tokens]({images}/quality.png)
+
+Masked diffusion over 64 pixels, no classes. Of each seed all heads start from one net, trained for {before:,} steps
+with the product head at any number of visible tokens (formula 4), and go on for samplers of {trained} steps, one drawn
+for each sample. nll@L is the mean of -log q of what a sampler of L passes draws, in random order and equal steps, on
+held-out digits: of one pass it is the head's own word on all 64 pixels. {protocol}
+
+Nats a sequence, mean and standard deviation over training seeds:
+
+{nll}
+
+The uniform-conditioned head draws by a student that was taught by an autoregressive head; its numbers are a bound, the
+teacher's nats and the student's together, for what it draws has no likelihood in closed form. The autoregressive head
+calls its own small transformer once a token within a pass of the net; all others draw a step at once.
+
+What the information profile of each net says its tokens cost when they are drawn independently (formula 1 in [the
+mathematics](mathematics.md#tokens)), with equal step sizes and with the best ones, which are chosen on one half of the
+held-out samples and measured on the other:
+
+{floors}
+
+Differences of neighbouring heads in nats a sequence by seed, with standard errors over the same samples:
+
+{gaps}
+
+{claims}
+
+![Digits drawn by each head]({images}/samples.png)"""
+
+_KJV = """## Verses
+
+A causal net that predicts the next 4 of 27 letters at every place (`method.name=next_block`). Nats of the last block,
+of four letters after 24; the dependence is what the autoregressive head has less than the product head; "verified" is
+speculative decoding by the net's own blocks, whose law is that of one letter at a time (at most 5 letters a pass).
+{protocol}
+
+{blocks}
+
+{claims}"""
+
+_HANDS = """## Four hands
+
+Two words that name one of four hands of cards, "high card", "two pair", "full house", "straight flush": a product that
+draws both at once is right one time in four. All pairs are enumerated. {protocol}
+
+{table}
+
+{claims}"""
+
+_SCALING = """## Size and compute
+
+![Nats a letter against training compute]({images}/scaling.png)
+
+Causal nets for the next letter, `imm-scale sweep submit kjv_scaling` (`configs/sweep/kjv_scaling.yaml`): four sizes at
+four budgets, one seed, the largest budget kept out of the fit of L(N, D) and predicted, {minutes:.0f} minutes of
+training.
+
+{table}
+
+{claims}"""
+
+_PAGE = """# Joint heads: what a pass over tokens can draw
+
+Written by `python -m experiments.joint_tokens`; every figure and every verdict is read from the runs it makes.
+
+A masked or a causal net that predicts several tokens at once and draws each by itself draws from a product, however it
+is trained: the dependence between the tokens of a step is lost, and how much of it is known beforehand from one
+held-out pass. A head that draws them jointly has no such floor. Here all heads sit on the same small net, with the same
+samples, order and draws, and are compared by nll@L, a likelihood of what the sampler draws, on the same held-out
+sequences. The nets are tiny and briefly trained; their likelihoods are no records. All runs took {minutes:.0f} minutes
+of training and measuring by the clock, one after the other, on two cores that were shared with other work.
+
+{sections}
+"""

@@ -1,0 +1,112 @@
+"""The comparison of heads in small: four heads, a few steps, every figure and verdict of the page from the runs."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from experiments import common
+from experiments.joint_tokens import claims, data, hands, page, study
+from imm_scale.models.heads import HeadConfig
+from tests.unit.methods.tokens import toy
+
+SIZES = {"model.width": 16, "model.heads": 2, "evaluation.num": 12, "sampling.num": 1, "method.steps": [1, 4]}
+STEPS = (1, 4, 64)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> study.Study:
+    """A study of digits that has been run: a net of two steps, and two more by each head on it."""
+    folder = tmp_path_factory.mktemp("joint_tokens")
+    full = study.TASKS["digits"]
+    settings = {**full.settings, **SIZES, **study._lasting(2, 8), "evaluation.steps": list(STEPS)}
+    rows = {name: full.rows[name] for name in claims.ORDER}
+    before = {**full.before, **study._lasting(2, 8)}
+    task = dataclasses.replace(full, steps=STEPS, rows=rows, settings=settings, before=before)
+    made = study.Study(task, folder / "runs", data.make("digits", folder / "data"), seeds=(3,))
+    made.run(1)
+    return made
+
+
+def test_all_heads_start_from_one_net(small):
+    there = {small.outcomes[name, 3].cell.config.train.init_from for name in claims.ORDER}
+    assert there == {str(small.folder / "digits_before" / "runs" / "factorized-seed3")}
+    assert all(one.state == "finished" and one.step == 2 for one in small.outcomes.values())
+
+
+def test_the_page_has_what_was_measured(small, tmp_path):
+    text = page.write({"digits": small}, None, tmp_path).read_text()
+    for name in claims.ORDER:
+        (row, *_) = (line for line in text.splitlines() if line.startswith(f"| {small.task.rows[name].title} |"))
+        for steps in STEPS:
+            values = small.values(name, 3, steps)
+            assert values.shape == (12,)
+            # the evaluation's mean is of the same values, over 64 tokens
+            assert small.result(name, 3, steps)["mean"] * 64 == pytest.approx(values.mean(), rel=1e-12)
+            assert f"{values.mean():.2f} ± 0.00" in row
+    assert "**Holds**" in text or "**Does not hold**" in text
+    for picture in ("quality", "samples"):
+        assert (tmp_path / f"images/joint_tokens/{picture}.png").stat().st_size > 5_000
+
+
+def test_run_again_it_has_nothing_to_do(small, monkeypatch, capfd):
+    def run(*words):
+        commands.append(words[:2])
+
+    commands: list[tuple[str, ...]] = []
+    monkeypatch.setattr(common, "run", run)
+    small.run(1)
+    assert commands == [("launchers.sweep", "submit"), ("launchers.sweep", "retry")] * 2
+
+
+# --- verdicts, of numbers that are made up ---
+
+
+def _made_up(nats):
+    """A study with these values (N,) by head, alike from both seeds; the floor is 8 nats of 2 tokens."""
+    return SimpleNamespace(
+        seeds=(0, 1),
+        task=SimpleNamespace(steps=(1, 2)),
+        values=lambda head, seed, steps, name="nll": nats[head],
+        result=lambda head, seed, steps: {"mean": nats[head].mean() / 2, "error": 0.01},
+        measure=lambda head, seed, steps, name: (4.0, 0.01),
+    )
+
+
+def test_verdicts_follow_the_numbers():
+    noise = np.random.default_rng(0).normal(size=200)
+    nats = {head: 10 - rank + 3 * noise for rank, head in enumerate(claims.ORDER)}
+    nats["chain"] = nats["chain"] + 0.1 * noise[::-1]
+    found = claims.order(_made_up(nats), 1)
+    # what samples share cancels: gaps of 1 with errors of 0, and of 0.1 std / sqrt(200)
+    assert found.holds and f"mixture - chain 1.00 ± {0.1 * noise.std(ddof=1) / 200**0.5:.2f}" in found.measured
+    worse = {**nats, "chain": nats["mixture"] + 0.2 * noise[::-1]}
+    assert not claims.order(_made_up(worse), 1).holds and str(claims.order(_made_up(worse), 1)).startswith(
+        "- **Does not"
+    )
+    assert claims.floor(_made_up(nats)).holds, "the product head has 10 nats"
+    assert not claims.floor(_made_up({**nats, "factorized": nats["factorized"] - 3})).holds
+    assert claims.below_the_floor(_made_up(nats), "autoregressive", 1).holds
+    assert not claims.below_the_floor(_made_up(nats), "factorized", 1).holds
+    assert not claims.prediction(_made_up(nats)).holds, "4 nats a token were said where there are 5"
+    assert claims.prediction(_made_up({**nats, "factorized": np.full(200, 8.0)})).holds
+
+
+@pytest.mark.parametrize(("kind", "components"), [("factorized", 1), ("autoregressive", 1), ("uniform_conditioned", 1)])
+def test_laws_of_hands_add_up(kind, components, monkeypatch):
+    net = toy.token_net(2, 3, causal=False, head=HeadConfig(kind, components))
+    monkeypatch.setattr(hands, "load_net", lambda run_dir: (None, net))
+    once, twice = hands.law("run", 1), hands.law("run", 2)
+    # products of each point of the grid add up to 1; the uniform-conditioned head embeds uniforms in fp32
+    assert once.sum() == pytest.approx(1, abs=1e-6) and twice.sum() == pytest.approx(1, abs=1e-6)
+    product = once.sum(axis=1, keepdims=True) * once.sum(axis=0, keepdims=True)
+    assert (np.abs(once - product).max() < 1e-9) == (kind == "factorized")
+    assert np.abs(once - twice).max() > 1e-3
+
+
+def test_numbers_of_hands():
+    """Of a product of uniform words: KL log 4, validity 1/4."""
+    assert hands.divergence(np.full((4, 4), 1 / 16)) == pytest.approx(np.log(4), rel=1e-12)
+    assert hands.validity(np.full((4, 4), 1 / 16)) == pytest.approx(0.25, rel=1e-12)
+    assert hands.divergence(np.eye(4) / 4) == pytest.approx(0, abs=1e-12)
