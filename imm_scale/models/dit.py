@@ -113,6 +113,7 @@ class DiTConfig(Architecture):
     guidance: bool = False
     blocks: int = 1
 
+    OF_THE_DATA = frozenset({"channels", "height", "image_width", "num_classes"})
     MAY_DIFFER = frozenset(
         {"dropout", "attention", "num_classes", "height", "image_width", "second_time", "guidance", "blocks"}
     )
