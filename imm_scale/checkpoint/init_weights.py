@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from imm_scale.preflight import PreparedRun
 
 log = logging.getLogger("imm_scale")
 
-_OF_THE_DATA = ("data.codec", "data.space.name")  # no setting can bring them
+_OF_THE_DATA = ("data.codec", "data.space.name", "data.latent_shape")  # no setting can bring them
 
 Differences = dict[str, tuple[Any, Any]]  # {config key: (there, here)}
 
@@ -89,7 +89,8 @@ def _check_shapes(net: Backbone, weights: dict[str, Tensor], source: ModelSpec, 
     held = {name: list(value.shape) for name, value in weights.items()}
     for name in sorted(needed.keys() | held.keys()):
         if needed.get(name) != held.get(name):
-            keys = ", ".join(f"{key} {there} there, {here} here" for key, (there, here) in _nets(source, prepared.spec))
+            differing = {**dict(_nets(source, prepared.spec)), **_data(source, prepared.spec)}
+            keys = ", ".join(f"{key} {there} there, {here} here" for key, (there, here) in differing.items())
             raise UserError(
                 f"train.init_from={prepared.config.train.init_from} holds another net: {name} is "
                 f"{held.get(name, 'missing')} there and {needed.get(name, 'missing')} here "
@@ -98,12 +99,26 @@ def _check_shapes(net: Backbone, weights: dict[str, Tensor], source: ModelSpec, 
 
 
 def _nets(source: ModelSpec, here: ModelSpec) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Fields of the architecture that differ and may not."""
+    """Settings of the architecture that differ and may not; the data's part of it is the space's to compare."""
     net: Architecture = here.net
-    for name in (field.name for field in fields(net) if field.name not in net.MAY_DIFFER):
-        there, now = getattr(source.net, name), getattr(net, name)
-        if there != now:
-            yield f"model.{name}", (there, now)
+    for name in (field.name for field in fields(net) if field.name not in net.MAY_DIFFER | net.OF_THE_DATA):
+        yield from _unlike(f"model.{name}", getattr(source.net, name), getattr(net, name))
+
+
+def _unlike(key: str, there: Any, here: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """A value, or those of a section, key by key."""
+    if is_dataclass(there) and type(there) is type(here):
+        for field in fields(there):
+            yield from _unlike(f"{key}.{field.name}", getattr(there, field.name), getattr(here, field.name))
+    elif there != here:
+        yield key, (there, here)
+
+
+def _data(source: ModelSpec, here: ModelSpec) -> Differences:
+    """What the samples make of the architecture, which no key sets."""
+    net: Architecture = here.net
+    pairs = {name: (getattr(source.net, name), getattr(net, name)) for name in sorted(net.OF_THE_DATA - net.MAY_DIFFER)}
+    return {f"{name} of the data": pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _differences(source: ModelSpec, here: ModelSpec) -> Differences:
@@ -119,9 +134,10 @@ def _allowed(differing: Differences, train: TrainConfig) -> Iterator[str]:
 
 def _refusal(refused: Differences, train: TrainConfig) -> str:
     lines = "\n".join(f"  {key}: {there} there, {here} here" for key, (there, here) in refused.items())
-    settings = [f"{key}={there}" for key, (there, _) in refused.items() if key not in _OF_THE_DATA]
+    keys = ["data.codec" if key.startswith("data.codec.") else key for key in refused]
+    settings = [f"{key}={refused[key][0]}" for key in keys if key not in _OF_THE_DATA]
     remedy = f"Train as they were trained ({' '.join(settings)})" if settings else "Take data encoded as theirs were"
     return (
         f"train.init_from={train.init_from} fits this net, but its weights mean something else:\n{lines}\n"
-        f"{remedy}, or start from them nevertheless: train.init_allow_change=[{','.join(refused)}]"
+        f"{remedy}, or start from them nevertheless: train.init_allow_change=[{','.join(dict.fromkeys(keys))}]"
     )

@@ -21,9 +21,11 @@ class Architecture(ABC):
     Attributes:
         MAY_DIFFER: fields in which a net may differ from the one whose weights it starts from: they change nothing that
             weights compute, or `Backbone.adapted` sees to them.
+        OF_THE_DATA: fields that samples decide, and no key of the `model` section.
     """
 
     MAY_DIFFER: ClassVar[frozenset[str]] = frozenset()
+    OF_THE_DATA: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def build(self) -> "Backbone":

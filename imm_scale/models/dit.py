@@ -124,6 +124,7 @@ class DiTConfig(Architecture):
     branch_depth: int | None = None
     branch_width: int | None = None
 
+    OF_THE_DATA = frozenset({"channels", "height", "image_width", "num_classes"})
     MAY_DIFFER = frozenset(
         {"dropout", "attention", "num_classes", "height", "image_width", "second_time", "guidance", "blocks"}
     )

@@ -98,6 +98,7 @@ class TokenArchitecture(Architecture):
     attention: str = "sdpa"
     head: HeadConfig = field(default_factory=HeadConfig)
 
+    OF_THE_DATA = frozenset({"length", "vocabulary", "num_classes"})
     MAY_DIFFER = frozenset({"dropout", "attention"})
 
     def __post_init__(self) -> None:

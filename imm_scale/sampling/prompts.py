@@ -18,7 +18,7 @@ from imm_scale import storage
 from imm_scale.build import ModelSpec
 from imm_scale.config.schema import SamplingConfig
 from imm_scale.data.tokens.spaces import Tokens
-from imm_scale.data.tokens.tokenizers import tokenizer_of
+from imm_scale.data.tokens.tokenizers import TOKENIZER_FILE, tokenizer_of
 from imm_scale.errors import UserError
 
 UNKNOWN = -1  # a token that is to be drawn, in a file
@@ -72,6 +72,11 @@ def known_tokens(config: SamplingConfig, spec: ModelSpec) -> KnownTokens | None:
 def _of_text(config: SamplingConfig, space: Tokens) -> Tensor:
     prompt = config.prompt
     assert prompt is not None
+    if space.needs_decoder and config.vae is None:
+        raise UserError(
+            f"sampling.prompt={prompt!r} becomes tokens by {TOKENIZER_FILE}: name the folder it is in, that of the "
+            "manifest, by --vae (sampling.vae)"
+        )
     ids = tokenizer_of(space.codec, config.vae or "").encode(prompt, "sampling.prompt")
     if not len(ids):
         raise UserError(

@@ -43,6 +43,7 @@ from imm_scale.sampling.source import Source
 
 _NLL, _BRIER = "nll_per_token", "one_minus_brier_4"
 _BRIER_CONTEXTS = 256  # where the Brier score is all there is, unless evaluation.brier says otherwise
+_FEWEST = 4  # samples: two halves, each with a spread
 _DECODED = 64  # samples by which verified decoding is measured
 _OF_DISTANCES = ("evaluation.repeats", "evaluation.metrics", "evaluation.compared", "evaluation.reference")
 Measures = dict[str, dict[str, Any]]
@@ -78,6 +79,11 @@ class TokenEvaluator(Evaluator):
     def scores(self) -> Scores:
         """The held-out pass of a masked net: single tokens at every number of visible ones."""
         x, label = self.held_out.ids_NT, self.held_out.label_N
+        if len(x) < _FEWEST:
+            raise UserError(
+                f"{len(x)} held-out samples leave no standard errors: take at least {_FEWEST} (evaluation.num, --num), "
+                "or a larger held-out set"
+            )
         passes = scoring.enough_passes(*x.shape)
         scorer = likelihood.MaskedScorer(self.model.net, self.device)
         return scoring.score_labelled(scorer, x, label, passes, self.config.sampling.seed, self._collect)

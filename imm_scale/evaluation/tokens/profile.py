@@ -179,10 +179,11 @@ def floor(costs: Sequence[ScheduleCost]) -> dict[int, Estimate]:
 def alarm(profile: Profile) -> str | None:
     """What to say of a net whose profile does not fall; None where it does."""
     fall = profile.fall
-    if profile.length == 1 or fall.value > max(ALARM_ERRORS * fall.error, _NOTHING):
+    least = max(ALARM_ERRORS * fall.error, _NOTHING)
+    if profile.length == 1 or fall.value > least:
         return None
     return (
-        f"the net predicts marginals only: h_0 - h_{profile.length - 1} = {fall.value:.4f} nats is less than "
-        f"{ALARM_ERRORS:g} standard errors ({fall.error:.4f}), so what is visible tells it nothing of what is masked. "
+        f"the net predicts marginals only: h_0 - h_{profile.length - 1} = {fall.value:.4f} nats is not above "
+        f"{least:.4f}, {ALARM_ERRORS:g} standard errors, so what is visible tells it nothing of what is masked. "
         "Train longer, or score more samples"
     )

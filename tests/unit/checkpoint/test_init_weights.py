@@ -10,21 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from imm_scale import build
+from imm_scale import config as configs
 from imm_scale.build import ModelSpec
 from imm_scale.checkpoint import export, init_weights
 from imm_scale.checkpoint.released import state_dicts
 from imm_scale.config.schema import TrainConfig
 from imm_scale.data.codec import AUTOENCODER_UNKNOWN
-from imm_scale.data.manifest import Codec
+from imm_scale.data.manifest import Codec, TokenCodec
 from imm_scale.data.spaces import Latents
+from imm_scale.data.tokens.spaces import Tokens
 from imm_scale.errors import UserError
 from imm_scale.methods.eulerian import EulerianConfig
 from imm_scale.methods.eulerian.guidance import TrainingGuidanceConfig
 from imm_scale.methods.flow_map import FlowMap, FlowMapConfig
 from imm_scale.methods.flow_matching import FlowMatchingConfig
 from imm_scale.methods.imm import ImmConfig
+from imm_scale.methods.tokens.masked import MaskedConfig
 from imm_scale.models.dit import DiTConfig
+from imm_scale.models.heads import HeadConfig
 from imm_scale.models.layers import position_table
+from imm_scale.models.token_transformer import TokenArchitecture
 from tests.unit.checkpoint import published_transformers as published
 
 CLASSES = 4
@@ -364,3 +369,25 @@ def test_another_resolution_has_the_positions_of_its_own_grid(height, width, tmp
         assert torch.equal(flow_map.model.state_dict()[name], value)
     assert torch.equal(flow_map.model.pos_embed[0], position_table(16, height // 2, width // 2).double())
     assert f"the net had 2 x 2 patches and has {height // 2} x {width // 2}" in caplog.text
+
+
+def test_tokens_that_mean_something_else_are_named_by_keys_that_can_be_typed(tmp_path):
+    head = HeadConfig("mixture", 2, group=1)
+    net = TokenArchitecture(8, 1, 2, length=6, vocabulary=4, num_classes=1, head=head)
+    space = Tokens(6, TokenCodec(4, "hf", "ab" * 32), 1, ())
+    source = ModelSpec(MaskedConfig(steps=[1]), net, space)
+    url = str(tmp_path / "tokens.safetensors")
+    export.write(source, build.net(source).model.state_dict(), url)
+    other = replace(net, length=5, head=replace(head, group=2))
+    spec = replace(source, net=other, space=Tokens(5, TokenCodec(4, "hf", "cd" * 32), 1, ()))
+    with pytest.raises(UserError) as caught:
+        _started(spec, url)
+    keys = ["model.head.group", "data.codec", "data.latent_shape"]
+    assert "Train as they were trained (model.head.group=1), or" in str(caught.value)
+    assert f"init_allow_change=[{','.join(keys)}]" in str(caught.value)
+    configs.load(
+        [], ["model.name=token_transformer", "train.init_from=x", f"train.init_allow_change=[{','.join(keys)}]"]
+    )
+    assert _started(spec, url, init_allow_change=keys).model.config.length == 5
+    with pytest.raises(UserError, match=r"vocabulary of the data 4 there, 3 here"):
+        _started(replace(source, net=replace(net, vocabulary=3)), url)

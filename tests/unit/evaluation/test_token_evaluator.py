@@ -12,7 +12,9 @@ from imm_scale import build, cli
 from imm_scale import config as configs
 from imm_scale.checkpoint import export
 from imm_scale.config.schema import Config
-from imm_scale.data.manifest import Manifest
+from imm_scale.data.manifest import Manifest, TokenCodec
+from imm_scale.data.tokens.spaces import Tokens
+from imm_scale.data.tokens.tokenizers import open_tokenizer
 from imm_scale.errors import UserError
 from imm_scale.evaluation import evaluators
 from imm_scale.evaluation.command import READS
@@ -132,6 +134,7 @@ def test_a_causal_net_is_measured_by_what_its_sampler_draws(held_out, tmp_path):
         (["--gallery"], "no pictures"),
         (["--guidance", "2"], "is for flow maps"),
         (["--steps", "65"], "at most 64"),
+        (["--steps", "2", "--num", "3"], "3 held-out samples leave no standard errors"),
         (["sampling.given=x.npy"], "is for imm-scale sample"),
     ],
 )
@@ -194,7 +197,7 @@ def test_what_cannot_be_given_is_refused(masked, tmp_path):
         ({"given": str(tmp_path / "none.npy")}, "is not there"),
         ({"given": lines('{"tokens": [0.5' + ", null" * 63 + "]}")}, r"holds no tokens \(0.5 is no whole number"),
         ({"given": lines('{"tokens": [true' + ", null" * 63 + "]}")}, "True is no whole number"),
-        ({"given": lines(f'{{"tokens": [{2**70}' + ", null" * 63 + "]}")}, "holds no tokens"),
+        ({"given": lines('{"tokens": [' + str(2**70) + ", null" * 63 + "]}")}, "holds no tokens"),
         ({"given": lines('{"tokens": [1, null]}\n{"tokens": [1]}')}, "holds no tokens"),
         ({"given": lines("")}, r"\(n, 64\) is needed"),
         ({"given": archive}, "holds no tokens"),
@@ -205,5 +208,14 @@ def test_what_cannot_be_given_is_refused(masked, tmp_path):
         with pytest.raises(UserError, match=said):
             _known(masked, **settings)
     spec = export.read_spec(masked)[0]
+    for tokenizer, prompt, said in (
+        ("text27", "123 !", "no tokens of.*text27"),
+        ("hf", "the", "name the folder.*--vae"),
+    ):
+        space = Tokens(64, TokenCodec(27, tokenizer, open_tokenizer("text27").hash), 1, ())
+        with pytest.raises(UserError, match=said):
+            prompts.known_tokens(
+                dataclasses.replace(Config().sampling, prompt=prompt), dataclasses.replace(spec, space=space)
+            )
     plan = plan_of(dataclasses.replace(Config().sampling, sampler="auto"), spec, 4, 2, 0)
     assert plan.known is None and plan.sampler == "unmask"

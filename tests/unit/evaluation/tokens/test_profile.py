@@ -111,7 +111,9 @@ def test_a_net_that_predicts_marginals_is_told():
     joint = Joint(np.multiply.outer([0.3, 0.7], [0.3, 0.7]) * 0.5 + np.diag([0.15, 0.35]))
     x = joint.sample(400, 0)
     scores = scoring.score(_Marginals(joint), x, 1, 0, Parts(None, {}, 64).collect)
-    assert "predicts marginals only" in profile.alarm(Profile(scores))
+    fall = Profile(scores).fall
+    said = f"= {fall.value:.4f} nats is not above {3 * fall.error:.4f}, 3 standard errors"
+    assert "predicts marginals only" in profile.alarm(Profile(scores)) and said in profile.alarm(Profile(scores))
     assert profile.alarm(Profile(_scores(joint, 400, 1))) is None
     constant = Scores(2, np.arange(8), np.arange(8) // 2 % 2, np.full(8, 0.5))
     assert profile.alarm(Profile(constant)) is not None, "without any spread too"
