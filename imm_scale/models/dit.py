@@ -14,7 +14,7 @@ from imm_scale.data.spaces import SampleSpace
 from imm_scale.errors import UserError
 from imm_scale.models import tangent
 from imm_scale.models.base import Architecture, Context
-from imm_scale.models.branch_mlp import BranchMlp, MixerLayer
+from imm_scale.models.block_mixer import BranchMlp, MixerLayer
 from imm_scale.models.layers import (
     ATTENTIONS,
     Block,
@@ -296,10 +296,10 @@ class DiT(MlpBranches):
         )
         last = c.branch_width or c.width
         self.final_layer = FinalLayer(last, c.patch_size, c.channels, c.width)
-        self.branch_mlp = None
+        self.block_mixer = None
         if c.branches_apart:
             depth = c.branch_depth or _BRANCH_DEPTH
-            self.branch_mlp = BranchMlp(c.channels, c.patch_size, c.block_tokens, last, depth, c.mlp_ratio, c.width)
+            self.block_mixer = BranchMlp(c.channels, c.patch_size, c.block_tokens, last, depth, c.mlp_ratio, c.width)
         table = position_table(c.width, *c.grid)
         self.register_buffer("pos_embed", table[None], persistent=False)
         self._initialize()

@@ -12,20 +12,20 @@ from torch import Tensor
 
 from imm_scale.models.base import Context
 from imm_scale.models.block_causal import BlockCausal, Cache
-from imm_scale.models.branch_mlp import BranchMlp
+from imm_scale.models.block_mixer import BranchMlp
 from imm_scale.models.streams import known_masks, training_masks
 
 Times = tuple[Tensor, Tensor | None]
 
 
 class MlpBranches(BlockCausal):
-    """A `BlockCausal` whose branches are streams through its blocks, or, where there is one, a `branch_mlp`."""
+    """A `BlockCausal` whose branches are streams through its blocks, or, where there is one, a `block_mixer`."""
 
-    branch_mlp: BranchMlp | None
+    block_mixer: BranchMlp | None
 
     @property
     def branches_apart(self) -> bool:  # type: ignore[override]
-        return self.branch_mlp is not None
+        return self.block_mixer is not None
 
     def forward_in_context(
         self,
@@ -37,11 +37,11 @@ class MlpBranches(BlockCausal):
         dropout_key: Tensor | None = None,
     ) -> Tensor:
         """As in the base."""
-        if self.branch_mlp is None:
+        if self.block_mixer is None:
             return super().forward_in_context(x, c_noise, second, label, context, dropout_key)
         clean, condition = self._conditions(context, [(c_noise, second)], label)
-        states = self._states(self.branch_mlp, context.x, clean, dropout_key)
-        return self._branch(self.branch_mlp, x, states, condition)
+        states = self._states(self.block_mixer, context.x, clean, dropout_key)
+        return self._branch(self.block_mixer, x, states, condition)
 
     def pair_in_context(
         self,
@@ -54,13 +54,13 @@ class MlpBranches(BlockCausal):
         dropout_key: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As in the base: the branch without gradient goes first through every layer of the MLP."""
-        if self.branch_mlp is None:
+        if self.block_mixer is None:
             return super().pair_in_context(x_t, x_r, times_t, times_r, label, context, dropout_key)
         clean, condition, still_condition = self._conditions(context, [times_t, times_r], label)
-        states = self._states(self.branch_mlp, context.x, clean, dropout_key)
+        states = self._states(self.block_mixer, context.x, clean, dropout_key)
         with torch.no_grad():
-            out_r = self._branch(self.branch_mlp, x_r, states.detach(), still_condition.detach())
-        return self._branch(self.branch_mlp, x_t, states, condition), out_r
+            out_r = self._branch(self.block_mixer, x_r, states.detach(), still_condition.detach())
+        return self._branch(self.block_mixer, x_t, states, condition), out_r
 
     def _conditions(self, context: Context, times: list[Times], label: Tensor) -> list[Tensor]:
         """Of the clean stream (N, D), and of each branch (its samples, J, D), whose labels are replicas' too."""
@@ -86,7 +86,7 @@ class MlpBranches(BlockCausal):
 
     def starts(self, cache: Cache) -> bool:
         """As in the base: the learned tokens ask for it."""
-        return self.branch_mlp is not None and cache.states is None
+        return self.block_mixer is not None and cache.states is None
 
     def next_block(
         self,
@@ -98,13 +98,13 @@ class MlpBranches(BlockCausal):
         context: Context | None = None,
     ) -> Tensor:
         """As in the base; the transformer runs on what is new alone, the MLP in every call."""
-        if self.branch_mlp is None:
+        if self.block_mixer is None:
             return super().next_block(x, c_noise, second, label, cache, context)
         if context is not None:
-            self._learn(self.branch_mlp, cache, context, label)
+            self._learn(self.block_mixer, cache, context, label)
         assert cache.states is not None, "the first call has a context, if only its times"
         (condition,) = self.conditions([(c_noise, second)], label)
-        return self._branch(self.branch_mlp, x, cache.states, condition[:, None])
+        return self._branch(self.block_mixer, x, cache.states, condition[:, None])
 
     def _learn(self, mlp: BranchMlp, cache: Cache, context: Context, label: Tensor) -> None:
         """Adds keys and values of the blocks of `context`, and before them of the learned one where none is kept."""

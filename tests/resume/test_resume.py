@@ -66,7 +66,7 @@ def test_sigkill_and_restart_end_in_the_same_bits(digits, tmp_path, undisturbed)
     assert losses(run_dir) == losses(undisturbed)
 
 
-@pytest.mark.parametrize("method", ["meanflow", "soflow", "tvm", "blocks", "branch_mlp"])
+@pytest.mark.parametrize("method", ["meanflow", "soflow", "tvm", "blocks", "block_mixer"])
 def test_other_methods_are_killed_and_restarted_to_the_same_bits(method, digits, tmp_path):
     """A tangent that only some samples have, a step that shrinks with the clock, an average that sets the target.
 
@@ -79,7 +79,7 @@ def test_other_methods_are_killed_and_restarted_to_the_same_bits(method, digits,
         argv = [*ANY_METHOD, *schedule, f"train.max_steps={STEPS}", "train.checkpoint_every=5", "zero.stage=2"]
         blocks = ["model.blocks=4", "model.dropout=0.1", "method.context_noise=0.1"]
         mlp = [*blocks, "model.branch=mlp", "method.replicas=2"]
-        own = {"blocks": blocks, "branch_mlp": mlp}.get(method, [str(METHODS / f"{method}.yaml")])
+        own = {"blocks": blocks, "block_mixer": mlp}.get(method, [str(METHODS / f"{method}.yaml")])
         return [*own, *argv, f"data.manifest={digits}", f"run.dir={tmp_path / name}"]
 
     _kill_and_restart(settings, tmp_path)

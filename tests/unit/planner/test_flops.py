@@ -157,7 +157,7 @@ def test_a_training_sample_of_xl_costs_at_most_7_1_forwards(blocks):
     assert flops.step_passes(imm, replace(net, blocks=1), 1).forwards == 4
 
 
-def branch_mlp_closed_form(net: DiTConfig) -> tuple[int, int]:
+def block_mixer_closed_form(net: DiTConfig) -> tuple[int, int]:
     """The same where branches are an MLP of width W on b tokens.
 
     The clean stream is a whole pass without a final layer, that ends in W channels and has learned tokens in the place
@@ -183,8 +183,8 @@ MLPS = [
 
 
 @pytest.mark.parametrize("net", MLPS, ids=lambda net: f"{net.width}-{net.blocks}")
-def test_the_count_of_a_branch_mlp_is_the_closed_form_to_the_unit(net):
-    clean, branch = branch_mlp_closed_form(net)
+def test_the_count_of_a_block_mixer_is_the_closed_form_to_the_unit(net):
+    clean, branch = block_mixer_closed_form(net)
     assert tuple(flops.stream_multiply_adds(net)) == (clean, branch)
     forward = flops.forward_multiply_adds(net)
     assert forward == closed_form(net.at_once)
@@ -196,7 +196,7 @@ def test_the_count_of_a_branch_mlp_is_the_closed_form_to_the_unit(net):
         assert flops.recomputed(net, flops.step_passes(imm, net, 1)) == clean / forward
 
 
-def test_a_branch_mlp_of_xl_spares_half_of_a_training_step():
+def test_a_block_mixer_of_xl_spares_half_of_a_training_step():
     """3 F + 4 F_head against 7 F, and beside four replicas still less."""
     net = MLPS[-1]
     one, four = (flops.step_passes(METHODS.config("imm")(replicas=r), net, 1).forwards for r in (1, 4))
@@ -204,7 +204,7 @@ def test_a_branch_mlp_of_xl_spares_half_of_a_training_step():
 
 
 @pytest.mark.parametrize("replicas", [1, 3])
-def test_a_step_with_a_branch_mlp_is_counted(replicas):
+def test_a_step_with_a_block_mixer_is_counted(replicas):
     """Forward and backward passes: 3 F + 4 replicas F_head, and 3 times the pairs that the dense mask hides.
 
     Within 1.5 %: no gradient goes back to patches and times.

@@ -128,7 +128,7 @@ def test_the_peak_of_a_step_of_several_blocks_is_predicted(objective, checkpoint
 
 
 @pytest.mark.parametrize(("checkpointing", "precision", "replicas"), [(False, "bf16", 1), (True, "fp32", 4)])
-def test_the_peak_of_a_step_with_a_branch_mlp_is_predicted(checkpointing, precision, replicas):
+def test_the_peak_of_a_step_with_a_block_mixer_is_predicted(checkpointing, precision, replicas):
     """Its activations are around the blocks, and as many times there as there are replicas."""
     overrides = ["model.blocks=4", "model.branch=mlp", f"method.replicas={replicas}", f"precision={precision}"]
     config = _config(3, f"train.activation_checkpointing={checkpointing}", *overrides)
