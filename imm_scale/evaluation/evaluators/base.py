@@ -141,7 +141,7 @@ def describe(result: Mapping[str, Any]) -> str:
     computed = f", {arithmetic(result)}" if arithmetic(result) else ""
     lines = [
         f"{result['metric']}  {steps:>9}  {with_error(result['mean'], error_of(result))}"
-        f"  ({samples(result)} samples{guided}{computed}{_cost(result)})"
+        f"  ({samples(result)} samples{guided}{computed}){_cost(result)}"
     ]
     for name, one in result.get("measures", {}).items():
         if name != result["metric"]:
@@ -155,4 +155,4 @@ def _cost(result: Mapping[str, Any]) -> str:
     if result.get("multiply_adds") is None:
         return ""
     sequence, refinement = result["sequence_passes"], result["refinement_passes"]
-    return f", {sequence:.4g} x {refinement:.4g} passes, {result['multiply_adds']:.3g} multiply-adds"
+    return f"  {sequence:.4g} x {refinement:.4g} passes, {result['multiply_adds']:.3g} multiply-adds"
