@@ -1,19 +1,22 @@
 """What was expected of the heads, and whether the runs agree: every verdict is computed from their numbers."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from experiments.joint_tokens import hands
+from experiments.joint_tokens.prediction import Pair
 from experiments.joint_tokens.study import FLOORED, Study, over_seeds, paired
 
 ORDER = (FLOORED, "mixture", "chain", "autoregressive")  # from worst to best
 ERRORS = 5.0  # standard errors that a gap should be wide
 _NEAR = 0.05  # of the likelihood of one token at a time
 _PREDICTED = 0.01  # relative error allowed of formula (1)
+
+Predictions = Mapping[tuple[int, int], Pair]  # {(seed, steps): nats predicted, and measured}
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ def gaps(study: Study, steps: int, name: str = "nll") -> dict[tuple[str, str], l
     """{(worse, better) neighbours of the order: (gap in nats, its standard error) of each seed}, sample by sample."""
     found = {}
     for worse, better in itertools.pairwise(ORDER):
-        pairs = [(_nats(study, head, seed, steps, name) for head in (worse, better)) for seed in study.seeds]
+        pairs = [[_nats(study, head, seed, steps, name) for head in (worse, better)] for seed in study.seeds]
         found[worse, better] = [paired(*pair) for pair in pairs]
     return found
 
@@ -88,39 +91,32 @@ def floor(study: Study) -> Claim:
     )
 
 
-def below_the_floor(study: Study, head: str, steps: int) -> Claim:
-    """A joint head draws in so many passes what no product of tokens of its own net can."""
-    margins = []
-    for seed in study.seeds:
-        result = study.result(head, seed, steps)
-        least, error = study.measure(head, seed, steps, "product_floor_per_token")
-        margins.append((result["mean"] - least) / (result["error"] ** 2 + (error or 0) ** 2) ** 0.5)
+def below_the_floor(study: Study, head: str) -> Claim:
+    """A joint head draws in one pass what no product can: of one pass there is one schedule, the floor is measured."""
+    by_seed = [paired(*(study.values(one, seed, 1) for one in (FLOORED, head))) for seed in study.seeds]
     return Claim(
-        f"The {head} head is below the floor of its own net's products in {steps} pass{'es' * (steps > 1)}, by five "
-        "standard errors from every seed.",
-        max(margins) < -ERRORS,
-        f"Distances in standard errors: {', '.join(f'{margin:+.1f}' for margin in margins)}.",
+        f"In one pass the {head} head is below the floor of products by {ERRORS:g} standard errors from every seed.",
+        all(gap > ERRORS * error for gap, error in by_seed),
+        f"Nats a sequence below it: {', '.join(f'{gap:.2f} ± {error:.2f}' for gap, error in by_seed)}.",
     )
 
 
-def prediction(study: Study) -> Claim:
+def prediction(said: Predictions) -> Claim:
     """Formula (1) says from the profile what the product head has in any number of equal steps."""
     far = []
-    for seed in study.seeds:
-        for steps in study.task.steps:
-            result = study.result(FLOORED, seed, steps)
-            said, error = study.measure(FLOORED, seed, steps, "product_uniform_per_token")
-            both = (result["error"] ** 2 + (error or 0) ** 2) ** 0.5
-            far.append(
-                (abs(said / result["mean"] - 1), both / result["mean"], abs(said - result["mean"]) / both, steps)
-            )
-    worst, error, _, steps = max(far)
+    for (_, steps), (predicted, measured) in said.items():
+        gap, error = paired(predicted, measured)
+        far.append((abs(gap) / measured.mean(), error / measured.mean(), steps))
+    worst, error, steps = max(far)
     return Claim(
         f"The profile predicts nll@L of the product head to {_PREDICTED:.0%} (formula 1).",
         worst <= _PREDICTED,
-        f"The farthest of all seeds is {worst:.2%} at {steps}, where both have an error of {error:.2%}; "
-        f"in standard errors the farthest is {max(one[2] for one in far):.1f}.",
+        f"The farthest of all seeds and {_steps(said)} passes is {worst:.2%} ± {error:.2%}, in {steps}.",
     )
+
+
+def _steps(said: Predictions) -> str:
+    return ", ".join(str(steps) for steps in sorted({steps for _, steps in said}))
 
 
 def near_one_at_a_time(study: Study, steps: int) -> Claim:

@@ -11,6 +11,7 @@ from imm_scale import storage
 from imm_scale.data.dataset import Dataset
 from imm_scale.data.manifest import Manifest, TokenCodec
 from imm_scale.data.shards import write_shard
+from imm_scale.data.tokens.images import BINARY
 
 HANDS = 4
 _REPEATS = 64  # of each hand in the held-out set, sixteen times as many in the training set
@@ -32,7 +33,7 @@ def make(name: str, folder: Path) -> dict[str, str]:
 
 def _hands(folder: Path) -> None:
     """Both tokens name the hand: "high card", "two pair", "full house", "straight flush"."""
-    codec = TokenCodec(HANDS, "codes", _HANDS_HASH)
+    codec = TokenCodec(HANDS, BINARY, _HANDS_HASH, (1, 2))  # as pixels, which need no tokenizer to be drawn
     hand = np.arange(HANDS).repeat(2).reshape(HANDS, 2)
     _write(folder / "heldout", np.tile(hand, (_REPEATS, 1)), codec)
     _write(folder, np.tile(hand, (16 * _REPEATS, 1)), codec)

@@ -6,6 +6,7 @@ from pathlib import Path
 from experiments import common
 from experiments.joint_tokens import claims, figures, hands
 from experiments.joint_tokens.claims import Claim
+from experiments.joint_tokens.prediction import Prediction
 from experiments.joint_tokens.scaling import Scaling
 from experiments.joint_tokens.study import FLOORED, Study, over_seeds
 from imm_scale.models.token_transformer import TokenArchitecture
@@ -69,9 +70,10 @@ def _digit_claims(study: Study) -> Iterator[Claim]:
     for steps in few[:1]:
         yield claims.between(study, steps)
     yield claims.near_one_at_a_time(study, 4 if 4 in several else several[0])
-    yield claims.below_the_floor(study, claims.ORDER[-1], 1)
+    yield claims.below_the_floor(study, claims.ORDER[-1])
     yield claims.floor(study)
-    yield claims.prediction(study)
+    nets = {seed: Prediction(study.outcomes[FLOORED, seed].cell.run_dir) for seed in study.seeds}
+    yield claims.prediction({(seed, n): net.in_steps(n) for seed, net in nets.items() for n in several[:3]})
 
 
 def _nll(study: Study) -> str:
@@ -228,7 +230,9 @@ _DIGITS = """## Black and white digits
 Masked diffusion over 64 pixels, no classes. Of each seed all heads start from one net, trained for {before:,} steps
 with the product head at any number of visible tokens (formula 4), and go on for samplers of {trained} steps, one drawn
 for each sample. nll@L is the mean of -log q of what a sampler of L passes draws, in random order and equal steps, on
-held-out digits: of one pass it is the head's own word on all 64 pixels. {protocol}
+held-out digits: of one pass it is the head's own word on all 64 pixels.
+
+{protocol}
 
 Nats a sequence, mean and standard deviation over training seeds:
 
@@ -236,7 +240,8 @@ Nats a sequence, mean and standard deviation over training seeds:
 
 The uniform-conditioned head draws by a student that was taught by an autoregressive head; its numbers are a bound, the
 teacher's nats and the student's together, for what it draws has no likelihood in closed form. The autoregressive head
-calls its own small transformer once a token within a pass of the net; all others draw a step at once.
+calls its own small transformer once a token within a pass of the net; all others draw a step at once. At equal steps of
+training a joint head has learned from fewer tokens: it scores those of one step, the product head all that are masked.
 
 What the information profile of each net says its tokens cost when they are drawn independently (formula 1 in [the
 mathematics](mathematics.md#tokens)), with equal step sizes and with the best ones, which are chosen on one half of the
@@ -256,7 +261,9 @@ _KJV = """## Verses
 
 A causal net that predicts the next 4 of 27 letters at every place (`method.name=next_block`). Nats of the last block,
 of four letters after 24; the dependence is what the autoregressive head has less than the product head; "verified" is
-speculative decoding by the net's own blocks, whose law is that of one letter at a time (at most 5 letters a pass).
+speculative decoding by the net's own blocks, whose law is that of one letter at a time. It draws at most 4
+letters a pass.
+
 {protocol}
 
 {blocks}
@@ -266,7 +273,9 @@ speculative decoding by the net's own blocks, whose law is that of one letter at
 _HANDS = """## Four hands
 
 Two words that name one of four hands of cards, "high card", "two pair", "full house", "straight flush": a product that
-draws both at once is right one time in four. All pairs are enumerated. {protocol}
+draws both at once is right one time in four. All pairs are enumerated.
+
+{protocol}
 
 {table}
 
@@ -293,7 +302,7 @@ is trained: the dependence between the tokens of a step is lost, and how much of
 held-out pass. A head that draws them jointly has no such floor. Here all heads sit on the same small net, with the same
 samples, order and draws, and are compared by nll@L, a likelihood of what the sampler draws, on the same held-out
 sequences. The nets are tiny and briefly trained; their likelihoods are no records. All runs took {minutes:.0f} minutes
-of training and measuring by the clock, one after the other, on two cores that were shared with other work.
+of training and measuring by the clock, one after the other, each on a share of two cores that others worked on.
 
 {sections}
 """

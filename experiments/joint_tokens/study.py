@@ -127,12 +127,17 @@ TASKS = {
             {
                 **_masked((1, 2, 4, 8, 16, 64)),
                 "method.steps": [1, 2, 4, 8],
-                **_lasting(600, 16),
+                **_lasting(700, 16),
                 "model.width": 64,
                 "optimizer.lr": 2.0e-3,
                 "evaluation.num": 128,
             },
-            {**_lasting(1500, 16), "method.steps": [], "evaluation.steps": [1], "evaluation.num": 64},
+            {
+                **_lasting(1500, 16),
+                "method.steps": [],
+                "evaluation.steps": [1],
+                "evaluation.num": 64,
+            },
         ),
         Task(
             "kjv",

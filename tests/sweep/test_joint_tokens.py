@@ -64,11 +64,11 @@ def test_run_again_it_has_nothing_to_do(small, monkeypatch, capfd):
 
 
 def _made_up(nats):
-    """A study with these values (N,) by head, alike from both seeds; the floor is 8 nats of 2 tokens."""
+    """A study with these values (N,) by head, from the second seed a tenth more; the floor is 8 nats of 2 tokens."""
     return SimpleNamespace(
         seeds=(0, 1),
         task=SimpleNamespace(steps=(1, 2)),
-        values=lambda head, seed, steps, name="nll": nats[head],
+        values=lambda head, seed, steps, name="nll": (1 + seed / 10) * nats[head],
         result=lambda head, seed, steps: {"mean": nats[head].mean() / 2, "error": 0.01},
         measure=lambda head, seed, steps, name: (4.0, 0.01),
     )
@@ -87,10 +87,12 @@ def test_verdicts_follow_the_numbers():
     )
     assert claims.floor(_made_up(nats)).holds, "the product head has 10 nats"
     assert not claims.floor(_made_up({**nats, "factorized": nats["factorized"] - 3})).holds
-    assert claims.below_the_floor(_made_up(nats), "autoregressive", 1).holds
-    assert not claims.below_the_floor(_made_up(nats), "factorized", 1).holds
-    assert not claims.prediction(_made_up(nats)).holds, "4 nats a token were said where there are 5"
-    assert claims.prediction(_made_up({**nats, "factorized": np.full(200, 8.0)})).holds
+    assert claims.below_the_floor(_made_up(nats), "autoregressive").holds
+    assert not claims.below_the_floor(_made_up({**nats, "chain": nats["factorized"] + noise[::-1]}), "chain").holds
+    gaps = claims.gaps(_made_up(nats), 1)["factorized", "mixture"]
+    assert [gap for gap, _ in gaps] == pytest.approx([1.0, 1.1], rel=1e-9), "each seed by its own numbers"
+    for factor, holds in ((1.005, True), (0.98, False)):
+        assert claims.prediction({(0, 2): (factor * nats["chain"], nats["chain"])}).holds == holds
 
 
 @pytest.mark.parametrize(("kind", "components"), [("factorized", 1), ("autoregressive", 1), ("uniform_conditioned", 1)])

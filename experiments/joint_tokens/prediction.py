@@ -1,0 +1,54 @@
+"""What the information profile says of a product head in L steps beside what it has, on the same samples and orders.
+
+sum_l k_l h_{n_l}, h_n the mean of -log p over all tokens that are masked where n are visible. The step itself scores
+k_l of them, so that the two differ by which happen to be drawn first, and in the mean over orders by nothing.
+"""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from experiments import common
+from imm_scale.checkpoint.export import load_net
+from imm_scale.evaluation.tokens import held_out, likelihood
+from imm_scale.evaluation.tokens.scoring import mean_of_masked
+from imm_scale.methods.tokens import masking
+
+Pair = tuple[NDArray[np.float64], NDArray[np.float64]]
+_ORDERS = 4  # of each sample: with one the two differ by half a percent by chance
+
+
+class Prediction:
+    """The newest checkpoint of a run with a product head, on all held-out sequences."""
+
+    def __init__(self, run_dir: str):
+        config = common.config_of(run_dir)
+        spec, loaded = load_net(run_dir)
+        space: Any = spec.space
+        self._net: Any = loaded
+        self._held = held_out.read(config, space, None)
+        self._scorer = likelihood.MaskedScorer(self._net, torch.device("cpu"))
+
+    def in_steps(self, steps: int) -> Pair:
+        """(N,) nats of each sequence in so many equal steps as predicted, and as they are; means over orders."""
+        number, length = self._held.ids_NT.shape
+        counts = masking.visible_counts("uniform", steps, length)
+        pairs = []
+        for seed in range(_ORDERS):
+            rank_NT = likelihood.orders("random", seed, torch.arange(number), length)
+            measured_N = likelihood.of_steps(self._net, self._held.ids_NT, self._held.label_N, counts, rank_NT)
+            pairs.append((self._predicted(counts, rank_NT), measured_N))
+        predicted, measured = (torch.stack(values).mean(dim=0).numpy() for values in zip(*pairs, strict=True))
+        return predicted, measured
+
+    def _predicted(self, counts: Tensor, rank_NT: Tensor) -> Tensor:
+        total_N = torch.zeros(len(rank_NT), dtype=torch.float64)
+        for first, last in itertools.pairwise(counts.tolist()):
+            visible_NT = rank_NT < first
+            score_NT = self._scorer.labelled_scores(self._held.ids_NT, visible_NT, self._held.label_N)
+            total_N += (last - first) * mean_of_masked(score_NT, visible_NT)
+        return total_N
