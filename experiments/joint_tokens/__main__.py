@@ -3,7 +3,7 @@
     python -m experiments.joint_tokens [--at-once 1] [--tasks digits,kjv,hands] [--scaling]
 
 Trains every head on small token nets from three seeds, measures them by nll@L, enumerates what can be enumerated, and
-writes docs/joint_tokens.md and its pictures; with --scaling also a sweep over sizes and budgets. About forty minutes of
+writes docs/joint_tokens.md and its pictures; with --scaling also a sweep over sizes and budgets. About half an hour of
 one CPU core in all; run again, it goes on where it was.
 """
 
