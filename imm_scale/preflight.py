@@ -3,13 +3,16 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from numpy.typing import NDArray
 
 from imm_scale import build
 from imm_scale import config as configs
 from imm_scale.build import ModelSpec
 from imm_scale.config.schema import Config
+from imm_scale.data import sample_order
 from imm_scale.data.dataset import Dataset
 from imm_scale.data.manifest import Manifest, TokenCodec, check_expectations
 from imm_scale.data.sample_order import Layout, holdout_count, steps_per_epoch
@@ -78,6 +81,13 @@ def prepare(config: Config, world_size: int) -> PreparedRun:
 def trained_samples(config: Config, manifest: Manifest) -> int:
     """Samples of an epoch: all that are not held out."""
     return manifest.num_samples - holdout_count(manifest.num_samples, config.data.holdout)
+
+
+def held_out_index(config: Config, dataset: Dataset) -> NDArray[np.int64]:
+    """Which samples of a data set are held out: all of `data.holdout_manifest`, else the share of `data.holdout`."""
+    if config.data.holdout_manifest is not None:
+        return np.arange(len(dataset))
+    return sample_order.held_out(dataset.shard_samples, config.data.block_samples, config.seed, config.data.holdout)
 
 
 def _held_out(config: Config, trained: Manifest) -> Dataset | None:

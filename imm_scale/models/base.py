@@ -11,6 +11,7 @@ from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from imm_scale import rng
 from imm_scale.choices import BackboneConfig
 
 
@@ -108,6 +109,15 @@ class Backbone(nn.Module):
         """Compiles each block on its own: one graph serves them all, and nothing around them breaks it."""
         for block in self.blocks:
             block.compile()
+
+    def dropout_keys(self, dropout_key: Tensor | None) -> list[Tensor | None]:
+        """A key for each block, of the samples' (N,); None where nothing is dropped.
+
+        Mixed outside the blocks: a number read inside would cost the compiler a graph a block.
+        """
+        if dropout_key is None or not self.training or not self.has_dropout:
+            return [None] * len(self.blocks)
+        return [rng.random_bits(0, "dropout_layer", dropout_key, stream=index) for index in range(len(self.blocks))]
 
     @property
     def recomputes(self) -> bool:

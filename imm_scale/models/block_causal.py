@@ -57,10 +57,6 @@ class BlockCausal(Backbone):
     def conditions(self, times: list[tuple[Tensor, Tensor | None]], label_N: Tensor) -> list[Tensor]:
         """Of c_noise and second time, each (G,) or (G, J), what every adaLN takes: (N, D) or (N, J, D)."""
 
-    @abstractmethod
-    def dropout_keys(self, dropout_key: Tensor | None) -> list[Tensor | None]:
-        """A key of the dropout masks for each block of the net."""
-
     @property
     @abstractmethod
     def block_tokens(self) -> int:

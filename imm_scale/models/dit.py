@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imm_scale import rng
 from imm_scale.choices import BackboneConfig, option
 from imm_scale.data.spaces import SampleSpace
 from imm_scale.errors import UserError
@@ -445,12 +444,6 @@ class DiT(MlpBranches):
         rows, columns = tokens_NTD.shape[1] // c.grid[1], c.grid[1]
         grid = tokens_NTD.view(-1, rows, columns, p, p, c.channels)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, c.channels, rows * p, c.image_width)
-
-    def dropout_keys(self, dropout_key: Tensor | None) -> list[Tensor | None]:
-        """A key for each block, mixed out here: a number read inside would cost the compiler a graph a block."""
-        if dropout_key is None or not self.training or not self.config.dropout:
-            return [None] * len(self.blocks)
-        return [rng.random_bits(0, "dropout_layer", dropout_key, stream=index) for index in range(len(self.blocks))]
 
     def forward(
         self,

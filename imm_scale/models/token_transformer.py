@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imm_scale import rng
 from imm_scale.choices import BackboneConfig, option
 from imm_scale.data.spaces import SampleSpace
 from imm_scale.errors import UserError
@@ -235,7 +234,7 @@ class TokenTransformer(Backbone):
     def _states(self, x_NT: Tensor, label_N: Tensor, dropout_key: Tensor | None = None) -> Tensor:
         place_NT = torch.arange(x_NT.shape[1], device=x_NT.device).expand_as(x_NT)
         h, condition = self._embedded(x_NT, place_NT), F.silu(self.y_embedder(label_N))
-        for block, key in zip(self.blocks, self._dropout_keys(dropout_key), strict=True):
+        for block, key in zip(self.blocks, self.dropout_keys(dropout_key), strict=True):
             h = self.run_block(block, h, condition, place_NT, key)
         return self.norm_final(h)
 
@@ -250,12 +249,6 @@ class TokenTransformer(Backbone):
         if self.ahead is None:
             return h[..., None, :]
         return h[..., None, :] + F.silu(self.ahead(h)).unflatten(-1, (self.config.block, self.config.width))
-
-    def _dropout_keys(self, dropout_key: Tensor | None) -> list[Tensor | None]:
-        """A key for each block, as in the DiT."""
-        if dropout_key is None or not self.training or not self.config.dropout:
-            return [None] * len(self.blocks)
-        return [rng.random_bits(0, "dropout_layer", dropout_key, stream=index) for index in range(len(self.blocks))]
 
     # --- sampling ---
 

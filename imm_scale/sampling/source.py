@@ -132,9 +132,9 @@ def _config_of(source: Source, overrides: Sequence[str]) -> Config:
 
 def _method_of(source: Source, overrides: Sequence[str]) -> list[str]:
     """The method of an export as an override, where its nets are drawn by other samplers than those of the default."""
-    default = configs.load([], [word for word in overrides if word.startswith("plugins=")]).config.method
     if not (source.url and export.is_export(source.url) and storage.exists(source.url)):
         return []
+    default = configs.load([], [word for word in overrides if word.startswith("plugins=")]).config.method
     method = export.read_spec(source.url)[0].method
     return [] if method.SAMPLERS == default.SAMPLERS else [f"method.name={method.name}"]
 

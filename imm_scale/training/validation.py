@@ -3,12 +3,9 @@
 import math
 from collections.abc import Iterator
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from imm_scale.config.schema import Config
-from imm_scale.data import sample_order
 from imm_scale.data.dataset import Dataset
 from imm_scale.data.loader import Batch
 from imm_scale.data.sample_order import Layout
@@ -16,6 +13,7 @@ from imm_scale.data.spaces import SampleSpace
 from imm_scale.errors import UserError
 from imm_scale.parallel import world
 from imm_scale.parallel.deepspeed_engine import Engine
+from imm_scale.preflight import held_out_index
 
 # Ordinals of held-out samples begin here, out of reach of training's clock, so their draws are their own.
 _FIRST_ORDINAL = 1 << 48
@@ -38,7 +36,7 @@ class HeldOut:
     def __init__(
         self, config: Config, dataset: Dataset, space: SampleSpace, layout: Layout, rank: int, device: torch.device
     ):
-        held_out = _held_out_indices(config, dataset)
+        held_out = held_out_index(config, dataset)
         particles = layout.particles
         num_groups = len(held_out) // particles
         if num_groups == 0:
@@ -80,13 +78,6 @@ class HeldOut:
                 stored = self._stored[part].to(self._device)
                 self._space.from_stored(stored, self._seed, "posterior", ordinal[:real], out=x[:real])
             yield Batch(0, x, label, ordinal, weight)
-
-
-def _held_out_indices(config: Config, dataset: Dataset) -> NDArray[np.int64]:
-    """Which samples of the data set are held out: all of `data.holdout_manifest`, else the share of `data.holdout`."""
-    if config.data.holdout_manifest is not None:
-        return np.arange(len(dataset))
-    return sample_order.held_out(dataset.shard_samples, config.data.block_samples, config.seed, config.data.holdout)
 
 
 def _said(config: Config) -> str:

@@ -31,6 +31,7 @@ from imm_scale.errors import UserError
 from imm_scale.evaluation.tokens import estimates
 from imm_scale.evaluation.tokens.estimates import Estimate
 from imm_scale.evaluation.tokens.parts import Parts
+from imm_scale.models.heads.unembedding import inverse_cdf
 
 PREFIXES = 8  # lengths of prefix, from short to all but a block
 
@@ -164,13 +165,6 @@ def _rolled_out(scorer: CausalScorer, x_RT: Tensor, known: int, ordinal_R: Tenso
     for j in range(plan.block):
         log_RMV = vocabulary_of(prefix_ST).view(rows, plan.count, -1) if j else log_RMV
         logs.append(log_RMV[torch.arange(rows), :, x_RT[:, known + j]].double().cpu())
-        drawn_RM = inverse_cdf(log_RMV, uniform_RMB[..., j])
+        drawn_RM = inverse_cdf(log_RMV, uniform_RMB[..., j].to(log_RMV.device)).cpu()
         prefix_ST = torch.cat([prefix_ST, drawn_RM.view(-1, 1)], dim=1)
     return logs
-
-
-def inverse_cdf(log_probs: Tensor, uniform: Tensor) -> Tensor:
-    """Tokens (...) of (..., V) log-probabilities and (...) fp64 uniforms, summed in fp64."""
-    cumulated = log_probs.double().exp().cumsum(dim=-1)
-    threshold = uniform.to(cumulated.device)[..., None] * cumulated[..., -1:]  # of a sum that rounding keeps from 1
-    return (cumulated <= threshold).sum(dim=-1).clamp_max(log_probs.shape[-1] - 1).cpu()

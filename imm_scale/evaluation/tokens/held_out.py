@@ -5,17 +5,17 @@ Legend: N samples, T tokens.
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from imm_scale.config.schema import Config, DataConfig
-from imm_scale.data import sample_order
 from imm_scale.data.dataset import Dataset
 from imm_scale.data.tokens.spaces import TokenSpace
 from imm_scale.errors import UserError
+from imm_scale.preflight import held_out_index
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class HeldOutTokens:
     label_N: Tensor
     url: str
 
-    @property
+    @cached_property
     def hash(self) -> str:
         return hashlib.sha256(self.ids_NT.numpy().tobytes() + self.label_N.numpy().tobytes()).hexdigest()
 
@@ -54,15 +54,8 @@ def read(config: Config, space: TokenSpace, most: int | None) -> HeldOutTokens:
     assert url is not None
     dataset = Dataset(url)
     space.reading(dataset.manifest)
-    index = _indices(config, dataset)
+    index = held_out_index(config, dataset)
     if most is not None and most < len(index):
         index = np.sort(np.random.default_rng(config.seed).permutation(index)[:most])
     ids = torch.from_numpy(dataset.gather(index).astype(np.int64))
     return HeldOutTokens(ids, torch.from_numpy(dataset.labels[index]), url)
-
-
-def _indices(config: Config, dataset: Dataset) -> NDArray[np.int64]:
-    if config.data.holdout_manifest is not None:
-        return np.arange(len(dataset))
-    data = config.data
-    return sample_order.held_out(dataset.shard_samples, data.block_samples, config.seed, data.holdout)

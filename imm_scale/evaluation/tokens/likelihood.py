@@ -15,7 +15,6 @@ from imm_scale import rng
 from imm_scale.methods.tokens import masking
 from imm_scale.methods.tokens.next_block import NextBlock
 from imm_scale.methods.tokens.token_net import TokenNet
-from imm_scale.models.heads import HeadOutput
 
 
 class MaskedScorer:
@@ -52,14 +51,8 @@ def of_steps(
     for first, last in itertools.pairwise(counts.tolist()):
         h = model(torch.where(rank_NT < first, x_NT, net.mask), label_N)
         out = model.head(h, x_NT, (rank_NT >= first) & (rank_NT < last), uniform_NT)
-        total += _drawn(out)
+        total += out.nll
     return total
-
-
-def _drawn(out: HeadOutput) -> Tensor:
-    """(N,) fp64 -log q of what the head draws, or a bound where it draws by a student."""
-    nll_N = -out.log_prob_N.double()
-    return nll_N if out.teaching_N is None else nll_N + out.teaching_N.double()
 
 
 def uniforms(seed: int, ordinal_N: Tensor, length: int) -> Tensor:
@@ -88,7 +81,7 @@ def of_blocks(net: TokenNet, x_NT: Tensor, label_N: Tensor, uniform_NT: Tensor |
     if uniform_NT is not None:  # of the blocks at every place, those which begin nowhere read none
         uniform = F.pad(uniform_NT, (0, size - 1)).unfold(1, size, 1).flatten(0, 1)
     out = model(NextBlock.before(net, x_NT), label_N, x_NT, starts.expand_as(x_NT), None, uniform)
-    return _drawn(out).view(x_NT.shape)[:, starts]
+    return out.nll.view(x_NT.shape)[:, starts]
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ def blocks(net: TokenNet, start: Tensor, label: Tensor, steps: Steps) -> Tensor:
     size, length = model.config.block, net.length
     x, at, rows = start.clone(), known_prefix(net, start), torch.arange(len(start), device=start.device)
     cache = model.empty_cache(len(x))
-    h = _read_prompt(net, x, label, cache)[rows, at.clamp_max(length - 1)]
+    h = read_prompt(net, x, at.clamp_max(length - 1), label, cache)
     uniforms = steps.uniform(0, 2 * length).unflatten(1, (length, 2))
     rounds = -(-(length - int(at.min())) // size)  # asked for once: each answer waits for the device
     for left in reversed(range(rounds)):
@@ -56,13 +56,13 @@ def blocks(net: TokenNet, start: Tensor, label: Tensor, steps: Steps) -> Tensor:
     return x
 
 
-def _read_prompt(net: TokenNet, x_NT: Tensor, label_N: Tensor, cache: Any) -> Tensor:
-    """States (N, P + 1, D) after the beginning and each given token; P the longest prompt."""
+def read_prompt(net: TokenNet, x_NT: Tensor, seen_N: Tensor, label_N: Tensor, cache: Any) -> Tensor:
+    """States (N, D) of each sample after so many (N,) of its given tokens, whose keys and values are kept."""
     model: Any = net.model
-    longest = int((x_NT != net.mask).sum(dim=1).max())
-    before = torch.cat([x_NT.new_full((len(x_NT), 1), net.mask), x_NT], dim=1)[:, : min(longest + 1, net.length)]
+    before = torch.cat([x_NT.new_full((len(x_NT), 1), net.mask), x_NT], dim=1)[:, : int(seen_N.max()) + 1]
     place = torch.arange(before.shape[1], device=x_NT.device).expand_as(before)
-    return model.states_kept(before, place, label_N, cache)
+    states = model.states_kept(before, place, label_N, cache)
+    return states[torch.arange(len(x_NT), device=x_NT.device), seen_N]
 
 
 def _put(x_NT: Tensor, place_NB: Tensor, drawn_NB: Tensor, wanted_NB: Tensor) -> Tensor:

@@ -97,10 +97,7 @@ class MaskedDiffusion(Method):
         key = rng.random_bits(seed, "dropout", batch.ordinal) if net.model.has_dropout else None
         taught = rng.uniform(seed, "head", batch.ordinal, net.length) if net.model.head.takes_uniforms else None
         out = net.model(draws.masked, batch.condition, batch.x, draws.scored, key, taught)
-        nll = -out.log_prob_N.double()
-        if out.teaching_N is not None:
-            nll = nll + out.teaching_N.double()
-        return GroupLosses(draws.weight * nll, draws.t, out.monitors)
+        return GroupLosses(draws.weight * out.nll, draws.t, out.monitors)
 
     def draw(self, net: TokenNet, batch: Batch, seed: int) -> Draws:
         """All that is random about a micro-batch: ids (N, T) of its samples, labels and ordinals (N,)."""

@@ -73,11 +73,8 @@ class NextBlock(Method):
             self._taught(net, batch.ordinal, seed),
         )
         block = model.config.block
-        nll = -out.log_prob_N.double()
-        if out.teaching_N is not None:
-            nll = nll + out.teaching_N.double()
         monitors = {name: value.unflatten(0, batch.x.shape).mean(dim=1) for name, value in out.monitors.items()}
-        loss = nll.unflatten(0, batch.x.shape).sum(dim=1) / block
+        loss = out.nll.unflatten(0, batch.x.shape).sum(dim=1) / block
         return GroupLosses(loss, torch.zeros_like(loss), monitors)
 
     @staticmethod

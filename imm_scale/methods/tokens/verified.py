@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from imm_scale.methods.base import Steps
-from imm_scale.methods.tokens.blocks import known_prefix
+from imm_scale.methods.tokens.blocks import known_prefix, read_prompt
 from imm_scale.methods.tokens.token_net import TokenNet
 from imm_scale.models.heads.unembedding import inverse_cdf
 
@@ -77,7 +77,7 @@ class _Decoder:
         self._cache = self._net.empty_cache(len(start))
         # The last known token is left to the first round's pass, as each round leaves one.
         self._seen = (self._known - 1).clamp_min(0)
-        self._h = self._read_prompt()
+        self._h = read_prompt(net, self.x, self._seen, label, self._cache)
         zeros = torch.zeros(self._block, dtype=torch.int64, device=start.device)
         drawn = self._length - self._known
         self.acceptance = Acceptance((drawn > 0).long(), drawn, zeros, zeros.clone())
@@ -85,12 +85,6 @@ class _Decoder:
     @property
     def is_finished(self) -> bool:
         return bool((self._known >= self._length).all())
-
-    def _read_prompt(self) -> Tensor:
-        longest = int(self._seen.max())
-        before = torch.cat([self.x.new_full((len(self.x), 1), self._mask), self.x], dim=1)[:, : longest + 1]
-        place = torch.arange(longest + 1, device=self.x.device).expand_as(before)
-        return self._net.states_kept(before, place, self._label, self._cache)[self._rows, self._seen]
 
     def round(self) -> None:
         """Drafts, scores in one pass, keeps what is accepted, and draws one token more."""

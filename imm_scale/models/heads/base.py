@@ -27,6 +27,12 @@ class HeadOutput(NamedTuple):
     teaching_N: Tensor | None = None
     monitors: Mapping[str, Tensor] = {}
 
+    @property
+    def nll(self) -> Tensor:
+        """(N,) fp64 -log q, with what is learned beside it: of a head that draws by a student a bound of its own."""
+        nll_N = -self.log_prob_N.double()
+        return nll_N if self.teaching_N is None else nll_N + self.teaching_N.double()
+
 
 class Prefix(NamedTuple):
     """The tokens of S moved to the first places, in their order: causal order then hides the others by itself.
