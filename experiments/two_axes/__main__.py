@@ -52,10 +52,8 @@ def main() -> None:
         data.append((DATA[name], [Study(part, args.runs, settings) for part in DATA[name].parts]))
         for study in data[-1][1]:
             study.run(args.at_once)
-    tokens = []
-    for name in ("digits", "kjv"):
-        tokens.append(TokenStudy(TASKS[name], args.tokens, token_data.make(name, args.folder / "joint_tokens" / name)))
-        tokens[-1].run(args.at_once)
+    tokens = TokenStudy(TASKS["digits"], args.tokens, token_data.make("digits", args.folder / "joint_tokens/digits"))
+    tokens.run(args.at_once)
     print(page.write(data, tokens, args.docs))
 
 

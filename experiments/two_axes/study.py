@@ -72,33 +72,30 @@ def _lasting(steps: int) -> dict[str, Any]:
     return {"train.max_steps": steps, "train.checkpoint_every": steps, "train.keep_last": 1}
 
 
+_BRIEF = {
+    **_lasting(1000),
+    "train.global_batch_size": 64,
+    "train.micro_batch_size": 64,
+    "optimizer.warmup_images": 6400,
+    "evaluation.repeats": 1,
+    "sampling.num": 8,
+    "zero.stage": 0,
+}
+
 DATA = {
     one.name: one
     for one in (
         DataSet(
             "mnist",
             "4 x 8 x 8 latents of 5,000 MNIST digits",
-            (Part("mnist", _MNIST, (1, 2, 4), {**_lasting(1800), "evaluation.num": 2500, "zero.stage": 0}),),
+            (Part("mnist", _MNIST, (1, 2, 4), {**_lasting(3000), "evaluation.num": 2500, "zero.stage": 0}),),
         ),
         DataSet(
             "digits",
             "1,797 digits of 8 x 8 pixels",
             (
-                Part("digits", _DIGITS, (1, 2, 4), {**_lasting(1000), "evaluation.repeats": 1, "zero.stage": 0}),
-                Part(
-                    "digits_rows",
-                    _DIGITS,
-                    (1, 8),
-                    {
-                        **_lasting(500),
-                        "train.global_batch_size": 64,
-                        "train.micro_batch_size": 64,
-                        "evaluation.repeats": 1,
-                        "zero.stage": 0,
-                        "model.patch_size": 1,
-                    },
-                    seeds=SEEDS[:1],
-                ),
+                Part("digits", _DIGITS, (1, 2, 4), _BRIEF),
+                Part("digits_rows", _DIGITS, (1, 8), {**_BRIEF, **_lasting(500), "model.patch_size": 1}, SEEDS[:1]),
             ),
         ),
     )

@@ -42,7 +42,7 @@ def test_the_page_has_what_the_runs_measured(small, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "STEPS", STEPS)
     monkeypatch.setattr(claims, "EQUAL", ((4, 8),))
     monkeypatch.setattr(page.figures, "_SAMPLES", 2)
-    text = page.write([(study.DataSet("digits", "a few digits", (small.part,)), [small])], [], tmp_path).read_text()
+    text = page.write([(study.DataSet("digits", "a few digits", (small.part,)), [small])], None, tmp_path).read_text()
     for (method, blocks, _), outcome in small.outcomes.items():
         results = {r["steps"]: r for e in read_evaluations(outcome.cell.run_dir) for r in e["results"]}
         assert set(results) == set(STEPS[method])

@@ -1,10 +1,10 @@
 """What the second time is for: three nets of one size on the digits, how far each gets in few steps and in one jump.
 
-    python -m experiments.inference_first [--runs runs/digits] [--docs docs]
+    python -m experiments.second_time [--runs runs/digits] [--docs docs]
 
 Trains what is not trained yet (IMM, the same IMM without the second time, flow matching), measures distances against
-steps, and takes one jump from the same x_t to every s with each net. Writes docs/images/inference_first.png and
-docs/inference_first.md. About half an hour of one CPU core from nothing; run again, it goes on where it was.
+steps, and takes one jump from the same x_t to every s with each net. Writes docs/images/second_time.png and
+docs/second_time.md. About half an hour of one CPU core from nothing; run again, it goes on where it was.
 """
 
 import argparse
@@ -165,7 +165,7 @@ def _grey(z: Tensor, spec: ModelSpec) -> Tensor:
 
 
 def page(runs: Path, jumps: dict[str, list[float]]) -> str:
-    """docs/inference_first.md."""
+    """docs/second_time.md."""
     rows = []
     for net in NETS:
         found = common.distances(str(runs / net.folder))
@@ -180,9 +180,9 @@ def page(runs: Path, jumps: dict[str, list[float]]) -> str:
     return _PAGE.format(sampled=sampled, landed=landed, start=START, fine=FINE_STEPS, best=common.plural(best, "step"))
 
 
-_PAGE = """# Decide how you will sample, then train for that
+_PAGE = """# What the second time is for
 
-Written by `python -m experiments.inference_first`; every figure is read from the runs it makes.
+Written by `python -m experiments.second_time`; every figure is read from the runs it makes.
 
 A sampler that takes few steps asks one question of the net: from x_t, where does the path stand at time s? A net
 that is told only t cannot answer it, however it is trained: whatever s, it has one vector to give, and the jump can
@@ -193,7 +193,7 @@ digits, the same steps, batch and optimizer, three ways.
 - *IMM, told t only*: `configs/digits_without_second_time.yaml`, the same loss with the second time hidden from the net.
 - *Flow matching (t only)*: `configs/digits_flow_matching.yaml`.
 
-![Distance against steps, one jump to every s, and what the jumps look like](images/inference_first.png)
+![Distance against steps, one jump to every s, and what the jumps look like](images/second_time.png)
 
 Distance (`frechet_latents`, lower is better, mean and standard deviation over 5 sampling seeds of 1,797 images)
 against steps:
@@ -221,9 +221,9 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder the page and its picture go to")
     args = parser.parse_args()
     make_runs(args.runs)
-    jumps = draw(args.runs, args.docs / "images" / "inference_first.png")
-    (args.docs / "inference_first.md").write_text(page(args.runs, jumps))
-    print(args.docs / "inference_first.md")
+    jumps = draw(args.runs, args.docs / "images" / "second_time.png")
+    (args.docs / "second_time.md").write_text(page(args.runs, jumps))
+    print(args.docs / "second_time.md")
 
 
 if __name__ == "__main__":
