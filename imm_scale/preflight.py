@@ -14,6 +14,7 @@ from imm_scale.build import ModelSpec
 from imm_scale.config.schema import Config
 from imm_scale.data import sample_order
 from imm_scale.data.dataset import Dataset
+from imm_scale.data.loader import check_flip
 from imm_scale.data.manifest import Manifest, TokenCodec, check_expectations
 from imm_scale.data.sample_order import Layout, holdout_count, steps_per_epoch
 from imm_scale.errors import UserError
@@ -69,6 +70,7 @@ def prepare(config: Config, world_size: int) -> PreparedRun:
         num_classes=config.data.num_classes,
         vocabulary=config.data.vocabulary,
     )
+    check_flip(config.data.flip, manifest)
     train = config.train
     layout = Layout(train.global_batch_size, config.method.group_size, world_size, train.micro_batch_size)
     steps_per_epoch(layout.global_batch_size, trained_samples(config, manifest))
