@@ -57,9 +57,14 @@ class TokenModelConfig(BackboneConfig):
         return f"{self.size} {self.head.kind}"
 
     def cautions(self, takes_tangents: bool) -> list[str]:
+        notes = []
         if self.causal and self.attention == "xformers":
-            return ["model.attention=xformers is for bidirectional nets: a causal one takes torch's kernel"]
-        return []
+            notes.append("model.attention=xformers is for bidirectional nets: a causal one takes torch's kernel")
+        if self.causal and self.block == 1 and self.head.kind == "chain":
+            notes.append(
+                "model.head.kind=chain with model.block=1 goes on to no second token: its transitions never learn"
+            )
+        return notes
 
     def validate(self) -> None:
         if self.block > 1 and not self.causal:
