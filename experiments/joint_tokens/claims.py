@@ -2,11 +2,11 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.claims import Claim
 from experiments.joint_tokens import hands
 from experiments.joint_tokens.prediction import Pair
 from experiments.joint_tokens.study import FLOORED, Study, over_seeds, paired
@@ -17,18 +17,6 @@ _NEAR = 0.05  # of the likelihood of one token at a time
 _PREDICTED = 0.01  # relative error allowed of formula (1)
 
 Predictions = Mapping[tuple[int, int], Pair]  # {(seed, steps): nats predicted, and measured}
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A statement that was made before the runs, whether it holds for every seed, and what was measured."""
-
-    text: str
-    holds: bool
-    measured: str
-
-    def __str__(self) -> str:
-        return f"- {'**Holds**' if self.holds else '**Does not hold**'}: {self.text} {self.measured}"
 
 
 def gaps(study: Study, steps: int, name: str = "nll") -> dict[tuple[str, str], list[tuple[float, float]]]:

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from experiments import common
+from experiments.claims import Claim
 from experiments.joint_tokens import claims, figures, hands
-from experiments.joint_tokens.claims import Claim
 from experiments.joint_tokens.prediction import Prediction
 from experiments.joint_tokens.scaling import Scaling
 from experiments.joint_tokens.study import FLOORED, Study, over_seeds
