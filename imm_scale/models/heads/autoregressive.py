@@ -6,9 +6,10 @@ Legend: N samples, K positions with a state, D width, V vocabulary.
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imm_scale.models.heads.base import Head, HeadOutput, positions, prefix_of
+from imm_scale.models.heads.base import Head, HeadOutput, begins, positions, prefix_of
 from imm_scale.models.heads.causal import Caches, CausalTransformer
 from imm_scale.models.heads.unembedding import inverse_cdf
 
@@ -41,23 +42,29 @@ class AutoregressiveHead(Head):
         nn.init.normal_(self.embed.weight, std=0.5)  # half of what a normalized state has
         self.transformer = CausalTransformer(width, heads, depth)
 
-    def states(self, h_NKD: Tensor, x_NK: Tensor, position_NK: Tensor) -> Tensor:
-        """What the transformer makes of a prefix, (N, K, D): each place knows its own h and the tokens before it."""
-        start_N1 = torch.full_like(x_NK[:, :1], self.start)
-        return self.transformer(h_NKD + self.embed(torch.cat([start_N1, x_NK[:, :-1]], dim=1)), position_NK)
+    def states(self, h_NKD: Tensor, x_NK: Tensor, position_NK: Tensor, set_NK: Tensor | None = None) -> Tensor:
+        """What the transformer makes of a prefix, (N, K, D): each place knows its own h and the tokens before it.
+
+        Args:
+            set_NK: of several sets the one each place is in: it knows no tokens of others.
+        """
+        before_NK = F.pad(x_NK[:, :-1], (1, 0), value=self.start)
+        if set_NK is not None:
+            before_NK = before_NK.masked_fill(begins(set_NK), self.start)
+        return self.transformer(h_NKD + self.embed(before_NK), position_NK, set_NK)
 
     def forward(self, h_NKD: Tensor, x_NK: Tensor, scored_NK: Tensor, uniform_NK: Tensor | None = None) -> HeadOutput:
         prefix = prefix_of(scored_NK)
-        x_NK = prefix.take(x_NK).masked_fill(~prefix.scored_NK, 0)
-        log_prob_NK = self.unembed(self.states(prefix.take(h_NKD), x_NK, prefix.order_NK), x_NK)
-        return HeadOutput(log_prob_NK.masked_fill(~prefix.scored_NK, 0.0).sum(dim=1))
+        x_NK = prefix.take(x_NK).masked_fill(~prefix.scored, 0)
+        log_prob_NK = self.unembed(self.states(prefix.take(h_NKD), x_NK, prefix.order_NK, prefix.apart), x_NK)
+        return HeadOutput(log_prob_NK.masked_fill(~prefix.scored, 0.0).sum(dim=1))
 
     @torch.no_grad()
     def sample(self, h_NKD: Tensor, scored_NK: Tensor, uniform_NK2: Tensor) -> Tensor:
         """One step of the transformer for each scored token of the sample that has most."""
         prefix = prefix_of(scored_NK)
         uniform_NK, tokens = prefix.take(uniform_NK2[..., 0]), []
-        state = self._begin(prefix.take(h_NKD), prefix.scored_NK, prefix.order_NK)
+        state = self._begin(prefix.take(h_NKD), prefix.scored, prefix.order_NK)
         for i in range(int(scored_NK.sum(dim=1).max())):
             tokens.append(inverse_cdf(self.conditional(state, i), uniform_NK[:, i]))
             state = self.observe(state, i, tokens[-1])

@@ -38,10 +38,11 @@ class CausalBlock(nn.Module):
         x_NKD = x_NKD + self.proj(attended_NHKC.transpose(1, 2).flatten(2))
         return x_NKD + self.mlp(self.norm2(x_NKD))
 
-    def forward(self, x_NKD: Tensor, position_NK: Tensor) -> Tensor:
-        """(N, K, D) to the same."""
+    def forward(self, x_NKD: Tensor, position_NK: Tensor, seen_NKK: Tensor | None = None) -> Tensor:
+        """(N, K, D) to the same; which places (N, K, K) each of them sees, None: all up to itself."""
         query, key, value = self._qkv(x_NKD, position_NK)
-        attended_NHKC = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        mask = None if seen_NKK is None else seen_NKK[:, None]
+        attended_NHKC = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
         return self._finish(x_NKD, attended_NHKC)
 
     def step(self, x_ND: Tensor, position_N: Tensor, seen: Cache | None, kept_NK: Tensor) -> tuple[Tensor, Cache]:
@@ -69,10 +70,16 @@ class CausalTransformer(nn.Module):
         self.blocks = nn.ModuleList(CausalBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, x_NKD: Tensor, position_NK: Tensor) -> Tensor:
-        """(N, K, D) to the same; positions (N, K) of the tokens at each place."""
+    def forward(self, x_NKD: Tensor, position_NK: Tensor, set_NK: Tensor | None = None) -> Tensor:
+        """(N, K, D) to the same.
+
+        Args:
+            position_NK: of the token at each place.
+            set_NK: the set it is in: places see no other set. None: there is one alone.
+        """
+        seen_NKK = None if set_NK is None else (set_NK[:, :, None] == set_NK[:, None]).tril()
         for block in self.blocks:
-            x_NKD = block(x_NKD, position_NK)
+            x_NKD = block(x_NKD, position_NK, seen_NKK)
         return self.norm(x_NKD)
 
     def step(self, x_ND: Tensor, position_N: Tensor, seen: Caches, kept_NK: Tensor) -> tuple[Tensor, Caches]:
