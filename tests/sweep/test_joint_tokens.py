@@ -1,6 +1,7 @@
 """The comparison of heads in small: four heads, a few steps, every figure and verdict of the page from the runs."""
 
 import dataclasses
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,15 +9,29 @@ import pytest
 
 from experiments import common
 from experiments.joint_tokens import claims, data, hands, page, study
+from imm_scale import cli
 from imm_scale.models.heads import HeadConfig
+from launchers import sweep
 from tests.unit.methods.tokens import toy
 
 SIZES = {"model.width": 16, "model.heads": 2, "evaluation.num": 12, "sampling.num": 1, "method.steps": [1, 4]}
 STEPS = (1, 4, 64)
 
 
+def _here(*words: str) -> None:
+    """A command of this package in this process, and all cells from one fork server: starting takes the longest."""
+    {"imm_scale": cli.main, "launchers.sweep": sweep.main}[words[0]](words[1:])
+
+
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> study.Study:
+def here() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "run", _here)
+        yield
+
+
+@pytest.fixture(scope="module")
+def small(here: None, tmp_path_factory: pytest.TempPathFactory) -> study.Study:
     """A study of digits that has been run: a net of two steps, and two more by each head on it."""
     folder = tmp_path_factory.mktemp("joint_tokens")
     full = study.TASKS["digits"]

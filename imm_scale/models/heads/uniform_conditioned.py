@@ -14,7 +14,7 @@ from torch import Tensor
 
 from imm_scale.models.heads.autoregressive import AutoregressiveHead
 from imm_scale.models.heads.base import Head, HeadOutput, Prefix, prefix_of
-from imm_scale.models.heads.causal import CausalTransformer
+from imm_scale.models.heads.causal import CausalTransformer, Positions
 from imm_scale.models.layers import TimeEmbedder
 
 # Angles of a uniform are from 0.04 to 400 turns: all of (0, 1) at a glance, and tokens of one in a thousand.
@@ -45,7 +45,8 @@ class UniformConditionedHead(Head):
             set_NK: of several sets the one each place is in: it knows no uniforms of others.
         """
         embedded_ND = self.embed(uniform_NK.flatten() * _LARGEST_ANGLE)
-        return self.transformer(h_NKD + embedded_ND.view(*uniform_NK.shape, -1), position_NK, set_NK)
+        at = Positions(position_NK, position_NK)  # a place is told its own uniform
+        return self.transformer(h_NKD + embedded_ND.view(*uniform_NK.shape, -1), at, set_NK)
 
     def forward(self, h_NKD: Tensor, x_NK: Tensor, scored_NK: Tensor, uniform_NK: Tensor | None = None) -> HeadOutput:
         """Without uniforms the student learns nothing."""

@@ -99,3 +99,20 @@ def test_sums_of_runs_stand_at_their_first_places():
             run = x[0, start == first]
             assert sums[first].tolist() == run.sum(0).tolist()
             torch.testing.assert_close(means[first], run.mean(0))
+
+
+def test_an_autoregressive_head_knows_where_the_tokens_it_was_told_stand(monkeypatch):
+    """Not only which token came before in S: S has gaps. The first of each set was told none, and looks at itself."""
+    head, h = _case("autoregressive")
+    plain, seen = head.transformer.forward, []
+
+    def forward(x, at, set_NK=None):
+        seen.append(at)
+        return plain(x, at, set_NK)
+
+    monkeypatch.setattr(head.transformer, "forward", forward)
+    head(h[:1], X[:1], SETS[:1])
+    head(h[:1], X[:1], SETS[:1] == 1)
+    assert seen[0].asked_NK[0].tolist() == [1, 3, 6, 0, 4, 2, 5]
+    assert seen[0].told_NK[0].tolist() == [1, 1, 3, 0, 0, 2, 2]
+    assert seen[1].told_NK[0, :3].tolist() == [1, 1, 3]
