@@ -5,6 +5,8 @@ k_l of them, so that the two differ by which happen to be drawn first, and in th
 """
 
 import itertools
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,12 +16,14 @@ from torch import Tensor
 
 from experiments import common
 from imm_scale.checkpoint.export import load_net
-from imm_scale.evaluation.tokens import held_out, likelihood
+from imm_scale.evaluation.tokens import held_out, likelihood, scoring
+from imm_scale.evaluation.tokens.profile import Profile, Scores
 from imm_scale.evaluation.tokens.scoring import mean_of_masked
-from imm_scale.methods.tokens import masking
+from imm_scale.methods.tokens import masking, schedules
 
 Pair = tuple[NDArray[np.float64], NDArray[np.float64]]
 _ORDERS = 4  # of each sample: with one the two differ by half a percent by chance
+_ROWS = 1024  # sequences scored in a call
 
 
 class Prediction:
@@ -52,3 +56,36 @@ class Prediction:
             score_NT = self._scorer.labelled_scores(self._held.ids_NT, visible_NT, self._held.label_N)
             total_N += (last - first) * mean_of_masked(score_NT, visible_NT)
         return total_N
+
+    def best_and_equal(self, step_counts: Sequence[int]) -> dict[int, Pair]:
+        """{L: (N,) nats of each sequence in L steps of the best sizes, and of equal ones}, as predicted.
+
+        The best sizes are those of the half of the sequences that the sequence itself is not in.
+        """
+        score_NT, length = self._score_table, self._scores.length
+        parity_N = np.arange(len(score_NT)) % 2
+        fitted = [Profile(self._scores.half(half)).fitted() for half in (1, 0)]
+        chosen = [schedules.best_schedules(profile_T, max(step_counts)) for profile_T in fitted]
+        found = {}
+        for steps in step_counts:
+            best_2T = np.stack([schedules.step_weights(one.sizes(steps), length) for one in chosen])
+            equal_T = schedules.step_weights(schedules.sizes_of("uniform", length, steps), length)
+            found[steps] = ((score_NT * best_2T[parity_N]).sum(axis=1), score_NT @ equal_T)
+        return found
+
+    @cached_property
+    def _scores(self) -> Scores:
+        """All sequences at every number of visible tokens."""
+        ids_NT, label_N = self._held.ids_NT, self._held.label_N
+
+        def collect(_: str, rows: Any, total: int) -> NDArray[np.float64]:
+            return np.concatenate([rows(i, min(i + _ROWS, total)) for i in range(0, total, _ROWS)])
+
+        return scoring.score_labelled(self._scorer, ids_NT, label_N, ids_NT.shape[1], 0, collect)
+
+    @cached_property
+    def _score_table(self) -> NDArray[np.float64]:
+        """(N, T) the same by sequence and number of visible tokens."""
+        scores = np.empty(tuple(self._held.ids_NT.shape))
+        scores[self._scores.sample_R, self._scores.visible_R] = self._scores.score_R
+        return scores
