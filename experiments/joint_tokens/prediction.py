@@ -16,14 +16,14 @@ from torch import Tensor
 
 from experiments import common
 from imm_scale.checkpoint.export import load_net
-from imm_scale.evaluation.tokens import held_out, likelihood, scoring
+from imm_scale.evaluation.tokens import held_out, likelihood
 from imm_scale.evaluation.tokens.profile import Profile, Scores
 from imm_scale.evaluation.tokens.scoring import mean_of_masked
 from imm_scale.methods.tokens import masking, schedules
 
 Pair = tuple[NDArray[np.float64], NDArray[np.float64]]
 _ORDERS = 4  # of each sample: with one the two differ by half a percent by chance
-_ROWS = 1024  # sequences scored in a call
+_NESTED = 2  # of those that are scored at every number of visible tokens
 
 
 class Prediction:
@@ -52,9 +52,7 @@ class Prediction:
     def _predicted(self, counts: Tensor, rank_NT: Tensor) -> Tensor:
         total_N = torch.zeros(len(rank_NT), dtype=torch.float64)
         for first, last in itertools.pairwise(counts.tolist()):
-            visible_NT = rank_NT < first
-            score_NT = self._scorer.labelled_scores(self._held.ids_NT, visible_NT, self._held.label_N)
-            total_N += (last - first) * mean_of_masked(score_NT, visible_NT)
+            total_N += (last - first) * self._mean_score(rank_NT < first)
         return total_N
 
     def best_and_equal(self, step_counts: Sequence[int]) -> dict[int, Pair]:
@@ -73,19 +71,21 @@ class Prediction:
             found[steps] = ((score_NT * best_2T[parity_N]).sum(axis=1), score_NT @ equal_T)
         return found
 
-    @cached_property
+    @property
     def _scores(self) -> Scores:
         """All sequences at every number of visible tokens."""
-        ids_NT, label_N = self._held.ids_NT, self._held.label_N
-
-        def collect(_: str, rows: Any, total: int) -> NDArray[np.float64]:
-            return np.concatenate([rows(i, min(i + _ROWS, total)) for i in range(0, total, _ROWS)])
-
-        return scoring.score_labelled(self._scorer, ids_NT, label_N, ids_NT.shape[1], 0, collect)
+        number, length = self._held.ids_NT.shape
+        sample_R, visible_R = np.repeat(np.arange(number), length), np.tile(np.arange(length), number)
+        return Scores(length, sample_R, visible_R, self._score_table.ravel())
 
     @cached_property
     def _score_table(self) -> NDArray[np.float64]:
-        """(N, T) the same by sequence and number of visible tokens."""
-        scores = np.empty(tuple(self._held.ids_NT.shape))
-        scores[self._scores.sample_R, self._scores.visible_R] = self._scores.score_R
-        return scores
+        """(N, T) the same by sequence and number of visible tokens, which are nested: sizes differ by little else."""
+        number, length = self._held.ids_NT.shape
+        orders = [likelihood.orders("random", seed, torch.arange(number), length) for seed in range(_NESTED)]
+        of_orders = [torch.stack([self._mean_score(rank_NT < n) for n in range(length)], dim=1) for rank_NT in orders]
+        return np.asarray(torch.stack(of_orders).mean(dim=0))
+
+    def _mean_score(self, visible_NT: Tensor) -> Tensor:
+        score_NT = self._scorer.labelled_scores(self._held.ids_NT, visible_NT, self._held.label_N)
+        return mean_of_masked(score_NT, visible_NT)

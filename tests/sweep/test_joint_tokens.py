@@ -88,7 +88,7 @@ def test_run_again_it_has_nothing_to_do(small, monkeypatch, capfd):
 
 
 def test_best_sizes_are_measured_on_the_half_they_were_not_fitted_to(small):
-    """Against the evaluation's own crossing of the halves, from scores of fewer numbers of visible tokens."""
+    """Against the evaluation's own crossing of the halves, on the same scores."""
     net = Prediction(small.outcomes["factorized", 3].cell.run_dir)
     pairs = net.best_and_equal([1, 4])
     assert np.array_equal(*pairs[1]), "one pass has one schedule"
