@@ -207,7 +207,13 @@ class BackboneConfig(Choice):
 
 @dataclass(frozen=True)
 class SpaceConfig(Choice):
-    """Settings of a sample space, beside what the manifest says."""
+    """Settings of a sample space, beside what the manifest says.
+
+    Attributes:
+        UNIT: what a sample is called on the screen.
+    """
+
+    UNIT: ClassVar[str] = "images"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from imm_scale.build import ModelSpec
 from imm_scale.config.schema import Config
 from imm_scale.data import sample_order
 from imm_scale.data.dataset import Dataset
+from imm_scale.data.loader import check_flip
 from imm_scale.data.manifest import Manifest, TokenCodec, check_expectations
 from imm_scale.data.sample_order import Layout, holdout_count, steps_per_epoch
 from imm_scale.errors import UserError
@@ -69,6 +70,7 @@ def prepare(config: Config, world_size: int) -> PreparedRun:
         num_classes=config.data.num_classes,
         vocabulary=config.data.vocabulary,
     )
+    check_flip(config.data.flip, manifest)
     train = config.train
     layout = Layout(train.global_batch_size, config.method.group_size, world_size, train.micro_batch_size)
     steps_per_epoch(layout.global_batch_size, trained_samples(config, manifest))
@@ -120,19 +122,19 @@ def describe(prepared: PreparedRun) -> str:
     counted, forward = flops.parameters(net), flops.forward_multiply_adds(net)
     passes = flops.step_passes(config.method, net, layout.alignment)
     step = flops.training_multiply_adds(net, passes, layout.global_batch_size)
-    micro = layout.samples_per_micro_batch
+    micro, unit = layout.samples_per_micro_batch, config.data.space.UNIT
     lines = [
         f"global batch       {layout.global_batch_size} = micro-batch {micro} x accumulation {layout.accumulation} "
         f"x {world_size} ranks" + (" (the last slots of some ranks stay empty)" if _has_padding(layout) else ""),
         f"groups             {layout.num_groups} of {layout.particles} particles, {layout.slots_per_rank} on a rank",
         f"parameters         {counted.total + counted.fixed:,}"
         + f" ({counted.fixed:,} of them fixed)" * (counted.fixed > 0),
-        f"forward pass       {forward / 1e9:.4g} G multiply-adds per image",
-        f"training step      {step / 1e12:.4g} T multiply-adds, {passes.forwards:.4g} forward passes an image"
+        f"forward pass       {forward / 1e9:.4g} G multiply-adds per {unit[:-1]}",
+        f"training step      {step / 1e12:.4g} T multiply-adds, {passes.forwards:.4g} forward passes a sample"
         + flops.spared(config.method, net, layout.alignment),
-        f"data               {samples:,} images, {samples // layout.global_batch_size} steps per epoch, "
+        f"data               {samples:,} {unit}, {samples // layout.global_batch_size} steps per epoch, "
         f"{config.train.max_steps * layout.global_batch_size / samples:.4g} epochs in all"
-        + (f"; {prepared.num_held_out:,} images held out" if prepared.num_held_out else ""),
+        + (f"; {prepared.num_held_out:,} {unit} held out" if prepared.num_held_out else ""),
         f"run folder         {config.run_dir}",
         *(f"note               {caution}" for caution in prepared.cautions),
     ]

@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from imm_scale import shipped
+from imm_scale.config import twice
 from imm_scale.errors import UserError
 
 
@@ -67,7 +68,9 @@ def load(name: str) -> Cluster:
         raise UserError(f"no cluster {name!r}: {shipped.known('cluster', name)}; or give a YAML file of your own")
     try:
         with open(path, encoding="utf-8-sig") as file:
-            document = yaml.safe_load(file) or {}
+            text = file.read()
+        twice.refuse(yaml.compose(text, yaml.SafeLoader), path)
+        document = yaml.safe_load(text) or {}
     except OSError as error:
         raise UserError(f"cannot read cluster {path!r}: {error.strerror}; {shipped.known('cluster', name)}") from error
     except UnicodeDecodeError as error:

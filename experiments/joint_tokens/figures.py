@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from experiments import common
 from experiments.joint_tokens.study import FLOORED, Study, over_seeds
@@ -20,7 +21,8 @@ _STYLES = {
     "autoregressive": ("#D55E00", "^"),
     "uniform_conditioned": ("#CC79A7", "v"),
 }
-_SAMPLES = 12  # of a head and number of passes
+_SAMPLES = 8  # of a head and number of passes
+_GAP = 160  # grey between samples
 
 
 def quality(study: Study, length: int, out: Path) -> None:
@@ -51,18 +53,25 @@ def quality(study: Study, length: int, out: Path) -> None:
 def samples(study: Study, step_counts: Sequence[int], out: Path) -> None:
     """A row a head, a column a number of passes, at the first seed."""
     names = list(study.task.rows)
-    figure = Figure(figsize=(3.4 * len(step_counts), 0.75 * len(names)), layout="constrained")
+    figure = Figure(figsize=(3.4 * len(step_counts), 0.5 * len(names) + 0.3), layout="constrained")
     axes: Any = figure.subplots(len(names), len(step_counts), squeeze=False)
     for row, name in zip(axes, names, strict=True):
         run_dir = study.outcomes[name, study.seeds[0]].cell.run_dir
         for axis, strip in zip(row, common.strips(run_dir, step_counts, _SAMPLES), strict=True):
-            axis.imshow(np.asarray(strip), cmap="gray")
+            axis.imshow(_apart(np.asarray(strip)), cmap="gray")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
         row[0].set_ylabel(study.task.rows[name].title, rotation=0, ha="right", va="center", fontsize=8)
     for axis, steps in zip(axes[0], step_counts, strict=True):
         axis.set_title(common.plural(steps, "pass").replace("passs", "passes"), fontsize=9)
     _save(figure, out)
+
+
+def _apart(strip: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The samples of a strip (H, count W, ...) with a grey column after each but the last."""
+    edge = [(0, 0), (0, 1), *[(0, 0)] * (strip.ndim - 2)]
+    parts = [np.pad(part, edge, constant_values=_GAP) for part in np.split(strip, _SAMPLES, axis=1)]
+    return np.concatenate(parts, axis=1)[:, :-1]
 
 
 def scaling(rows: Sequence[dict[str, Any]], out: Path) -> None:

@@ -56,7 +56,7 @@ def _of_step(head: Any, h_XTD: Tensor, x_XT: Tensor, scored_XT: Tensor) -> Tenso
     if not head.takes_uniforms:
         return head.log_prob(h_XTD, x_XT, scored_XT).double().exp()
     prefix = prefix_of(scored_XT)
-    rows = zip(prefix.take(h_XTD), prefix.take(x_XT), prefix.scored_NK, prefix.order_NK, strict=True)
+    rows = zip(prefix.take(h_XTD), prefix.take(x_XT), prefix.scored, prefix.order_NK, strict=True)
     return torch.stack([_of_student(head, *row) for row in rows])
 
 

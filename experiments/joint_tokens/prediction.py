@@ -5,6 +5,8 @@ k_l of them, so that the two differ by which happen to be drawn first, and in th
 """
 
 import itertools
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,11 +17,13 @@ from torch import Tensor
 from experiments import common
 from imm_scale.checkpoint.export import load_net
 from imm_scale.evaluation.tokens import held_out, likelihood
+from imm_scale.evaluation.tokens.profile import Profile, Scores
 from imm_scale.evaluation.tokens.scoring import mean_of_masked
-from imm_scale.methods.tokens import masking
+from imm_scale.methods.tokens import masking, schedules
 
 Pair = tuple[NDArray[np.float64], NDArray[np.float64]]
 _ORDERS = 4  # of each sample: with one the two differ by half a percent by chance
+_NESTED = 2  # of those that are scored at every number of visible tokens
 
 
 class Prediction:
@@ -48,7 +52,40 @@ class Prediction:
     def _predicted(self, counts: Tensor, rank_NT: Tensor) -> Tensor:
         total_N = torch.zeros(len(rank_NT), dtype=torch.float64)
         for first, last in itertools.pairwise(counts.tolist()):
-            visible_NT = rank_NT < first
-            score_NT = self._scorer.labelled_scores(self._held.ids_NT, visible_NT, self._held.label_N)
-            total_N += (last - first) * mean_of_masked(score_NT, visible_NT)
+            total_N += (last - first) * self._mean_score(rank_NT < first)
         return total_N
+
+    def best_and_equal(self, step_counts: Sequence[int]) -> dict[int, Pair]:
+        """{L: (N,) nats of each sequence in L steps of the best sizes, and of equal ones}, as predicted.
+
+        The best sizes are those of the half of the sequences that the sequence itself is not in.
+        """
+        score_NT, length = self._score_table, self._scores.length
+        parity_N = np.arange(len(score_NT)) % 2
+        fitted = [Profile(self._scores.half(half)).fitted() for half in (1, 0)]
+        chosen = [schedules.best_schedules(profile_T, max(step_counts)) for profile_T in fitted]
+        found = {}
+        for steps in step_counts:
+            best_2T = np.stack([schedules.step_weights(one.sizes(steps), length) for one in chosen])
+            equal_T = schedules.step_weights(schedules.sizes_of("uniform", length, steps), length)
+            found[steps] = ((score_NT * best_2T[parity_N]).sum(axis=1), score_NT @ equal_T)
+        return found
+
+    @property
+    def _scores(self) -> Scores:
+        """All sequences at every number of visible tokens."""
+        number, length = self._held.ids_NT.shape
+        sample_R, visible_R = np.repeat(np.arange(number), length), np.tile(np.arange(length), number)
+        return Scores(length, sample_R, visible_R, self._score_table.ravel())
+
+    @cached_property
+    def _score_table(self) -> NDArray[np.float64]:
+        """(N, T) the same by sequence and number of visible tokens, which are nested: sizes differ by little else."""
+        number, length = self._held.ids_NT.shape
+        orders = [likelihood.orders("random", seed, torch.arange(number), length) for seed in range(_NESTED)]
+        of_orders = [torch.stack([self._mean_score(rank_NT < n) for n in range(length)], dim=1) for rank_NT in orders]
+        return np.asarray(torch.stack(of_orders).mean(dim=0))
+
+    def _mean_score(self, visible_NT: Tensor) -> Tensor:
+        score_NT = self._scorer.labelled_scores(self._held.ids_NT, visible_NT, self._held.label_N)
+        return mean_of_masked(score_NT, visible_NT)

@@ -38,16 +38,16 @@ def _head(kind: str, **more: Any) -> dict[str, Any]:
     return {"model.head.kind": kind, **{f"model.head.{key}": value for key, value in more.items()}}
 
 
-def rows(components: int, one_pass: bool) -> dict[str, Row]:
-    """The heads with so many components; `one_pass`: with the uniform-conditioned one."""
+def rows(components: int, one_pass: bool, depth: int = 1) -> dict[str, Row]:
+    """The heads with so many components, or blocks of their own; `one_pass`: with the uniform-conditioned one."""
     found = {
         FLOORED: Row("factorized", _head(FLOORED)),
         "mixture": Row(f"mixture, R = {components}", _head("mixture", components=components)),
         "chain": Row(f"chain, R = {components}", _head("chain", components=components)),
-        "autoregressive": Row("autoregressive", _head("autoregressive")),
+        "autoregressive": Row("autoregressive", _head("autoregressive", depth=depth)),
     }
     if one_pass:
-        found["uniform_conditioned"] = Row("uniform-conditioned", _head("uniform_conditioned"))
+        found["uniform_conditioned"] = Row("uniform-conditioned", _head("uniform_conditioned", depth=depth))
     return found
 
 
@@ -117,23 +117,23 @@ TASKS = {
             "four poker hands, T = 2, K = 4",
             (1, 2),
             {**rows(8, one_pass=True), "mixture_4": Row("mixture, R = 4", _head("mixture", components=4))},
-            {**_masked((1, 2)), **_lasting(500, 32), "model.width": 32, "optimizer.lr": 2.0e-3},
+            {**_masked((1, 2)), **_lasting(1500, 32), "model.width": 32, "optimizer.lr": 2.0e-3},
         ),
         Task(
             "digits",
             "1,797 black and white digits, T = 64, K = 2",
             (1, 2, 4, 8, 16, 64),
-            rows(16, one_pass=True),
+            rows(16, one_pass=True, depth=2),
             {
                 **_masked((1, 2, 4, 8, 16, 64)),
                 "method.steps": [1, 2, 4, 8],
-                **_lasting(700, 16),
+                **_lasting(700, 32),
                 "model.width": 64,
                 "optimizer.lr": 2.0e-3,
                 "evaluation.num": 128,
             },
             {
-                **_lasting(1500, 16),
+                **_lasting(1500, 32),
                 "method.steps": [],
                 "evaluation.steps": [1],
                 "evaluation.num": 64,

@@ -57,7 +57,7 @@ def _newest(run_dir: str) -> _LockFile:
     while True:
         names = storage.list_names(storage.join(run_dir, FOLDER))
         stems = [name.removesuffix(".json") for name in names if name.endswith(".json")]
-        numbers = [int(stem) for stem in stems if stem.isdigit()]
+        numbers = [int(stem) for stem in stems if stem.isdecimal()]
         if not numbers:
             return _LockFile(0, b"")
         try:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from imm_scale.config import keys, values
+from imm_scale.config import keys, twice, values
 from imm_scale.config.moved import renamed
 from imm_scale.errors import UserError
 from imm_scale.registry import load_plugins
@@ -65,6 +65,7 @@ def parse_yaml(text: str, source: str) -> list[Setting]:
         return []
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{source} must be a mapping of keys to values")
+    twice.refuse(node, source)
     load_named_plugins([setting_of(key.value, value, source) for key, value in node.value if key.value == "plugins"])
     return list(_settings_of_node(node, "", source))
 

@@ -99,7 +99,7 @@ class Loader:
         groups = sample_order.rank_groups(layout.num_groups, rank, layout.world_size)
         self._dataset = data if isinstance(data, Dataset) else Dataset(data)
         self.manifest = self._dataset.manifest
-        _check_flip(flip, self.manifest)
+        check_flip(flip, self.manifest)
         self._space = space or Latents.of(LatentsConfig(), self.manifest)
         self._held_out = sample_order.held_out(self._dataset.shard_samples, block_samples, seed, holdout)
         self._num_samples = len(self._dataset) - len(self._held_out)
@@ -236,7 +236,8 @@ class Loader:
         return rng.uniform(self._seed, "flip", ordinal)[:, 0] < 0.5
 
 
-def _check_flip(flip: bool, manifest: Manifest) -> None:
+def check_flip(flip: bool, manifest: Manifest) -> None:
+    """Raises UserError for `data.flip` with samples that have no mirror image."""
     if flip and manifest.vocabulary is not None:
         raise UserError("data.flip=true: sequences of tokens have no mirror image; set data.flip=false")
     if flip and manifest.codec.kind != "pixels" and not manifest.flipped:

@@ -150,6 +150,7 @@ def run(arguments: Arguments, overrides: Sequence[str], world: World, announce: 
         return
     assert arguments.source is not None
     if arguments.watch:
+        _check_watched(arguments.source)
         watch.wait_for_run(arguments.source, announce if world.is_main else lambda line: None, _poll(arguments))
     elif _is_image_set(arguments):
         config = sources.config_of(Source(""), overrides, _IMAGE_READS)
@@ -160,6 +161,12 @@ def run(arguments: Arguments, overrides: Sequence[str], world: World, announce: 
     config = sources.config_of(source, overrides, _reads(arguments))
     distributed.init(world)
     _evaluate(arguments, source, config, world, announce)
+
+
+def _check_watched(url: str) -> None:
+    """Raises UserError for weights that no run will follow: it would be waited for without end."""
+    if export.is_export(url) or export.is_checkpoint(url):
+        raise UserError(f"{url} --watch: checkpoints come of a run folder, and this holds weights; leave --watch out")
 
 
 def _reads(arguments: Arguments) -> tuple[str, ...]:

@@ -156,7 +156,7 @@ class Network(ABC):
             chosen = outputs.get(name)
         elif isinstance(outputs, Tensor):
             chosen = outputs if name == "0" else None
-        elif name.isdigit() and int(name) < len(outputs):
+        elif name.isdecimal() and int(name) < len(outputs):
             chosen = outputs[int(name)]
         if not isinstance(chosen, Tensor):
             have = (

@@ -232,7 +232,7 @@ def _check_branch(branch: str, depth: int | None, width: int | None, blocks: int
 def size_config(size: str, **overrides: Any) -> DiTConfig:
     """The row of the size table for "DiT-S/2" and the like, with overrides. Raises UserError for an unknown size."""
     family, _, patch = size.removeprefix("DiT-").partition("/")
-    if not size.startswith("DiT-") or family not in SIZES or not patch.isdigit() or int(patch) not in PATCH_SIZES:
+    if not size.startswith("DiT-") or family not in SIZES or not patch.isdecimal() or int(patch) not in PATCH_SIZES:
         known = ", ".join(f"DiT-{name}/{p}" for name in SIZES for p in PATCH_SIZES)
         raise UserError(f"model.size={size!r} is unknown; choose one of {known}")
     width, depth, heads = SIZES[family]

@@ -57,9 +57,14 @@ class TokenModelConfig(BackboneConfig):
         return f"{self.size} {self.head.kind}"
 
     def cautions(self, takes_tangents: bool) -> list[str]:
+        notes = []
         if self.causal and self.attention == "xformers":
-            return ["model.attention=xformers is for bidirectional nets: a causal one takes torch's kernel"]
-        return []
+            notes.append("model.attention=xformers is for bidirectional nets: a causal one takes torch's kernel")
+        if self.causal and self.block == 1 and self.head.kind == "chain":
+            notes.append(
+                "model.head.kind=chain with model.block=1 goes on to no second token: its transitions never learn"
+            )
+        return notes
 
     def validate(self) -> None:
         if self.block > 1 and not self.causal:
@@ -121,7 +126,8 @@ class TokenArchitecture(Architecture):
         x = torch.zeros(samples, self.length, dtype=torch.int64)
         taught = (samples * self.length, self.block) if self.causal else x.shape
         uniform = torch.zeros(taught, dtype=torch.float64) if self.head.kind == "uniform_conditioned" else None
-        return x, torch.zeros(samples, dtype=torch.int64), x, torch.ones_like(x, dtype=torch.bool), None, uniform
+        scored = torch.ones_like(x, dtype=torch.bool if self.causal else torch.int64)
+        return x, torch.zeros(samples, dtype=torch.int64), x, scored, None, uniform
 
     @property
     def tokens(self) -> int:
@@ -219,8 +225,9 @@ class TokenTransformer(Backbone):
 
         Args:
             label: (N,), up to the null label.
-            target: (N, T) ids below V. A bidirectional net scores all that `scored` (N, T) names, at once; a causal one
-                all blocks of B tokens that begin at a token that `scored` names, and answers for (N T,) blocks.
+            target: (N, T) ids below V. A bidirectional net scores all that `scored` (N, T) names, at once, or each set
+                that it numbers; a causal one all blocks of B tokens that begin at a token that `scored` names, and
+                answers for (N T,) blocks.
             dropout_key: (N,) keys of the dropout masks.
             uniform: (N, T) fp64 uniforms for heads that are taught with some; (N T, B) for a causal net.
         """

@@ -10,6 +10,8 @@ from imm_scale.evaluation import cost_quality
 from imm_scale.evaluation.records import Conditions, error_of, samples, with_error
 from imm_scale.report.page import COLOURS, axes, image, svg, table
 
+_WIDEST_GRID = 24  # characters
+
 
 class Measured(Protocol):
     """A run's name, the evaluations of one of its checkpoints, and their results, each with its `conditions`."""
@@ -34,10 +36,17 @@ def section(runs: Sequence[Measured]) -> str:
 
 def lines(runs: Sequence[Measured]) -> list[str]:
     """The table as plain text, its head first."""
-    head = ("steps", "evaluations", "distance", "samples", "guidance", "precision", "reference", "metric")
-    rows = [("run", *head)] + [(run.name, *_cells(d).values()) for run in runs for d in run.distances]
+    head = ("steps", "evaluations", "distance", "samples", "guidance", "precision", "grid", "reference", "metric")
+    every = [(run.name, _cells(d) | {"grid": _short(d["grid"])}) for run in runs for d in run.distances]
+    rows = [("run", *head)] + [(name, *(cells[key] for key in head)) for name, cells in every]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     return ["  ".join([f"{row[0]:<{widths[0]}}", *map(str.rjust, row[1:-1], widths[1:]), row[-1]]) for row in rows]
+
+
+def _short(grid: str | None) -> str:
+    """A grid as a column of text shows it: of many step sizes the first."""
+    text = grid or "not recorded"
+    return text if len(text) <= _WIDEST_GRID else text[:_WIDEST_GRID].rpartition(",")[0] + ",.."
 
 
 def _cells(d: Mapping[str, Any]) -> dict[str, str]:

@@ -100,7 +100,7 @@ def _read_samples(url: str) -> dict[str, bytes]:
 
 def _by_steps(name: str) -> tuple[int, str]:
     digits = name.removeprefix("steps-").split(".")[0].split("-")[0]
-    return (int(digits) if digits.isdigit() else 0, name)
+    return (int(digits) if digits.isdecimal() else 0, name)
 
 
 def _few_and_many(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

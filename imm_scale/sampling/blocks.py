@@ -3,6 +3,7 @@
 import hashlib
 import io
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from imm_scale import storage
@@ -19,11 +21,12 @@ from imm_scale.errors import UserError
 from imm_scale.methods.base import Method
 
 _ARRAY = "latents"  # of the npz that `imm-scale sample --latents` writes
+_WRITER = "imm-scale sample --latents --format npz writes such files"
 
 
 def parse(text: str) -> tuple[int, ...]:
     """The step counts of "4-2-1-1". Raises UserError."""
-    counts = tuple(int(part) if part.isdigit() else 0 for part in str(text).split("-"))
+    counts = tuple(int(part) if part.isdecimal() else 0 for part in str(text).split("-"))
     if min(counts) < 1:
         raise UserError(f"sampling.block_steps={text!r}: give a count of at least 1 for each block, as in 4-2-1-1")
     return counts
@@ -47,6 +50,11 @@ def times(config: SamplingConfig, spec: ModelSpec, method: Method, steps: int) -
         raise UserError(
             f"sampling.block_steps={config.block_steps} takes {max(counts)} steps at most, not {steps}: use --steps "
             f"{max(counts)}"
+        )
+    if "," in config.grid and min(counts) != max(counts):
+        raise UserError(
+            f"sampling.grid={config.grid} beside sampling.block_steps={config.block_steps}: a list of times is of one "
+            "number of steps; name a kind of grid, or leave one of them out"
         )
     return tuple(
         tuple(method.grid(method.default_grid(n) if config.grid == "auto" else config.grid, n, spec.space).tolist())
@@ -110,15 +118,34 @@ def _sha256(url: str) -> str:
 def _latents(url: str) -> Tensor:
     """(n, C, H, W) fp32. Raises UserError."""
     try:
-        with np.load(io.BytesIO(storage.read_bytes(url))) as arrays:
-            latents = arrays[_ARRAY] if _ARRAY in arrays else np.empty(0)
+        data = storage.read_bytes(url)
     except FileNotFoundError as error:
         raise UserError(f"sampling.given={url} is not there") from error
-    except (ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"sampling.given={url} is no npz file ({error})") from error
-    if latents.ndim != 4 or not len(latents):
-        raise UserError(f"sampling.given={url} holds no latents: imm-scale sample --latents --format npz writes them")
-    return torch.from_numpy(latents).float()
+    latents = _array(url, data)
+    if latents.ndim != 4 or not len(latents) or latents.dtype.kind not in "fiu":
+        raise UserError(
+            f"sampling.given={url} holds {latents.dtype} of shape {latents.shape}, no latents (n, C, H, W): " + _WRITER
+        )
+    with np.errstate(over="ignore"):  # what fp32 does not hold is infinite, and said to be
+        latents = latents.astype(np.float32)
+    number = np.isfinite(latents).all(axis=(1, 2, 3))
+    if not number.all():
+        raise UserError(f"sampling.given={url}: sample {int(np.argmin(number))} is not finite: {_WRITER}")
+    return torch.from_numpy(latents)
+
+
+def _array(url: str, data: bytes) -> NDArray[Any]:
+    """The latents of an npz, whatever they are. Raises UserError for another file."""
+    if not zipfile.is_zipfile(io.BytesIO(data)):  # numpy would look for a single array, or for a pickle
+        raise UserError(f"sampling.given={url} is no npz file: {_WRITER}")
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            if _ARRAY not in arrays:
+                raise UserError(f"sampling.given={url} has no array {_ARRAY!r}: {_WRITER}")
+            found: NDArray[Any] = arrays[_ARRAY]
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"sampling.given={url} cannot be read ({error}): {_WRITER}") from error
+    return found
 
 
 def grids(block_times: Sequence[Sequence[float]]) -> list[Tensor]:

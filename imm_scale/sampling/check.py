@@ -37,6 +37,11 @@ def check(
         guide_net = _net(guide[0])
         guides.check_fits(net, spec, guide_net, *guide)
         net = net.guided_by(guide_net)
+    if config.grid == "best" and "unmask" not in spec.method.SAMPLERS:
+        raise UserError(
+            f"sampling.grid=best takes step sizes from the profile of a masked net, and method.name={spec.method.name} "
+            "has none: name another grid, or leave it out"
+        )
     by_steps = profiles.written_out(newest, config, step_counts, None)
     _check_plans(net, spec, by_steps, scales, typed)
 

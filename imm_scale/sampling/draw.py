@@ -185,9 +185,9 @@ def parse_labels(text: str, num_classes: int) -> tuple[int, ...]:
     for part in str(text).split(","):
         classes, colon, count = part.strip().partition(":")
         first, dash, last = classes.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or bool(colon) != counted:
+        if not first.isdecimal() or (dash and not last.isdecimal()) or bool(colon) != counted:
             raise UserError(f"labels={text!r}: give all, a range (0-9), a list (3,7), or counts (0:500,3-4:100)")
-        if counted and not count.isdigit():
+        if counted and not count.isdecimal():
             raise UserError(f"labels={text!r}: {count!r} is no count of samples, as in 0:500,3-4:100")
         labels += [label for label in range(int(first), int(last or first) + 1) for _ in range(int(count or 1))]
     outside = sorted({label for label in labels if label >= num_classes})

@@ -17,6 +17,7 @@ from imm_scale.build import ModelSpec
 from imm_scale.checkpoint import export, run_folder
 from imm_scale.config.schema import SamplingConfig
 from imm_scale.data.spaces import Artifacts, SampleSpace
+from imm_scale.data.tokens.spaces import Tokens
 from imm_scale.errors import UserError
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
@@ -136,6 +137,8 @@ def run(source: Source, config: SamplingConfig, request: Request, world: World, 
     check(source, config, request.guidance, config.steps, request.typed)
     device = distributed.device(world)
     source, model = source.use_newest(world, lambda newest: Model.load(newest, config, device))
+    if request.latents and isinstance(model.spec.space, Tokens):
+        raise UserError("--latents: tokens are drawn as they are, and every format but text has them; leave it out")
     announce = announce if world.is_main else _silent
     for warning in export.warnings(source.weights_url, config.ema) if world.is_main else []:
         announce(f"warning: {warning}")

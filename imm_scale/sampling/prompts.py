@@ -64,9 +64,23 @@ def known_tokens(config: SamplingConfig, spec: ModelSpec) -> KnownTokens | None:
     if config.prompt is not None and config.given is not None:
         raise UserError("sampling.prompt beside sampling.given: give one of them")
     ids = _of_file(config.given, space) if config.given is not None else _of_text(config, space)
+    if getattr(spec.net, "causal", False):
+        _check_order(ids, config.given)
     if not bool((ids == UNKNOWN).any()):
         raise UserError(f"all {space.length} tokens are given: there is nothing left to draw")
     return KnownTokens(ids, hashlib.sha256(ids.numpy().tobytes()).hexdigest())
+
+
+def _check_order(ids: Tensor, url: str | None) -> None:
+    """Raises UserError for tokens (n, T) that are given behind one to draw, which a causal net cannot look ahead to."""
+    known = ids != UNKNOWN
+    ahead = known & ~known.long().cumprod(dim=1).bool()
+    if bool(ahead.any()):
+        row, place = ahead.nonzero()[0].tolist()
+        raise UserError(
+            f"sampling.given={url}: token {place} of sequence {row} is given behind ones that are to be drawn, which a "
+            "causal net cannot see: give beginnings alone, or use a net of method.name=masked"
+        )
 
 
 def _of_text(config: SamplingConfig, space: Tokens) -> Tensor:

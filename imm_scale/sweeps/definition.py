@@ -17,6 +17,7 @@ import yaml
 from imm_scale import build, shipped, storage
 from imm_scale import config as configs
 from imm_scale.choices import Passes
+from imm_scale.config import twice
 from imm_scale.config.schema import Config, DataConfig
 from imm_scale.data.sample_order import Layout
 from imm_scale.errors import UserError
@@ -144,7 +145,9 @@ def read_file(path: str) -> SweepFile:
     """What a sweep file says, its keys and shapes checked."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            document = yaml.safe_load(file)
+            text = file.read()
+        twice.refuse(yaml.compose(text, yaml.SafeLoader), path)
+        document = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"cannot read sweep {path!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:

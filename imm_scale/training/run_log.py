@@ -127,8 +127,8 @@ def _shown(value: float | None) -> str:
 class Progress:
     """A bar when a person is looking, unless TQDM_DISABLE=1 is set; else plain lines; silent on other ranks than 0."""
 
-    def __init__(self, name: str, first: int, total: int, enabled: bool):
-        self._enabled = enabled
+    def __init__(self, name: str, first: int, total: int, enabled: bool, unit: str = "images"):
+        self._enabled, self._unit = enabled, unit
         self._name, self._total = name, total
         bar = tqdm(total=total, initial=first, desc=name, unit="step") if enabled and sys.stderr.isatty() else None
         self._bar = None if bar is None or bar.disable else bar
@@ -139,11 +139,13 @@ class Progress:
 
     def report(self, record: Record) -> None:
         if self._bar is not None:
-            self._bar.set_postfix(loss=_shown(record["loss"]), images_s=f"{record['images_per_second']:.0f}")
+            self._bar.set_postfix(
+                {"loss": _shown(record["loss"]), f"{self._unit}_s": f"{record['images_per_second']:.0f}"}
+            )
         elif self._enabled:
             print(
                 f"{self._name}: step {record['step']}/{self._total}  loss {_shown(record['loss'])}  "
-                f"grad norm {_shown(record['grad_norm'])}  {record['images_per_second']:.0f} images/s",
+                f"grad norm {_shown(record['grad_norm'])}  {record['images_per_second']:.0f} {self._unit}/s",
                 file=sys.stderr,
                 flush=True,
             )
@@ -158,7 +160,7 @@ class RunLog:
 
     def __init__(self, config: Config, step: int, world: World):
         self._main = world.is_main
-        self.progress = Progress(config.run.name, step, config.train.max_steps, self._main)
+        self.progress = Progress(config.run.name, step, config.train.max_steps, self._main, config.data.space.UNIT)
         if self._main:
             self._metrics = MetricsLog(config.run_dir, step)
             self._wandb = Wandb(config) if config.wandb.mode != "disabled" else None

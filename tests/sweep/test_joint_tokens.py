@@ -1,6 +1,8 @@
 """The comparison of heads in small: four heads, a few steps, every figure and verdict of the page from the runs."""
 
 import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,15 +10,39 @@ import pytest
 
 from experiments import common
 from experiments.joint_tokens import claims, data, hands, page, study
+from experiments.joint_tokens.prediction import Prediction
+from imm_scale import cli
+from imm_scale.data.dataset import Dataset
+from imm_scale.evaluation.tokens.profile import schedule_costs
 from imm_scale.models.heads import HeadConfig
+from launchers import sweep
 from tests.unit.methods.tokens import toy
 
 SIZES = {"model.width": 16, "model.heads": 2, "evaluation.num": 12, "sampling.num": 1, "method.steps": [1, 4]}
 STEPS = (1, 4, 64)
 
 
+def _here(*words: str) -> None:
+    """A command of this package in this process, and all cells from one fork server: starting takes the longest."""
+    {"imm_scale": cli.main, "launchers.sweep": sweep.main}[words[0]](words[1:])
+
+
+def _few(manifest: Path, folder: Path) -> dict[str, str]:
+    """The first 32 held-out digits: the page scores all there are in every order."""
+    dataset = Dataset(str(manifest))
+    data._write(folder, np.asarray(dataset.gather(np.arange(32))), dataset.manifest.token_codec)
+    return {"data.holdout_manifest": str(folder / "manifest.json")}
+
+
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> study.Study:
+def here() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "run", _here)
+        yield
+
+
+@pytest.fixture(scope="module")
+def small(here: None, tmp_path_factory: pytest.TempPathFactory) -> study.Study:
     """A study of digits that has been run: a net of two steps, and two more by each head on it."""
     folder = tmp_path_factory.mktemp("joint_tokens")
     full = study.TASKS["digits"]
@@ -24,7 +50,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> study.Study:
     rows = {name: full.rows[name] for name in claims.ORDER}
     before = {**full.before, **study._lasting(2, 8)}
     task = dataclasses.replace(full, steps=STEPS, rows=rows, settings=settings, before=before)
-    made = study.Study(task, folder / "runs", data.make("digits", folder / "data"), seeds=(3,))
+    named = data.make("digits", folder / "data") | _few(folder / "data" / "heldout" / "manifest.json", folder / "few")
+    made = study.Study(task, folder / "runs", named, seeds=(3,))
     made.run(1)
     return made
 
@@ -60,6 +87,18 @@ def test_run_again_it_has_nothing_to_do(small, monkeypatch, capfd):
     assert commands == [("launchers.sweep", "submit"), ("launchers.sweep", "retry")] * 2
 
 
+def test_best_sizes_are_measured_on_the_half_they_were_not_fitted_to(small):
+    """Against the evaluation's own crossing of the halves, on the same scores."""
+    net = Prediction(small.outcomes["factorized", 3].cell.run_dir)
+    pairs = net.best_and_equal([1, 4])
+    assert np.array_equal(*pairs[1]), "one pass has one schedule"
+    costs = {(cost.kind, cost.steps): cost.nll.value for cost in schedule_costs(net._scores, [4])}
+    best, equal = pairs[4]
+    # sums of 64 fp64 numbers of order 1
+    assert best.mean() == pytest.approx(costs["best", 4], rel=1e-12)
+    assert equal.mean() == pytest.approx(costs["uniform", 4], rel=1e-12)
+
+
 # --- verdicts, of numbers that are made up ---
 
 
@@ -93,6 +132,9 @@ def test_verdicts_follow_the_numbers():
     assert [gap for gap, _ in gaps] == pytest.approx([1.0, 1.1], rel=1e-9), "each seed by its own numbers"
     for factor, holds in ((1.005, True), (0.98, False)):
         assert claims.prediction({(0, 2): (factor * nats["chain"], nats["chain"])}).holds == holds
+    ahead, behind = ((9 + noise, 10 + noise), (10 + noise, 9.9 + noise))
+    assert claims.best_sizes({(0, 2): ahead, (1, 4): ahead}).holds
+    assert not claims.best_sizes({(0, 2): ahead, (1, 4): behind}).holds
 
 
 @pytest.mark.parametrize(("kind", "components"), [("factorized", 1), ("autoregressive", 1), ("uniform_conditioned", 1)])

@@ -121,6 +121,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(tiny, tmp_path):
         (["sample", "RUN", "--labels", "cat"], ["cat"]),
         (["sample", "RUN", "--grid", "edm", "--steps", "2", "sampling.foo=1"], ["sampling.foo"]),
         (["sample", "RUN", "--grid", "eta_1.4", "--steps", "4"], ["eta_1.4", "2 steps"]),
+        (["sample", "RUN", "--labels", "\u00b2"], ["give all"]),
+        (["sample", "RUN", "--grid", "best", "--steps", "2"], ["grid=best", "masked net", "method.name=imm has none"]),
         (["sample", "RUN", "--ema", "0.5"], ["0.5", "0.99"]),
         (["sample", "/nowhere"], ["/nowhere"]),
         (["sample", "/nowhere.safetensors"], ["/nowhere.safetensors"]),

@@ -6,7 +6,7 @@ import yaml
 from imm_scale import config as configs
 from imm_scale.errors import UserError
 from imm_scale.parallel.zero_config import check_settings
-from tests import ranks
+from tests import ranks, small_tokens
 from tests.conftest import ANY_METHOD, TINY
 
 
@@ -28,6 +28,13 @@ def test_dry_run_prints_deepspeeds_settings(capsys, digits):
     block = 18 * 32**2 + (4 + 5 + 6) * 32
     assert zero["stage3_max_reuse_distance"] == block and zero["stage3_max_live_parameters"] == 2 * block
     assert zero["stage"] == 3 and zero["reduce_bucket_size"] == 1000000 and settings["wall_clock_breakdown"] is True
+
+
+def test_samples_without_a_mirror_image_are_known_before_a_run(capsys, tmp_path):
+    url = small_tokens.binary_digits(tmp_path, 0, 64)
+    words = ("method.name=masked", "data.flip=true", *small_tokens.NET)
+    assert ranks.command("train", *words, f"data.manifest={url}", "--dry-run") == 2
+    assert "data.flip=true: sequences of tokens have no mirror image" in capsys.readouterr().err
 
 
 def test_dry_run_says_what_is_seldom_meant(capsys, digits):

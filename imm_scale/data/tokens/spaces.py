@@ -6,7 +6,7 @@ Legend: N samples, T tokens, K their vocabulary, C channels of a view.
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ _MOST_ONE_HOT = 256  # channels: a longer vector for each token holds little but
 
 @dataclass(frozen=True)
 class TokensConfig(SpaceConfig):
+    UNIT: ClassVar[str] = "sequences"
+
     name: str = option("tokens", "")
 
 
@@ -140,6 +142,8 @@ class Tokens(TokenSpace):
 @dataclass(frozen=True)
 class RealTokensConfig(SpaceConfig):
     """What views as real numbers share."""
+
+    UNIT: ClassVar[str] = "sequences"
 
     sigma_data: float = option(0.5, "Standard deviation of data and prior.", range="(0, inf)")
 

@@ -40,7 +40,7 @@ def read(url: str, tokenizer: str | None, length: int | None, samples: int) -> T
             raise UserError(f"--length {length}: {url} has sequences of {chosen.shape[1]}; leave it out")
         return torch.from_numpy(chosen.astype(np.int64))
     assert length is not None and tokenizer is not None
-    tokens = _tokens(storage.read_text(url), tokenizer)
+    tokens = _tokens(_text(url), tokenizer)
     count = len(tokens) // length
     if count == 0:
         raise UserError(f"{url} has {len(tokens)} tokens, fewer than --length {length}: give more text")
@@ -74,6 +74,17 @@ def _array(url: str) -> NDArray[np.integer]:
     if array.min() < 0:
         raise UserError(f"{url} holds {array.min()}: tokens are 0 or more")
     return np.asarray(array)
+
+
+def _text(url: str) -> str:
+    """Raises UserError for a file that is no text."""
+    try:
+        text = storage.read_text(url)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{url} is no UTF-8 text ({error}): tokens come as .npy or a manifest.json") from error
+    if "\0" in text:
+        raise UserError(f"{url} is no text, it holds the character 0: tokens come as .npy or a manifest.json")
+    return text
 
 
 def _tokens(text: str, tokenizer: str) -> NDArray[np.int64]:

@@ -1,7 +1,9 @@
 """Models that give logits, as scorers: what is shown to them, and how their logits become nats."""
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,14 +36,29 @@ class Caller:
 
     def _piece(self, token_NT: Tensor) -> Tensor:
         with torch.no_grad(), precision.computing(self.precision, self.device):
-            logits = self.net(token_NT.to(self.device))
+            logits = self._called(token_NT)
         if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != token_NT.shape:
             given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise UserError(
                 f"{self.name} gives {given} for tokens of shape {tuple(token_NT.shape)}: a model takes (N, T) tokens "
                 "and returns (N, T, V) logits"
             )
-        return logits
+        return logits.detach()
+
+    def _called(self, token_NT: Tensor) -> Any:
+        """What the net returns. Raises UserError for what it raises, wherever in somebody else's code that is."""
+        try:
+            return self.net(token_NT.to(self.device))
+        except UserError:
+            raise
+        except Exception as error:  # the net is the user's, and so are its errors, of any kind
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            said = " ".join(str(error).split())
+            raise UserError(
+                f"{self.name} raises {type(error).__name__} for tokens of shape {tuple(token_NT.shape)}: {said} "
+                f"({frame.filename}:{frame.lineno}). A model takes (N, T) int64 tokens; where memory ran out, use a "
+                f"smaller --batch-size than {self.batch}"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -59,7 +76,12 @@ class MaskedLogits:
     after: Sequence[int] = ()
 
     def token_scores(self, x_NT: Tensor, visible_NT: Tensor) -> Tensor:
-        """(N, T) -log p of every token given the visible ones."""
+        """(N, T) -log p of every token given the visible ones. Raises UserError for a mask among the tokens."""
+        if bool((x_NT == self.mask).any()):
+            raise UserError(
+                f"token {self.mask} of the data is the mask of {self.call.name}, which is never predicted: name "
+                "another id by --mask, or take tokens without it"
+            )
         shown_NT = torch.where(visible_NT, x_NT, self.mask)
         pieces = self.call(_surrounded(shown_NT, self.before, self.after))
         start, stop = len(self.before), len(self.before) + x_NT.shape[1]

@@ -53,7 +53,12 @@ class Chosen:
 
 
 def check(chosen: Chosen) -> None:
-    """Raises UserError for flags that the kind of model does not have."""
+    """Raises UserError for flags that the kind of model does not have, and for ids that are none."""
+    for name, one in (("mask", chosen.mask), ("begin", chosen.begin)):
+        if one is not None and one < 0:
+            raise UserError(f"--{name} {one}: ids are 0 or more")
+    if os.path.exists(os.path.join(chosen.model, "config.yaml")):
+        raise UserError(f"{chosen.model} is a run of imm-scale, whose profile imm-scale evaluate {chosen.model} writes")
     if chosen.kind == "causal" and chosen.mask is not None:
         raise UserError(f"--mask {chosen.mask}: a causal model has no mask; leave it out")
     if chosen.kind == "masked" and chosen.begin is not None:

@@ -1,7 +1,8 @@
 """Masked diffusion: tokens are revealed step by step, each step drawn by the head from what is visible.
 
 Trained at any number of visible tokens (Shi et al., arXiv 2406.04329; Sahoo et al., arXiv 2406.07524), or for the steps
-of a sampler, whose steps then are what the head learns to draw jointly.
+of a sampler, whose steps then are what the head learns to draw jointly. In random order a step might draw any of the
+masked tokens: the net's pass serves several sets of its size, each of which the head scores on its own.
 
 Legend: N samples, T tokens, L steps of a sampler.
 """
@@ -56,13 +57,13 @@ class Draws(NamedTuple):
 
     Attributes:
         masked: (N, T) tokens, masked where they are not visible.
-        scored: (N, T) which tokens the head scores.
-        weight: (N,) fp64 of each sample's negative log-probability.
+        sets: (N, T) int64 from 1, the set that the head scores each token in; 0: in none.
+        weight: (N,) fp64 of the sum of each sample's negative log-probabilities of sets.
         t: (N,) fp64 share of masked tokens.
     """
 
     masked: Tensor
-    scored: Tensor
+    sets: Tensor
     weight: Tensor
     t: Tensor
 
@@ -96,7 +97,7 @@ class MaskedDiffusion(Method):
         draws = self.draw(net, batch, seed)
         key = rng.random_bits(seed, "dropout", batch.ordinal) if net.model.has_dropout else None
         taught = rng.uniform(seed, "head", batch.ordinal, net.length) if net.model.head.takes_uniforms else None
-        out = net.model(draws.masked, batch.condition, batch.x, draws.scored, key, taught)
+        out = net.model(draws.masked, batch.condition, batch.x, draws.sets, key, taught)
         return GroupLosses(draws.weight * out.nll, draws.t, out.monitors)
 
     def draw(self, net: TokenNet, batch: Batch, seed: int) -> Draws:
@@ -105,11 +106,23 @@ class MaskedDiffusion(Method):
         counts = self._counts_any if not self.config.steps else self._counts_of_steps
         first, last, weight = counts(batch.ordinal, net.length, seed)
         visible = rank < first[:, None]
-        scored = ~visible & (rank < last[:, None])
-        if net.model.head.independent and (self.config.order == "random" or not self.config.steps):
-            # What is drawn independently, and might be drawn next, is scored at once: the same mean, less variance.
-            scored, weight = ~visible, weight * (last - first) / (net.length - first)
-        return Draws(torch.where(visible, batch.x, net.mask), scored, weight, 1.0 - first.double() / net.length)
+        size, share, number = self._sets(net, first, last)
+        sets = (rank - first[:, None]) // size[:, None] + 1
+        sets = sets.masked_fill(visible | (sets > number[:, None]), 0)
+        masked = torch.where(visible, batch.x, net.mask)
+        return Draws(masked, sets, weight * share / number, 1.0 - first.double() / net.length)
+
+    def _sets(self, net: TokenNet, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N,) each: tokens of a set, sets that a step draws, and sets that are scored.
+
+        In random order the masked tokens are exchangeable, and disjoint sets of them have the same mean as the one the
+        step draws, with less variance. What is drawn independently is scored token by token.
+        """
+        step = last - first
+        size = torch.ones_like(step) if net.model.head.independent else step
+        if self.config.order == "random" or not self.config.steps:
+            return size, step // size, (net.length - first) // size
+        return size, step // size, step // size
 
     def ranks(self, ordinal: Tensor, length: int, seed: int) -> Tensor:
         """(N, T): the place of each token in the order in which they are revealed."""

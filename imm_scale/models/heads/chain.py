@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from imm_scale.models.fp32_linear import Fp32Linear
 from imm_scale.models.heads import unembedding
-from imm_scale.models.heads.base import Head, HeadOutput, masked_mean, prefix_of
+from imm_scale.models.heads.base import Head, HeadOutput, Prefix, begins, masked_mean, means_of_runs, prefix_of
 from imm_scale.models.heads.components import ComponentStates, ComponentWeights, component_monitors
 from imm_scale.models.heads.unembedding import inverse_cdf
 
@@ -63,39 +63,39 @@ class ChainHead(Head):
         self.weights = ComponentWeights(width, components)
         self.moves = Moves(width, vocabulary, components)
 
-    def _log_start(self, h_NKD: Tensor, scored_NK: Tensor) -> Tensor:
-        return self.weights(masked_mean(h_NKD, scored_NK))
+    def _log_starts(self, h_NKD: Tensor, prefix: Prefix) -> Tensor:
+        """log w (N, K, R) of states that are by place, said at the first place of each set."""
+        return self.weights(means_of_runs(h_NKD, prefix.starts))
 
     def _emissions(self, h: Tensor, x: Tensor) -> Tensor:
         """log q of the tokens (...,) in each hidden state, (..., R)."""
         states = self.states(h)
         return self.unembed(states, x[..., None].expand(states.shape[:-1]))
 
-    def _filters(self, h_NKD: Tensor, x_NK: Tensor, scored_NK: Tensor) -> list[Tensor]:
-        """log q(x_1 .. x_i, z_i), (N, R), for every place i of a prefix; past its end as at its end."""
-        emission_NKR = self._emissions(h_NKD, x_NK)
-        log_NR = self._log_start(h_NKD, scored_NK) + emission_NKR[:, 0]
-        filters = [log_NR]
+    def _filters(self, h_NKD: Tensor, x_NK: Tensor, prefix: Prefix) -> Tensor:
+        """log q(x_1 .. x_i, z_i), (N, K, R), for every place i of a prefix; a set begins anew."""
+        emission_NKR, starts_NK = self._emissions(h_NKD, x_NK), begins(prefix.set_NK)
+        begun_NKR = self._log_starts(h_NKD, prefix) + emission_NKR
+        filters = [begun_NKR[:, 0]]
         for i, move_NPR in enumerate(self.moves(h_NKD[:, 1:], x_NK[:, :-1]).unbind(dim=1), start=1):
-            moved_NR = (log_NR[:, :, None] + move_NPR).logsumexp(dim=1) + emission_NKR[:, i]
-            log_NR = torch.where(scored_NK[:, i, None], moved_NR, log_NR)
-            filters.append(log_NR)
-        return filters
+            moved_NR = (filters[-1][:, :, None] + move_NPR).logsumexp(dim=1) + emission_NKR[:, i]
+            filters.append(torch.where(starts_NK[:, i, None], begun_NKR[:, i], moved_NR))
+        return torch.stack(filters, dim=1)
 
     def forward(self, h_NKD: Tensor, x_NK: Tensor, scored_NK: Tensor, uniform_NK: Tensor | None = None) -> HeadOutput:
         prefix = prefix_of(scored_NK)
-        x_NK = prefix.take(x_NK).masked_fill(~prefix.scored_NK, 0)
-        filters = self._filters(prefix.take(h_NKD), x_NK, prefix.scored_NK)
-        log_prob_N = filters[-1].logsumexp(dim=1).masked_fill(~prefix.scored_NK[:, 0], 0.0)
+        x_NK = prefix.take(x_NK).masked_fill(~prefix.scored, 0)
+        log_NKR = self._filters(prefix.take(h_NKD), x_NK, prefix)
+        log_prob_N = log_NKR.logsumexp(dim=2).masked_fill(~prefix.last, 0.0).sum(dim=1)
         # How often each hidden state is taken, as the tokens so far tell
-        occupancy_NKR = torch.stack(filters, dim=1).detach().softmax(dim=-1)
-        return HeadOutput(log_prob_N, None, component_monitors(masked_mean(occupancy_NKR, prefix.scored_NK)))
+        occupancy_NKR = log_NKR.detach().softmax(dim=-1)
+        return HeadOutput(log_prob_N, None, component_monitors(masked_mean(occupancy_NKR, prefix.scored)))
 
     @torch.no_grad()
     def sample(self, h_NKD: Tensor, scored_NK: Tensor, uniform_NK2: Tensor) -> Tensor:
         prefix = prefix_of(scored_NK)
         h_NKD, uniform_NK2 = prefix.take(h_NKD), prefix.take(uniform_NK2)
-        log_NR, tokens = self._log_start(h_NKD, prefix.scored_NK), []
+        log_NR, tokens = self._log_starts(h_NKD, prefix)[:, 0], []
         for i in range(int(scored_NK.sum(dim=1).max())):
             z_N = inverse_cdf(log_NR, uniform_NK2[:, i, 1])
             tokens.append(self.unembed.draw(self.states(h_NKD[:, i], z_N), uniform_NK2[:, i, 0]))
@@ -105,7 +105,8 @@ class ChainHead(Head):
         return prefix.put_back_tokens(tokens)
 
     def begin(self, h_NKD: Tensor, scored_NK: Tensor) -> _Pass:
-        log_start_NR = self._log_start(h_NKD, scored_NK).double()
+        prefix = prefix_of(scored_NK)
+        log_start_NR = self._log_starts(prefix.take(h_NKD), prefix)[:, 0].double()
         nothing_N = torch.zeros(len(h_NKD), dtype=torch.int64, device=h_NKD.device)
         return _Pass(h_NKD, scored_NK, log_start_NR, nothing_N, nothing_N.bool())
 
@@ -135,7 +136,7 @@ class ChainHead(Head):
         scored_NK = h_NKD.new_ones(h_NKD.shape[:2], dtype=torch.bool) if scored_NK is None else scored_NK
         prefix = prefix_of(scored_NK)
         h_NKD = prefix.take(h_NKD)
-        log_NR, marginals = self._log_start(h_NKD, prefix.scored_NK), []
+        log_NR, marginals = self._log_starts(h_NKD, prefix)[:, 0], []
         for i in range(h_NKD.shape[1]):
             joint_NRV = log_NR[..., None] + self.unembed(self.states(h_NKD[:, i]))
             marginals.append(joint_NRV.logsumexp(dim=1))

@@ -15,8 +15,9 @@ class FactorizedHead(Head):
     independent = True
 
     def forward(self, h_NKD: Tensor, x_NK: Tensor, scored_NK: Tensor, uniform_NK: Tensor | None = None) -> HeadOutput:
-        log_prob_NK = self.unembed(h_NKD, x_NK.masked_fill(~scored_NK, 0))
-        return HeadOutput(log_prob_NK.masked_fill(~scored_NK, 0.0).sum(dim=1))
+        outside_NK = scored_NK == 0
+        log_prob_NK = self.unembed(h_NKD, x_NK.masked_fill(outside_NK, 0))
+        return HeadOutput(log_prob_NK.masked_fill(outside_NK, 0.0).sum(dim=1))
 
     @torch.no_grad()
     def sample(self, h_NKD: Tensor, scored_NK: Tensor, uniform_NK2: Tensor) -> Tensor:

@@ -88,6 +88,21 @@ def test_an_unknown_key_in_a_file_is_found_by_line(tmp_path):
         configs.load([path])
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed: 1\nprecision: fp32\nseed: 2\n", r"a\.yaml:3: seed stands here again, after line 1"),
+        ("run:\n  name: a\nseed: 1\nrun:\n  dir: b\n", r"a\.yaml:4: run stands here again, after line 1"),
+        ("train:\n  max_steps: 1\n  max_steps: 2\n", r"a\.yaml:3: train\.max_steps stands here again, after line 2"),
+        ("zero: {extra: {timers: {a: 1, a: 2}}}\n", r"a\.yaml:1: zero\.extra\.timers\.a stands here again"),
+        ("evaluation:\n  metrics:\n    - {name: kernel, name: frechet}\n", r"a\.yaml:3: evaluation\.metrics\.name"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(text, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        configs.load([_write(tmp_path / "a.yaml", text)])
+
+
 def test_files_that_cannot_be_used_are_named(tmp_path):
     for path, message in (
         (str(tmp_path / "none.yaml"), "cannot read"),

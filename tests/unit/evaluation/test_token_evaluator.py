@@ -1,5 +1,6 @@
 """Evaluations of token nets: what their files say, and what samples then take from them."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -172,6 +173,26 @@ def test_given_tokens_stay_where_they_are(masked, tmp_path, ending):
     start = known.put(torch.full((3, 64), 2), torch.tensor([0, 1, 2]))
     assert (start[0, 5:9] == 1).all() and (start[1, 60:] == 0).all() and torch.equal(start[2], start[0])
     assert int((start == 2).sum()) == 3 * 64 - 12
+
+
+def test_a_causal_net_is_given_beginnings_alone(masked, tmp_path):
+    import numpy as np
+
+    rows = np.full((2, 64), prompts.UNKNOWN)
+    rows[0, :5], rows[1, 3] = 1, 1
+    np.save(tmp_path / "gaps.npy", rows)
+    spec = export.read_spec(masked)[0]
+    causal = dataclasses.replace(spec, net=dataclasses.replace(spec.net, causal=True, positions="rotary"))
+    for count, said in ((1, None), (2, "token 3 of sequence 1 is given behind")):
+        np.save(tmp_path / f"{count}.npy", rows[:count])
+        config = dataclasses.replace(Config().sampling, given=str(tmp_path / f"{count}.npy"))
+        with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
+            prompts.known_tokens(config, causal)
+
+
+def test_tokens_are_no_latents_beside_themselves(masked, tmp_path, capsys):
+    assert cli.main(["sample", masked, "--latents", "--out", str(tmp_path)]) == 2
+    assert "--latents: tokens are drawn as they are" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_given_is_refused(masked, tmp_path):

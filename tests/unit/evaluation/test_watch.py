@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from imm_scale import cli
 from imm_scale.checkpoint import format as checkpoints
 from imm_scale.checkpoint import run_folder
 from imm_scale.config.schema import Config, RunConfig
@@ -87,6 +88,12 @@ def test_a_damaged_one_that_is_still_there_is_an_error(tmp_path):
 
     with pytest.raises(checkpoints.DamagedCheckpointError, match="bits are wrong"):
         _watch(tmp_path, [], prepare)
+
+
+def test_weights_that_nobody_will_train_on_are_not_waited_for(tmp_path, capsys):
+    (tmp_path / "weights.safetensors").touch()
+    assert cli.main(["evaluate", str(tmp_path / "weights.safetensors"), "--watch"]) == 2
+    assert "holds weights; leave --watch out" in capsys.readouterr().err
 
 
 def test_the_command_follows_a_live_run(tiny, tmp_path):

@@ -88,10 +88,12 @@ def test_a_range_of_tasks_that_is_empty(array):
         checks.check(dataclasses.replace(JOB, array=array), cluster.load("lab"), ask=False)
 
 
-@pytest.mark.parametrize("text", [b"grace_seconds: 0", b"gpus_per_node: -2", b"ranks_per_node: 0", b"partition: \xff"])
+@pytest.mark.parametrize(
+    "text", [b"grace_seconds: 0", b"gpus_per_node: -2", b"ranks_per_node: 0", b"partition: \xff", b"qos: a\nqos: b"]
+)
 def test_a_site_that_cannot_be(text, tmp_path):
     (tmp_path / "site.yaml").write_bytes(text)
-    with pytest.raises(UserError, match=r"must be at least|is no YAML"):
+    with pytest.raises(UserError, match=r"must be at least|is no YAML|:2: qos stands here again"):
         checks.check(JOB, cluster.load(f"{tmp_path}/site.yaml"), ask=False)
 
 

@@ -203,6 +203,19 @@ def test_positions_are_both_where_masks_stand_alone():
     assert TokenModelConfig(positions="learned").architecture(**sizes).positions == "learned"
 
 
+@pytest.mark.parametrize("block", [1, 2])
+def test_a_chain_over_one_token_says_that_it_never_goes_on(block):
+    """The note stands where some weights of the head have no gradient, and there alone."""
+    head = HeadConfig("chain", 3)
+    net = toy.token_net(T, V, True, block=block, head=head).model
+    x, label = _inputs()
+    x = x.clamp(max=V - 1)
+    net(x, label, x, torch.ones_like(x, dtype=torch.bool), None, None).nll.sum().backward()
+    idle = [name for name, p in net.head.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    notes = TokenModelConfig(causal=True, block=block, head=head).cautions(False)
+    assert bool(idle) == (block == 1) == any("chain with model.block=1" in note for note in notes), idle
+
+
 def test_a_block_longer_than_the_sequence_is_refused():
     with pytest.raises(UserError, match=r"model\.block=7 is longer than the sequences, of 6 tokens"):
         TokenModelConfig(causal=True, block=7).architecture(length=6, vocabulary=2, num_classes=1)

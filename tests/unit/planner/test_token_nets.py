@@ -37,9 +37,9 @@ def head_multiply_adds(head, sets, places):
     if head.kind == "factorized":
         return sets * logits
     if head.kind == "mixture":
-        return sets * (places * r * 2 * D**2 + r * logits + D * r)
+        return sets * (places * r * 2 * D**2 + r * logits + places * D * r)
     if head.kind == "chain":
-        return sets * (places * r * 2 * D**2 + r * logits + D * r + (places - 1) * D * r**2)
+        return sets * (places * r * 2 * D**2 + r * logits + places * D * r + (places - 1) * D * r**2)
     if head.kind == "autoregressive":
         return sets * (transformer + logits)
     # The teacher, whose logits are formed once more for its intervals, and the student with an MLP of 256 sinusoids.

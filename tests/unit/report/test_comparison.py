@@ -118,6 +118,16 @@ def test_the_best_grid_of_each_side_stands_for_it(tmp_path):
     assert "0.1000 / 0.2000 = 0.50" in line
 
 
+def test_the_table_says_which_grid(tmp_path):
+    """Two results of a masked net differ in nothing else; of many step sizes the first are shown, in 24 characters."""
+    sizes = ",".join(["1"] * 20)
+    few = [_evaluation(2, 0.1), _evaluation(2, 0.2, grid="1,15"), _evaluation(20, 0.3, grid=sizes)]
+    head, *rows = [line.split("  ") for line in distances.lines([_Run(tmp_path, few)])]
+    place = [word.strip() for word in head if word].index("grid")
+    shown = [[word.strip() for word in row if word][place] for row in rows]
+    assert sorted(shown) == sorted(["uniform", "1,15", ",".join(["1"] * 12) + ",.."])
+
+
 def test_errors_are_those_stored_or_none(tmp_path):
     jackknife = _evaluation(1, 0.5, seeds=[0], values=[0.5], std=0.0, error=0.0123)
     unknown = _evaluation(2, 0.4, seeds=[0], values=[0.4], std=0.0, error=float("nan"))

@@ -105,9 +105,11 @@ REFUSED = [
     ({"block_steps": "4-2-1"}, 4, r"block_steps=4-2-1 is of 3 blocks.*in 4"),
     ({"block_steps": "4-2-1-0"}, 4, r"block_steps='4-2-1-0'.*at least 1"),
     ({"block_steps": "4,2,1,1"}, 4, r"as in 4-2-1-1"),
+    ({"block_steps": "\u00b2-2-1-1"}, 2, r"as in 4-2-1-1"),  # a digit to str.isdigit, and no number to int
+    ({"block_steps": "2-2-1-1", "grid": "0.9,0.5,0"}, 2, r"grid=0\.9,0\.5,0 beside sampling\.block_steps=2-2-1-1"),
     ({"block_steps": "4-2-1-1"}, 2, r"4 steps at most, not 2: use --steps 4"),
     ({"given": "/nowhere.npz"}, 1, r"/nowhere\.npz is not there"),
-    ({"given": "FILE"}, 1, r"holds no latents"),
+    ({"given": "FILE"}, 1, r"has no array 'latents'"),
     ({"given": "FILE", "given_blocks": 4}, 1, r"given_blocks=4 of the 4.*give 1 to 3"),
     ({"given_blocks": 2}, 1, r"given_blocks=2 does nothing"),
 ]
@@ -119,6 +121,32 @@ def test_what_cannot_be_drawn_is_refused(settings, steps, said, in_blocks, tmp_p
     settings = {key: str(tmp_path / "file.npz") if value == "FILE" else value for key, value in settings.items()}
     with pytest.raises(UserError, match=said):
         _draw(in_blocks, steps, **settings)
+
+
+LATENTS = np.zeros((2, 1, 8, 8), np.float32)
+NO_LATENTS = [
+    (LATENTS > 0, "holds bool"),
+    (LATENTS.astype(str), "holds <U"),
+    (LATENTS.astype(complex), "holds complex128"),
+    (LATENTS[:0], r"of shape \(0, 1, 8, 8\)"),
+    (np.array([None, None]), "cannot be read"),
+    (np.stack([LATENTS[0], np.full((1, 8, 8), np.nan)]), "sample 1 is not finite"),
+    (np.full((2, 1, 8, 8), 1e300), "sample 0 is not finite"),  # beyond fp32, which nets take
+]
+
+
+@pytest.mark.parametrize(("array", "said"), NO_LATENTS)
+def test_arrays_that_are_no_latents_are_refused(array, said, in_blocks, tmp_path):
+    np.savez(tmp_path / "file.npz", latents=array)
+    with pytest.raises(UserError, match=said):
+        _draw(in_blocks, 1, given=str(tmp_path / "file.npz"))
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\x93NUMPY", b"PK\x03\x04 cut off"])
+def test_files_that_are_no_npz_are_refused(content, in_blocks, tmp_path):
+    (tmp_path / "file.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"is no npz file: imm-scale sample --latents"):
+        _draw(in_blocks, 1, given=str(tmp_path / "file.npz"))
 
 
 def test_latents_of_another_shape_are_refused(in_blocks, tmp_path):

@@ -137,6 +137,12 @@ def test_mistakes_are_refused_with_their_place(write, document, message):
     assert "study.yaml" in str(caught.value)
 
 
+def test_a_size_that_stands_twice_is_refused(tmp_path):
+    (tmp_path / "study.yaml").write_text("sizes:\n  s: {model.width: 8}\n  s: {model.width: 16}\n")
+    with pytest.raises(UserError, match=r"study\.yaml:3: sizes\.s stands here again, after line 2"):
+        definition.load(str(tmp_path / "study.yaml"))
+
+
 def test_a_folder_holds_one_sweep(write):
     first = definition.load(write("first", grid={"method.k": [10, 11]}))
     definition.write(first)

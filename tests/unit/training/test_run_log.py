@@ -9,6 +9,7 @@ import pytest
 
 from imm_scale import config as configs
 from imm_scale.config.schema import Config
+from imm_scale.data.tokens.spaces import TokensConfig
 from imm_scale.training import run_log
 from imm_scale.training.run_log import Progress, Wandb
 from tests import ranks
@@ -138,3 +139,7 @@ def test_lines_take_the_place_of_a_bar_that_is_switched_off(capsys, monkeypatch)
     progress.advance()
     progress.report({"step": 3, "loss": 0.5, "grad_norm": 1.0, "images_per_second": 10.0})
     assert capsys.readouterr().err == "run: step 3/10  loss 0.5  grad norm 1  10 images/s\n"
+    run_log.Progress("run", 0, 10, enabled=True, unit=TokensConfig.UNIT).report(
+        {"step": 3, "loss": 0.5, "grad_norm": 1.0, "images_per_second": 10.0}
+    )
+    assert capsys.readouterr().err.endswith("10 sequences/s\n")

@@ -48,7 +48,15 @@ def flat(tokens):
     return torch.zeros(len(tokens), 2)
 
 
-deaf.mask_id = flat.mask_id = 2
+def broken(tokens):
+    raise KeyError("weight")
+
+
+def slow_to_forget(tokens):
+    return torch.zeros(*tokens.shape, 2, requires_grad=True)
+
+
+deaf.mask_id = flat.mask_id = broken.mask_id = slow_to_forget.mask_id = 2
 """
 
 
@@ -143,6 +151,10 @@ def test_text_as_bytes(held_out, tmp_path, capsys):
         ("chain_models:CHAIN", [], ["CHAIN is Joint"]),
         ("chain_models:unnamed_mask", [], ["--mask ID"]),
         ("chain_models:flat", [], ["gives (16, 2) for tokens of shape (16, 6)", "(N, T, V)"]),
+        ("chain_models:broken", [], ["broken raises KeyError", "(16, 6)", "'weight'", "chain_models.py:38", "batch"]),
+        ("chain_models:net", ["--mask", "1"], ["token 1 of the data is the mask", "--mask"]),
+        ("chain_models:net", ["--mask", "-1"], ["--mask -1", "0 or more"]),
+        ("chain_models:chain", ["--causal", "--begin", "-1"], ["--begin -1", "0 or more"]),
         ("chain_models:net", ["--passes", "7"], ["--passes 7", "1 to 6"]),
         ("chain_models:net", ["--samples", "3"], ["3 samples"]),
         ("chain_models:net", ["--samples", "0"], ["--samples 0"]),
@@ -161,6 +173,24 @@ def test_mistakes(model, flags, words, held_out, capsys):
     assert _profile(model, held_out, *flags) == 2
     message = capsys.readouterr().err
     assert all(word in message for word in words), message
+
+
+def test_a_run_of_ours_is_evaluated(held_out, tmp_path, capsys):
+    (tmp_path / "config.yaml").touch()
+    assert _profile(str(tmp_path), held_out) == 2
+    assert f"imm-scale evaluate {tmp_path} writes" in capsys.readouterr().err
+
+
+def test_logits_may_still_know_where_they_come_from(held_out):
+    assert _profile("chain_models:slow_to_forget", held_out) == 0
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04\0", b"\xff\xfe"])
+def test_a_text_that_is_none(content, held_out, tmp_path, capsys):
+    (tmp_path / "held_out.txt").write_bytes(content)
+    argv = (str(tmp_path / "held_out.txt"), "--tokenizer", "bytes", "--length", "2")
+    assert _profile("chain_models:net", *argv) == 2
+    assert "text" in (said := capsys.readouterr().err) and ".npy" in said
 
 
 @pytest.mark.parametrize(

@@ -101,13 +101,34 @@ def test_the_loss_for_samplers_is_what_they_lose_on_average(kind, order, monkeyp
         torch.testing.assert_close(loss.mean(), expected, **ROUNDING)
 
 
+@pytest.mark.parametrize("kind", ["factorized", "mixture", "autoregressive"])
+def test_sets_that_a_step_might_draw_have_its_mean_and_less_variance(kind, monkeypatch):
+    """Five tokens in steps of 2 and 3: at first two sets of 2 and a token in neither, then one of 3."""
+    length, starts = 5, torch.tensor([[0.0, 0.25], [0.0, 0.75]], dtype=torch.double)
+    orders = torch.tensor(list(itertools.permutations(range(length))))
+    net = toy.token_net(length, V, causal=False, head=KINDS[kind])
+    method = MaskedDiffusion(MaskedConfig(steps=[2]))
+    n = 2 * len(orders)
+    _drawn_from(monkeypatch, orders.repeat_interleave(2, dim=0), starts)
+    x = torch.tensor([2, 0, 1, 1, 0])
+    several = _loss(method, net, x.expand(n, -1), torch.arange(n)).loss_G
+    alone = 2 * torch.stack([_step_nll(net, x, orders, 0, 2), _step_nll(net, x, orders, 2, 5)], dim=1).flatten()
+    torch.testing.assert_close(several.mean(), alone.mean(), **ROUNDING)
+    first, then = several.detach().view(-1, 2).T
+    assert first.var() < 0.8 * alone[::2].var(), "the mean of two sets, or of five tokens"
+    if not net.model.head.independent:
+        torch.testing.assert_close(then, alone[1::2], **ROUNDING)
+
+
 def test_the_sizes_of_steps_are_those_of_the_grid():
     method = MaskedDiffusion(MaskedConfig(steps=[2], grid="cosine"))
     net = toy.token_net(T, V, causal=False, head=KINDS["mixture"])
     draws = method.draw(net, _batch(X[:1].expand(64, -1), torch.arange(64)), 0)
-    sizes = torch.stack([(draws.masked < V).sum(1), draws.scored.sum(1)], dim=1)
-    assert sorted(map(tuple, sizes.unique(dim=0).tolist())) == [(0, 1), (1, 3)]
-    assert set(draws.weight.tolist()) == {2.0} and not (draws.scored & (draws.masked < V)).any()
+    sizes = torch.stack([(draws.masked < V).sum(1), *((draws.sets == r).sum(1) for r in range(1, T + 1))], dim=1)
+    # one token of four, which any of four may be, or the three that are left
+    assert sorted(map(tuple, sizes.unique(dim=0).tolist())) == [(0, 1, 1, 1, 1), (1, 3, 0, 0, 0)]
+    assert draws.weight.tolist() == [0.5 if n == 0 else 2.0 for n in sizes[:, 0].tolist()]
+    assert not (draws.sets.bool() & (draws.masked < V)).any()
 
 
 @pytest.mark.parametrize("steps", [[], STEPS])
