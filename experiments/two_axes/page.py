@@ -22,8 +22,10 @@ def write(data: Sequence[tuple[DataSet, Sequence[Study]]], tokens: TokenStudy | 
     parts += [_tokens(tokens, docs)] if tokens is not None else []
     minutes = sum(study.minutes for _, studies in data for study in studies)
     path = docs / "two_axes.md"
-    main = [studies[0] for _, studies in data]
-    text = _PAGE.format(minutes=minutes, summary=_summary(main), sections="\n\n".join(parts))
+    main, named = [studies[0] for _, studies in data], ",".join(one.name for one, _ in data)
+    text = _PAGE.format(
+        data=",".join(one.name for one, _ in data), minutes=minutes, summary=_summary(main), sections="\n\n".join(parts)
+    )
     path.write_text(text)
     return path
 
@@ -219,7 +221,8 @@ the same 64 tokens, and a head draws the tokens of a pass jointly or not.
 
 _PAGE = """# Both axes: blocks along the sequence, steps within each
 
-Written by `python -m experiments.two_axes`; every figure and every verdict is read from the runs it makes.
+Written by `python -m experiments.two_axes --data {data}`; every figure and every verdict is read from
+the runs it makes.
 
 Inference scales along two axes: the sequence, where each block is drawn given those before, and refinement, where a
 block is drawn in several steps. Today's systems that draw continuous tokens block by block spend 50 to 100 steps on
@@ -229,9 +232,9 @@ which follow one another, and hardly any work, so every figure shows both.
 
 IMM has max(4, 2 J) particles a group, where its recipes have 4, and times on the scale of 1; both were chosen on MNIST
 latents with J = 4 from a seed that is not reported, and flow matching keeps its recipe, which did better than times on
-the scale of 1 ([the log](log.md)). The nets are small and briefly trained, every run for
-the same number of optimizer steps: one of IMM costs 6.7 forward passes at J > 1, and 6 of flow matching (4 and 3 at
-J = 1). All runs took {minutes:.0f} minutes of training and measuring by the clock, on a share of two cores.
+the scale of 1 ([the log](log.md)). The nets are small and briefly trained, every run for the same number of optimizer
+steps: one of IMM costs 6.7 forward passes at J > 1, and 6 of flow matching (4 and 3 at J = 1). Runs took {minutes:.0f}
+minutes of training and measuring, added up by the clock, while a dozen other processes shared their two cores.
 
 The position paper behind this project (arXiv 2503.07154) wants inference to scale along both axes, in as few steps as
 a net's capacity allows, and wants that settled before a loss is chosen. How much of it these runs bear out, in claims
@@ -243,8 +246,8 @@ that were stated before them:
 
 ## What this does not show
 
-Four blocks of four tokens are short: errors of early blocks have little room to add up. Distances compare whole
-samples with the training set, which small nets underfit; that more blocks are better here says as much about tokens
-that see their own block's noise alone as about the axis. No GPU has run it, and no text stands in one sequence with an
+Four blocks of four tokens are short: errors of early blocks have little room to add up. Every net has the same few
+parameters, whatever it is given, so that blocks compete with what they are given for them. Distances compare whole
+samples with the training set, which small nets underfit. No GPU has run it, and no text stands in one sequence with an
 image.
 """

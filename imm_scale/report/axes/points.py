@@ -112,7 +112,11 @@ class _Result(NamedTuple):
 
     @property
     def conditions(self) -> Conditions:
-        return cost_quality.setting(self.evaluation, self.result)
+        """What it shares with those it is compared with; drawing the reference by the run's seed is a part of seeds."""
+        reference = self.evaluation.get("reference") or {}
+        if reference.get("posterior_seed") == self.run.config.seed:
+            reference = {**reference, "posterior_seed": "of the run"}
+        return cost_quality.setting({**self.evaluation, "reference": reference}, self.result)
 
     @property
     def setting(self) -> str:

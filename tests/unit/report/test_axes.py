@@ -1,5 +1,6 @@
 """The page of the two axes: its numbers against ones written out, what is drawn, and the page in a real browser."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,20 @@ def test_runs_of_other_seeds_are_one_variant_and_give_the_spread(image_runs):
     assert two.work == "not reached by 1 of 2; of the others 1.78 (1.78 to 1.78)", "8 M over 4.5 M"
     assert two.passes == "not reached by 1 of 2; of the others 1 (1 to 1)", "4 steps of 2 blocks against 8"
     assert two.seeds == "2 training", "those that both have"
+
+
+def test_references_that_each_run_draws_by_its_own_seed_are_one(tmp_path):
+    """Of latents that are stored as distributions the reference is a draw too; another run's draw is another matter."""
+    runs = []
+    for seed, drawn_by in ((0, 0), (1, 1), (2, 0)):
+        reference = {"id": f"{seed}", "manifest_hash": "data", "count": 10, "posterior_seed": drawn_by}
+        result = [evaluated.image(1, 1, M, [1.0 + seed])]
+        runs.append(evaluated.run(tmp_path / f"flow-seed{seed}", result, *FLOW, f"seed={seed}"))
+        (url,) = (tmp_path / f"flow-seed{seed}" / "evaluations").iterdir()
+        url.write_text(json.dumps(json.loads(url.read_text()) | {"reference": reference, "codec": {"kind": "vae"}}))
+    (column,) = points.read(runs)
+    assert sorted(column.variants[0].points[0].by_seed) == [0, 1]
+    assert column.left_out == ("1 result measured otherwise",)
 
 
 def test_slopes_along_both_axes(token_runs, image_runs):
