@@ -23,9 +23,7 @@ def write(data: Sequence[tuple[DataSet, Sequence[Study]]], tokens: TokenStudy | 
     minutes = sum(study.minutes for _, studies in data for study in studies)
     path = docs / "two_axes.md"
     main, named = [studies[0] for _, studies in data], ",".join(one.name for one, _ in data)
-    text = _PAGE.format(
-        data=",".join(one.name for one, _ in data), minutes=minutes, summary=_summary(main), sections="\n\n".join(parts)
-    )
+    text = _PAGE.format(data=named, minutes=minutes, summary=_summary(main), sections="\n\n".join(parts))
     path.write_text(text)
     return path
 
