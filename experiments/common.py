@@ -4,17 +4,20 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from imm_scale import config as configs
 from imm_scale import storage
 from imm_scale.checkpoint import run_folder
 from imm_scale.checkpoint.export import load_net
 from imm_scale.config.schema import Config
+from imm_scale.errors import UserError
 from imm_scale.evaluation.records import arithmetic, read_evaluations
 from imm_scale.parallel import world
 from imm_scale.sampling.draw import collect, plan_of
@@ -24,6 +27,22 @@ def run(*words: str) -> None:
     """`python -m WORDS`, shown before it runs. Raises CalledProcessError when it fails."""
     print("+ python -m " + shlex.join(words), flush=True)
     subprocess.run([sys.executable, "-m", *words], check=True)
+
+
+def sweep(path: Path, document: Mapping[str, Any], at_once: int) -> None:
+    """Writes a sweep file and runs what of it is not there yet, so many cells side by side."""
+    storage.write_text(str(path), yaml.safe_dump(dict(document), sort_keys=False))
+    for action in ("submit", "retry"):  # what is interrupted, then what failed
+        run("launchers.sweep", action, str(path), "--local", str(at_once))
+
+
+def chosen(text: str, known: Collection[str]) -> tuple[str, ...]:
+    """Names of a comma-separated list. Raises UserError for one that is unknown."""
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in known:
+            raise UserError(f"{name!r} is unknown; choose from {', '.join(known)}")
+    return names
 
 
 def config_of(run_dir: str) -> Config:
@@ -45,6 +64,12 @@ def training_minutes(run_dir: str) -> float:
         seconds += record["step_seconds"] * (record["step"] - before)
         before = record["step"]
     return seconds / 60
+
+
+def minutes(run_dirs: Sequence[str]) -> float:
+    """Of training and measuring, without starts."""
+    measuring = sum(e.get("seconds", 0.0) for run_dir in run_dirs for e in read_evaluations(run_dir))
+    return sum(map(training_minutes, run_dirs)) + measuring / 60
 
 
 def deviation(values: Sequence[float]) -> float:

@@ -68,9 +68,7 @@ def load(name: str) -> Cluster:
         raise UserError(f"no cluster {name!r}: {shipped.known('cluster', name)}; or give a YAML file of your own")
     try:
         with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
-        twice.refuse(yaml.compose(text, yaml.SafeLoader), path)
-        document = yaml.safe_load(text) or {}
+            document = twice.load(file.read(), path) or {}
     except OSError as error:
         raise UserError(f"cannot read cluster {path!r}: {error.strerror}; {shipped.known('cluster', name)}") from error
     except UnicodeDecodeError as error:

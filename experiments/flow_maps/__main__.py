@@ -11,7 +11,7 @@ is the same on a wider net, eleven times as long, with four learning rates and f
 import argparse
 from pathlib import Path
 
-from experiments import common, mnist
+from experiments import common, digits, mnist
 from experiments.flow_maps import page
 from experiments.flow_maps.study import FULL, ROWS, SMALL, DataSet, Study
 from imm_scale.errors import UserError
@@ -38,18 +38,7 @@ def make_data(name: str) -> None:
     if name == "mnist":
         mnist.make_data(_MNIST)
         return
-    images, latents = str(_DIGITS / "images"), str(_DIGITS / "latents")
-    common.run("data_tools.pack", "--source", "digits", "--out", images)
-    common.run("data_tools.encode", "--images", images, "--out", latents, "--codec", "pixels")
-
-
-def chosen(text: str, known: dict[str, object]) -> tuple[str, ...]:
-    """Names of a comma-separated list. Raises UserError for one that is unknown."""
-    names = tuple(text.split(","))
-    for name in names:
-        if name not in known:
-            raise UserError(f"{name!r} is unknown; choose from {', '.join(known)}")
-    return names
+    digits.make_data(_DIGITS)
 
 
 def main() -> None:
@@ -62,7 +51,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder the page and its pictures go to")
     args = parser.parse_args()
     try:
-        rows, names = chosen(args.rows, {**ROWS}), chosen(args.data, {**DATA})
+        rows, names = common.chosen(args.rows, ROWS), common.chosen(args.data, DATA)
     except UserError as error:
         parser.error(str(error))
     folder = args.runs / "full" if args.full else args.runs

@@ -7,7 +7,6 @@ from pathlib import Path
 from experiments import common
 from experiments.flow_maps import costs, figures, published
 from experiments.flow_maps.study import ROWS, STEPS, Study
-from imm_scale.evaluation.records import read_evaluations
 from imm_scale.models.dit import DiTConfig
 
 _PLAIN = "flow_matching"
@@ -57,11 +56,7 @@ def _protocol(studies: Sequence[Study]) -> str:
 
 
 def _minutes(study: Study) -> float:
-    seconds = 0.0
-    for outcome in study.outcomes():
-        run_dir = outcome.cell.run_dir
-        seconds += 60 * common.training_minutes(run_dir) + sum(e.get("seconds", 0.0) for e in read_evaluations(run_dir))
-    return seconds / 60
+    return common.minutes([outcome.cell.run_dir for outcome in study.outcomes()])
 
 
 def _section(study: Study, images: str) -> str:

@@ -11,11 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from experiments import common
 from imm_scale import config as configs
-from imm_scale import storage
 from imm_scale.config.schema import Config
 from imm_scale.evaluation.records import read_evaluations
 from imm_scale.sweeps import definition, results
@@ -155,10 +152,7 @@ class Study:
             common.run("imm_scale", "evaluate", self._runs(name)[0].outcome.cell.run_dir, "--watch", "--steps", "2")
 
     def _submit(self, stage: str, document: Mapping[str, Any], at_once: int) -> None:
-        path = self.folder / f"{self.data.name}_{stage}.yaml"
-        storage.write_text(str(path), yaml.safe_dump(dict(document), sort_keys=False))
-        for action in ("submit", "retry"):  # what is interrupted, then what failed
-            common.run("launchers.sweep", action, str(path), "--local", str(at_once))
+        common.sweep(self.folder / f"{self.data.name}_{stage}.yaml", document, at_once)
 
     def _rates_file(self) -> dict[str, Any]:
         variants = {name: self._variant(ROWS[name]) for name in self.rows}

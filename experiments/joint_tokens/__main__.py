@@ -10,9 +10,11 @@ one CPU core in all; run again, it goes on where it was.
 import argparse
 from pathlib import Path
 
+from experiments import common
 from experiments.joint_tokens import data, page
 from experiments.joint_tokens.scaling import Scaling
 from experiments.joint_tokens.study import TASKS, Study
+from imm_scale.errors import UserError
 
 
 def main() -> None:
@@ -24,10 +26,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/joint_tokens"), help="folder of the data sets")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder the page and its pictures go to")
     args = parser.parse_args()
-    names = args.tasks.split(",")
-    for name in names:
-        if name not in TASKS:
-            parser.error(f"{name!r} is unknown; choose from {', '.join(TASKS)}")
+    try:
+        names = common.chosen(args.tasks, TASKS)
+    except UserError as error:
+        parser.error(str(error))
     studies = {name: Study(TASKS[name], args.runs, data.make(name, args.data / name)) for name in names}
     for study in studies.values():
         study.run(args.at_once)

@@ -1,7 +1,7 @@
 """What was expected of the heads, and whether the runs agree: every verdict is computed from their numbers."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +19,19 @@ _PREDICTED = 0.01  # relative error allowed of formula (1)
 Predictions = Mapping[tuple[int, int], Pair]  # {(seed, steps): nats predicted, and measured}
 
 
-def gaps(study: Study, steps: int, name: str = "nll") -> dict[tuple[str, str], list[tuple[float, float]]]:
+Pairs = Mapping[tuple[str, str], Sequence[tuple[float, float]]]
+
+
+def gaps(study: Study, steps: int, name: str = "nll") -> Pairs:
     """{(worse, better) neighbours of the order: (gap in nats, its standard error) of each seed}, sample by sample."""
-    found = {}
-    for worse, better in itertools.pairwise(ORDER):
-        pairs = [[_nats(study, head, seed, steps, name) for head in (worse, better)] for seed in study.seeds]
-        found[worse, better] = [paired(*pair) for pair in pairs]
-    return found
+    return _gaps_of(itertools.pairwise(ORDER), study, steps, name)
+
+
+def _gaps_of(pairs: Iterable[tuple[str, str]], study: Study, steps: int, name: str) -> Pairs:
+    return {
+        pair: [paired(*(_nats(study, head, seed, steps, name) for head in pair)) for seed in study.seeds]
+        for pair in pairs
+    }
 
 
 def _nats(study: Study, head: str, seed: int, steps: int, name: str) -> NDArray[np.float64]:
@@ -34,32 +40,30 @@ def _nats(study: Study, head: str, seed: int, steps: int, name: str) -> NDArray[
     return values if values.ndim == 1 else values[:, -1]
 
 
+def _ahead(text: str, found: Pairs) -> Claim:
+    """The better head of each pair is ahead from every seed, by five standard errors."""
+    least = {pair: min(seeds, key=lambda one: one[0] / one[1]) for pair, seeds in found.items()}
+    said = "; ".join(f"{worse} - {better} {gap:.2f} ± {error:.2f}" for (worse, better), (gap, error) in least.items())
+    wide = all(gap > ERRORS * error for gap, error in least.values())
+    return Claim(text, wide, f"The narrowest gaps of all seeds, in nats: {said}.")
+
+
 def order(study: Study, steps: int, name: str = "nll") -> Claim:
     """Each head is ahead of the one before from every seed, by five standard errors."""
-    by_pair = gaps(study, steps, name)
-    least = {pair: min(seeds, key=lambda one: one[0] / one[1]) for pair, seeds in by_pair.items()}
-    said = "; ".join(f"{worse} - {better} {gap:.2f} ± {error:.2f}" for (worse, better), (gap, error) in least.items())
     where = "the blocks of a causal net" if name != "nll" else f"{steps} pass" + "es" * (steps > 1)
-    return Claim(
+    return _ahead(
         f"In {where} {', '.join(ORDER)} follow each other from every seed, with gaps over {ERRORS:g} standard errors.",
-        all(gap > ERRORS * error for gap, error in least.values()),
-        f"The narrowest gaps of all seeds, in nats: {said}.",
+        gaps(study, steps, name),
     )
 
 
 def between(study: Study, steps: int, name: str = "nll") -> Claim:
     """The joint heads are ahead of the product head, and none of the autoregressive one."""
-    ends = {}
-    for head in ORDER[1:-1]:
-        for pair in ((FLOORED, head), (head, ORDER[-1])):
-            seeds = [paired(*(_nats(study, one, seed, steps, name) for one in pair)) for seed in study.seeds]
-            ends[pair] = min(seeds, key=lambda one: one[0] / one[1])
-    said = "; ".join(f"{worse} - {better} {gap:.2f} ± {error:.2f}" for (worse, better), (gap, error) in ends.items())
     where = "of blocks" if name != "nll" else f"in {steps} pass" + "es" * (steps > 1)
-    return Claim(
+    pairs = [pair for head in ORDER[1:-1] for pair in ((FLOORED, head), (head, ORDER[-1]))]
+    return _ahead(
         f"Mixture and chain lie between the product and the autoregressive head {where}, by {ERRORS:g} errors.",
-        all(gap > ERRORS * error for gap, error in ends.values()),
-        f"The narrowest gaps of all seeds, in nats: {said}.",
+        _gaps_of(pairs, study, steps, name),
     )
 
 

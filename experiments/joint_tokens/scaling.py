@@ -10,7 +10,6 @@ import yaml
 
 from experiments import common
 from experiments.joint_tokens.study import CONFIGS
-from imm_scale import storage
 from imm_scale.sweeps import definition, results, study
 
 
@@ -29,13 +28,10 @@ class Scaling:
 
     def run(self, at_once: int) -> None:
         """Trains and measures what is not there yet."""
-        path = self.folder / "kjv_scaling.yaml"
         document = yaml.safe_load((CONFIGS / "sweep" / "kjv_scaling.yaml").read_text())
         document |= {**self.changes, "folder": str(self._place), "configs": [str(CONFIGS / "base.yaml")]}
         document["settings"] |= self.data
-        storage.write_text(str(path), yaml.safe_dump(document, sort_keys=False))
-        for action in ("submit", "retry"):
-            common.run("launchers.sweep", action, str(path), "--local", str(at_once))
+        common.sweep(self.folder / "kjv_scaling.yaml", document, at_once)
 
     @property
     def _place(self) -> Path:

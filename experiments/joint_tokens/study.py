@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from experiments import common
-from imm_scale import storage
-from imm_scale.evaluation.records import Values, read_evaluations, read_values
+from imm_scale.evaluation.records import Values, read_values
 from imm_scale.sweeps import definition, results
 from imm_scale.sweeps.results import Outcome
 
@@ -214,10 +212,7 @@ class Study:
             "variants": dict(variants),
             "seeds": list(seeds),
         }
-        path = self.folder / f"{name}.yaml"
-        storage.write_text(str(path), yaml.safe_dump(document, sort_keys=False))
-        for action in ("submit", "retry"):  # what is interrupted, then what failed
-            common.run("launchers.sweep", action, str(path), "--local", str(at_once))
+        common.sweep(self.folder / f"{name}.yaml", document, at_once)
 
     # --- results ---
 
@@ -250,15 +245,10 @@ class Study:
     @property
     def minutes(self) -> float:
         """Of training and measuring, without starts."""
-        seconds, outcomes = 0.0, list(self.outcomes.values())
+        outcomes = list(self.outcomes.values())
         if self.task.before:
             outcomes += results.outcomes(definition.load(str(self.folder / self._before)))
-        for outcome in outcomes:
-            run_dir = outcome.cell.run_dir
-            seconds += 60 * common.training_minutes(run_dir) + sum(
-                e.get("seconds", 0) for e in read_evaluations(run_dir)
-            )
-        return seconds / 60
+        return common.minutes([one.cell.run_dir for one in outcomes])
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float]:

@@ -10,12 +10,13 @@ missing, and writes docs/two_axes.md and its pictures. Run again, it goes on whe
 import argparse
 from pathlib import Path
 
-from experiments import common, mnist
+from experiments import common, digits, mnist
 from experiments.joint_tokens import data as token_data
 from experiments.joint_tokens.study import TASKS
 from experiments.joint_tokens.study import Study as TokenStudy
 from experiments.two_axes import page
 from experiments.two_axes.study import DATA, Study
+from imm_scale.errors import UserError
 
 
 def make_data(name: str, folder: Path) -> dict[str, str]:
@@ -27,9 +28,7 @@ def make_data(name: str, folder: Path) -> dict[str, str]:
     if name == "mnist":
         mnist.make_data(folder)
         return {"data.manifest": str(folder / "latents/manifest.json"), "sampling.vae": str(folder / "autoencoder")}
-    common.run("data_tools.pack", "--source", "digits", "--out", str(folder / "images"))
-    latents = ("--out", str(folder / "latents"), "--codec", "pixels")
-    common.run("data_tools.encode", "--images", str(folder / "images"), *latents)
+    digits.make_data(folder)
     return {"data.manifest": str(folder / "latents/manifest.json")}
 
 
@@ -42,10 +41,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("data"), help="folder of the data sets")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder the page and its pictures go to")
     args = parser.parse_args()
-    names = args.data.split(",")
-    for name in names:
-        if name not in DATA:
-            parser.error(f"{name!r} is unknown; choose from {', '.join(DATA)}")
+    try:
+        names = common.chosen(args.data, DATA)
+    except UserError as error:
+        parser.error(str(error))
     data = []
     for name in names:
         settings = make_data(name, args.folder / name)

@@ -1,6 +1,6 @@
 """docs/two_axes.md: every figure and every verdict in it is read from the runs."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from experiments import common
@@ -15,27 +15,31 @@ from imm_scale.report.axes.points import Column, Point
 
 _IMAGES = "images/two_axes"
 
+Claims = Mapping[str, Sequence[Claim]]  # by what they put to the test
+
 
 def write(data: Sequence[tuple[DataSet, Sequence[Study]]], tokens: TokenStudy | None, docs: Path) -> Path:
     """Pictures and page. Returns the page's path."""
-    parts = [_data(one, studies, docs) for one, studies in data]
+    found = [_claims(studies[0]) for _, studies in data]
+    parts = [_data(one, studies, those, docs) for (one, studies), those in zip(data, found, strict=True)]
     parts += [_tokens(tokens, docs)] if tokens is not None else []
     minutes = sum(study.minutes for _, studies in data for study in studies)
     path = docs / "two_axes.md"
-    main, named = [studies[0] for _, studies in data], ",".join(one.name for one, _ in data)
-    text = _PAGE.format(data=named, minutes=minutes, summary=_summary(main), sections="\n\n".join(parts))
+    names = [one.name for one, _ in data]
+    summary = _summary(names, found)
+    text = _PAGE.format(data=",".join(names), minutes=minutes, summary=summary, sections="\n\n".join(parts))
     path.write_text(text)
     return path
 
 
-def _verdicts(found: Mapping[str, Sequence[Claim]]) -> str:
+def _verdicts(found: Claims) -> str:
     return "\n".join(str(claim) for those in found.values() for claim in those)
 
 
 # --- images ---
 
 
-def _data(one: DataSet, studies: Sequence[Study], docs: Path) -> str:
+def _data(one: DataSet, studies: Sequence[Study], found: Claims, docs: Path) -> str:
     main, *others = studies
     images = f"{_IMAGES}/{one.name}"
     figures.axes(main.column, images, docs)
@@ -46,7 +50,7 @@ def _data(one: DataSet, studies: Sequence[Study], docs: Path) -> str:
         protocol=_protocol(main),
         distances=_distances(main),
         costs=_costs(main),
-        claims=_verdicts(_claims(main)),
+        claims=_verdicts(found),
         efficiencies=_efficiencies(main.column),
         slopes=_slopes(main.column),
         blocks=main.part.blocks[-1],
@@ -62,7 +66,7 @@ _STEPS, _SEQUENCE, _EFFICIENT, _COST = (
 )
 
 
-def _claims(study: Study) -> dict[str, list[Claim]]:
+def _claims(study: Study) -> Claims:
     """{what is said in general: claims that put it to the test on these runs}."""
     blocks, last = study.part.blocks, STEPS["flow_matching"][-1]
     few = [one for count in reversed(blocks) for one in claims.as_good(study, count)]
@@ -75,14 +79,13 @@ def _claims(study: Study) -> dict[str, list[Claim]]:
     }
 
 
-def _summary(studies: Sequence[Study]) -> str:
-    """A row a general statement, a column a study: how many of its claims hold."""
-    found = [_claims(study) for study in studies]
+def _summary(names: Sequence[str], found: Sequence[Claims]) -> str:
+    """A row a general statement, a column a data set: how many of its claims hold."""
     rows = [
         [said, *(f"{sum(one.holds for one in each[said])} of {len(each[said])}" for each in found)]
         for said in (_STEPS, _SEQUENCE, _EFFICIENT, _COST)
     ]
-    return common.table(["", *(study.part.name for study in studies)], rows)
+    return common.table(["", *names], rows)
 
 
 def _protocol(study: Study) -> str:
@@ -99,12 +102,6 @@ def _protocol(study: Study) -> str:
     )
 
 
-def _each(study: Study) -> Iterator[tuple[str, int]]:
-    for blocks in study.part.blocks:
-        for method in STEPS:
-            yield method, blocks
-
-
 def _table(study: Study, cell: Callable[[Point], str]) -> str:
     counts = sorted({steps for of_method in STEPS.values() for steps in of_method})
     rows = [
@@ -112,7 +109,8 @@ def _table(study: Study, cell: Callable[[Point], str]) -> str:
             f"{TITLES[method]}, J = {blocks}",
             *(cell(study.point(method, blocks, n)) if n in STEPS[method] else "" for n in counts),
         ]
-        for method, blocks in _each(study)
+        for blocks in study.part.blocks
+        for method in STEPS
     ]
     return common.table(["", *(common.plural(n, "step") for n in counts)], rows)
 

@@ -10,11 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from experiments import common
-from imm_scale import storage
-from imm_scale.evaluation.records import read_evaluations
 from imm_scale.report.axes import points
 from imm_scale.report.axes.points import Column, Point, Variant
 from imm_scale.sweeps import definition, results
@@ -134,10 +130,7 @@ class Study:
             },
             "seeds": list(self.part.seeds),
         }
-        path = self.folder / f"{self.part.name}.yaml"
-        storage.write_text(str(path), yaml.safe_dump(document, sort_keys=False))
-        for action in ("submit", "retry"):  # what is interrupted, then what failed
-            common.run("launchers.sweep", action, str(path), "--local", str(at_once))
+        common.sweep(self.folder / f"{self.part.name}.yaml", document, at_once)
 
     # --- results ---
 
@@ -175,9 +168,4 @@ class Study:
     @property
     def minutes(self) -> float:
         """Of training and measuring, without starts."""
-        return sum(_minutes(one.cell.run_dir) for one in self.outcomes.values())
-
-
-def _minutes(run_dir: str) -> float:
-    measuring = sum(e.get("seconds", 0.0) for e in read_evaluations(run_dir))
-    return common.training_minutes(run_dir) + measuring / 60
+        return common.minutes([one.cell.run_dir for one in self.outcomes.values()])

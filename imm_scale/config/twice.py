@@ -1,5 +1,7 @@
 """Keys that stand twice in one mapping of a YAML file, of which YAML takes the last one without a word."""
 
+from typing import Any
+
 import yaml
 
 from imm_scale.errors import UserError
@@ -28,3 +30,9 @@ def refuse(node: yaml.Node | None, source: str, prefix: str = "") -> None:
             )
         lines[name] = line
         refuse(value, source, f"{prefix}{name}.")
+
+
+def load(text: str, source: str) -> Any:
+    """What a YAML text says. Raises UserError as `refuse`, and yaml.YAMLError."""
+    refuse(yaml.compose(text, yaml.SafeLoader), source)
+    return yaml.safe_load(text)

@@ -145,9 +145,7 @@ def read_file(path: str) -> SweepFile:
     """What a sweep file says, its keys and shapes checked."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
-        twice.refuse(yaml.compose(text, yaml.SafeLoader), path)
-        document = yaml.safe_load(text)
+            document = twice.load(file.read(), path)
     except OSError as error:
         raise UserError(f"cannot read sweep {path!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:

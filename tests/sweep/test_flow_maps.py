@@ -7,7 +7,6 @@ import pytest
 
 from experiments import common
 from experiments.flow_maps import page, study
-from experiments.flow_maps.__main__ import chosen
 from imm_scale.errors import UserError
 from imm_scale.evaluation.records import read_evaluations
 
@@ -75,4 +74,4 @@ def test_run_again_it_has_nothing_to_do(small, monkeypatch):
 
 def test_unknown_rows_are_named():
     with pytest.raises(UserError, match=r"'meanflows' is unknown; choose from flow_matching, imm"):
-        chosen("imm,meanflows", {**study.ROWS})
+        common.chosen("imm,meanflows", study.ROWS)

@@ -73,7 +73,7 @@ class AutoregressiveHead(Head):
         for i in range(int(scored_NK.sum(dim=1).max())):
             tokens.append(inverse_cdf(self.conditional(state, i), uniform_NK[:, i]))
             state = self.observe(state, i, tokens[-1])
-        return prefix.put_back_tokens(tokens)
+        return prefix.scatter_tokens(tokens)
 
     def begin(self, h_NKD: Tensor, scored_NK: Tensor) -> _Pass:
         return self._begin(h_NKD, scored_NK, positions(scored_NK))

@@ -75,16 +75,16 @@ class Prefix(NamedTuple):
         index = self.order_NK.view(*self.order_NK.shape, *[1] * (x.ndim - 2)).expand(x.shape)
         return x.gather(1, index)
 
-    def put_back(self, x: Tensor) -> Tensor:
+    def scatter(self, x: Tensor) -> Tensor:
         """(N, K, ...) by place to (N, K, ...) by position."""
         return self._replace(order_NK=self.order_NK.argsort(dim=1)).take(x)
 
-    def put_back_tokens(self, tokens: Sequence[Tensor]) -> Tensor:
+    def scatter_tokens(self, tokens: Sequence[Tensor]) -> Tensor:
         """int64 (N, K) by position from the tokens (N,) of the first places; 0 where not scored."""
         x_NK = torch.zeros_like(self.order_NK)
         for place, token_N in enumerate(tokens):
             x_NK[:, place] = token_N
-        return self.put_back(x_NK.masked_fill(~self.scored, 0))
+        return self.scatter(x_NK.masked_fill(~self.scored, 0))
 
 
 def prefix_of(scored_NK: Tensor) -> Prefix:

@@ -102,7 +102,7 @@ class ChainHead(Head):
             if i + 1 < h_NKD.shape[1]:
                 move_NPR = self.moves(h_NKD[:, i + 1], tokens[-1])
                 log_NR = move_NPR.take_along_dim(z_N[:, None, None], dim=1)[:, 0]
-        return prefix.put_back_tokens(tokens)
+        return prefix.scatter_tokens(tokens)
 
     def begin(self, h_NKD: Tensor, scored_NK: Tensor) -> _Pass:
         prefix = prefix_of(scored_NK)
@@ -142,7 +142,7 @@ class ChainHead(Head):
             marginals.append(joint_NRV.logsumexp(dim=1))
             if i + 1 < h_NKD.shape[1]:
                 log_NR = self._moved(joint_NRV, h_NKD[:, i + 1])
-        return prefix.put_back(torch.stack(marginals, dim=1))
+        return prefix.scatter(torch.stack(marginals, dim=1))
 
     def _moved(self, joint_NRV: Tensor, h_ND: Tensor) -> Tensor:
         """log q(z_{i+1}) (N, R) from log q(z_i, x_i) and the state at i + 1, over the vocabulary in chunks."""

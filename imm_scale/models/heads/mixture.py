@@ -72,14 +72,14 @@ class MixtureHead(Head):
         prefix = prefix_of(scored_NK)
         start_NK, latent_NK = self._starts(prefix), prefix.take(uniform_NK2[..., 1])  # of a group the first token's
         component_NK = inverse_cdf(self._log_weights(prefix.take(h_NKD), start_NK), latent_NK).gather(1, start_NK)
-        states_NKD = self.states(h_NKD, prefix.put_back(component_NK))
+        states_NKD = self.states(h_NKD, prefix.scatter(component_NK))
         return self.unembed.draw(states_NKD, uniform_NK2[..., 0]).masked_fill(~scored_NK, 0)
 
     def begin(self, h_NKD: Tensor, scored_NK: Tensor) -> _Pass:
         prefix = prefix_of(scored_NK)
         start_NK = self._starts(prefix)
         log_weight_NKR = self._log_weights(prefix.take(h_NKD), start_NK).double()
-        return _Pass(h_NKD, scored_NK, prefix.put_back(start_NK), log_weight_NKR)
+        return _Pass(h_NKD, scored_NK, prefix.scatter(start_NK), log_weight_NKR)
 
     def _index(self, state: _Pass, j: int) -> Tensor:
         return state.start_NK[:, j, None, None].expand(-1, 1, state.log_weight_NKR.shape[2])
@@ -101,7 +101,7 @@ class MixtureHead(Head):
         scored_NK = h_NKD.new_ones(h_NKD.shape[:2], dtype=torch.bool) if scored_NK is None else scored_NK
         prefix = prefix_of(scored_NK)
         start_NK = self._starts(prefix)
-        log_weight_NKR, start_NK = self._log_weights(prefix.take(h_NKD), start_NK), prefix.put_back(start_NK)
+        log_weight_NKR, start_NK = self._log_weights(prefix.take(h_NKD), start_NK), prefix.scatter(start_NK)
         total_NKV = torch.full((), -torch.inf, device=h_NKD.device)
         for r, log_weight_NK in enumerate(log_weight_NKR.unbind(dim=2)):  # one at a time: R times V is too much
             component_NK = torch.full_like(scored_NK, r, dtype=torch.int64)

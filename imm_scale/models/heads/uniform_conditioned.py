@@ -78,7 +78,7 @@ class UniformConditionedHead(Head):
         uniform_NK2 = prefix.take(uniform_NK2)
         states_NKD = self.student_states(prefix.take(h_NKD), uniform_NK2[..., 0], prefix.order_NK)
         drawn_NK = self.unembed.draw(states_NKD, uniform_NK2[..., 1])
-        return prefix.put_back(drawn_NK.masked_fill(~prefix.scored, 0))
+        return prefix.scatter(drawn_NK.masked_fill(~prefix.scored, 0))
 
     def begin(self, h_NKD: Tensor, scored_NK: Tensor) -> Any:
         return self.teacher.begin(h_NKD, scored_NK)

@@ -85,7 +85,7 @@ def test_a_prefix_has_one_set_after_the_other():
     assert prefix.set_NK[0].tolist() == [1, 1, 1, 2, 2, 0, 0]
     assert prefix.starts[0].tolist() == [0, 0, 0, 3, 3, 5, 5]
     assert prefix.last[0].tolist() == [False, False, True, False, True, False, False]
-    assert torch.equal(prefix.put_back(prefix.take(X)), X)
+    assert torch.equal(prefix.scatter(prefix.take(X)), X)
 
 
 def test_sums_of_runs_stand_at_their_first_places():
