@@ -20,6 +20,7 @@ from imm_scale.models.dit import DiTConfig
 _WARNING = "synchronizing CUDA operation"  # of torch's warning
 _STEPS = 6  # counted one by one; the last of them is logged
 _TRACED = 3
+_LONGEST, _NAME = 12, 90  # kernels named, characters of a name
 _ROUNDS = 5
 _AT_MOST = 1.0  # synchronizations of a step, aimed at
 _AROUND = 150.0  # kernels of a micro-batch around the blocks, forward and backward, aimed at
@@ -122,3 +123,8 @@ def _trace(context: Context, report: Report, step: Callable[[], None]) -> None:
     waits = ", ".join(f"{name} x {n / _TRACED:g}" for name, n in recorded.waits.items())
     report.figure("the host's waits in a step, as CUDA's calls", waits or "none")
     report.figure("idle share of the device under the profiler", recorded.idle_share)
+    longest = sorted(recorded.seconds.items(), key=lambda item: item[1], reverse=True)[:_LONGEST]
+    total = sum(recorded.seconds.values())
+    for place, (name, seconds) in enumerate(longest, start=1):
+        share = f"{1e3 * seconds / _TRACED:.2f} ms, {seconds / total:.1%} of all: {name[:_NAME]}"
+        report.figure(f"where a step's time on the device goes, {place}", share)

@@ -24,6 +24,7 @@ class Trace:
     Attributes:
         kernels: on the device; on CPU, where there are none, the operators.
         waits: the host's calls that waited for the device, by name.
+        seconds: on the device, by the name of the kernel, copy or fill.
     """
 
     def __init__(self, events: Iterable[Event], on_cpu: bool = False):
@@ -34,6 +35,9 @@ class Trace:
         self.kernels = sum(event["cat"] in ("kernel", "cpu_op") for event in busy)
         self.copies = len(busy) - self.kernels
         self.waits = Counter(e["name"] for e in complete if e.get("cat") in _CALLS and e["name"] in _WAITS)
+        self.seconds: dict[str, float] = {}
+        for event in busy:
+            self.seconds[event["name"]] = self.seconds.get(event["name"], 0.0) + 1e-6 * float(event["dur"])
 
     @property
     def idle_share(self) -> float:

@@ -161,6 +161,7 @@ class Engine:
         deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
         method.batch_size = layout.global_batch_size
         self._module = LossModule(net, method, config.seed, layout.alignment)
+        self._linear = nn.functional.linear
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=self._module,
             optimizer=_optimizer(config, [p for _, p in self._named]),
@@ -374,6 +375,9 @@ class Engine:
         They refer to one another in circles, so that only a collection frees them.
         """
         self._engine.destroy()
+        # Stage 3 puts its own in place and leaves it there; in blocks that torch 2.11 compiles later it has no
+        # gradients for weights.
+        nn.functional.linear = self._linear
         _forget(self._module)
         vars(self).clear()
         gc.collect()

@@ -34,6 +34,7 @@ def test_a_trace_with_two_streams_and_a_gap():
     assert (seen.kernels, seen.copies, dict(seen.waits)) == (3, 1, {"cudaStreamSynchronize": 2})
     # Busy from 100 to 115, 120 to 125 and 135 to 140: 25 of 40.
     assert seen.idle_share == pytest.approx(15 / 40)
+    assert seen.seconds == pytest.approx({"k": 30e-6})  # side by side or not, copies too
 
 
 def test_the_profiler_sees_what_ran(tmp_path):
