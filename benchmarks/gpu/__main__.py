@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _prepare_small()
     machine.remember_command()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no section is left behind
-    results = runner.run(args.sections, Context(args.size, device, out))
+    results = runner.run(args.sections, Context(args.size, device, out, args.slack))
     (out / "table.md").write_text(table.markdown(results, out))
     print(table.text(results))
     return 0 if runner.succeeded(results) else 1
@@ -49,10 +49,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", default="runs/gpu", help="folder for JSON, logs and tables (default runs/gpu)")
     parser.add_argument("--only", action="append", metavar="SECTION[,SECTION]", help="run these alone")
     parser.add_argument("--size", choices=("small", "full"), default="full", help="small: tiny nets, on the CPU")
+    parser.add_argument("--slack", type=_slack, default=1.0, metavar="X", help="give each section X times its seconds")
     parser.add_argument("--list", action="store_true", help="say what sections there are")
     args = parser.parse_args(argv)
     args.sections = _chosen(parser, args.only)
     return args
+
+
+def _slack(text: str) -> float:
+    value = float(text)
+    if not 1.0 <= value <= 100.0:
+        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 100")
+    return value
 
 
 def _chosen(parser: argparse.ArgumentParser, only: Sequence[str] | None) -> list[Section]:

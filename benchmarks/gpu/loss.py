@@ -5,8 +5,9 @@ import copy
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import problem
+from benchmarks.gpu import abilities, problem
 from benchmarks.gpu.report import Context, Report
+from imm_scale import fusion
 from imm_scale.data.batch import Batch
 from imm_scale.methods.base import FlowMapMethod
 from imm_scale.methods.flow_map import FlowMap
@@ -29,19 +30,41 @@ def run(context: Context, report: Report) -> None:
     here = copy.deepcopy(there).double()
     there.to(context.device)
     batch = problem.samples(here, 16 if context.small else 32, torch.device("cpu"))
-    _compare_all(context, report, batch, here, there, _K, 1.0)
-    _compare_all(context, report, batch, here, there, _PUBLISHED_K, _FEWER)
+    with fusion.override(False):  # each of them is some seconds of compilation
+        _compare_all(context, report, batch, here, there, _K, 1.0)
+        _compare_all(context, report, batch, here, there, _PUBLISHED_K, _FEWER)
+    _compare_compiled(context, report, batch, here, there)
 
 
 def _compare_all(context: Context, report: Report, batch: Batch, here: DiT, there: DiT, k: int, fewer: float) -> None:
     pairs = zip(problem.methods(here, k), problem.methods(there, k), strict=True)
     for (name, flow_map, method), (_, flow_map_there, _) in pairs:
-        reference = _evaluate(flow_map, method, problem.on(batch.x.device, batch, torch.float64))
-        actual = _evaluate(flow_map_there, method, problem.on(context.device, batch, torch.float32))
+        losses = _both(context, batch, flow_map, flow_map_there, method)
         if isinstance(method, InductiveMomentMatching):
-            _compare(report, f"{name}, k = {k}", actual, reference, fewer)
+            _compare(report, f"{name}, k = {k}", *losses, fewer)
         elif k == _K:
-            _compare(report, name, actual, reference, 1.0)
+            _compare(report, name, *losses, 1.0)
+
+
+def _compare_compiled(context: Context, report: Report, batch: Batch, here: DiT, there: DiT) -> None:
+    """The published flow map once more, as a GPU runs it: draws and loss as compiled graphs."""
+    missing = abilities.lacks_compiler(context)
+    if missing:
+        report.skip("compiled", missing)
+        return
+    (name, flow_map, method), (_, flow_map_there, _) = (
+        next(problem.methods(net, _PUBLISHED_K)) for net in (here, there)
+    )
+    losses = _both(context, batch, flow_map, flow_map_there, method)
+    _compare(report, f"{name}, k = {_PUBLISHED_K}, compiled", *losses, _FEWER)
+
+
+def _both(
+    context: Context, batch: Batch, here: FlowMap, there: FlowMap, method: FlowMapMethod
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What the device says in fp32, and the CPU in fp64."""
+    reference = _evaluate(here, method, problem.on(batch.x.device, batch, torch.float64))
+    return _evaluate(there, method, problem.on(context.device, batch, torch.float32)), reference
 
 
 def _evaluate(flow_map: FlowMap, method: FlowMapMethod, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import torch
 from benchmarks.gpu import engines
 from benchmarks.gpu.report import Context, Report
 from imm_scale import config as configs
+from imm_scale import fusion
 from imm_scale.checkpoint import run_folder
 from imm_scale.data.loader import Loader
 from imm_scale.training import trainer
@@ -19,9 +20,10 @@ _PARTICLES = 4
 def run(context: Context, report: Report) -> None:
     engines.allow_all_precisions(context)
     manifest = engines.write_latents(context.out / "overflow-latents", 256, 8)
-    for stage in (0, 3) if context.small else range(4):
-        _overflow(context, report, manifest, stage)
-    _not_a_number(context, report, manifest)
+    with fusion.override(False):  # their compilation is not in question, and takes longer than all steps
+        for stage in (0, 3) if context.small else range(4):
+            _overflow(context, report, manifest, stage)
+        _not_a_number(context, report, manifest)
 
 
 def _overflow(context: Context, report: Report, manifest: str, stage: int) -> None:

@@ -20,11 +20,13 @@ class Context:
         size: `full` on a GPU; `small` runs the same code on whatever there is, with nets and counts cut down.
         device: the GPU, or the CPU at size `small`.
         out: the folder of this command, for files that sections leave.
+        slack: what the sections' limits are multiplied by.
     """
 
     size: Size
     device: torch.device
     out: Path
+    slack: float = 1.0
 
     @property
     def small(self) -> bool:

@@ -1,6 +1,7 @@
 """Runs sections one after the other, each in a fresh process under its own limit, and keeps what they say."""
 
 import contextlib
+import faulthandler
 import json
 import os
 import sys
@@ -21,6 +22,7 @@ from benchmarks.gpu.sections import Section
 Outcome = Literal["done", "failed", "crashed", "over its limit"]
 _SMALL_LIMIT = 120  # seconds, whatever the section, on a machine that may be busy
 _LAST_LINES = 6  # of a traceback, kept in the table
+_TO_DUMP = 1.0  # seconds before its limit at which a section says in its log where it stands
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def _start(section: Section, context: Context) -> Job:
 
 
 def _run(section: Section, context: Context, job: Job) -> Result:
-    limit = _SMALL_LIMIT if context.small else section.limit
+    limit = _limit(section, context)
     began = time.perf_counter()
     job.go()
     code = job.wait(limit)
@@ -84,15 +86,20 @@ def _run(section: Section, context: Context, job: Job) -> Result:
     path = context.out / f"{section.name}.json"
     entries = [Entry(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
     if code is None:
-        return Result(section.name, "over its limit", seconds, f"over its limit of {limit} s", entries)
+        return Result(section.name, "over its limit", seconds, f"over its limit of {limit:g} s", entries)
     if code:
         return Result(section.name, "crashed", seconds, _log_tail(context.out / f"{section.name}.log", code), entries)
     failed = any(entry.kind == "check" and not entry.passed for entry in entries)
     return Result(section.name, "failed" if failed else "done", seconds, "", entries)
 
 
+def _limit(section: Section, context: Context) -> float:
+    return _SMALL_LIMIT if context.small else context.slack * section.limit
+
+
 def _perform(section: Section, context: Context) -> None:
     """What the process of a section does."""
+    faulthandler.dump_traceback_later(_limit(section, context) - _TO_DUMP)
     report = Report(context.out / f"{section.name}.json")
     if context.small:
         torch.set_num_threads(1)  # several would wait for each other on a shared machine

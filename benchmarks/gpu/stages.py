@@ -8,6 +8,7 @@ from torch import Tensor
 
 from benchmarks.gpu import abilities, engines
 from benchmarks.gpu.report import Context, Report
+from imm_scale import fusion
 from imm_scale.parallel.deepspeed_engine import Engine
 
 _STEPS = 3
@@ -85,7 +86,11 @@ def _missing(context: Context, case: _Case) -> str:
 def _train(context: Context, manifest: str, case: _Case) -> _Trained:
     torch.compiler.reset()  # blocks of another case's net would count as recompilations
     overrides = [f"zero.stage={case.stage}", f"precision={case.precision}", *case.more]
-    with engines.opened(*engines.base_overrides(context, manifest), *overrides) as (engine, steps, _):
+    # Draws and loss uncompiled: the reset has every case compile them anew, which takes longer than its steps.
+    with (
+        fusion.override(False),
+        engines.opened(*engines.base_overrides(context, manifest), *overrides) as (engine, steps, _),
+    ):
         if engine.loss_scale is not None:
             engine.loss_scale.value = _FP16_SCALE
         before = _weights(engine)

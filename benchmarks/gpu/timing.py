@@ -81,7 +81,7 @@ class Budget:
     def __init__(self, context: Context, section: str):
         from benchmarks.gpu.sections import limit_of
 
-        self._end = math.inf if context.small else time.monotonic() + limit_of(section)
+        self._end = math.inf if context.small else time.monotonic() + context.slack * limit_of(section)
 
     def allows(self, report: Report, name: str, seconds: float) -> bool:
         """Whether something that takes about so many seconds at full size still fits; says so where it does not."""

@@ -104,7 +104,7 @@ class Loader:
         self._held_out = sample_order.held_out(self._dataset.shard_samples, block_samples, seed, holdout)
         self._num_samples = len(self._dataset) - len(self._held_out)
         sample_order.clock(images_seen, layout.global_batch_size, self._num_samples)
-        self._layout, self._device = layout, torch.device(device)
+        self._layout, self._device = layout, devices.numbered(torch.device(device))
         self._positions = np.arange(groups.start * layout.particles, groups.stop * layout.particles)
         self._seed, self._block_samples = seed, block_samples
         self._flip = flip

@@ -32,6 +32,8 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         for number in self._signals:
             self._previous[number] = signal.signal(number, self._note)
+        # Some launchers start their children with signals blocked, and a blocked one is never heard.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
         return self
 
     def __exit__(self, *error: object) -> None:
