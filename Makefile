@@ -59,7 +59,7 @@ soak: demo demo-seed-1 demo-seed-2 ## what is too long for every change: three s
 		tests/distributed/test_plan.py
 	IMM_SOAK=1 $(BIN)/python -m pytest tests/slurm
 
-gpu: setup ## prove and time every GPU path on this machine's GPU, in at most eight minutes; tables into runs/gpu
+gpu: setup ## prove and time every GPU path on this machine's GPU, in ten to twenty minutes; tables into runs/gpu
 	$(BIN)/python -m benchmarks.gpu --out runs/gpu
 
 # Of the machine without a network: its Python, and the packages it has (torch==2.11.0,numpy,...).

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu --out DIR`: every GPU path, proven and timed, in at most eight minutes on one H100.
+"""`python -m benchmarks.gpu --out DIR`: every GPU path, proven and timed, in some ten to twenty minutes on one H100.
 
 Exit codes: 0 every section came to its end and every check holds; 1 not so; 2 there is no GPU, or a wrong argument.
 """
@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.gpu import abilities, machine, runner, table
 from benchmarks.gpu.report import Context
-from benchmarks.gpu.sections import SECTIONS, Section
+from benchmarks.gpu.sections import GROUPS, SECTIONS, Section
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,13 +47,22 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", default="runs/gpu", help="folder for JSON, logs and tables (default runs/gpu)")
-    parser.add_argument("--only", action="append", metavar="SECTION[,SECTION]", help="run these alone")
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="SECTION[,SECTION]",
+        help="run these alone; proofs and timings name all of a kind",
+    )
     parser.add_argument("--size", choices=("small", "full"), default="full", help="small: tiny nets, on the CPU")
     parser.add_argument("--slack", type=_slack, default=1.0, metavar="X", help="give each section X times its seconds")
     parser.add_argument("--list", action="store_true", help="say what sections there are")
     args = parser.parse_args(argv)
     args.sections = _chosen(parser, args.only)
     return args
+
+
+def _sections_of(word: str) -> list[str]:
+    return [section.name for section in GROUPS[word]] if word in GROUPS else [word]
 
 
 def _slack(text: str) -> float:
@@ -64,11 +73,12 @@ def _slack(text: str) -> float:
 
 
 def _chosen(parser: argparse.ArgumentParser, only: Sequence[str] | None) -> list[Section]:
-    names = [name for value in only or () for name in value.split(",")]
+    words = [word for value in only or () for word in value.split(",")]
+    names = [name for word in words for name in _sections_of(word)]
     available = [section.name for section in SECTIONS]
     unknown = [name for name in names if name not in available]
     if unknown:
-        parser.error(f"--only {unknown[0]}: there is no such section; there are {', '.join(available)}")
+        parser.error(f"--only {unknown[0]}: there is no such section; there are {', '.join([*GROUPS, *available])}")
     return [section for section in SECTIONS if not names or section.name in names]
 
 

@@ -169,8 +169,8 @@ net, eleven times as long, with more rates and seeds.
 
 Forward passes are counted in multiply-adds (`Method.passes`, held to `FlopCounterMode` by tests), the backward pass
 as two; times are medians of DiT-S/2 on 16 samples of 16 tokens in fp32, all methods in turn on one CPU thread; memory
-is the planner's model of DiT-XL/2 on 8 H100, ZeRO 2, bf16, micro-batches of 32 with recomputation. No GPU has been
-timed.
+is the planner's model of DiT-XL/2 on 8 H100, ZeRO 2, bf16, micro-batches of 32 with recomputation. No GPU has
+timed them.
 
 {costs}
 

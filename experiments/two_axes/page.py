@@ -247,6 +247,6 @@ that were stated before them:
 
 Four blocks of four tokens are short: errors of early blocks have little room to add up. Every net has the same few
 parameters, whatever it is given, so that blocks compete with what they are given for them. Distances compare whole
-samples with the training set, which small nets underfit. No GPU has run it, and no text stands in one sequence with an
+samples with the training set, which small nets underfit. No GPU has trained them, and no text stands in one sequence with an
 image.
 """

@@ -133,7 +133,7 @@ def _time(config: Config, estimate: Estimate) -> Iterator[str]:
     train = config.train
     hidden = any(item.overlaps for item in estimate.traffic)
     best = f"hidden behind {_beside(config)} at best" if hidden else "not hidden"
-    yield "time (model: shares of published peaks, no GPU was measured)"
+    yield "time (model: shares of published peaks, not fitted to any GPU)"
     yield _row("computation", _seconds(estimate.compute_seconds), _shares("matrix peak", MATMUL_SHARE))
     yield _row("network", _seconds(estimate.network_seconds), f"{_shares('bandwidth', NETWORK_SHARE)}, {best}")
     yield _row("optimizer, averages", _seconds(estimate.optimizer_seconds))

@@ -133,6 +133,7 @@ class Loop:
         self.meter.add(result, batch.weight, seconds)
         self.context.deadline.stepped(seconds)
         self.watchdog.beat(number, "the ranks' consensus")
+        self.context.signals.renew()
         wants_to_stop = self.context.signals.heard is not None or self.context.deadline.is_near(
             state.saver.longest_seconds
         )

@@ -32,13 +32,20 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         for number in self._signals:
             self._previous[number] = signal.signal(number, self._note)
-        # Some launchers start their children with signals blocked, and a blocked one is never heard.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler if self.heard is None else signal.SIG_IGN)
+
+    def renew(self) -> None:
+        """Puts the handlers in place once more; call after each step.
+
+        Once Triton has compiled something, LLVM has handlers of its own there: SIGUSR1 does nothing, SIGINT kills.
+        Python still believes its own are in place.
+        """
+        for number in self._signals:
+            signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.heard = self.heard or signal.Signals(number).name

@@ -1,6 +1,6 @@
-"""The timings' sections: there, and together with the proofs within eight minutes."""
+"""The timings' sections: there, within ten minutes, as the proofs are."""
 
-from benchmarks.gpu.sections import SECTIONS, TIMINGS
+from benchmarks.gpu.sections import GROUPS, TIMINGS
 
 
 def test_every_section_has_something_to_run():
@@ -8,4 +8,5 @@ def test_every_section_has_something_to_run():
 
 
 def test_the_limits_add_up():
-    assert sum(section.limit for section in SECTIONS) <= 480
+    for sections in GROUPS.values():
+        assert sum(section.limit for section in sections) <= 600

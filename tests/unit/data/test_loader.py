@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from imm_scale import rng, storage
+from imm_scale import devices, rng, storage
 from imm_scale.data import codec as codecs
 from imm_scale.data import loader as loaders
 from imm_scale.data import sample_order
@@ -372,3 +372,10 @@ def test_kept_batches_stay_and_dropped_ones_are_used_again() -> None:
     gc.collect()
     addresses = {tensor.data_ptr() for tensor in [pool.take(), pool.take()]}
     assert address in addresses
+
+
+def test_a_gpu_without_a_number_is_the_callers_current_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert devices.numbered(torch.device("cuda")) == torch.device("cuda", 3)
+    assert devices.numbered(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    assert devices.numbered(torch.device("cpu")) == torch.device("cpu")

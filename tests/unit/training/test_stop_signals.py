@@ -1,5 +1,6 @@
 """Signals that are only noted, and the end of a SLURM job."""
 
+import ctypes
 import os
 import re
 import signal
@@ -29,6 +30,17 @@ def test_the_first_signal_is_noted_and_a_second_changes_nothing_to_the_end():
         os.kill(os.getpid(), signal.SIGUSR1)
         assert signals.heard == "SIGUSR2"
     os.kill(os.getpid(), signal.SIGUSR1)  # would end the process, were it handled as before
+
+
+def test_handlers_that_a_library_replaced_behind_pythons_back_are_put_back():
+    with StopSignals(["SIGUSR1"]) as signals:
+        # As LLVM does once Triton has compiled a kernel; Python's getsignal sees nothing of it.
+        ctypes.CDLL(None).signal(int(signal.SIGUSR1), ctypes.c_void_p(1))  # 1: SIG_IGN
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.heard is None
+        signals.renew()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.heard == "SIGUSR1"
 
 
 def test_without_a_signal_the_handlers_go_back():
