@@ -20,14 +20,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 SEEDS = (0, 1, 2)
 STEPS = {"flow_matching": (1, 2, 4, 8, 20, 100), "imm": (1, 2, 4)}  # of each block
 TITLES = {"flow_matching": "flow matching", "imm": "IMM"}
-
-
-def _imm(blocks: int) -> dict[str, Any]:
-    """Keys of IMM beside its recipe: times as they are, and groups that grow with the blocks.
-
-    Blocks have times of their own, so a batch of larger groups still has as many of them.
-    """
-    return {"method.flow_map.time_scale": 1.0, "method.particles": max(4, 2 * blocks)}
+# Keys of IMM beside its recipe: times as they are, and a net that says x_s itself (docs/log.md: what else was tried).
+_IMM = {"method.flow_map.time_scale": 1.0, "method.flow_map.parameterization": "identity"}
 
 
 def variant(method: str, blocks: int) -> str:
@@ -123,7 +117,7 @@ class Study:
                     "include": [str(CONFIGS / self.part.recipes[method])],
                     "model.blocks": blocks,
                     "evaluation.steps": list(STEPS[method]),
-                    **(_imm(blocks) if method == "imm" else {}),
+                    **(_IMM if method == "imm" else {}),
                 }
                 for method in STEPS
                 for blocks in reversed(self.part.blocks)
