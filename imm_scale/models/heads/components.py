@@ -11,18 +11,24 @@ from torch import Tensor, nn
 from imm_scale.models.fp32_linear import Fp32Linear
 from imm_scale.models.layers import Mlp
 
+_GAIN = 0.3  # standard deviation of g_r at the start
+
 
 class ComponentStates(nn.Module):
-    """phi(h, e_r) = y + MLP(norm(y)) of y = h + e_r: what component r makes of a state.
+    """phi(h, e_r) = y + MLP(norm(y)) of y = h + g_r norm(h) + e_r: what component r makes of a state.
 
-    The e_r start apart, with mean 0: alike they would get the same gradients and stay alike, and one alone starts as
-    no component at all. The MLP starts at 0.
+    The e_r and g_r start apart, with mean 0: alike they would get the same gradients and stay alike, and one alone
+    starts as no component at all. The e_r shift the tokens of all positions alike; by the g_r, coordinate by
+    coordinate, a component says something else of each position from the start. The MLP starts at 0.
     """
 
     def __init__(self, width: int, components: int):
         super().__init__()
         e_RD = torch.randn(components, width)
         self.e_RD = nn.Parameter(e_RD - e_RD.mean(dim=0))
+        g_RD = _GAIN * torch.randn(components, width)
+        self.g_RD = nn.Parameter(g_RD - g_RD.mean(dim=0))
+        self.norm_h = nn.LayerNorm(width, elementwise_affine=False)
         self.norm = nn.LayerNorm(width)
         self.mlp = Mlp(width, width)
         nn.init.zeros_(self.mlp.fc2.weight)
@@ -30,7 +36,10 @@ class ComponentStates(nn.Module):
 
     def forward(self, h: Tensor, component: Tensor | None = None) -> Tensor:
         """States (..., D) under every component, (..., R, D); or each under one given component (...,), (..., D)."""
-        y = h[..., None, :] + self.e_RD if component is None else h + self.e_RD[component]
+        if component is None:
+            y = h[..., None, :] + self.g_RD * self.norm_h(h)[..., None, :] + self.e_RD
+        else:
+            y = h + self.g_RD[component] * self.norm_h(h) + self.e_RD[component]
         return y + self.mlp(self.norm(y))
 
 

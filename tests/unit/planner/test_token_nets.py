@@ -66,7 +66,7 @@ def head_parameters(head):
     block = 4 * D + 12 * D**2 + (3 + 1 + 4 + 1) * D
     transformer = head.depth * block + 2 * D
     r = head.components
-    components = r * D + 2 * D + 2 * (D + 1) * D + (D + 1) * r
+    components = 2 * r * D + 2 * D + 2 * (D + 1) * D + (D + 1) * r
     return (
         linear
         + {

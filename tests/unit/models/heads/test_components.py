@@ -33,6 +33,18 @@ def test_one_component_is_a_product_whatever_its_weights(kind):
     torch.testing.assert_close(laws.scores(head, h, x), expected, rtol=0, atol=FP64)
 
 
+@pytest.mark.parametrize("kind", ["mixture", "chain"])
+def test_components_start_apart_in_what_they_say_of_single_positions(kind):
+    """Not only in a shift of all positions alike, which is all that an e_r beside an MLP at 0 makes."""
+    torch.manual_seed(0)
+    head = build(HeadConfig(kind, components=4), 64, 2, heads=4)
+    h = torch.randn(16, 64)
+    shift_KRD = (head.states(h) - h[:, None]).detach()
+    of_positions = (shift_KRD - shift_KRD.mean(dim=0)).std()
+    # g_r norm(h): products of a normal of 0.3, less the mean of 4, and one of 1.
+    assert of_positions.item() == pytest.approx(0.3 * math.sqrt(3 / 4), rel=0.15)
+
+
 @pytest.mark.parametrize("scored", [[1, 1, 1, 1], [1, 0, 1, 1]])
 def test_the_forward_algorithm_sums_over_hidden_paths(scored):
     head, places = laws.random_head(HeadConfig("chain", components=3), D, V), [j for j in range(K) if scored[j]]
