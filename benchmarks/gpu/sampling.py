@@ -19,7 +19,8 @@ from imm_scale.build import ModelSpec
 from imm_scale.data.manifest import Manifest
 from imm_scale.methods.flow_map import FlowMap
 from imm_scale.methods.probability_path import OTFlowMatching
-from imm_scale.sampling.draw import SAMPLES_PER_CALL, Drawer, SamplingPlan
+from imm_scale.methods.samplers import SAMPLES_PER_CALL
+from imm_scale.sampling.draw import Drawer, SamplingPlan
 
 SMALLEST = "DiT-S/2"
 STEPS = (1, 4)

@@ -16,6 +16,9 @@ from imm_scale.methods.flow_map import VELOCITIES, FlowMap
 from imm_scale.methods.probability_path import diffuse
 
 Noise = Callable[[int], Tensor]
+# Matrix products of other shapes round differently. So the net always sees this many samples, those whose index has
+# the same quotient by it, and sample i is computed in one way only.
+SAMPLES_PER_CALL = 64
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,11 @@ class Architecture(ABC):
         return self
 
     @property
+    def kept_elements(self) -> int:
+        """Elements of keys and values that sampling holds at most of a sample; 0 of nets that draw it at once."""
+        return 0
+
+    @property
     def hidden(self) -> tuple[int, int]:
         """Multiply-adds of attention that masks hide, in a pass of the clean stream and of a branch."""
         return 0, 0

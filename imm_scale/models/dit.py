@@ -196,6 +196,16 @@ class DiTConfig(Architecture):
         return self.branch == "mlp"
 
     @property
+    def kept_elements(self) -> int:
+        """Of all blocks but the last, and of all but the last two, whose layers go once the new ones stand beside."""
+        if self.blocks == 1:
+            return 0
+        tokens = 2 * self.tokens - 3 * self.block_tokens
+        if self.branches_apart:  # the learned block before the first is kept as well
+            tokens += 2 * self.block_tokens
+        return 2 * self.width * self.depth * tokens
+
+    @property
     def hidden(self) -> tuple[int, int]:
         pairs, seen = self.tokens**2, self.tokens * (self.tokens + self.block_tokens) // 2
         of_a_pair = 2 * self.width  # a score, and a value

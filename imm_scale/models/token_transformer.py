@@ -133,6 +133,11 @@ class TokenArchitecture(Architecture):
     def tokens(self) -> int:
         return self.length
 
+    @property
+    def kept_elements(self) -> int:
+        """Of a sequence and a block beyond, from the beginning."""
+        return 2 * self.width * self.depth * (self.length + self.block) * self.causal
+
 
 @register_backbone("token_transformer")
 class TokenTransformer(Backbone):

@@ -24,6 +24,7 @@ from imm_scale.planner.activations import elementwise_bytes, kernels
 from imm_scale.planner.flops import Parameters, Traffic
 from imm_scale.planner.hardware import Gpu, Link
 from imm_scale.planner.memory import Memory, Setting
+from imm_scale.planner.sampling import SamplingMemory, sampling_memory
 
 
 class Range(NamedTuple):
@@ -70,6 +71,7 @@ class Estimate:
     Attributes:
         memory: at the moment a GPU holds most; `memory.total + memory.reserved` is compared with `gpu.memory`.
         fits: whether that is below it.
+        sampling: what drawing samples holds, of nets that keep keys and values.
         forward_flops: of one image, a multiply-add counted twice (published GFLOPs are half of this).
         step_flops: 4 forwards for IMM (without gradient, with, backward twice), 3 for flow matching.
         spared: what other micro-batches would spare of it, in words.
@@ -90,6 +92,7 @@ class Estimate:
     data: Data
     memory: Memory
     fits: bool
+    sampling: SamplingMemory | None
     forward_flops: float
     step_flops: float
     spared: str
@@ -266,6 +269,7 @@ def _estimate(
         data=data,
         memory=peak,
         fits=peak.total + peak.reserved <= device.memory,
+        sampling=sampling_memory(config, net, counted),
         forward_flops=2.0 * forward,
         step_flops=2.0 * cost.training_multiply_adds(net, passes, layout.global_batch_size),
         spared=cost.spared(config.method, net, layout.alignment),

@@ -4,8 +4,12 @@ from collections.abc import Iterator
 
 from imm_scale.config.schema import Config
 from imm_scale.errors import UserError
+from imm_scale.methods.samplers import SAMPLES_PER_CALL
 from imm_scale.models.base import Architecture
 from imm_scale.planner.estimate import MATMUL_SHARE, NETWORK_SHARE, Change, Estimate, Range, again
+from imm_scale.planner.memory import CONTEXT
+from imm_scale.planner.sampling import SamplingMemory
+from imm_scale.precision import HALF
 
 _GIB = 1 << 30
 
@@ -15,6 +19,7 @@ def render(config: Config, estimate: Estimate, changes: list[Change]) -> str:
     parts = [
         _head(config, estimate),
         _memory(estimate),
+        *([_sampling(config, estimate, estimate.sampling)] if estimate.sampling is not None else []),
         _work(config, estimate),
         _time(config, estimate),
         _storage(estimate),
@@ -100,6 +105,24 @@ def _memory(estimate: Estimate) -> Iterator[str]:
     yield _row(
         "host memory, a node", _bytes(m.host * estimate.gpus_per_node), "a checkpoint's copy, and what is offloaded"
     )
+
+
+def _sampling(config: Config, estimate: Estimate, memory: SamplingMemory) -> Iterator[str]:
+    guided = config.sampling.guidance_scale != 1.0
+    yield f"memory of a GPU that samples, {SAMPLES_PER_CALL} at once in {config.sampling.precision}"
+    yield _row("weights", _bytes(memory.weights))
+    yield _row("kept keys and values", _bytes(memory.kept), "at most" + ", with and without label" * guided)
+    yield _row("CUDA", _bytes(CONTEXT), "model")
+    total = memory.total + CONTEXT
+    fits = total <= estimate.gpu.memory
+    note = f"of {_bytes(estimate.gpu.memory)}: {total / estimate.gpu.memory:.0%}, {'fits' if fits else 'DOES NOT FIT'}"
+    yield _row("in all", _bytes(total), note)
+    if not fits:
+        lighter = ["sampling.precision=bf16"] * (config.sampling.precision not in HALF)
+        lighter += ["sampling.guidance_scale=1"] * guided
+        yield "  halved by each of: " + (
+            ", ".join(lighter) or "nothing here; use a GPU with more memory or a smaller net"
+        )
 
 
 def _work(config: Config, estimate: Estimate) -> Iterator[str]:

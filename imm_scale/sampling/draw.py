@@ -14,7 +14,7 @@ from imm_scale.build import ModelSpec
 from imm_scale.config.schema import SamplingConfig
 from imm_scale.errors import UserError
 from imm_scale.methods.base import Steps
-from imm_scale.methods.samplers import Guidance
+from imm_scale.methods.samplers import SAMPLES_PER_CALL, Guidance
 from imm_scale.models.base import Backbone
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
@@ -23,9 +23,6 @@ from imm_scale.sampling.blocks import Prefix
 from imm_scale.sampling.prompts import KnownTokens
 
 ALONE = World()
-# Matrix products of other shapes round differently. So the net always sees this many samples, those whose index has
-# the same quotient by it, and sample i is computed in one way only.
-SAMPLES_PER_CALL = 64
 STARTING_NOISE = "sample"  # purpose of the draws that sampling starts from
 
 

@@ -19,11 +19,12 @@ from imm_scale.config.schema import SamplingConfig
 from imm_scale.data.spaces import Artifacts, SampleSpace
 from imm_scale.data.tokens.spaces import Tokens
 from imm_scale.errors import UserError
+from imm_scale.methods.samplers import SAMPLES_PER_CALL
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
 from imm_scale.sampling import guides, outputs, profiles, set_record
 from imm_scale.sampling.check import check
-from imm_scale.sampling.draw import SAMPLES_PER_CALL, Drawer, SamplingPlan, check_machine, plan_of
+from imm_scale.sampling.draw import Drawer, SamplingPlan, check_machine, plan_of
 from imm_scale.sampling.guides import Guide
 from imm_scale.sampling.parts import Parts
 from imm_scale.sampling.source import Source

@@ -24,11 +24,12 @@ from imm_scale.evaluation.evaluators.base import Announce, Evaluator
 from imm_scale.evaluation.metrics import Measure
 from imm_scale.evaluation.records import FOLDER, SCHEMA_VERSION
 from imm_scale.evaluation.reference import Reference
+from imm_scale.methods.samplers import SAMPLES_PER_CALL
 from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
 from imm_scale.planner.flops import forward_multiply_adds, sampling_passes
 from imm_scale.sampling import blocks
-from imm_scale.sampling.draw import SAMPLES_PER_CALL, SamplingPlan, plan_of, sample, times_of
+from imm_scale.sampling.draw import SamplingPlan, plan_of, sample, times_of
 from imm_scale.sampling.source import Source
 
 

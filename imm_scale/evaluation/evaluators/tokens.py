@@ -30,6 +30,7 @@ from imm_scale.evaluation.tokens.estimates import Estimate
 from imm_scale.evaluation.tokens.held_out import HeldOutTokens
 from imm_scale.evaluation.tokens.profile import Profile, Scores, alarm, schedule_costs
 from imm_scale.methods.base import Steps
+from imm_scale.methods.samplers import SAMPLES_PER_CALL
 from imm_scale.methods.tokens import masking, verified
 from imm_scale.methods.tokens.masked import MaskedDiffusion
 from imm_scale.methods.tokens.next_block import NextBlock
@@ -37,7 +38,7 @@ from imm_scale.parallel import world as distributed
 from imm_scale.parallel.world import World
 from imm_scale.planner.flops import forward_multiply_adds, sampling_passes
 from imm_scale.sampling import draw
-from imm_scale.sampling.draw import SAMPLES_PER_CALL, SamplingPlan, plan_of, times_of
+from imm_scale.sampling.draw import SamplingPlan, plan_of, times_of
 from imm_scale.sampling.profiles import StoredProfile
 from imm_scale.sampling.source import Source
 
