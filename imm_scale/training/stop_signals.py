@@ -39,13 +39,15 @@ class StopSignals:
             signal.signal(number, handler if self.heard is None else signal.SIG_IGN)
 
     def renew(self) -> None:
-        """Puts the handlers in place once more; call after each step.
+        """Puts the handlers in place once more, and Python's own of SIGINT; call after each step.
 
-        Once Triton has compiled something, LLVM has handlers of its own there: SIGUSR1 does nothing, SIGINT kills.
-        Python still believes its own are in place.
+        Once Triton has compiled something, LLVM has handlers of its own there: SIGUSR1 does nothing, SIGINT ends the
+        process where it stands. Python still believes its own are in place.
         """
-        for number in self._signals:
-            signal.signal(number, self._note)
+        handlers = {signal.SIGINT: signal.getsignal(signal.SIGINT)} | dict.fromkeys(self._signals, self._note)
+        for number, handler in handlers.items():
+            if handler is not None:  # of what is not Python's
+                signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.heard = self.heard or signal.Signals(number).name

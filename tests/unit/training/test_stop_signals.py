@@ -43,6 +43,15 @@ def test_handlers_that_a_library_replaced_behind_pythons_back_are_put_back():
         assert signals.heard == "SIGUSR1"
 
 
+def test_an_interruption_stays_pythons():
+    with StopSignals(["SIGUSR1"]) as signals:
+        ctypes.CDLL(None).signal(int(signal.SIGINT), ctypes.c_void_p(1))
+        signals.renew()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert signals.heard is None
+
+
 def test_without_a_signal_the_handlers_go_back():
     before = signal.getsignal(signal.SIGUSR1)
     with StopSignals(["SIGUSR1"]):
