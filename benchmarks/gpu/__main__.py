@@ -4,6 +4,7 @@ Exit codes: 0 every section came to its end and every check holds; 1 not so; 2 t
 """
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -66,9 +67,12 @@ def _sections_of(word: str) -> list[str]:
 
 
 def _slack(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 1.0 <= value <= 100.0:
-        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 100")
+        raise argparse.ArgumentTypeError(f"{text} is no number between 1 and 100")
     return value
 
 

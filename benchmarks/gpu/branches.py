@@ -96,8 +96,8 @@ def _compiled(context: Context, report: Report, precision: str, case: _Case, eag
     report.check(f"{precision}, compiled: gradient against eager, relative", apart, at_most=_OTHER_KERNELS[precision])
     case.gradients(seed=_FIRST_SEED + 1)
     after_two = counters["stats"]["unique_graphs"]
-    for more in (2, 3, 4):
-        case.gradients(seed=_FIRST_SEED + more)
+    for seed in range(_FIRST_SEED + 2, _FIRST_SEED + 5):
+        case.gradients(seed=seed)
     report.figure(f"{precision}, compiled: graphs", after_two)
     report.check(f"{precision}, compiled: graphs were made", after_two, at_least=1)
     more = counters["stats"]["unique_graphs"] - after_two

@@ -112,6 +112,9 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
+_LINEAR = nn.functional.linear  # torch's own
+
+
 def _forget(net: nn.Module) -> None:
     """Takes a net out of what DeepSpeed's stage 3 keeps for the whole process and never empties."""
     from deepspeed.runtime.zero import parameter_offload
@@ -123,6 +126,8 @@ def _forget(net: nn.Module) -> None:
     # An lru_cache on a method, keyed by coordinator and module; DeepSpeed's decorator hides it in a closure.
     cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
     inspect.getclosurevars(cached).nonlocals["func"].cache_clear()
+    # Stage 3 leaves one of its own there; in blocks that torch 2.11 compiles later it has no gradients for weights.
+    nn.functional.linear = _LINEAR
 
 
 class Engine:
@@ -161,7 +166,6 @@ class Engine:
         deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
         method.batch_size = layout.global_batch_size
         self._module = LossModule(net, method, config.seed, layout.alignment)
-        self._linear = nn.functional.linear
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=self._module,
             optimizer=_optimizer(config, [p for _, p in self._named]),
@@ -375,9 +379,6 @@ class Engine:
         They refer to one another in circles, so that only a collection frees them.
         """
         self._engine.destroy()
-        # Stage 3 puts its own in place and leaves it there; in blocks that torch 2.11 compiles later it has no
-        # gradients for weights.
-        nn.functional.linear = self._linear
         _forget(self._module)
         vars(self).clear()
         gc.collect()

@@ -99,12 +99,16 @@ def _memory(estimate: Estimate) -> Iterator[str]:
     yield _row("buffers", _bytes(m.buffers), "branch without gradient, 16-bit weights, workspace")
     yield _row("communication", _bytes(m.communication), "reduce buckets, gathered weights")
     yield _row("CUDA and allocator", _bytes(m.reserved), "model: 2 GiB and 5 %")
-    share = (m.total + m.reserved) / estimate.gpu.memory
-    verdict = "fits" if estimate.fits else "DOES NOT FIT"
-    yield _row("in all", _bytes(m.total + m.reserved), f"of {_bytes(estimate.gpu.memory)}: {share:.0%}, {verdict}")
+    yield _in_all(m.total + m.reserved, estimate)
     yield _row(
         "host memory, a node", _bytes(m.host * estimate.gpus_per_node), "a checkpoint's copy, and what is offloaded"
     )
+
+
+def _in_all(used: float, estimate: Estimate) -> str:
+    there = estimate.gpu.memory
+    verdict = "fits" if used <= there else "DOES NOT FIT"
+    return _row("in all", _bytes(used), f"of {_bytes(there)}: {used / there:.0%}, {verdict}")
 
 
 def _sampling(config: Config, estimate: Estimate, memory: SamplingMemory) -> Iterator[str]:
@@ -113,16 +117,12 @@ def _sampling(config: Config, estimate: Estimate, memory: SamplingMemory) -> Ite
     yield _row("weights", _bytes(memory.weights))
     yield _row("kept keys and values", _bytes(memory.kept), "at most" + ", with and without label" * guided)
     yield _row("CUDA", _bytes(CONTEXT), "model")
-    total = memory.total + CONTEXT
-    fits = total <= estimate.gpu.memory
-    note = f"of {_bytes(estimate.gpu.memory)}: {total / estimate.gpu.memory:.0%}, {'fits' if fits else 'DOES NOT FIT'}"
-    yield _row("in all", _bytes(total), note)
-    if not fits:
+    yield _in_all(memory.total + CONTEXT, estimate)
+    if memory.total + CONTEXT > estimate.gpu.memory:
         lighter = ["sampling.precision=bf16"] * (config.sampling.precision not in HALF)
         lighter += ["sampling.guidance_scale=1"] * guided
-        yield "  halved by each of: " + (
-            ", ".join(lighter) or "nothing here; use a GPU with more memory or a smaller net"
-        )
+        less = f"halved by each of: {', '.join(lighter)}" if lighter else "use a GPU with more memory, or a smaller net"
+        yield f"  {less}"
 
 
 def _work(config: Config, estimate: Estimate) -> Iterator[str]:

@@ -30,8 +30,8 @@ class StopSignals:
         self.heard: str | None = None
 
     def __enter__(self) -> "StopSignals":
-        for number in self._signals:
-            self._previous[number] = signal.signal(number, self._note)
+        self._previous = {number: signal.getsignal(number) for number in self._signals}
+        self.renew()
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -173,7 +173,7 @@ def test_one_word_names_all_sections_of_a_kind():
     assert [section.name for section in chosen] == ["draws", *(section.name for section in SECTIONS[12:])]
 
 
-@pytest.mark.parametrize("slack", ["0.5", "nan", "1e9"])
+@pytest.mark.parametrize("slack", ["0.5", "nan", "1e9", "abc"])
 def test_less_time_than_the_limits_is_the_users_mistake(slack, capsys):
     with pytest.raises(SystemExit) as raised:
         command.main(["--slack", slack])

@@ -6,6 +6,7 @@ Legend: N samples, K positions with a state, D width, R components, G groups.
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imm_scale.models.fp32_linear import Fp32Linear
@@ -28,7 +29,6 @@ class ComponentStates(nn.Module):
         self.e_RD = nn.Parameter(e_RD - e_RD.mean(dim=0))
         g_RD = _GAIN * torch.randn(components, width)
         self.g_RD = nn.Parameter(g_RD - g_RD.mean(dim=0))
-        self.norm_h = nn.LayerNorm(width, elementwise_affine=False)
         self.norm = nn.LayerNorm(width)
         self.mlp = Mlp(width, width)
         nn.init.zeros_(self.mlp.fc2.weight)
@@ -36,10 +36,13 @@ class ComponentStates(nn.Module):
 
     def forward(self, h: Tensor, component: Tensor | None = None) -> Tensor:
         """States (..., D) under every component, (..., R, D); or each under one given component (...,), (..., D)."""
+        g: Tensor = self.g_RD
+        e: Tensor = self.e_RD
         if component is None:
-            y = h[..., None, :] + self.g_RD * self.norm_h(h)[..., None, :] + self.e_RD
+            h = h[..., None, :]
         else:
-            y = h + self.g_RD[component] * self.norm_h(h) + self.e_RD[component]
+            g, e = g[component], e[component]
+        y = h + g * F.layer_norm(h, h.shape[-1:]) + e
         return y + self.mlp(self.norm(y))
 
 
