@@ -5,6 +5,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,17 @@ def deviation(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def strips(run_dir: str, step_counts: Sequence[int], count: int) -> list[np.ndarray]:
-    """The first samples of a run side by side, for each step count from the same noise: (H, count W, 3) or so."""
+def strips(run_dir: str, step_counts: Sequence[int], count: int, grids: Sequence[str] = ()) -> list[np.ndarray]:
+    """The first samples of a run side by side, for each step count from the same noise: (H, count W, 3) or so.
+
+    Args:
+        grids: `sampling.grid` of each step count, where it is not the run's own.
+    """
     config = config_of(run_dir)
     spec, flow_map = load_net(run_dir)
     draw = spec.space.artifacts(config.sampling.vae, torch.device("cpu"))
-    plans = [plan_of(config.sampling, spec, steps, count, seed=0) for steps in step_counts]
+    settings = [replace(config.sampling, grid=grid) for grid in grids or [config.sampling.grid] * len(step_counts)]
+    plans = [plan_of(one, spec, steps, count, seed=0) for one, steps in zip(settings, step_counts, strict=True)]
     return [torch.cat(list(draw(collect(flow_map, spec, plan, world.World()))), dim=1).numpy() for plan in plans]
 
 

@@ -1,10 +1,10 @@
 """Heads that draw the tokens of a step jointly, beside a product of tokens: digits, verses and hands, on one page.
 
-    python -m experiments.joint_tokens [--at-once 1] [--tasks digits,kjv,hands] [--scaling]
+    python -m experiments.joint_tokens [--at-once 1] [--tasks digits,mnist,kjv,hands] [--scaling]
 
 Trains every head on small token nets from three seeds, measures them by nll@L, enumerates what can be enumerated, and
-writes docs/joint_tokens.md and its pictures; with --scaling also a sweep over sizes and budgets. About half an hour of
-one CPU core in all; run again, it goes on where it was.
+measures what equal and best step sizes cost, and writes docs/joint_tokens.md and its pictures; with --scaling also a
+sweep over sizes and budgets. About an hour of one CPU core in all; run again, it goes on where it was.
 """
 
 import argparse

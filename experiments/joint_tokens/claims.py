@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from experiments.claims import Claim
 from experiments.joint_tokens import hands
-from experiments.joint_tokens.prediction import Pair
+from experiments.joint_tokens.prediction import BySizes, Pair
 from experiments.joint_tokens.study import FLOORED, Study, over_seeds, paired
 
 ORDER = (FLOORED, "mixture", "chain", "autoregressive")  # from worst to best
@@ -107,19 +107,20 @@ def prediction(said: Predictions) -> Claim:
     )
 
 
-def best_sizes(said: Predictions) -> Claim:
-    """Sizes fitted to one half of the samples are better on the other than equal ones; of pairs (best, equal)."""
-    gaps = {key: paired(equal, best) for key, (best, equal) in said.items()}
-    (seed, steps), (gap, error) = min(gaps.items(), key=lambda one: one[1][0])
+def best_sizes(said: Mapping[tuple[int, int], BySizes], errors: float) -> Claim:
+    """Sizes fitted to one half of the samples are better on the other than equal ones, by so many standard errors."""
+    gaps = {key: paired(nats["uniform"], nats["best"]) for key, nats in said.items()}
+    (seed, steps), (gap, error) = min(gaps.items(), key=lambda one: one[1][0] / one[1][1])
+    far = f"ahead of equal ones by {errors:g}" if errors > 0 else f"nowhere behind equal ones by {-errors:g}"
     return Claim(
-        f"Of the product head the best sizes of steps are ahead of equal ones in {_steps(said)} passes, on the half of "
+        f"The best sizes of steps are {far} standard errors in {_steps(said)} passes, from every seed, on the half of "
         "the samples that they were not fitted to.",
-        gap > 0.0,
-        f"The least gain of all is {gap:.2f} ± {error:.2f} nats a sequence, in {steps} passes at seed {seed}.",
+        gap > errors * error,
+        f"The narrowest gain is {gap:.3f} ± {error:.3f} nats a sequence, in {steps} passes at seed {seed}.",
     )
 
 
-def _steps(said: Predictions) -> str:
+def _steps(said: Iterable[tuple[int, int]]) -> str:
     return ", ".join(str(steps) for steps in sorted({steps for _, steps in said}))
 
 

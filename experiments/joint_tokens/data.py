@@ -1,6 +1,7 @@
-"""The data sets of the study: four poker hands, black and white digits without their classes, and verses."""
+"""The data sets of the study: four poker hands, verses, and black and white digits in two sizes, without classes."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,9 @@ def make(name: str, folder: Path) -> dict[str, str]:
     """Writes what is not there yet; the config keys that name the data.
 
     Args:
-        name: hands, digits or kjv.
+        name: hands, digits, kjv or mnist.
     """
-    {"hands": _hands, "digits": _digits, "kjv": _kjv}[name](folder)
+    {"hands": _hands, "digits": _digits, "kjv": _kjv, "mnist": _mnist}[name](folder)
     return {
         "data.manifest": str(folder / "manifest.json"),
         "data.holdout_manifest": str(folder / "heldout" / "manifest.json"),
@@ -40,13 +41,28 @@ def _hands(folder: Path) -> None:
 
 
 def _digits(folder: Path) -> None:
-    """1,797 digits of 64 pixels; of a class that is told, the first step of a sampler would know much already."""
+    """1,797 digits of 8 x 8 pixels."""
+    _pixels(folder, "digits", "0.25", 0)
+
+
+def _mnist(folder: Path) -> None:
+    """5,000 digits of 28 x 28 pixels, without the 4 at each side that are almost always empty."""
+    _pixels(folder, "mnist5k", "0.08", 4)
+
+
+def _pixels(folder: Path, source: str, held_out: str, margin: int) -> None:
+    """Without classes: of one that is told, the first step of a sampler would know much already."""
     packed = folder / "with_classes"
-    common.run("imm_scale", "pack-tokens", "--source", "digits", "--heldout", "0.25", "--out", str(packed))
+    common.run("imm_scale", "pack-tokens", "--source", source, "--heldout", held_out, "--out", str(packed))
     for part in ("heldout", "."):
         dataset = Dataset(str(packed / part / "manifest.json"))
-        ids = np.asarray(dataset.gather(np.arange(len(dataset))))
-        _write(folder / part, ids, dataset.manifest.token_codec)
+        codec = dataset.manifest.token_codec
+        assert codec.image_shape is not None, "pixels of images"
+        images = np.asarray(dataset.gather(np.arange(len(dataset)))).reshape(-1, *codec.image_shape)
+        height, width = (side - 2 * margin for side in codec.image_shape)
+        inner = images[:, margin : margin + height, margin : margin + width]
+        codec = replace(codec, image_shape=(height, width), bits_in=8.0 * height * width)
+        _write(folder / part, inner.reshape(len(images), -1), codec)
 
 
 def _kjv(folder: Path) -> None:

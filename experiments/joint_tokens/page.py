@@ -6,17 +6,21 @@ from pathlib import Path
 from experiments import common
 from experiments.claims import Claim
 from experiments.joint_tokens import claims, figures, hands
-from experiments.joint_tokens.prediction import Prediction
+from experiments.joint_tokens.prediction import BySizes, Prediction
 from experiments.joint_tokens.scaling import Scaling
-from experiments.joint_tokens.study import FLOORED, Study, over_seeds
+from experiments.joint_tokens.study import FLOORED, Study, over_seeds, paired
 from imm_scale.models.token_transformer import TokenArchitecture
 
 _IMAGES = "images/joint_tokens"
+_KINDS = {"uniform": "equal sizes", "cosine": "cosine sizes", "best": "best sizes"}
+_ORDERS_OF_DIGITS = 8  # of each held-out sequence in a profile: what sizes gain there is small
+_DRAWN = (2, 4, 8)  # passes whose samples are shown
+_CLAIMED = (2, 4, 8, 16)
 
 
 def write(studies: dict[str, Study], scaling: Scaling | None, docs: Path) -> Path:
     """Pictures and page of those tasks that were run. Returns the page's path."""
-    sections = {"digits": _digits, "kjv": _kjv, "hands": _hands}
+    sections = {"digits": _digits, "mnist": _mnist, "kjv": _kjv, "hands": _hands}
     parts = [sections[name](studies[name], docs) for name in sections if name in studies]
     if scaling is not None:
         parts.append(_scaling(scaling, docs))
@@ -47,7 +51,10 @@ def _protocol(study: Study) -> str:
 
 def _digits(study: Study, docs: Path) -> str:
     steps = study.task.steps
-    figures.quality(study, steps[-1], docs / f"{_IMAGES}/quality.png")
+    nets = _predictions(study, _ORDERS_OF_DIGITS)
+    sizes = {seed: net.in_sizes(steps) for seed, net in nets.items()}
+    floors = {n: over_seeds([float(own[n]["best"].mean()) / steps[-1] for own in sizes.values()])[0] for n in steps}
+    figures.quality(study, floors, docs / f"{_IMAGES}/quality.png")
     few = [n for n in (1, 4, 16) if n in steps]
     figures.samples(study, few, docs / f"{_IMAGES}/samples.png")
     return _DIGITS.format(
@@ -56,13 +63,18 @@ def _digits(study: Study, docs: Path) -> str:
         trained=", ".join(map(str, study.task.settings["method.steps"])),
         protocol=_protocol(study),
         nll=_nll(study),
-        floors=_floors(study),
+        sizes=_sizes(nets, sizes, steps),
         gaps=_gaps(study),
-        claims=_verdicts(list(_digit_claims(study))),
+        claims=_verdicts(list(_digit_claims(study, nets, sizes))),
     )
 
 
-def _digit_claims(study: Study) -> Iterator[Claim]:
+def _predictions(study: Study, nested: int) -> dict[int, Prediction]:
+    """{seed: the product head}."""
+    return {seed: Prediction(study.outcomes[FLOORED, seed].cell.run_dir, nested) for seed in study.seeds}
+
+
+def _digit_claims(study: Study, nets: dict[int, Prediction], sizes: dict[int, dict[int, BySizes]]) -> Iterator[Claim]:
     several = [n for n in study.task.steps if 1 < n < study.task.steps[-1]]
     few = [n for n in (1, 2, 4) if n in study.task.steps]
     for steps in few:
@@ -70,10 +82,8 @@ def _digit_claims(study: Study) -> Iterator[Claim]:
     yield claims.near_one_at_a_time(study, 4 if 4 in several else several[0])
     yield claims.below_the_floor(study, claims.ORDER[-1])
     yield claims.floor(study)
-    nets = {seed: Prediction(study.outcomes[FLOORED, seed].cell.run_dir) for seed in study.seeds}
     yield claims.prediction({(seed, n): net.in_steps(n) for seed, net in nets.items() for n in several[:3]})
-    sizes = {seed: net.best_and_equal(several) for seed, net in nets.items()}
-    yield claims.best_sizes({(seed, n): pair for seed, by_steps in sizes.items() for n, pair in by_steps.items()})
+    yield claims.best_sizes({(seed, n): sizes[seed][n] for seed in sizes for n in several}, errors=-2.0)
 
 
 def _nll(study: Study) -> str:
@@ -90,17 +100,18 @@ def _passes(count: int) -> str:
     return f"{count} pass" + "es" * (count > 1)
 
 
-def _floors(study: Study) -> str:
-    """What the profile of each net says of products of tokens, in nats a sequence."""
-    steps = study.task.steps
+def _sizes(nets: dict[int, Prediction], sizes: dict[int, dict[int, BySizes]], steps: Sequence[int]) -> str:
+    """Excess over one token a pass by kind of sizes, and what the best ones gain over equal ones by seed."""
+    alone = {seed: float(net.one_at_a_time.sum(axis=1).mean()) for seed, net in nets.items()}
+    several = [n for n in steps if 1 < n < next(iter(nets.values())).one_at_a_time.shape[1]]
     rows = []
-    for name, row in study.task.rows.items():
-        for kind, words in (("product_uniform_per_token", "equal sizes"), ("product_floor_per_token", "best sizes")):
-            cells = [
-                over_seeds([steps[-1] * study.measure(name, seed, n, kind)[0] for seed in study.seeds]) for n in steps
-            ]
-            rows.append([f"{row.title}, {words}", *(f"{mean:.2f} ± {spread:.2f}" for mean, spread in cells)])
-    return common.table(["", *(_passes(n) for n in steps)], rows)
+    for kind, words in _KINDS.items():
+        cells = [over_seeds([float(own[n][kind].mean()) - alone[seed] for seed, own in sizes.items()]) for n in several]
+        rows.append([words, *(f"{mean:.2f} ± {spread:.2f}" for mean, spread in cells)])
+    for seed, own in sizes.items():
+        gains = [paired(own[n]["uniform"], own[n]["best"]) for n in several]
+        rows.append([f"best over equal, seed {seed}", *(f"{gain:.3f} ± {error:.3f}" for gain, error in gains)])
+    return common.table(["", *(_passes(n) for n in several)], rows)
 
 
 def _gaps(study: Study) -> str:
@@ -112,6 +123,29 @@ def _gaps(study: Study) -> str:
         cells = ["; ".join(f"{gap:.2f} ± {error:.2f}" for gap, error in by_steps[n][worse, better]) for n in steps]
         rows.append([f"{worse} - {better}", *cells])
     return common.table(["", *(_passes(n) for n in steps)], rows)
+
+
+# --- larger digits ---
+
+
+def _mnist(study: Study, docs: Path) -> str:
+    steps, first = study.task.steps, study.seeds[0]
+    nets = _predictions(study, 1)
+    sizes = {seed: net.in_sizes(steps) for seed, net in nets.items()}
+    profile_T = nets[first].one_at_a_time.mean(axis=0)
+    excess = {kind: {n: float(sizes[first][n][kind].mean() - profile_T.sum()) for n in steps} for kind in _KINDS}
+    few = nets[first].best_sizes(_DRAWN)
+    figures.sizes(excess, profile_T, few[_DRAWN[-1]], docs / f"{_IMAGES}/sizes.png")
+    figures.samples_by_sizes(study.outcomes[FLOORED, first].cell.run_dir, few, docs / f"{_IMAGES}/sizes_samples.png")
+    claimed = {(seed, n): own[n] for seed, own in sizes.items() for n in steps if n in _CLAIMED}
+    return _MNIST.format(
+        images=_IMAGES,
+        protocol=_protocol(study),
+        alone="{:.1f} ± {:.1f}".format(*over_seeds([float(n.one_at_a_time.sum(1).mean()) for n in nets.values()])),
+        sizes=_sizes(nets, sizes, steps),
+        listed="; ".join(f"{n}: {', '.join(map(str, own))}" for n, own in few.items()),
+        claims=_verdicts([claims.best_sizes(claimed, claims.ERRORS)]),
+    )
 
 
 # --- verses ---
@@ -246,11 +280,12 @@ teacher's nats and the student's together, for what it draws has no likelihood i
 calls its own small transformer once a token within a pass of the net; all others draw a step at once. In training a
 joint head scores the masked tokens as disjoint sets of a step's size, the product head token by token (formula 5).
 
-What the information profile of each net says its tokens cost when they are drawn independently (formula 1 in [the
-mathematics](mathematics.md#tokens)), with equal step sizes and with the best ones, which are chosen on one half of the
-held-out samples and measured on the other:
+What the information profile of the net with the product head says that drawing pixels independently costs (formula 1 in
+[the mathematics](mathematics.md#tokens)): nats a sequence above one pixel a pass, in equal steps, in those of a cosine,
+and in the best ones, which are chosen by one half of all held-out digits and measured on the other. From few to many
+visible pixels this profile falls nearly along a line, and along a line equal steps are the best ones:
 
-{floors}
+{sizes}
 
 Differences of neighbouring heads in nats a sequence by seed, with standard errors over the same samples; which of
 mixture and chain is ahead was not foretold:
@@ -260,6 +295,25 @@ mixture and chain is ahead was not foretold:
 {claims}
 
 ![Digits drawn by each head]({images}/samples.png)"""
+
+_MNIST = """## Larger digits: how many pixels a step
+
+![A profile with equal and best steps, and what equal, cosine and best sizes cost]({images}/sizes.png)
+
+The central 20 x 20 pixels of MNIST, the product head, formula 4. Here the profile bends: the first pixels say which
+digit it is and where, the last ones lie between their neighbours. Steps that are small at first and large at the end
+lose less, and the profile says how small and how large (recursion 3). Nats a sequence above one pixel a pass, {alone},
+as predicted from the profile on the half of the held-out digits that did not choose the sizes:
+
+{sizes}
+
+{protocol}
+
+{claims}
+
+Drawn by the net of the first seed in equal steps and in the sizes that all held-out digits choose ({listed}):
+
+![Digits of equal and of best steps]({images}/sizes_samples.png)"""
 
 _KJV = """## Verses
 

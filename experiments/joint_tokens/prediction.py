@@ -17,19 +17,25 @@ from torch import Tensor
 from experiments import common
 from imm_scale.checkpoint.export import load_net
 from imm_scale.evaluation.tokens import held_out, likelihood
-from imm_scale.evaluation.tokens.profile import Profile, Scores
+from imm_scale.evaluation.tokens.profile import Profile, Scores, nodes
 from imm_scale.evaluation.tokens.scoring import mean_of_masked
 from imm_scale.methods.tokens import masking, schedules
 
 Pair = tuple[NDArray[np.float64], NDArray[np.float64]]
+BySizes = dict[str, NDArray[np.float64]]  # uniform, cosine and best: (N,) nats of each sequence
 _ORDERS = 4  # of each sample: with one the two differ by half a percent by chance
-_NESTED = 2  # of those that are scored at every number of visible tokens
+_AT_ONCE = 64  # sequences of a pass
 
 
 class Prediction:
-    """The newest checkpoint of a run with a product head, on all held-out sequences."""
+    """The newest checkpoint of a run with a product head, on all held-out sequences.
 
-    def __init__(self, run_dir: str):
+    Args:
+        nested: orders in which each sequence is scored at every number of visible tokens.
+    """
+
+    def __init__(self, run_dir: str, nested: int):
+        self._nested = nested
         config = common.config_of(run_dir)
         spec, loaded = load_net(run_dir)
         space: Any = spec.space
@@ -55,37 +61,54 @@ class Prediction:
             total_N += (last - first) * self._mean_score(rank_NT < first)
         return total_N
 
-    def best_and_equal(self, step_counts: Sequence[int]) -> dict[int, Pair]:
-        """{L: (N,) nats of each sequence in L steps of the best sizes, and of equal ones}, as predicted.
+    def in_sizes(self, step_counts: Sequence[int]) -> dict[int, BySizes]:
+        """{L: (N,) nats of each sequence in L steps of equal, cosine and best sizes}, as predicted.
 
         The best sizes are those of the half of the sequences that the sequence itself is not in.
         """
-        score_NT, length = self._score_table, self._scores.length
-        parity_N = np.arange(len(score_NT)) % 2
-        fitted = [Profile(self._scores.half(half)).fitted() for half in (1, 0)]
-        chosen = [schedules.best_schedules(profile_T, max(step_counts)) for profile_T in fitted]
+        score_NT = self.one_at_a_time
+        length, parity_N = score_NT.shape[1], np.arange(len(score_NT)) % 2
+        most = max((steps for steps in step_counts if steps < length), default=1)
+        chosen = [schedules.best_schedules(Profile(self._scores.half(half)).fitted(), most) for half in (1, 0)]
         found = {}
         for steps in step_counts:
-            best_2T = np.stack([schedules.step_weights(one.sizes(steps), length) for one in chosen])
-            equal_T = schedules.step_weights(schedules.sizes_of("uniform", length, steps), length)
-            found[steps] = ((score_NT * best_2T[parity_N]).sum(axis=1), score_NT @ equal_T)
+            kinds = {kind: schedules.sizes_of(kind, length, steps) for kind in ("uniform", "cosine")}
+            found[steps] = {kind: score_NT @ schedules.step_weights(sizes, length) for kind, sizes in kinds.items()}
+            best = [kinds["uniform"] if steps == length else one.sizes(steps) for one in chosen]
+            best_2T = np.stack([schedules.step_weights(sizes, length) for sizes in best])
+            found[steps]["best"] = (score_NT * best_2T[parity_N]).sum(axis=1)
         return found
+
+    @cached_property
+    def one_at_a_time(self) -> NDArray[np.float64]:
+        """(N, T) nats of a token given so many others; their sum over T is a sequence's, one token a pass."""
+        length, table_NM = self._held.ids_NT.shape[1], self._score_table
+        return np.stack([np.interp(np.arange(length), nodes(length), row_M) for row_M in table_NM])
+
+    def best_sizes(self, step_counts: Sequence[int]) -> dict[int, tuple[int, ...]]:
+        """{L: sizes} as all sequences choose them: to draw with, not to measure by."""
+        best = schedules.best_schedules(Profile(self._scores).fitted(), max(step_counts))
+        return {steps: best.sizes(steps) for steps in step_counts}
 
     @property
     def _scores(self) -> Scores:
-        """All sequences at every number of visible tokens."""
+        """All sequences at every number of visible tokens, of long ones at the profile's."""
         number, length = self._held.ids_NT.shape
-        sample_R, visible_R = np.repeat(np.arange(number), length), np.tile(np.arange(length), number)
+        node_M = nodes(length)
+        sample_R, visible_R = np.repeat(np.arange(number), len(node_M)), np.tile(node_M, number)
         return Scores(length, sample_R, visible_R, self._score_table.ravel())
 
     @cached_property
     def _score_table(self) -> NDArray[np.float64]:
-        """(N, T) the same by sequence and number of visible tokens, which are nested: sizes differ by little else."""
+        """(N, M) the same by sequence and number of visible tokens, which are nested: sizes differ by little else."""
         number, length = self._held.ids_NT.shape
-        orders = [likelihood.orders("random", seed, torch.arange(number), length) for seed in range(_NESTED)]
-        of_orders = [torch.stack([self._mean_score(rank_NT < n) for n in range(length)], dim=1) for rank_NT in orders]
-        return np.asarray(torch.stack(of_orders).mean(dim=0))
+        total_NM = np.zeros((number, len(nodes(length))))
+        for seed in range(self._nested):
+            rank_NT = likelihood.orders("random", seed, torch.arange(number), length)
+            total_NM += np.stack([self._mean_score(rank_NT < n) for n in nodes(length)], axis=1)
+        return total_NM / self._nested
 
     def _mean_score(self, visible_NT: Tensor) -> Tensor:
-        score_NT = self._scorer.labelled_scores(self._held.ids_NT, visible_NT, self._held.label_N)
-        return mean_of_masked(score_NT, visible_NT)
+        held = self._held
+        parts = zip(*(whole.split(_AT_ONCE) for whole in (held.ids_NT, visible_NT, held.label_N)), strict=True)
+        return mean_of_masked(torch.cat([self._scorer.labelled_scores(*part) for part in parts]), visible_NT)

@@ -128,7 +128,7 @@ TASKS = {
                 **_lasting(700, 32),
                 "model.width": 64,
                 "optimizer.lr": 2.0e-3,
-                "evaluation.num": 128,
+                "evaluation.num": 449,
             },
             {
                 **_lasting(1500, 32),
@@ -153,6 +153,20 @@ TASKS = {
                 "evaluation.num": 500,
                 "sampling.steps": [7],
                 "sampling.sampler": "verified",
+            },
+        ),
+        Task(
+            "mnist",
+            "5,000 black and white digits, T = 400, K = 2",
+            (1, 2, 4, 8, 16, 32),
+            {FLOORED: Row("factorized", _head(FLOORED))},
+            {
+                **_masked((1, 2, 4, 8, 16, 32)),
+                "method.steps": [],  # formula (4): a product head needs no sampler in training
+                **_lasting(2000, 16),
+                "model.width": 64,
+                "optimizer.lr": 2.0e-3,
+                "evaluation.num": 400,
             },
         ),
     )

@@ -1,6 +1,7 @@
 """The comparison of heads in small: four heads, a few steps, every figure and verdict of the page from the runs."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from experiments.joint_tokens import claims, data, hands, page, study
 from experiments.joint_tokens.prediction import Prediction
 from imm_scale import cli
 from imm_scale.data.dataset import Dataset
-from imm_scale.evaluation.tokens.profile import schedule_costs
+from imm_scale.evaluation.tokens.profile import nodes, schedule_costs
 from imm_scale.models.heads import HeadConfig
 from launchers import sweep
 from tests.unit.methods.tokens import toy
@@ -89,14 +90,52 @@ def test_run_again_it_has_nothing_to_do(small, monkeypatch, capfd):
 
 def test_best_sizes_are_measured_on_the_half_they_were_not_fitted_to(small):
     """Against the evaluation's own crossing of the halves, on the same scores."""
-    net = Prediction(small.outcomes["factorized", 3].cell.run_dir)
-    pairs = net.best_and_equal([1, 4])
-    assert np.array_equal(*pairs[1]), "one pass has one schedule"
+    net = Prediction(small.outcomes["factorized", 3].cell.run_dir, 2)
+    found = net.in_sizes([1, 4, 64])
+    for kind in ("uniform", "cosine", "best"):
+        assert np.array_equal(found[1][kind], found[1]["uniform"]), "one pass has one schedule"
+        # sums of 64 fp64 numbers of order 1
+        assert found[64][kind] == pytest.approx(net.one_at_a_time.sum(axis=1), rel=1e-12)
     costs = {(cost.kind, cost.steps): cost.nll.value for cost in schedule_costs(net._scores, [4])}
-    best, equal = pairs[4]
-    # sums of 64 fp64 numbers of order 1
-    assert best.mean() == pytest.approx(costs["best", 4], rel=1e-12)
-    assert equal.mean() == pytest.approx(costs["uniform", 4], rel=1e-12)
+    for kind, nats_N in found[4].items():
+        assert nats_N.mean() == pytest.approx(costs[kind, 4], rel=1e-12)
+
+
+@pytest.fixture(scope="module")
+def larger(here: None, tmp_path_factory: pytest.TempPathFactory) -> study.Study:
+    """A study of larger digits that has been run: two steps of the product head."""
+    folder = tmp_path_factory.mktemp("larger")
+    full = study.TASKS["mnist"]
+    steps = [1, 2, 8]
+    settings = {**full.settings, **SIZES, **study._lasting(2, 8), "evaluation.steps": steps, "method.steps": []}
+    named = data.make("mnist", folder / "data") | _few(folder / "data" / "heldout" / "manifest.json", folder / "few")
+    task = dataclasses.replace(full, steps=tuple(steps), settings=settings)
+    made = study.Study(task, folder / "runs", named, seeds=(3,))
+    made.run(1)
+    return made
+
+
+def test_sizes_on_the_page_are_those_of_the_profile(larger, tmp_path):
+    text = page.write({"mnist": larger}, None, tmp_path).read_text()
+    net = Prediction(larger.outcomes["factorized", 3].cell.run_dir, 1)
+    # every number of visible tokens is between two that are scored, whose lines the sums are over
+    assert net._score_table.shape == (32, len(nodes(400))) and net.one_at_a_time.shape == (32, 400)
+    alone, found = net.one_at_a_time.sum(axis=1), net.in_sizes([8])[8]
+    for kind, words in (("uniform", "equal"), ("cosine", "cosine"), ("best", "best")):
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| {words} sizes |"))
+        assert row.endswith(f"| {(found[kind] - alone).mean():.2f} ± 0.00 |")
+    (sizes,) = (part.split(": ")[1] for part in re.findall(r"8: [\d, ]+", text))
+    assert sum(map(int, sizes.split(", "))) == 400 and sizes.count(",") == 7
+    for picture in ("sizes", "sizes_samples"):
+        assert (tmp_path / f"images/joint_tokens/{picture}.png").stat().st_size > 5_000
+
+
+def test_larger_digits_are_the_middle_of_their_images(larger):
+    packed = Path(larger.data["data.manifest"]).parent
+    whole, middle = (Dataset(str(folder / "manifest.json")) for folder in (packed / "with_classes", packed))
+    ids = np.asarray(whole.gather(np.arange(len(whole)))).reshape(-1, 28, 28)
+    assert np.array_equal(np.asarray(middle.gather(np.arange(len(middle)))), ids[:, 4:24, 4:24].reshape(-1, 400))
+    assert middle.manifest.token_codec.image_shape == (20, 20)
 
 
 # --- verdicts, of numbers that are made up ---
@@ -132,9 +171,13 @@ def test_verdicts_follow_the_numbers():
     assert [gap for gap, _ in gaps] == pytest.approx([1.0, 1.1], rel=1e-9), "each seed by its own numbers"
     for factor, holds in ((1.005, True), (0.98, False)):
         assert claims.prediction({(0, 2): (factor * nats["chain"], nats["chain"])}).holds == holds
-    ahead, behind = ((9 + noise, 10 + noise), (10 + noise, 9.9 + noise))
-    assert claims.best_sizes({(0, 2): ahead, (1, 4): ahead}).holds
-    assert not claims.best_sizes({(0, 2): ahead, (1, 4): behind}).holds
+    few = 0.01 * noise[::-1]
+    ahead, behind = ({"uniform": 10 + noise, "best": 10 + noise - gain + few} for gain in (0.1, -0.1))
+    assert claims.best_sizes({(0, 2): ahead, (1, 4): ahead}, 5.0).holds
+    assert not claims.best_sizes({(0, 2): ahead, (1, 4): behind}, 5.0).holds
+    level = {"uniform": 10 + noise, "best": 10 + noise + few - few.mean()}
+    assert claims.best_sizes({(0, 2): level}, -2.0).holds and not claims.best_sizes({(0, 2): level}, 5.0).holds
+    assert not claims.best_sizes({(0, 2): behind}, -2.0).holds
 
 
 @pytest.mark.parametrize(("kind", "components"), [("factorized", 1), ("autoregressive", 1), ("uniform_conditioned", 1)])
