@@ -36,8 +36,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if value == "" and any(arg.partition("=")[0] == flag for arg in before):  # --out "$FOLDER" without a FOLDER
             getattr(args, "refuse", parser.error)(f"{flag} is empty: give a value, or leave {flag} out")
     # argparse takes positionals in one run only: those after a flag are left over.
+    hint = getattr(args, "hint", "")
     if any(arg.startswith("-") for arg in rest) or ((rest or after) and not hasattr(args, "positionals")):
-        getattr(args, "refuse", parser.error)(f"unrecognized arguments: {' '.join(rest or after)}")
+        getattr(args, "refuse", parser.error)(f"unrecognized arguments: {' '.join(rest or after)}{hint}")
     if rest or after:
         args.positionals = [*args.positionals, *rest, *after]
     return args

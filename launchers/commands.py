@@ -37,6 +37,7 @@ def _add_submit(parser: argparse.ArgumentParser) -> None:
     for flag, how in _JOB_OPTIONS.items():
         parser.add_argument(flag, **how)
     parser.add_argument("--dry-run", action="store_true", help="check, print the text for sbatch, and stop")
+    parser.set_defaults(hint="; options of the program that the job runs go behind --, as in evaluate RUN -- --steps 4")
 
 
 def _submit(args: argparse.Namespace) -> int:

@@ -97,6 +97,13 @@ def test_a_site_that_cannot_be(text, tmp_path):
         checks.check(JOB, cluster.load(f"{tmp_path}/site.yaml"), ask=False)
 
 
+def test_options_of_the_program_are_sent_behind_two_dashes(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        submit.main(["evaluate", "runs/my_run", "--steps", "4"])
+    message = capsys.readouterr().err
+    assert "--steps 4" in message and "behind --, as in evaluate RUN -- --steps 4" in message
+
+
 def test_evaluate_wants_a_run(capsys):
     _refused(capsys, ["runs/my_run"], "evaluate", "--cluster", "lab")
 
