@@ -4,7 +4,7 @@
 
 Trains every head on small token nets from three seeds, measures them by nll@L, enumerates what can be enumerated, and
 measures what equal and best step sizes cost, and writes docs/joint_tokens.md and its pictures; with --scaling also a
-sweep over sizes and budgets. About an hour of one CPU core in all; run again, it goes on where it was.
+sweep over sizes and budgets. Two hours of one CPU core in all; run again, it goes on where it was.
 """
 
 import argparse

@@ -117,7 +117,7 @@ def sizes(
     for kind, own in (("uniform", schedules.sizes_of("uniform", length, len(best))), ("best", best)):
         starts = np.cumsum([0, *own])
         heights = profile_T[starts[:-1]]
-        left.stairs(heights, starts, color=_SIZES[kind], linewidth=1.3, label=f"{len(best)} {_NAMES[kind]} steps")
+        left.stairs(heights, starts, baseline=None, color=_SIZES[kind], label=f"{len(best)} {_NAMES[kind]} steps")
     left.set(xlabel="tokens visible", ylabel="nats a token", ylim=(0, None))
     left.set_title("Above the profile: what products lose", fontsize=10)
     for kind, costs in excess.items():

@@ -360,7 +360,7 @@ is trained: the dependence between the tokens of a step is lost, and how much of
 held-out pass. A head that draws them jointly has no such floor. Here all heads sit on the same small net, with the same
 samples, order and draws, and are compared by nll@L, a likelihood of what the sampler draws, on the same held-out
 sequences. The nets are tiny and briefly trained; their likelihoods are no records. All runs took {minutes:.0f} minutes
-of training and measuring by the clock, added up over runs of which up to a dozen shared two cores with other work.
+of training and measuring by the clock, added up over runs of one core each.
 
 {sections}
 """

@@ -125,7 +125,7 @@ TASKS = {
             {
                 **_masked((1, 2, 4, 8, 16, 64)),
                 "method.steps": [1, 2, 4, 8],
-                **_lasting(700, 32),
+                **_lasting(1400, 32),
                 "model.width": 64,
                 "optimizer.lr": 2.0e-3,
                 "evaluation.num": 449,
