@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from experiments import common
+from experiments.joint_tokens.prediction import KINDS
 from experiments.joint_tokens.study import Study, over_seeds
 from imm_scale.methods.tokens import schedules
 
@@ -23,7 +24,6 @@ _STYLES = {
     "uniform_conditioned": ("#CC79A7", "v"),
 }
 _SIZES = {"uniform": "#D55E00", "cosine": "#009E73", "best": "#0072B2"}
-_NAMES = {"uniform": "equal", "cosine": "cosine", "best": "best"}
 _SAMPLES = 8  # of a head and number of passes
 _GAP = 160  # grey between samples
 
@@ -117,12 +117,12 @@ def sizes(
     for kind, own in (("uniform", schedules.sizes_of("uniform", length, len(best))), ("best", best)):
         starts = np.cumsum([0, *own])
         heights = profile_T[starts[:-1]]
-        left.stairs(heights, starts, baseline=None, color=_SIZES[kind], label=f"{len(best)} {_NAMES[kind]} steps")
+        left.stairs(heights, starts, baseline=None, color=_SIZES[kind], label=f"{len(best)} {KINDS[kind]} steps")
     left.set(xlabel="tokens visible", ylabel="nats a token", ylim=(0, None))
     left.set_title("Above the profile: what products lose", fontsize=10)
     for kind, costs in excess.items():
         counts, lost = list(costs), list(costs.values())
-        right.plot(counts, lost, color=_SIZES[kind], marker="o", linewidth=1.3, label=f"{_NAMES[kind]} sizes")
+        right.plot(counts, lost, color=_SIZES[kind], marker="o", linewidth=1.3, label=f"{KINDS[kind]} sizes")
     right.set(xscale="log", yscale="log", xlabel="passes of the net a sequence", ylabel="excess, nats a sequence")
     right.set_xticks(counts, [str(n) for n in counts], minor=False)
     right.minorticks_off()

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from experiments import common
 from experiments.claims import Claim
-from experiments.joint_tokens import claims, figures, hands
-from experiments.joint_tokens.prediction import BySizes, Prediction
+from experiments.joint_tokens import claims, figures, hands, prose
+from experiments.joint_tokens.prediction import KINDS, BySizes, Prediction
 from experiments.joint_tokens.scaling import Scaling
 from experiments.joint_tokens.study import FLOORED, Study, over_seeds, paired
+from imm_scale.evaluation.tokens.profile import Profile
 from imm_scale.models.token_transformer import TokenArchitecture
 
 _IMAGES = "images/joint_tokens"
-_KINDS = {"uniform": "equal sizes", "cosine": "cosine sizes", "best": "best sizes"}
 _ORDERS_OF_DIGITS = 8  # of each held-out sequence in a profile: what sizes gain there is small
 _DRAWN = (2, 4, 8)  # passes whose samples are shown
 _CLAIMED = (2, 4, 8, 16)
@@ -26,7 +26,7 @@ def write(studies: dict[str, Study], scaling: Scaling | None, docs: Path) -> Pat
         parts.append(_scaling(scaling, docs))
     minutes = sum(study.minutes for study in studies.values()) + (scaling.minutes if scaling else 0.0)
     path = docs / "joint_tokens.md"
-    path.write_text(_PAGE.format(sections="\n\n".join(parts), minutes=minutes))
+    path.write_text(prose.PAGE.format(sections="\n\n".join(parts), minutes=minutes))
     return path
 
 
@@ -57,7 +57,7 @@ def _digits(study: Study, docs: Path) -> str:
     figures.quality(study, floors, docs / f"{_IMAGES}/quality.png")
     few = [n for n in (1, 4, 16) if n in steps]
     figures.samples(study, few, docs / f"{_IMAGES}/samples.png")
-    return _DIGITS.format(
+    return prose.DIGITS.format(
         images=_IMAGES,
         before=study.task.before["train.max_steps"],
         trained=", ".join(map(str, study.task.settings["method.steps"])),
@@ -102,12 +102,13 @@ def _passes(count: int) -> str:
 
 def _sizes(nets: dict[int, Prediction], sizes: dict[int, dict[int, BySizes]], steps: Sequence[int]) -> str:
     """Excess over one token a pass by kind of sizes, and what the best ones gain over equal ones by seed."""
-    alone = {seed: float(net.one_at_a_time.sum(axis=1).mean()) for seed, net in nets.items()}
     several = [n for n in steps if 1 < n < next(iter(nets.values())).one_at_a_time.shape[1]]
     rows = []
-    for kind, words in _KINDS.items():
-        cells = [over_seeds([float(own[n][kind].mean()) - alone[seed] for seed, own in sizes.items()]) for n in several]
-        rows.append([words, *(f"{mean:.2f} ± {spread:.2f}" for mean, spread in cells)])
+    for kind, word in KINDS.items():
+        cells = [
+            over_seeds([float(own[n][kind].mean()) - nets[seed].alone for seed, own in sizes.items()]) for n in several
+        ]
+        rows.append([f"{word} sizes", *(f"{mean:.2f} ± {spread:.2f}" for mean, spread in cells)])
     for seed, own in sizes.items():
         gains = [paired(own[n]["uniform"], own[n]["best"]) for n in several]
         rows.append([f"best over equal, seed {seed}", *(f"{gain:.3f} ± {error:.3f}" for gain, error in gains)])
@@ -133,15 +134,15 @@ def _mnist(study: Study, docs: Path) -> str:
     nets = _predictions(study, 1)
     sizes = {seed: net.in_sizes(steps) for seed, net in nets.items()}
     profile_T = nets[first].one_at_a_time.mean(axis=0)
-    excess = {kind: {n: float(sizes[first][n][kind].mean() - profile_T.sum()) for n in steps} for kind in _KINDS}
-    few = nets[first].best_sizes(_DRAWN)
+    excess = {kind: {n: float(sizes[first][n][kind].mean()) - nets[first].alone for n in steps} for kind in KINDS}
+    few = Profile(nets[first].scores).best_sizes(_DRAWN)  # by all of them: to draw with, not to measure by
     figures.sizes(excess, profile_T, few[_DRAWN[-1]], docs / f"{_IMAGES}/sizes.png")
     figures.samples_by_sizes(study.outcomes[FLOORED, first].cell.run_dir, few, docs / f"{_IMAGES}/sizes_samples.png")
     claimed = {(seed, n): own[n] for seed, own in sizes.items() for n in steps if n in _CLAIMED}
-    return _MNIST.format(
+    return prose.MNIST.format(
         images=_IMAGES,
         protocol=_protocol(study),
-        alone="{:.1f} ± {:.1f}".format(*over_seeds([float(n.one_at_a_time.sum(1).mean()) for n in nets.values()])),
+        alone="{:.1f} ± {:.1f}".format(*over_seeds([net.alone for net in nets.values()])),
         sizes=_sizes(nets, sizes, steps),
         listed="; ".join(f"{n}: {', '.join(map(str, own))}" for n, own in few.items()),
         claims=_verdicts([claims.best_sizes(claimed, claims.ERRORS)]),
@@ -157,7 +158,7 @@ def _kjv(study: Study, docs: Path) -> str:
         claims.between(study, study.task.steps[0], "nll_of_blocks"),
         claims.tokens_a_pass(study),
     ]
-    return _KJV.format(protocol=_protocol(study), blocks=_blocks(study), claims=_verdicts(found))
+    return prose.KJV.format(protocol=_protocol(study), blocks=_blocks(study), claims=_verdicts(found))
 
 
 def _blocks(study: Study) -> str:
@@ -225,7 +226,7 @@ def _hands(study: Study, docs: Path) -> str:
         rows.append([row.title, *cells])
     head = ["", *(f"{what}, {_passes(n)}" for n in study.task.steps for what in ("KL", "validity"))]
     found = list(claims.hands_enumerated(study, laws))
-    return _HANDS.format(protocol=_protocol(study), table=common.table(head, rows), claims=_verdicts(found))
+    return prose.HANDS.format(protocol=_protocol(study), table=common.table(head, rows), claims=_verdicts(found))
 
 
 # --- scaling ---
@@ -249,118 +250,9 @@ def _scaling(scaling: Scaling, docs: Path) -> str:
         f"{sum(one.inside for one in checks)} of {len(checks)} are inside.",
     )
     notes = "\n".join(f"- {note}." for note in scaling.found.notes)
-    return _SCALING.format(
+    return prose.SCALING.format(
         images=_IMAGES,
         minutes=scaling.minutes,
         table=common.table(["cell", "measured, nats a letter", "predicted", "inside"], rows),
         claims=str(verdict) + ("\n" + notes if notes else ""),
     )
-
-
-_DIGITS = """## Black and white digits
-
-![nll@L against passes for every head, and the floor of products of tokens]({images}/quality.png)
-
-Masked diffusion over 64 pixels, no classes. Of each seed all heads start from one net, trained for {before:,} steps
-with the product head at any number of visible tokens (formula 4), and go on for samplers of {trained} steps, one drawn
-for each sample. nll@L is the mean of -log q of what a sampler of L passes draws, in random order and equal steps, on
-held-out digits: of one pass it is the head's own word on all 64 pixels. The recipe was chosen with one seed by a
-quarter of the training digits, left out of training for that, and not by the digits measured here; an earlier recipe,
-from which that search began, was. Two criteria (the floor below the autoregressive head, the error of formula 1) are
-not as they were first put: see [the log](log.md).
-
-{protocol}
-
-Nats a sequence, mean and standard deviation over training seeds:
-
-{nll}
-
-The uniform-conditioned head draws by a student that was taught by an autoregressive head; its numbers are a bound, the
-teacher's nats and the student's together, for what it draws has no likelihood in closed form. The autoregressive head
-calls its own small transformer once a token within a pass of the net; all others draw a step at once. In training a
-joint head scores the masked tokens as disjoint sets of a step's size, the product head token by token (formula 5).
-
-What the information profile of the net with the product head says that drawing pixels independently costs (formula 1 in
-[the mathematics](mathematics.md#tokens)): nats a sequence above one pixel a pass, in equal steps, in those of a cosine,
-and in the best ones, which are chosen by one half of all held-out digits and measured on the other. From few to many
-visible pixels this profile falls nearly along a line, and along a line equal steps are the best ones:
-
-{sizes}
-
-Differences of neighbouring heads in nats a sequence by seed, with standard errors over the same samples; which of
-mixture and chain is ahead was not foretold:
-
-{gaps}
-
-{claims}
-
-![Digits drawn by each head]({images}/samples.png)"""
-
-_MNIST = """## Larger digits: how many pixels a step
-
-![A profile with equal and best steps, and what equal, cosine and best sizes cost]({images}/sizes.png)
-
-The central 20 x 20 pixels of MNIST, the product head, formula 4. Here the profile bends: the first pixels say which
-digit it is and where, the last ones lie between their neighbours. Steps that are small at first and large at the end
-lose less, and the profile says how small and how large (recursion 3). Nats a sequence above one pixel a pass, {alone},
-as predicted from the profile on the half of the held-out digits that did not choose the sizes:
-
-{sizes}
-
-{protocol}
-
-{claims}
-
-Drawn by the net of the first seed in equal steps and in the sizes that all held-out digits choose ({listed}):
-
-![Digits of equal and of best steps]({images}/sizes_samples.png)"""
-
-_KJV = """## Verses
-
-A causal net that predicts the next 4 of 27 letters at every place (`method.name=next_block`). Nats of the last block,
-of four letters after 24; the dependence is what the autoregressive head has less than the product head; "verified" is
-speculative decoding by the net's own blocks, whose law is that of one letter at a time. It draws at most 4
-letters a pass.
-
-{protocol}
-
-{blocks}
-
-{claims}"""
-
-_HANDS = """## Four hands
-
-Two words that name one of four hands of cards, "high card", "two pair", "full house", "straight flush": a product that
-draws both at once is right one time in four. All pairs are enumerated.
-
-{protocol}
-
-{table}
-
-{claims}"""
-
-_SCALING = """## Size and compute
-
-![Nats a letter against training compute]({images}/scaling.png)
-
-Causal nets for the next letter, `imm-scale sweep submit kjv_scaling` (`configs/sweep/kjv_scaling.yaml`): four sizes at
-four budgets, one seed, the largest budget kept out of the fit of L(N, D) and predicted, {minutes:.0f} minutes of
-training.
-
-{table}
-
-{claims}"""
-
-_PAGE = """# Joint heads: what a pass over tokens can draw
-
-Written by `python -m experiments.joint_tokens`; every figure and every verdict is read from the runs it makes.
-
-A masked or a causal net that predicts several tokens at once and draws each by itself draws from a product, however it
-is trained: the dependence between the tokens of a step is lost, and how much of it is known beforehand from one
-held-out pass. A head that draws them jointly has no such floor. Here all heads sit on the same small net, with the same
-samples, order and draws, and are compared by nll@L, a likelihood of what the sampler draws, on the same held-out
-sequences. The nets are tiny and briefly trained; their likelihoods are no records. All runs took {minutes:.0f} minutes
-of training and measuring by the clock, added up over runs of one core each.
-
-{sections}
-"""

@@ -17,12 +17,13 @@ from torch import Tensor
 from experiments import common
 from imm_scale.checkpoint.export import load_net
 from imm_scale.evaluation.tokens import held_out, likelihood
-from imm_scale.evaluation.tokens.profile import Profile, Scores, nodes
+from imm_scale.evaluation.tokens.profile import Profile, Scores, between, nodes
 from imm_scale.evaluation.tokens.scoring import mean_of_masked
 from imm_scale.methods.tokens import masking, schedules
 
 Pair = tuple[NDArray[np.float64], NDArray[np.float64]]
-BySizes = dict[str, NDArray[np.float64]]  # uniform, cosine and best: (N,) nats of each sequence
+KINDS = {"uniform": "equal", "cosine": "cosine", "best": "best"}  # of step sizes, and what the page calls them
+BySizes = dict[str, NDArray[np.float64]]  # (N,) nats of each sequence by kind
 _ORDERS = 4  # of each sample: with one the two differ by half a percent by chance
 _AT_ONCE = 64  # sequences of a pass
 
@@ -68,30 +69,33 @@ class Prediction:
         """
         score_NT = self.one_at_a_time
         length, parity_N = score_NT.shape[1], np.arange(len(score_NT)) % 2
-        most = max((steps for steps in step_counts if steps < length), default=1)
-        chosen = [schedules.best_schedules(Profile(self._scores.half(half)).fitted(), most) for half in (1, 0)]
+        chosen = [Profile(self.scores.half(half)).best_sizes(step_counts) for half in (1, 0)]
         found = {}
         for steps in step_counts:
-            kinds = {kind: schedules.sizes_of(kind, length, steps) for kind in ("uniform", "cosine")}
-            found[steps] = {kind: score_NT @ schedules.step_weights(sizes, length) for kind, sizes in kinds.items()}
-            best = [kinds["uniform"] if steps == length else one.sizes(steps) for one in chosen]
-            best_2T = np.stack([schedules.step_weights(sizes, length) for sizes in best])
-            found[steps]["best"] = (score_NT * best_2T[parity_N]).sum(axis=1)
+            equal_T, cosine_T = (
+                schedules.step_weights(schedules.sizes_of(kind, length, steps), length)
+                for kind in ("uniform", "cosine")
+            )
+            best_2T = np.stack([schedules.step_weights(sizes[steps], length) for sizes in chosen])
+            found[steps] = {
+                "uniform": score_NT @ equal_T,
+                "cosine": score_NT @ cosine_T,
+                "best": (score_NT * best_2T[parity_N]).sum(axis=1),
+            }
         return found
 
     @cached_property
     def one_at_a_time(self) -> NDArray[np.float64]:
         """(N, T) nats of a token given so many others; their sum over T is a sequence's, one token a pass."""
-        length, table_NM = self._held.ids_NT.shape[1], self._score_table
-        return np.stack([np.interp(np.arange(length), nodes(length), row_M) for row_M in table_NM])
-
-    def best_sizes(self, step_counts: Sequence[int]) -> dict[int, tuple[int, ...]]:
-        """{L: sizes} as all sequences choose them: to draw with, not to measure by."""
-        best = schedules.best_schedules(Profile(self._scores).fitted(), max(step_counts))
-        return {steps: best.sizes(steps) for steps in step_counts}
+        return np.asarray(self._score_table @ between(self.scores.length).T)
 
     @property
-    def _scores(self) -> Scores:
+    def alone(self) -> float:
+        """Nats of a sequence, one token a pass."""
+        return float(self.one_at_a_time.sum(axis=1).mean())
+
+    @property
+    def scores(self) -> Scores:
         """All sequences at every number of visible tokens, of long ones at the profile's."""
         number, length = self._held.ids_NT.shape
         node_M = nodes(length)

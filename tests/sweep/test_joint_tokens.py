@@ -96,7 +96,7 @@ def test_best_sizes_are_measured_on_the_half_they_were_not_fitted_to(small):
         assert np.array_equal(found[1][kind], found[1]["uniform"]), "one pass has one schedule"
         # sums of 64 fp64 numbers of order 1
         assert found[64][kind] == pytest.approx(net.one_at_a_time.sum(axis=1), rel=1e-12)
-    costs = {(cost.kind, cost.steps): cost.nll.value for cost in schedule_costs(net._scores, [4])}
+    costs = {(cost.kind, cost.steps): cost.nll.value for cost in schedule_costs(net.scores, [4])}
     for kind, nats_N in found[4].items():
         assert nats_N.mean() == pytest.approx(costs[kind, 4], rel=1e-12)
 

@@ -37,6 +37,12 @@ def nodes(length: int) -> NDArray[np.int64]:
     return np.unique(np.rint((length - 1) * between).astype(np.int64))
 
 
+def between(length: int) -> Floats:
+    """(T, M) weights of the values at `nodes(T)` in those at every n: on the lines between neighbours."""
+    node_M = nodes(length)
+    return np.stack([np.interp(np.arange(length), node_M, one) for one in np.eye(len(node_M))], axis=1)
+
+
 @dataclass(frozen=True)
 class Scores:
     """A held-out pass: R scores, each of a sample at a number of visible tokens.
@@ -77,8 +83,7 @@ class Profile:
         scale_M = 1 / np.sqrt(self.count_M * (self.count_M - 1.0))
         self._share_R = (scores.score_R - self.mean_M[self._node_R]) * scale_M[self._node_R]
         self._sample_R = scores.sample_R
-        lines = [np.interp(np.arange(self.length), self.nodes_M, one) for one in np.eye(len(self.nodes_M))]
-        self._between_TM = np.stack(lines, axis=1)
+        self._between_TM = between(self.length)
 
     def of(self, weights_T: Floats) -> Estimate:
         """sum_n w_n hhat_n of (T,) weights, and its standard error over samples."""
@@ -124,6 +129,13 @@ class Profile:
         fit = make_smoothing_spline(place_M, self.mean_M, self.count_M / self.count_M.mean())
         return np.asarray(fit(place_M))
 
+    def best_sizes(self, step_counts: Sequence[int]) -> dict[int, tuple[int, ...]]:
+        """{L: the sizes of L steps that cost least by the fit}."""
+        # Of T steps there is one schedule, and its row of the table would be the longest to fill.
+        most = max((count for count in step_counts if count < self.length), default=1)
+        table = schedules.best_schedules(self.fitted(), most)
+        return {count: table.sizes(count) if count < self.length else (1,) * self.length for count in step_counts}
+
 
 @dataclass(frozen=True)
 class ScheduleCost:
@@ -153,20 +165,18 @@ def schedule_costs(scores: Scores, steps: Sequence[int]) -> list[ScheduleCost]:
     Equal and cosine sizes are measured on all samples. So are the best ones, each half's choice on the other half.
     """
     everything, halves = Profile(scores), [Profile(scores.half(which)) for which in (0, 1)]
-    # Of one step and of T there is one schedule; T's row of the table would be the longest to fill.
-    most = max((count for count in steps if count < scores.length), default=1)
-    chosen, *crossed = (schedules.best_schedules(one.fitted(), most) for one in (everything, *halves))
+    chosen, *crossed = (one.best_sizes(steps) for one in (everything, *halves))
     costs = []
     for count in steps:
         uniform = schedules.sizes_of("uniform", scores.length, count)
         costs.append(_cost(everything, "uniform", uniform))
         costs.append(_cost(everything, "cosine", schedules.sizes_of("cosine", scores.length, count)))
-        if count in (1, scores.length):
+        if count in (1, scores.length):  # there is one schedule
             costs.append(_cost(everything, "best", uniform))
         else:
             crosswise = zip(halves, reversed(crossed), strict=True)
-            parts = [_cost(half, "best", other.sizes(count)) for half, other in crosswise]
-            costs.append(_mean_of(parts, chosen.sizes(count)))
+            parts = [_cost(half, "best", other[count]) for half, other in crosswise]
+            costs.append(_mean_of(parts, chosen[count]))
     return costs
 
 
